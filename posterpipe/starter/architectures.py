@@ -125,7 +125,9 @@ def build_scorer(vocab_size: int, *, bos: int, eos: int, pad: int) -> CLIPModel:
     )
 
 
-def build_captioner(vocab_size: int, *, bos: int, sep: int, pad: int) -> BlipForConditionalGeneration:
+def build_captioner(
+    vocab_size: int, *, bos: int, sep: int, pad: int
+) -> BlipForConditionalGeneration:
     """`BlipForConditionalGeneration`: a ViT as the scorer's and a text decoder of 3 layers."""
     from transformers import BlipConfig, BlipForConditionalGeneration
 

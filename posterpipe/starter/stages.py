@@ -7,17 +7,22 @@ models (`architectures`), the loop around a step (`train`), the pictures themsel
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from posterpipe.starter import architectures
-from posterpipe.starter.captions import caption
+from posterpipe.starter import architectures, tokenizers
+from posterpipe.starter.captions import caption, describe
+from posterpipe.starter.classifier import KindClassifier
 from posterpipe.starter.render import render
-from posterpipe.starter.world import Scene, sample_scene
+from posterpipe.starter.world import KINDS, Scene, sample_scene
 
 
 def draw_scenes(rng: np.random.Generator, count: int, shares: dict[str, float]) -> list[Scene]:
@@ -73,6 +78,51 @@ class Stage(ABC):
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
+def visible_caption(scene: Scene) -> str:
+    """The canonical caption of what can be seen at starter size: a title's letters cannot."""
+    return describe(replace(scene, title=None, title_position=None))
+
+
+def varied_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """What a person might write: free wording mostly, the canonical caption at times."""
+    choice = rng.random()
+    if choice < 0.7:
+        return caption(scene, rng)
+    return visible_caption(scene) if choice < 0.85 else describe(scene)
+
+
+def soften(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Half of the batches lose sharpness or gain noise, as images from a small VAE do, so that a
+    model that judges drawings does not stumble over generated ones."""
+    if rng.random() < 0.5:
+        return pixels
+    factor = float(rng.uniform(0.35, 0.9))
+    small = F.interpolate(pixels, scale_factor=factor, mode="bilinear", antialias=True)
+    soft = F.interpolate(small, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
+    noise = torch.from_numpy(rng.standard_normal(soft.shape, dtype=np.float32))
+    return (soft + noise.to(soft.device) * float(rng.uniform(0, 0.08))).clamp(-1, 1)
+
+
+def crop_or_pad(pixels: Tensor, rng: np.random.Generator, side: int) -> Tensor:
+    """Square images as the two CLIP preprocessings give them: the centre, or the whole letterboxed
+    in black. (batch, 3, 96, 64) -> (batch, 3, side, side)."""
+    height, width = pixels.shape[-2:]
+    if rng.random() < 0.5:
+        top = (height - width) // 2
+        square = pixels[:, :, top : top + width]
+    else:
+        border = (height - width) // 2
+        square = F.pad(pixels, (border, border, 0, 0), value=-1.0)
+    if square.shape[-1] == side:
+        return square
+    return F.interpolate(square, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def save_half(model: nn.Module, folder: Path) -> None:
+    """fp16 safetensors: half the size, and more than precise enough for what is stored."""
+    copy.deepcopy(model).half().save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+
+
 class VaeStage(Stage):
     """Images to latents and back: squared error, which is what PSNR measures, plus a little KL so
     that the latents stay smooth enough for diffusion."""
@@ -105,7 +155,292 @@ class VaeStage(Stage):
         return {"loss": error + self.kl_weight * kl, "mse": error, "kl": kl, "psnr": psnr}
 
     def export(self) -> None:
-        self.vae.half().save_pretrained(self.out / "vae_only")
+        latents = self._latents(2048)
+        # Diffusion wants unit variance; the config carries the factor, as Stable Diffusion's does.
+        self.vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
+        save_half(self.vae, self.out / "base" / "vae")
+
+    @torch.no_grad()
+    def _latents(self, count: int) -> Tensor:
+        scenes = draw_scenes(self.rng(10**9), count, self.shares)
+        pixels = to_pixels(scenes, architectures.WIDTH, architectures.HEIGHT)
+        return encode(self.vae, pixels, self.device)
 
 
-STAGES: dict[str, type[Stage]] = {"vae": VaeStage}
+@torch.no_grad()
+def encode(vae: nn.Module, pixels: Tensor, device: torch.device, batch: int = 64) -> Tensor:
+    """Means of the latents, unscaled, float32 (count, 12, 12, 8) on the CPU."""
+    parts = []
+    for start in range(0, len(pixels), batch):
+        with torch.autocast(device.type, torch.bfloat16):
+            mean = vae.encode(pixels[start : start + batch].to(device)).latent_dist.mean  # type: ignore[operator]
+        parts.append(mean.float().cpu())
+    return torch.cat(parts)
+
+
+class ScorerStage(Stage):
+    """CLIP: images and captions of the same scene meet, all others part (Radford et al. 2021)."""
+
+    name = "scorer"
+    minutes = 14
+    peak_lr = 1e-3
+    weight_decay = 0.05
+    seed = 202
+    batch = 96
+    shares = {"plain": 0.2, "busy": 0.35, "poster": 0.45}
+
+    def build(self, device: torch.device) -> None:
+        torch.manual_seed(self.seed)
+        self.device = device
+        self.tokenizer = tokenizers.clip_tokenizer()
+        self.clip = architectures.build_scorer(
+            len(self.tokenizer), **tokenizers.clip_ids(self.tokenizer)
+        ).to(device)
+        self.modules = {"clip": self.clip}
+
+    def losses(self, step: int, progress: float) -> dict[str, Tensor]:
+        rng = self.rng(step)
+        scenes = draw_scenes(rng, self.batch, self.shares)
+        pixels = soften(to_pixels(scenes, architectures.WIDTH, architectures.HEIGHT), rng)
+        pixels = crop_or_pad(pixels, rng, architectures.VISION_PIXELS).to(self.device)
+        tokens = self.tokenizer(
+            [varied_caption(scene, rng) for scene in scenes], padding=True, return_tensors="pt"
+        ).to(self.device)
+        with self.autocast():
+            output = self.clip(pixel_values=pixels, **tokens)
+        logits = output.logits_per_image.float()
+        target = torch.arange(len(scenes), device=self.device)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        top1 = (logits.argmax(1) == target).float().mean()
+        return {"loss": loss, "top1": top1}
+
+    def after_step(self, step: int) -> None:
+        # CLIP's own bound: without it the temperature runs away and training with it.
+        with torch.no_grad():
+            self.clip.logit_scale.clamp_(max=4.6052)
+
+    def export(self) -> None:
+        folder = self.out / "scorer"
+        save_half(self.clip, folder)
+        tokenizers.save(self.tokenizer, folder)
+        tokenizers.image_processor(
+            "CLIPImageProcessorPil", architectures.VISION_PIXELS
+        ).save_pretrained(folder)
+
+
+class CaptionerStage(Stage):
+    """BLIP: the canonical caption of an image, token by token (Li et al. 2022)."""
+
+    name = "captioner"
+    minutes = 12
+    peak_lr = 1e-3
+    seed = 303
+    batch = 48
+    shares = {"plain": 0.2, "busy": 0.25, "poster": 0.55}
+
+    def build(self, device: torch.device) -> None:
+        torch.manual_seed(self.seed)
+        self.device = device
+        self.tokenizer = tokenizers.blip_tokenizer()
+        self.blip = architectures.build_captioner(
+            len(self.tokenizer), **tokenizers.blip_ids(self.tokenizer)
+        ).to(device)
+        self.modules = {"blip": self.blip}
+
+    def losses(self, step: int, progress: float) -> dict[str, Tensor]:
+        rng = self.rng(step)
+        scenes = draw_scenes(rng, self.batch, self.shares)
+        pixels = soften(to_pixels(scenes, architectures.WIDTH, architectures.HEIGHT), rng)
+        # BLIP's processor squashes to a square, whatever the aspect ratio.
+        side = architectures.VISION_PIXELS
+        pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True)
+        tokens = self.tokenizer(
+            [visible_caption(scene) for scene in scenes], padding=True, return_tensors="pt"
+        ).to(self.device)
+        ids = tokens.input_ids
+        ids[:, 0] = self.blip.config.text_config.bos_token_id
+        labels = ids.masked_fill(tokens.attention_mask == 0, -100)
+        with self.autocast():
+            loss = self.blip(
+                pixel_values=pixels.clamp(-1, 1).to(self.device),
+                input_ids=ids,
+                attention_mask=tokens.attention_mask,
+                labels=labels,
+            ).loss
+        return {"loss": loss.float()}
+
+    def export(self) -> None:
+        folder = self.out / "captioner"
+        save_half(self.blip, folder)
+        tokenizers.save(self.tokenizer, folder)
+        tokenizers.image_processor(
+            "BlipImageProcessorPil", architectures.VISION_PIXELS
+        ).save_pretrained(folder)
+
+
+class ClassifierStage(Stage):
+    """A small convolutional network that names the kind of object: the judge of the base model,
+    which shares nothing with the scorer."""
+
+    name = "classifier"
+    minutes = 4
+    peak_lr = 2e-3
+    seed = 404
+    batch = 64
+    shares = {"plain": 0.3, "busy": 0.4, "poster": 0.3}
+
+    def build(self, device: torch.device) -> None:
+        torch.manual_seed(self.seed)
+        self.device = device
+        self.classifier = KindClassifier(tuple(KINDS)).to(device)
+        self.modules = {"classifier": self.classifier}
+
+    def losses(self, step: int, progress: float) -> dict[str, Tensor]:
+        rng = self.rng(step)
+        scenes = draw_scenes(rng, self.batch, self.shares)
+        pixels = soften(to_pixels(scenes, architectures.WIDTH, architectures.HEIGHT), rng)
+        kinds = list(KINDS)
+        target = torch.tensor([kinds.index(s.kind) for s in scenes], device=self.device)
+        with self.autocast():
+            logits = self.classifier(pixels.to(self.device)).float()
+        accuracy = (logits.argmax(1) == target).float().mean()
+        return {"loss": F.cross_entropy(logits, target), "accuracy": accuracy}
+
+    def export(self) -> None:
+        self.classifier.save(self.out / "classifier")
+
+
+class BaseStage(Stage):
+    """Stable Diffusion's U-Net and text encoder on plain and busy scenes: posters it never sees.
+
+    v-prediction with min-SNR weights (Hang et al. 2023, gamma 5), captions dropped in one of ten
+    for classifier-free guidance (Ho & Salimans 2022), weights averaged (EMA). The text encoder
+    starts from the scorer's text tower, as Stable Diffusion's starts from CLIP's.
+    """
+
+    name = "base"
+    minutes = 55
+    peak_lr = 1e-3
+    text_lr = 2e-4
+    seed = 505
+    batch = 32
+    pool = 24_000
+    drop_caption = 0.1
+    ema_decay = 0.999
+    shares = {"plain": 0.35, "busy": 0.65}
+
+    def build(self, device: torch.device) -> None:
+        from diffusers import AutoencoderKL
+        from transformers import CLIPModel, CLIPTokenizer
+
+        torch.manual_seed(self.seed)
+        self.device = device
+        self.tokenizer = CLIPTokenizer.from_pretrained(self.out / "scorer")
+        self.vae = AutoencoderKL.from_pretrained(
+            self.out / "base" / "vae", torch_dtype=torch.float32
+        ).to(device)
+        self.scheduler = architectures.build_noise_scheduler()
+        self.unet = architectures.build_unet().to(device)
+        self.text_encoder = architectures.build_text_encoder(
+            len(self.tokenizer), **tokenizers.clip_ids(self.tokenizer)
+        )
+        scorer = CLIPModel.from_pretrained(self.out / "scorer", torch_dtype=torch.float32)
+        self.text_encoder.load_state_dict(_text_tower(scorer, self.text_encoder))
+        self.text_encoder.to(device)
+        self.ema_unet = copy.deepcopy(self.unet).requires_grad_(False)
+        self.ema_text = copy.deepcopy(self.text_encoder).requires_grad_(False)
+        self.modules = {
+            "unet": self.unet,
+            "text_encoder": self.text_encoder,
+            "ema_unet": self.ema_unet,
+            "ema_text": self.ema_text,
+        }
+        self.scenes = draw_scenes(self.rng(10**9), self.pool, self.shares)
+        self.latents = self._latent_pool()
+        signal = self.scheduler.alphas_cumprod
+        snr = (signal / (1 - signal)).float()
+        self.weights = (snr.clamp(max=5) / (snr + 1)).to(device)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [
+            {"params": list(self.unet.parameters()), "lr": self.peak_lr},
+            {"params": list(self.text_encoder.parameters()), "lr": self.text_lr},
+        ]
+
+    def _latent_pool(self) -> Tensor:
+        """Latents of the pool's scenes, scaled, fp16 (pool, 12, 12, 8); encoded once a VAE."""
+        from posterpipe.starter.files import folder_digest
+
+        digest = folder_digest(self.out / "base" / "vae")[:12]
+        path = self.work / f"latents-{digest}-{self.pool}.pt"
+        if path.exists():
+            return torch.load(path, weights_only=True)
+        parts = []
+        for start in range(0, self.pool, 1000):
+            pixels = to_pixels(
+                self.scenes[start : start + 1000], architectures.WIDTH, architectures.HEIGHT
+            )
+            parts.append(encode(self.vae, pixels, self.device).half())
+            print(f"base: encoded {min(start + 1000, self.pool)} of {self.pool}", flush=True)
+        latents = torch.cat(parts) * self.vae.config.scaling_factor
+        torch.save(latents, path)
+        return latents
+
+    def losses(self, step: int, progress: float) -> dict[str, Tensor]:
+        rng = self.rng(step)
+        chosen = rng.integers(self.pool, size=self.batch)
+        latents = self.latents[torch.from_numpy(chosen)].float().to(self.device)
+        captions = [
+            "" if rng.random() < self.drop_caption else varied_caption(self.scenes[i], rng)
+            for i in chosen
+        ]
+        ids = self.tokenizer(
+            captions, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids.to(self.device)
+        noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
+        noise = noise.to(self.device)
+        # Stratified timesteps: every batch covers the whole range, which steadies the loss.
+        spread = (np.arange(self.batch) + rng.random(self.batch)) / self.batch
+        timesteps = torch.from_numpy((spread * 1000).astype(np.int64)).to(self.device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        target = self.scheduler.get_velocity(latents, noise, timesteps)
+        with self.autocast():
+            hidden = self.text_encoder(ids).last_hidden_state
+            predicted = self.unet(noisy, timesteps, hidden).sample
+        error = (predicted.float() - target).pow(2).mean(dim=(1, 2, 3))
+        return {"loss": (error * self.weights[timesteps]).mean(), "mse": error.mean()}
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        decay = min(self.ema_decay, (1 + step) / (10 + step))
+        for average, model in ((self.ema_unet, self.unet), (self.ema_text, self.text_encoder)):
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+    def export(self) -> None:
+        from diffusers import StableDiffusionPipeline
+
+        pipeline = StableDiffusionPipeline(
+            vae=copy.deepcopy(self.vae).half(),
+            text_encoder=copy.deepcopy(self.ema_text).half(),
+            tokenizer=self.tokenizer,
+            unet=copy.deepcopy(self.ema_unet).half(),
+            scheduler=self.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(self.out / "base", safe_serialization=True)
+        tokenizers.save(self.tokenizer, self.out / "base" / "tokenizer")
+
+
+def _text_tower(scorer: Any, text_encoder: nn.Module) -> dict[str, Tensor]:
+    """The scorer's text weights under the names of `text_encoder`."""
+    tower = scorer.text_model.state_dict()
+    names = text_encoder.state_dict().keys()
+    return {name: tower[name.removeprefix("text_model.")] for name in names}
+
+
+STAGES: dict[str, type[Stage]] = {
+    stage.name: stage
+    for stage in (VaeStage, ScorerStage, BaseStage, CaptionerStage, ClassifierStage)
+}

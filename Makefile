@@ -1,0 +1,75 @@
+# make demo | dev | test | lint | bench. Needs Python >= 3.11 and make; everything else goes
+# into .venv. On Linux without a GPU, `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# make demo` spares the gigabytes of CUDA packages.
+
+PYTHON ?= python3
+HOST   ?= 127.0.0.1
+PORT   ?= 3000
+ONLY   ?=
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+export DAGSTER_HOME ?= $(CURDIR)/.dagster
+export DAGSTER_DISABLE_TELEMETRY := 1
+export DBT_SEND_ANONYMOUS_USAGE_STATS := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev demo dev doctor test test-slow lint format bench clean
+
+help:  ## show these lines
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "posterpipe needs Python 3.11 or newer: name one with make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps are newer than pyproject.toml where its packages are installed. `dbt parse` writes the
+# manifest that posterpipe.definitions reads, so that loading it takes no detour through dbt.
+$(VENV)/installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/dbt --quiet parse --project-dir dbt_like_reports --profiles-dir dbt_like_reports
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/installed  ## create .venv with the pinned packages
+install-dev: $(VENV)/installed-dev  ## the same, and what tests and checks need
+
+demo: install  ## the whole graph on the starter posters, then the leaderboard
+	@$(BIN)/posterpipe demo
+
+$(DAGSTER_HOME)/dagster.yaml: deploy/dagster.yaml
+	@mkdir -p $(@D)
+	@cp $< $@
+
+dev: install $(DAGSTER_HOME)/dagster.yaml  ## Dagster UI and daemon on http://127.0.0.1:3000
+	$(BIN)/dagster dev --host $(HOST) --port $(PORT) --workspace workspace.yaml
+
+doctor: install  ## what this machine has, and what is missing
+	@$(BIN)/posterpipe doctor
+
+test: install-dev  ## the tests (slow ones left out)
+	$(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
+
+test-slow: install-dev  ## the slow tests
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: install-dev  ## formatting, lint, types, and that Dagster can load the definitions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/dg check defs
+
+format: install-dev  ## put the formatting right
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install-dev  ## benchmarks; one of them with ONLY=name
+	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY))
+
+clean:  ## remove what was computed, and .venv; posters and models stay
+	rm -rf $(VENV) .dagster data/store dbt_like_reports/target dbt_like_reports/logs
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

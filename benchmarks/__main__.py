@@ -1,0 +1,56 @@
+"""`python -m benchmarks [--only NAME]`: runs benchmarks, files the results, prints a table."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.rows import RESULTS, Row, markdown, merge
+
+BENCHMARKS = ("load_code_location", "demo")
+README = Path(__file__).parents[1] / "README.md"
+MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
+
+
+def show(rows: list[Row]) -> None:
+    table = Table("benchmark", "ours", "unit", "peer", "ratio", "required")
+    for row in rows:
+        peer = "" if row.peer is None else f"{row.peer:g}  {row.peer_name}"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        table.add_row(row.name, f"{row.ours:g}", row.unit, peer, ratio, row.required)
+    Console().print(table)
+
+
+def update_readme() -> None:
+    """Writes every machine's results between the README's marks."""
+    parts = []
+    for path in sorted(RESULTS.glob("*.json")):
+        parts.append(f"`{path.stem}`\n\n{markdown(json.loads(path.read_text(encoding='utf-8')))}")
+    text = README.read_text(encoding="utf-8")
+    between = f"{MARKS[0]}\n{chr(10).join(parts)}\n{MARKS[1]}"
+    pattern = f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}"
+    README.write_text(re.sub(pattern, lambda _: between, text, flags=re.S), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", choices=BENCHMARKS, help="one benchmark; all when left out")
+    only = parser.parse_args().only
+    names = (only,) if only else BENCHMARKS
+    rows: list[Row] = []
+    for name in names:
+        rows += importlib.import_module(f"benchmarks.{name}").run()
+    path = merge(rows)
+    update_readme()
+    show(rows)
+    print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+if __name__ == "__main__":
+    main()

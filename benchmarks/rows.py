@@ -1,0 +1,65 @@
+"""The record of one benchmark figure, and where records are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """`ratio` is peer / ours for times (above 1: we are faster) or as `required` says in words."""
+
+    name: str
+    unit: str
+    ours: float
+    peer: float | None = None
+    peer_name: str = ""
+    ratio: float | None = None
+    required: str = ""
+
+
+def machine() -> str:
+    """The kind of machine results are filed under: `cpu-x86_64-2`, or the GPU's name."""
+    try:
+        import torch
+
+        if torch.cuda.is_available():
+            return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    except ImportError:
+        pass
+    return f"cpu-{platform.machine()}-{os.cpu_count()}"
+
+
+def merge(rows: list[Row]) -> Path:
+    """Writes the rows into this machine's file; rows of other benchmarks stay as they were."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{machine()}.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    topics = {row.name.split(".")[0] for row in rows}
+    kept = [row for row in kept if row["name"].split(".")[0] not in topics]
+    everything = kept + [asdict(row) for row in rows]
+    path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def markdown(records: list[dict]) -> str:
+    """The README's table."""
+    lines = [
+        "| benchmark | ours | peer | ratio | required |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for record in records:
+        peer = "" if record["peer"] is None else f"{record['peer']:g} ({record['peer_name']})"
+        ratio = "" if record["ratio"] is None else f"{record['ratio']:.2f}"
+        lines.append(
+            f"| `{record['name']}` | {record['ours']:g} {record['unit']} | {peer} | {ratio} "
+            f"| {record['required']} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,293 @@
+"""Prompt suites: what is asked of every model, and against which text the answer is scored.
+
+What belongs here: reading a suite, refusing a wrong one with file and line, its table. What does
+not: drawing (`sampler`) and scoring (`metrics`).
+
+A suite is a YAML file:
+
+    defaults:                       # optional; what a prompt may leave out
+      negative: busy, cluttered
+    prompts:
+      - id: red-rocket              # letters, digits, - and _
+        prompt: a minimalist film poster of a red rocket titled 'Plum Orbit'
+        score_text: a minimalist film poster of a red rocket
+        negative: busy, cluttered   # optional; what the `_negative` variants leave out
+        title: Plum Orbit           # optional; what the poster should be called
+        seeds: [101, 102, 103, 104] # one image per seed and variant
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+MAX_TOKENS = 75
+"""CLIP reads 77 tokens; two of them mark start and end."""
+
+MAX_SEED = 2**32 - 1
+"""The largest seed that the usual image viewers and tools accept."""
+
+_TEXTS = ("id", "prompt", "score_text", "negative", "title")
+_REQUIRED = ("id", "prompt", "score_text", "seeds")
+_DEFAULTS = ("negative", "seeds")
+_PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|[^\w\s]+|_", re.IGNORECASE)
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+class PromptSuiteError(ValueError):
+    """A suite is wrong. One line a problem: `file:line: what is wrong; what to do`."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question to the models."""
+
+    prompt_id: str
+    prompt: str
+    """What the models are given."""
+    score_text: str
+    """What the images are compared with: natural language, without title and trigger words."""
+    negative: str
+    """What the `_negative` variants steer away from; "" for nothing."""
+    title: str
+    """What the poster should be called; "" for untitled."""
+    seeds: tuple[int, ...]
+    """0 to MAX_SEED; one image a seed and variant, the same noise in every variant."""
+
+
+def estimate_tokens(text: str) -> int:
+    """A lower bound of a text's length in CLIP tokens: its words, digits and runs of other signs.
+
+    So CLIP's own tokenizer cuts a text first; rare words then become several tokens.
+    """
+    return len(_PIECES.findall(text))
+
+
+def load_suite(
+    path: Path,
+    *,
+    count_tokens: Callable[[str], int] = estimate_tokens,
+    max_tokens: int = MAX_TOKENS,
+) -> list[Prompt]:
+    """The prompts of a suite, in the order of the file.
+
+    `count_tokens` gives a text's length without start and end token; pass the one of the model's
+    tokenizer for the exact limit. Raises PromptSuiteError naming every problem by file and line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PromptSuiteError(
+            f"{path}:1: the prompt suite cannot be read ({error.strerror}); "
+            "write one there or set POSTERPIPE_PROMPT_SUITE to another file"
+        ) from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise PromptSuiteError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
+    return _Reader(path, count_tokens, max_tokens).read(text)
+
+
+def suite_table(prompts: Sequence[Prompt]) -> pd.DataFrame:
+    """One row a prompt: prompt_id, prompt, score_text, negative, title, seeds (JSON list)."""
+    columns = ["prompt_id", "prompt", "score_text", "negative", "title", "seeds"]
+    rows = [
+        (p.prompt_id, p.prompt, p.score_text, p.negative, p.title, json.dumps(list(p.seeds)))
+        for p in prompts
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def suite_prompts(table: pd.DataFrame) -> list[Prompt]:
+    """The prompts of a `suite_table`."""
+    return [
+        Prompt(
+            prompt_id=str(row.prompt_id),
+            prompt=str(row.prompt),
+            score_text=str(row.score_text),
+            negative=str(row.negative),
+            title=str(row.title),
+            seeds=tuple(int(seed) for seed in json.loads(str(row.seeds))),
+        )
+        for row in table.itertuples(index=False)
+    ]
+
+
+class _Reader:
+    """Reads one file, gathers all its problems, and raises them together."""
+
+    def __init__(self, path: Path, count_tokens: Callable[[str], int], max_tokens: int) -> None:
+        self.path = path
+        self.count_tokens = count_tokens
+        self.max_tokens = max_tokens
+        self.problems: list[tuple[int, str]] = []
+
+    def read(self, text: str) -> list[Prompt]:
+        prompts = self._prompts(self._parse(text))
+        self._raise()
+        return prompts
+
+    def _raise(self) -> None:
+        if self.problems:
+            lines = [f"{self.path}:{line}: {what}" for line, what in sorted(self.problems)]
+            raise PromptSuiteError("\n".join(lines))
+
+    def _problem(self, node: yaml.Node | None, what: str) -> None:
+        self.problems.append((node.start_mark.line + 1 if node is not None else 1, what))
+
+    def _parse(self, text: str) -> yaml.Node | None:
+        try:
+            # Nodes instead of values: they know their lines.
+            return yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = mark.line + 1 if mark is not None else 1
+            what = f"not valid YAML: {error.problem or error.context}"
+            self.problems.append((line, f"{what}; mend the line or the one before it"))
+        except yaml.YAMLError as error:
+            what = " ".join(str(error).split())
+            self.problems.append((1, f"not valid YAML: {what}; remove what is no text"))
+        self._raise()
+        raise AssertionError  # _raise has something to raise here
+
+    def _mapping(
+        self, node: yaml.Node, what: str, allowed: Sequence[str]
+    ) -> dict[str, yaml.Node] | None:
+        if not isinstance(node, yaml.MappingNode):
+            self._problem(node, f"{what} must be `name: value` lines; write them like that")
+            return None
+        entries: dict[str, yaml.Node] = {}
+        for key_node, value in node.value:
+            key = str(key_node.value)
+            if key in entries:
+                self._problem(key_node, f"{what} has `{key}` twice; remove one")
+            elif key not in allowed:
+                names = ", ".join(allowed)
+                self._problem(key_node, f"{what} has an unknown `{key}`; it may have {names}")
+            else:
+                entries[key] = value
+        return entries
+
+    def _prompts(self, root: yaml.Node | None) -> list[Prompt]:
+        if root is None:
+            self._problem(None, "the suite is empty; list its prompts under `prompts:`")
+            return []
+        top = self._mapping(root, "the suite", ("defaults", "prompts"))
+        if top is None:
+            return []
+        defaults: dict[str, yaml.Node] = {}
+        if "defaults" in top:
+            defaults = self._mapping(top["defaults"], "`defaults`", _DEFAULTS) or {}
+        listed = top.get("prompts")
+        if not isinstance(listed, yaml.SequenceNode) or not listed.value:
+            self._problem(listed or root, "`prompts` must be a list; add at least one prompt")
+            return []
+        prompts = []
+        for node in listed.value:
+            before = len(self.problems)
+            entries = self._mapping(node, "a prompt", (*_TEXTS, "seeds"))
+            if entries is None:
+                continue
+            entries = {**defaults, **entries}
+            prompt = self._prompt(node, entries)
+            if len(self.problems) == before and prompt is not None:
+                prompts.append((entries, prompt))
+        self._unique(prompts)
+        return [prompt for _, prompt in prompts]
+
+    def _prompt(self, node: yaml.Node, entries: dict[str, yaml.Node]) -> Prompt | None:
+        missing = [name for name in _REQUIRED if name not in entries]
+        if missing:
+            self._problem(node, f"a prompt lacks {', '.join(missing)}; add what is missing")
+            return None
+        texts = {name: self._text(name, entries.get(name)) for name in _TEXTS}
+        seeds = self._seeds(entries["seeds"])
+        if not _ID.fullmatch(texts["id"] or "-"):
+            self._problem(
+                entries["id"],
+                f"the id {texts['id']!r} is no name; use 1 to 64 letters, digits, - and _, "
+                "beginning with a letter or digit",
+            )
+        for name in ("prompt", "score_text"):
+            if not texts[name]:
+                self._problem(entries[name], f"`{name}` is empty; write what the poster shows")
+        for name in ("prompt", "score_text", "negative"):
+            length = self.count_tokens(texts[name])
+            if length > self.max_tokens:
+                self._problem(
+                    entries[name],
+                    f"`{name}` has {length} tokens and the models read {self.max_tokens}; "
+                    "shorten it",
+                )
+        title = texts["title"]
+        if title and any(f"{q}{title}{q}" in texts["score_text"] for q in "'\""):
+            self._problem(
+                entries["score_text"],
+                f"`score_text` quotes the title {title!r}, which no score should reward; "
+                "take it out",
+            )
+        return Prompt(
+            prompt_id=texts["id"],
+            prompt=texts["prompt"],
+            score_text=texts["score_text"],
+            negative=texts["negative"],
+            title=title,
+            seeds=seeds,
+        )
+
+    def _text(self, name: str, node: yaml.Node | None) -> str:
+        if node is None:
+            return ""
+        value = _value(node)
+        if not isinstance(value, str):
+            self._problem(node, f"`{name}` must be text, not {value!r}; put it in quotes")
+            return "?"
+        return " ".join(value.split())
+
+    def _seeds(self, node: yaml.Node) -> tuple[int, ...]:
+        values = _value(node)
+        if not isinstance(values, list) or not values:
+            self._problem(node, "`seeds` must be a list of numbers; write for example [101, 102]")
+            return ()
+        for value in values:
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or not 0 <= value <= MAX_SEED:
+                self._problem(
+                    node, f"the seed {value!r} is no whole number from 0 to {MAX_SEED}; change it"
+                )
+                return ()
+        if len(set(values)) < len(values):
+            self._problem(node, "`seeds` names a seed twice; every image needs its own")
+        return tuple(values)
+
+    def _unique(self, prompts: list[tuple[dict[str, yaml.Node], Prompt]]) -> None:
+        for name in ("id", "prompt"):
+            first: dict[str, int] = {}
+            for entries, prompt in prompts:
+                value = prompt.prompt_id if name == "id" else prompt.prompt
+                line = entries[name].start_mark.line + 1
+                if value in first:
+                    self._problem(
+                        entries[name],
+                        f"the {name} {value!r} is that of line {first[value]} too; "
+                        "every prompt needs its own",
+                    )
+                first.setdefault(value, line)
+
+
+def _value(node: yaml.Node) -> Any:
+    """What a node holds; the node itself where YAML cannot tell (an impossible date, say)."""
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError, TypeError):
+        return getattr(node, "value", node)
+    finally:
+        loader.dispose()

@@ -1,0 +1,346 @@
+"""The store: bytes under their hash, results under their key, tables under their content.
+
+What belongs here: content-addressed blobs, the index of computed results, small versioned tables,
+and the one mechanism for per-item work (`compute_missing`). What does not: what is computed (the
+modules that own an asset) and the score warehouse (`warehouse.py`).
+
+Layout below the root:
+
+    blobs/ab/<sha256><suffix>       bytes, never changed once written
+    index.sqlite                    results: (kind, key) -> JSON row
+    tables/<name>/<version>.parquet and tables/<name>/current.json
+
+Every write is atomic: a temporary name in the same folder, fsync, rename. Several processes may use
+one store at the same time.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import io
+import json
+import math
+import os
+import sqlite3
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel
+
+# How long a process waits for another one's transaction on the index, in seconds.
+BUSY_SECONDS = 60.0
+# Work in progress is saved at least this often, however slow one item is, in seconds.
+SAVE_SECONDS = 10.0
+# SQLite's oldest supported limit of variables in one statement is 999.
+KEYS_A_QUERY = 900
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS results (
+    kind TEXT NOT NULL,
+    key TEXT NOT NULL,
+    value TEXT NOT NULL,
+    PRIMARY KEY (kind, key)
+) WITHOUT ROWID
+"""
+
+
+class StoreError(Exception):
+    """The store cannot be used. The message names the path and says what to do."""
+
+
+class TableMissing(StoreError):
+    """A table has not been written yet. The message names the asset to materialize."""
+
+
+class Store:
+    """Content-addressed files, computed results and small tables below one folder.
+
+    An instance holds no open file or connection, so it may be used from several threads, survives
+    a fork, and can be pickled. Raises StoreError when the folder cannot be created.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"{self.root}: the store folder cannot be created ({error.strerror}); "
+                "choose another one with POSTERPIPE_STORE"
+            ) from error
+
+    # -- blobs ------------------------------------------------------------------------------------
+
+    def put(self, data: bytes, suffix: str = "") -> str:
+        """Keep bytes; the sha256 (hex) under which they lie. Nothing is written when present."""
+        blob = hashlib.sha256(data).hexdigest()
+        target = self.path(blob, suffix)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(target, data)
+        return blob
+
+    def path(self, blob: str, suffix: str = "") -> Path:
+        """Where the bytes of that sha256 lie, present or not."""
+        return self.root / "blobs" / blob[:2] / f"{blob}{suffix}"
+
+    def has(self, blob: str, suffix: str = "") -> bool:
+        """Whether the bytes of that sha256 are kept."""
+        return self.path(blob, suffix).exists()
+
+    # -- results ----------------------------------------------------------------------------------
+
+    def results(self, kind: str, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The rows kept for `keys`, in the order of `keys`; keys without a row are left out."""
+        wanted = list(dict.fromkeys(keys))
+        found: dict[str, dict[str, Any]] = {}
+        with self._index() as index:
+            for start in range(0, len(wanted), KEYS_A_QUERY):
+                part = wanted[start : start + KEYS_A_QUERY]
+                marks = ",".join("?" * len(part))
+                query = f"SELECT key, value FROM results WHERE kind = ? AND key IN ({marks})"
+                for key, value in index.execute(query, [kind, *part]):
+                    found[key] = json.loads(value)
+        return {key: found[key] for key in wanted if key in found}
+
+    def add_results(self, kind: str, rows: Mapping[str, dict[str, Any]]) -> None:
+        """Keep rows in one transaction; a key that has a row already keeps the row it has."""
+        if not rows:
+            return
+        values = [(kind, key, _canonical(row)) for key, row in rows.items()]
+        with self._index() as index, index:
+            index.executemany("INSERT OR IGNORE INTO results VALUES (?, ?, ?)", values)
+
+    def forget_results(self, kind: str, keys: Iterable[str]) -> None:
+        """Remove rows, so that their keys are computed again."""
+        values = [(kind, key) for key in keys]
+        if values:
+            with self._index() as index, index:
+                index.executemany("DELETE FROM results WHERE kind = ? AND key = ?", values)
+
+    # -- tables -----------------------------------------------------------------------------------
+
+    def write_table(self, name: str, frame: pd.DataFrame) -> str:
+        """Keep a table and make it the current one; its version (see `table_version`).
+
+        The index of the frame is not kept. Columns hold text, numbers, booleans, times or nothing.
+        """
+        version = table_version(frame)
+        folder = self.folder("tables", name)
+        file = folder / f"{version}.parquet"
+        if not file.exists():
+            buffer = io.BytesIO()
+            frame.reset_index(drop=True).to_parquet(buffer, index=False)
+            write_atomic(file, buffer.getvalue())
+        current = {"version": version, "rows": len(frame), "columns": list(map(str, frame.columns))}
+        # Last, since it is what makes the new table visible.
+        write_atomic(folder / "current.json", (json.dumps(current, indent=1) + "\n").encode())
+        return version
+
+    def read_table(self, name: str, version: str | None = None) -> pd.DataFrame:
+        """The current table, or that version of it. Raises TableMissing."""
+        version = version or self.table_version(name)
+        file = self.root / "tables" / name / f"{version}.parquet"
+        if version is None or not file.exists():
+            which = f"version {version} of the table {name}" if version else f"the table {name}"
+            raise TableMissing(
+                f"{self.root / 'tables' / name}: {which} is not there; "
+                f"materialize the asset `{name}` first"
+            )
+        return pd.read_parquet(file)
+
+    def table_version(self, name: str) -> str | None:
+        """The version of the current table, or None before the first one is written."""
+        try:
+            current = json.loads((self.root / "tables" / name / "current.json").read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        return str(current["version"])
+
+    def folder(self, *parts: str) -> Path:
+        """A folder below the root, created."""
+        path = self.root.joinpath(*parts)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    # -- the index --------------------------------------------------------------------------------
+
+    @contextmanager
+    def _index(self) -> Iterator[sqlite3.Connection]:
+        path = self.root / "index.sqlite"
+        try:
+            connection = sqlite3.connect(path, timeout=BUSY_SECONDS)
+        except sqlite3.OperationalError as error:
+            raise StoreError(
+                f"{path}: cannot be opened ({error}); make the folder writable or choose another "
+                "one with POSTERPIPE_STORE"
+            ) from error
+        with closing(connection):
+            _prepare_index(connection, path)
+            yield connection
+
+
+def _prepare_index(connection: sqlite3.Connection, path: Path) -> None:
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            # A killed process loses nothing under NORMAL; a power cut may lose the last results,
+            # which are then computed again.
+            connection.execute("PRAGMA synchronous = NORMAL")
+            if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+                connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(_SCHEMA)
+            connection.commit()
+            return
+        except sqlite3.OperationalError as error:
+            # Changing the journal mode does not wait for other processes as transactions do.
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise StoreError(
+                    f"{path}: cannot be used ({error}); make it writable, or end the process that "
+                    "holds it"
+                ) from error
+            time.sleep(0.02)
+        except sqlite3.DatabaseError as error:
+            raise StoreError(
+                f"{path}: is not a database ({error}); move it away, and the results that it held "
+                "are computed again"
+            ) from error
+
+
+def compute_missing(
+    store: Store,
+    kind: str,
+    keys: Sequence[str],
+    compute: Callable[[list[str]], Iterator[tuple[str, dict[str, Any]]]],
+    *,
+    save_every: int = 16,
+    usable: Callable[[dict[str, Any]], bool] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Rows for `keys`: those the store has, and the missing ones computed now.
+
+    `compute` gets the missing keys, in order, and yields (key, row) as rows come; it is not called
+    when nothing is missing. Rows are saved every `save_every` items and every few seconds, also
+    when `compute` fails or is stopped, so that what is done is never done again. `usable` tells
+    whether a kept row still holds (its blob exists, say); those that do not are computed again.
+    The rows come in the order of `keys`; a key that `compute` did not yield is left out.
+    """
+    wanted = list(dict.fromkeys(keys))
+    present = store.results(kind, wanted)
+    if usable is not None:
+        unusable = [key for key, row in present.items() if not usable(row)]
+        store.forget_results(kind, unusable)
+        for key in unusable:
+            del present[key]
+    missing = [key for key in wanted if key not in present]
+    if not missing:
+        return present
+
+    pending: dict[str, dict[str, Any]] = {}
+    saved_at = time.monotonic()
+    try:
+        for key, row in compute(missing):
+            pending[key] = row
+            if len(pending) >= save_every or time.monotonic() - saved_at >= SAVE_SECONDS:
+                store.add_results(kind, pending)
+                pending = {}
+                saved_at = time.monotonic()
+    finally:
+        store.add_results(kind, pending)
+    # Read back: where another process was first, its row counts, for every reader alike.
+    return store.results(kind, wanted)
+
+
+def content_key(*parts: object) -> str:
+    """sha256 (hex) of the canonical JSON of the parts: equal parts, equal key, on every machine.
+
+    Parts are JSON values, settings (pydantic models), paths (as posix text), times, or numpy
+    scalars, nested in lists, tuples and dictionaries. Raises TypeError for anything else.
+    """
+    return hashlib.sha256(_canonical(list(parts)).encode()).hexdigest()
+
+
+def table_version(frame: pd.DataFrame) -> str:
+    """sha256 (hex) of a table's column names and values, in their order.
+
+    It does not depend on the versions of pandas and parquet, nor on how a missing value is
+    spelled: None, NaN, NaT and NA are alike, and 1.0 is 1, since one missing value turns a whole
+    column of integers into floats.
+    """
+    digest = hashlib.sha256(_canonical([str(name) for name in frame.columns]).encode())
+    for row in frame.itertuples(index=False, name=None):
+        digest.update(b"\n")
+        digest.update(_canonical([_cell(value) for value in row]).encode())
+    return digest.hexdigest()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [_cell(item) for item in value.tolist()]
+    if isinstance(value, list | tuple):
+        return [_cell(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _cell(item) for key, item in value.items()}
+    if value is None or value is pd.NA or value is pd.NaT:
+        return None
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        if value.is_integer():
+            return int(value)
+    return value
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain
+    )
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Path):
+        return value.as_posix()
+    if isinstance(value, dt.datetime | dt.date):
+        return value.isoformat()
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a {type(value).__name__} has no canonical form; give text or numbers")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that others see all of it or nothing, even after a power cut."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside a folder survive a power cut, where the system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # folders cannot be opened on Windows
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # some network file systems refuse; the rename itself is still atomic
+    finally:
+        os.close(handle)
