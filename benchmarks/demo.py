@@ -1,4 +1,4 @@
-"""`demo`: wall time of the whole chain from an empty store, by stage, and of a run with nothing new.
+"""`demo`: wall time of the whole chain from an empty store, by stage, and of a second run.
 
 There is no peer: nobody else's pipeline does this work. The bound is the issue's: 8 minutes.
 """

@@ -84,6 +84,18 @@ class TrainingSettings(Group):
     )
     lr_warmup_steps: int = Field(80, ge=0, description="optimizer steps")
     train_text_encoder: bool = True
+    text_encoder_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="peak rate of the text encoder; none: the U-Net's. A lower one keeps what the "
+        "encoder knows",
+    )
+    snr_gamma: float | None = Field(
+        None,
+        gt=0,
+        description="min-SNR-gamma loss weights, arXiv:2303.09556, whose authors use 5; none: all "
+        "timesteps weigh the same",
+    )
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         "adamw_8bit", description="8-bit Adam is bitsandbytes' AdamW8bit"
     )
@@ -96,6 +108,7 @@ class TrainingSettings(Group):
     gradient_checkpointing: bool = False
     log_every_steps: Positive = Field(10, description="optimizer steps between two reports")
     save_every_steps: Positive = Field(100, description="optimizer steps between two saves")
+    keep_saves: Positive = Field(2, description="saves of a run in progress kept on disk")
 
 
 class SamplerSettings(Group):
@@ -123,6 +136,12 @@ class ScorerSettings(Group):
     precision: Precision = "fp32"
 
 
+class CheckSettings(Group):
+    """What must hold before the next step is worth its cost."""
+
+    min_posters: Positive = Field(5, description="usable posters; with fewer nothing is trained")
+
+
 class Settings(BaseSettings):
     """All settings of one deployment."""
 
@@ -145,6 +164,7 @@ class Settings(BaseSettings):
     training: TrainingSettings = TrainingSettings()
     sampler: SamplerSettings = SamplerSettings()
     scorer: ScorerSettings
+    checks: CheckSettings = CheckSettings()
 
     @classmethod
     def settings_customise_sources(

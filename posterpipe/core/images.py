@@ -22,7 +22,7 @@ from posterpipe.settings import ImageSettings
 PREPARE_VERSION = 1
 """Raise it when `prepare` gives other pixels: every training image is then made again."""
 
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF", "AVIF")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "AVIF")
 """What Pillow may open. Others are refused: some run foreign programs (EPS) or are seldom safe."""
 
 RESIZED_COLUMNS = ["poster_id", "image", "fit", "width", "height", "status", "reason"]
@@ -115,6 +115,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return _transformed(image, lab, srgb)
+    if image.mode == "La":
+        image = image.convert("LA")  # Pillow knows no direct way from here to RGBA
     if image.mode in ("P", "PA") or image.has_transparency_data:
         image = image.convert("RGBA")
     elif image.mode == "1":

@@ -100,7 +100,19 @@ class LogProgress:
             yield tick
             finished = True
         finally:
-            took = self._clock() - started
+            self._end(description, done, total, unit, self._clock() - started, finished, shown)
+
+    def _end(
+        self,
+        description: str,
+        done: int,
+        total: int,
+        unit: str,
+        took: float,
+        finished: bool,
+        shown: dict[str, Any],
+    ) -> None:
+        if total > 0 or done > 0:  # no work is no news
             verb = "" if finished else "stopped after "
             of = "" if done == total else f" of {total}"
             self._log(

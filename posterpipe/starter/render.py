@@ -69,7 +69,7 @@ class _Canvas:
 
     def polygon(self, points: np.ndarray, colour: Colour) -> None:
         # Pillow takes a float32 buffer as it is, which is far faster than a list of pairs.
-        self.draw.polygon(np.ascontiguousarray(points, dtype=np.float32), fill=colour)
+        self.draw.polygon(np.ascontiguousarray(points, dtype=np.float32), fill=colour)  # type: ignore[arg-type]
 
     def disc(self, x: float, y: float, radius: float, colour: Colour) -> None:
         self.polygon(_CIRCLE * np.float32(radius) + np.array((x, y), np.float32), colour)
@@ -92,7 +92,7 @@ class _Canvas:
         points = drawing.points @ matrix + np.array((x, y), np.float32)
         bounds = drawing.bounds
         for i, role in enumerate(drawing.roles):
-            self.draw.polygon(points[bounds[i] : bounds[i + 1]], fill=colours[role])
+            self.draw.polygon(points[bounds[i] : bounds[i + 1]], fill=colours[role])  # type: ignore[arg-type]
 
     def finish(self) -> Image.Image:
         return self.image if self.supersample == 1 else self.image.reduce(self.supersample)

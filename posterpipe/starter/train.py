@@ -104,7 +104,7 @@ def train_stage(stage: Stage, minutes: float, folder: Path) -> None:
         if now - logged > 15 or run.seconds >= budget:
             logged = now
             row = {"step": run.step, "seconds": round(run.seconds, 1), **smoothed}
-            with self_log(run.log) as log:
+            with open(run.log, "a", encoding="utf-8") as log:
                 log.write(json.dumps(row) + "\n")
             left = max(budget - run.seconds, 0)
             shown = "  ".join(f"{k} {v:.4f}" for k, v in smoothed.items())
@@ -115,10 +115,6 @@ def train_stage(stage: Stage, minutes: float, folder: Path) -> None:
     run.save(optimizer)
     stage.export()
     print(f"{stage.name}: done, {run.step} steps, exported", flush=True)
-
-
-def self_log(path: Path):
-    return open(path, "a", encoding="utf-8")
 
 
 def main() -> None:

@@ -1,0 +1,6 @@
+select
+    metric_id,
+    variant
+from {{ ref('leaderboard') }}
+group by metric_id, variant
+having count(*) > 1

@@ -1,0 +1,67 @@
+"""`python -m posterpipe.core.dreambooth --config run.toml`: one training run by hand.
+
+What belongs here: the command line and its progress in a terminal. What does not: training
+(`train`), runs inside Dagster (`posterpipe.defs.training_worker`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.dreambooth.reports import StepReport
+from posterpipe.core.progress import BarProgress
+
+
+def main() -> int:
+    """Runs one training; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m posterpipe.core.dreambooth",
+        description="Fine-tune Stable Diffusion on a training set; a stopped run goes on.",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="TOML file of a RunConfig")
+    arguments = parser.parse_args()
+    try:
+        config = RunConfig.from_toml(arguments.config)
+        print("loading the models ...", flush=True)
+        from posterpipe.core.dreambooth.train import train
+
+        with contextlib.ExitStack() as stack:
+            result = train(config, _Reporter(stack), log=lambda line: print(line, flush=True))
+    except TrainingError as error:
+        print(f"training: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"finished: {result.steps} steps, smoothed loss {result.final_loss:.4f}, checkpoint "
+        f"{result.checkpoint_id} in {result.output_dir}"
+    )
+    return 0
+
+
+class _Reporter:
+    """A bar in a terminal, one line a report elsewhere. The bar opens with the first report: only
+    then is the step known from which a resumed run goes on."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._tick: Callable[..., None] | None = None
+        self._step = 0
+
+    def __call__(self, report: StepReport) -> None:
+        if not sys.stdout.isatty():
+            print(report, flush=True)
+            return
+        if self._tick is None:
+            task = BarProgress().task("training", report.total, "steps")
+            self._tick = self._stack.enter_context(task)
+        self._tick(report.step - self._step, loss=report.smoothed_loss, rate=report.lr)
+        self._step = report.step
+
+
+if __name__ == "__main__":
+    sys.exit(main())

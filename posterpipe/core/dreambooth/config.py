@@ -1,0 +1,150 @@
+"""What one training run is told, and the id of the checkpoint it makes.
+
+What belongs here: `RunConfig` and its TOML form, the versions of its inputs, `checkpoint_id`. What
+does not: the knobs themselves (`posterpipe.settings.TrainingSettings`) and anything that needs
+torch: Dagster's code location imports this module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.settings import TrainingSettings
+
+TRAINER_VERSION = "1"
+"""Raised when the same config would give other weights, so that old checkpoints keep their id."""
+
+CSV_NAME = "training.csv"
+MODEL_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+"""The folders of a Stable Diffusion directory that decide what is trained."""
+
+# Settings that change what a run says and keeps, but no weight.
+_WITHOUT_EFFECT = {"log_every_steps", "save_every_steps", "keep_saves"}
+
+
+class Versions(BaseModel):
+    """The versions of a run's inputs. Two runs with equal versions read equal bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    training_set: str = Field(description="version of the training set, such as its CSV's hash")
+    base_model: str = Field(description="fingerprint of the base model's weights and configs")
+
+
+class RunConfig(BaseModel):
+    """Everything one training run is told. Frozen; relative paths start in the current directory.
+
+    `work_dir` belongs to this run alone: it holds the saves from which a killed run goes on, and
+    the cached latents. `output_dir` appears, complete, when the run has finished.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base_model: Path = Field(description="diffusers directory of a Stable Diffusion 1.x or 2.x")
+    training_set: Path = Field(description="folder with training.csv and its images")
+    output_dir: Path = Field(description="where the finished diffusers directory appears")
+    work_dir: Path = Field(description="saves and cached latents of this run")
+    width: int = Field(ge=8, multiple_of=8, description="pixels of the training images")
+    height: int = Field(ge=8, multiple_of=8, description="pixels of the training images")
+    training: TrainingSettings = TrainingSettings()
+    versions: Versions | None = Field(
+        None, description="versions of the inputs; measured from the files when not given"
+    )
+
+    def to_toml(self, path: Path) -> Path:
+        """Writes the config, atomically, and returns `path`; `from_toml` reads it back equal."""
+        lines = _toml_lines(self.model_dump(mode="json", exclude_none=True))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        return path
+
+    @classmethod
+    def from_toml(cls, path: Path) -> RunConfig:
+        """Reads a config. Raises TrainingError with the file and every wrong key named."""
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            return cls(**values)
+        except OSError as error:
+            raise TrainingError(
+                f"{path}: the run config cannot be read ({error.strerror}); give --config the "
+                "path of a TOML file"
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise TrainingError(f"{path}: not valid TOML: {error}; mend that line") from error
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
+                for item in error.errors()
+            )
+            raise TrainingError(f"{path}: {problems}; correct it there") from error
+
+
+def checkpoint_id(config: RunConfig, versions: Versions) -> str:
+    """The id of the checkpoint that this run makes: 16 hex digits.
+
+    A hash of everything that decides a weight: the training set, the base model, the image size,
+    the training settings and the trainer's version. Paths, and settings that only change what is
+    logged or kept, are not in it.
+    """
+    settings = config.training.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    parts = {
+        "training_set": versions.training_set,
+        "base_model": versions.base_model,
+        "size": [config.width, config.height],
+        "training": settings,
+        "trainer": TRAINER_VERSION,
+    }
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def measure_versions(config: RunConfig) -> Versions:
+    """The versions of the inputs from their bytes, for runs that were not told them."""
+    return Versions(
+        training_set=hash_files(config.training_set, "*"),
+        base_model=hash_files(config.base_model, *(f"{part}/*" for part in MODEL_PARTS)),
+    )
+
+
+def hash_files(folder: Path, *patterns: str) -> str:
+    """sha256 over the names and bytes of the files in `folder` that match; "" for none."""
+    digest = hashlib.sha256()
+    for path in sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()}):
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _toml_lines(values: Mapping[str, Any], table: str = "") -> list[str]:
+    """Scalars first, then one `[table]` a mapping: all the TOML that a RunConfig needs."""
+    lines = [f"[{table}]"] if table else []
+    lines += [
+        f"{key} = {_toml_scalar(value)}"
+        for key, value in values.items()
+        if not isinstance(value, Mapping)
+    ]
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            lines += ["", *_toml_lines(value, f"{table}.{key}" if table else key)]
+    return lines
+
+
+def _toml_scalar(value: str | int | float | bool) -> str:
+    # JSON's scalars are TOML's, but for DEL, which TOML wants escaped.
+    return re.sub("\x7f", r"\\u007f", json.dumps(value, ensure_ascii=False))

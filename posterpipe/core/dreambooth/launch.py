@@ -1,0 +1,36 @@
+"""The command line that trains in a process of its own.
+
+What belongs here: how `accelerate launch` is called. What does not: who calls it (the Dagster
+layer), what then runs (`__main__`, `train`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def launch_command(
+    config: Path,
+    *,
+    module: str = "posterpipe.core.dreambooth",
+    processes: int = 1,
+    cpu: bool = False,
+) -> list[str]:
+    """`accelerate launch -m module --config config`, with this Python.
+
+    processes: one a GPU; with `cpu`, gloo processes on CPU. Every choice is given, so that a
+    config file of accelerate in the user's home changes nothing.
+    """
+    # Without a number, accelerate sets OMP_NUM_THREADS to 1 and leaves the other cores idle.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (cores or 1) // processes))
+    where = ["--cpu"] if cpu else ["--multi_gpu"] if processes > 1 else []
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch", *where),
+        *("--num_processes", str(processes), "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--num_cpu_threads_per_process", threads),
+        *("-m", module, "--config", str(config)),
+    ]

@@ -1,0 +1,180 @@
+"""Crash-safe saves of a run that is still training.
+
+What belongs here: writing a save so that it is there whole or not at all, finding the newest good
+one, and turning optimizer states into tensors and JSON and back. What does not: what is in a save
+(`train`), the finished model (`checkpoint`).
+
+A save is a folder `step-00000100` with safetensors, `state.json` and, written last,
+`manifest.json` with the size and sha256 of every file. It is written under a temporary name and
+renamed; older ones are removed only then. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Save:
+    """A complete save. `state`: JSON values; tensors are read on demand."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors that were saved under `name`, on the CPU."""
+        return load_file(self.folder / f"{name}.safetensors")
+
+
+def write_save(
+    folder: Path,
+    *,
+    step: int,
+    run: str,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Adds the save of `step` to `folder` and then removes all but the newest `keep`.
+
+    run: the id of the run, without which a save is refused. tensors: a name -> its tensors. state:
+    anything JSON holds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.glob(".*.tmp"):
+        shutil.rmtree(abandoned)
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
+    temporary.mkdir()
+    for name, values in tensors.items():
+        # Clones: safetensors refuses tensors that share memory, as 8-bit Adam's maps do.
+        owned = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in values.items()}
+        save_file(owned, temporary / f"{name}.safetensors")
+    (temporary / _STATE).write_text(json.dumps(dict(state)), encoding="utf-8")
+    files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+    manifest = {"run": run, "step": step, "files": files}
+    (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    sync_tree(temporary)
+    if final.exists():  # a damaged save that this run was refused and has now made again
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    sync_path(folder)
+    # Later ones than this were refused when the run began.
+    others = [path for path in _folders(folder) if path != final]
+    older = [path for path in others if path.name < final.name]
+    for path in set(others) - set(older[: keep - 1]):
+        shutil.rmtree(path)
+    return final
+
+
+def remove_saves(folder: Path) -> None:
+    """Removes all saves: the run has finished."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def newest_save(folder: Path, *, run: str, log: Callable[[str], None]) -> Save | None:
+    """The newest save of `run` that is whole. Others are passed over, and `log` is told why."""
+    for path in _folders(folder):
+        try:
+            return _read(path, run)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log(f"{path} is not used: {error}; looking for the save before it")
+    return None
+
+
+def _read(path: Path, run: str) -> Save:
+    if not (path / _MANIFEST).exists():
+        raise ValueError(f"it has no {_MANIFEST}")
+    manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+    if manifest["run"] != run:
+        raise ValueError(f"it belongs to the run {manifest['run']}, and this one is {run}")
+    for name, wanted in manifest["files"].items():
+        if not (path / name).exists():
+            raise ValueError(f"{name} is missing")
+        if _fingerprint(path / name) != wanted:
+            raise ValueError(f"{name} is not as it was written")
+    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    return Save(path, int(manifest["step"]), state)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-????????"), reverse=True)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def sync_tree(folder: Path) -> None:
+    """Puts every file and folder below `folder`, and itself, on the disk."""
+    for path in folder.rglob("*"):
+        sync_path(path)
+    sync_path(folder)
+
+
+def sync_path(path: Path) -> None:
+    """Puts one file, or the names in one folder, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:
+    """An optimizer's `state_dict` as JSON values and tensors; `unpack` is the inverse.
+
+    Mappings become lists of pairs, since their keys are numbers as well as names.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors[str(len(tensors))] = value
+            return {"tensor": str(len(tensors) - 1)}
+        if isinstance(value, Mapping):
+            return {"pairs": [[key, walk(item)] for key, item in value.items()]}
+        if isinstance(value, list | tuple):
+            return [walk(item) for item in value]
+        return value
+
+    return walk(tree), tensors
+
+
+def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The tree that `pack` was given; tuples come back as lists."""
+    if isinstance(packed, list):
+        return [unpack(item, tensors) for item in packed]
+    if not isinstance(packed, dict):
+        return packed
+    if "tensor" in packed:
+        return tensors[packed["tensor"]]
+    return {key: unpack(item, tensors) for key, item in packed["pairs"]}
+
+
+def restore_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Gives each state the memory layout of its parameter, as it had before it was saved: 8-bit
+    Adam works on the bytes in their order."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for name, value in optimizer.state[parameter].items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    laid = torch.empty_like(parameter, dtype=value.dtype)
+                    optimizer.state[parameter][name] = laid.copy_(value)

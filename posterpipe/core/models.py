@@ -1,0 +1,207 @@
+"""Where a model lies, and which one it is.
+
+What belongs here: finding a model's directory (local, or from the Hugging Face hub), its
+fingerprint, and on what device and in what precision models run. What does not: the models
+themselves (`captioner`, `sampler`, `metrics`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posterpipe.core.store import content_key
+from posterpipe.settings import ModelRef, Precision
+
+if TYPE_CHECKING:
+    import torch
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+HUB_SECONDS = 5.0
+"""How long the hub may take to answer before it counts as not reachable."""
+
+HUB_FILES = ["*.json", "*.txt", "*/*.safetensors", "model*.safetensors"]
+"""Configurations, tokenizers and safetensors; never pickles, and of Stable Diffusion repositories
+not the single-file copies at the top, which repeat the parts."""
+
+HUB_SKIPPED = ["*.fp16.*", "*.non_ema.*", "*non_ema*", "safety_checker/*", "*openvino*", "*onnx*"]
+
+NOT_THE_MODEL = (".md", ".png", ".jpg", ".csv", ".parquet", ".jsonl", ".log")
+"""Files beside a model that change nothing it does."""
+
+FINGERPRINT_LENGTH = 12
+
+
+class ModelMissing(Exception):
+    """A model cannot be had. The message is one sentence with the remedy."""
+
+
+def locate(ref: ModelRef, root: Path) -> Path:
+    """The directory that `from_pretrained` reads.
+
+    `ref.id` is a directory (absolute, or relative to `root`) or a hub id, which is taken from the
+    local cache, or else downloaded. Raises ModelMissing with the remedy.
+    """
+    folder = _directory(ref, root)
+    if folder is None:
+        return _from_hub(ref)
+    if not folder.is_dir():
+        raise ModelMissing(
+            f"The model directory {folder} is not there: restore it (`git checkout -- {ref.id}` "
+            "for a model of this project), or name another directory or hub id in the profile"
+        )
+    if not _complete(folder):
+        raise ModelMissing(
+            f"The model directory {folder} is not complete (a configuration and *.safetensors are "
+            "needed): copy it again, or name another directory or hub id in the profile"
+        )
+    return folder
+
+
+def fingerprint(ref: ModelRef, root: Path) -> str:
+    """12 hex digits that change when the model's weights, configuration or tokenizer change.
+
+    A directory is known by the content of its files, a hub model by id and revision, without
+    network. Raises ModelMissing when a directory is not there.
+    """
+    if _directory(ref, root) is None:
+        return content_key("hub", ref.id, ref.revision)[:FINGERPRINT_LENGTH]
+    return directory_fingerprint(locate(ref, root))
+
+
+def directory_fingerprint(folder: Path) -> str:
+    """12 hex digits of the content of a model directory, pictures and notes left out."""
+    files = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if hidden or path.suffix in NOT_THE_MODEL or not path.is_file():
+            continue
+        stats = path.stat()
+        digest = _file_digest(str(path), stats.st_size, stats.st_mtime_ns, stats.st_ino)
+        files.append((relative.as_posix(), digest))
+    return content_key("directory", files)[:FINGERPRINT_LENGTH]
+
+
+@lru_cache(maxsize=1024)
+def _file_digest(path: str, size: int, mtime_ns: int, inode: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _directory(ref: ModelRef, root: Path) -> Path | None:
+    """The directory that a reference means, there or not; None for a hub id."""
+    path = root / Path(ref.id).expanduser()
+    if path.is_dir() or not HUB_ID.fullmatch(ref.id):
+        return path
+    # `models/foo` beside an existing folder `models` is a directory that is missing.
+    return path if path.parent.is_dir() and path.parent != root else None
+
+
+def _complete(folder: Path) -> bool:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    weights = ("unet", "vae", "text_encoder")
+    return all(any((folder / part).glob("*.safetensors")) for part in weights if parts.get(part))
+
+
+def _from_hub(ref: ModelRef) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    quiet_hub()
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            ref.id, revision=ref.revision, local_files_only=True
+        )
+        if _complete(Path(snapshot)):
+            return Path(snapshot)
+    except (errors.LocalEntryNotFoundError, ValueError, OSError):
+        pass  # not in the cache
+    which = ref.id + (f" (revision {ref.revision})" if ref.revision else "")
+    remedy = (
+        f"connect, or run `hf download {ref.id}` on a machine that is connected and copy its "
+        "cache, or choose POSTERPIPE_PROFILE=starter"
+    )
+    if not _hub_answers():
+        raise ModelMissing(
+            f"The profile needs the model {which} from the Hugging Face hub, and the hub cannot "
+            f"be reached: {remedy}"
+        )
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            ref.id,
+            revision=ref.revision,
+            etag_timeout=HUB_SECONDS,
+            allow_patterns=HUB_FILES,
+            ignore_patterns=HUB_SKIPPED,
+        )
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise ModelMissing(
+            f"The Hugging Face hub has no model {which} that this account may read: correct its "
+            "id or revision in the profile, or log in with `hf auth login`"
+        ) from error
+    except Exception as error:  # the network fails in many ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ModelMissing(
+            f"The profile needs the model {which} from the Hugging Face hub, and the download "
+            f"failed ({reason}): {remedy}"
+        ) from error
+    if not _complete(Path(snapshot)):
+        raise ModelMissing(
+            f"The model {which} on the Hugging Face hub has no safetensors weights: name a "
+            "revision that has them in the profile, since pickled weights are never loaded"
+        )
+    return Path(snapshot)
+
+
+def _hub_answers() -> bool:
+    """Whether the hub answers at all, asked once: the download itself tries again for minutes."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    import httpx
+
+    try:
+        httpx.head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except httpx.HTTPError:
+        return False
+    return True
+
+
+def quiet_hub() -> None:
+    """Keep the hub's and transformers' routine messages out of the log."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for name in ("huggingface_hub", "httpx", "transformers", "diffusers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def best_device() -> torch.device:
+    """The accelerator of this machine, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def torch_dtype(precision: Precision) -> torch.dtype:
+    """The torch type of a precision setting."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

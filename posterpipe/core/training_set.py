@@ -1,0 +1,121 @@
+"""The training set: `training.csv` beside its images.
+
+What belongs here: which posters are trained on, with which words, and the folder that trainers
+read. What does not: captions (`captioner`) and training (`dreambooth`).
+
+The folder, complete as soon as it is there:
+
+    training_sets/<version>/training.csv          file_name,caption
+    training_sets/<version>/train/<image>.png
+    training_sets/<version>/train/metadata.csv    the same rows for `imagefolder`
+
+`datasets.load_dataset("imagefolder", data_dir=<the folder>)` reads it. The images lie in `train/`
+because that library takes a file named `training.csv` for the whole training split unless a
+folder of that name is there.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import pandas as pd
+
+from posterpipe.core.store import Store, fsync_folder, write_atomic
+
+COLUMNS = ["file_name", "caption", "poster_id", "image"]
+CSV_NAME = "training.csv"
+IMAGES = "train"
+NAME_LENGTH = 16
+"""Hex digits of an image's sha256 in its file name: unique among billions."""
+
+
+class TrainingSetEmpty(Exception):
+    """No poster can be trained on. The message names the tables to look at."""
+
+
+def build_training_set(
+    store: Store, resized: pd.DataFrame, captions: pd.DataFrame
+) -> tuple[pd.DataFrame, Path, str]:
+    """The table, the folder and the version (sha256 of `training.csv`) of a training set.
+
+    Of posters with both an image and a caption (tables of `resize_posters` and `caption_posters`,
+    status `ok`), in the order of their poster_id. Columns of the table: file_name (relative to the
+    folder), caption, poster_id, image (blob). File names hold the hash of the pixels' PNG, so that
+    the version changes with any image or caption; posters that come to the same image are trained
+    on once. Raises TrainingSetEmpty.
+    """
+    frame = _join(resized, captions)
+    if frame.empty:
+        raise TrainingSetEmpty(
+            "No poster has both an image and a caption: look at the column `reason` of "
+            "raw_posters, resized_posters and poster_captions, and put usable posters in"
+        )
+    text = csv_text(frame)
+    version = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    folder = store.folder("training_sets") / version
+    if not _is_complete(folder, frame):
+        _write(store, frame, text, folder)
+    return frame, folder, version
+
+
+def csv_text(frame: pd.DataFrame) -> str:
+    """`file_name,caption` as CSV, one line a poster, always with `\\n`."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["file_name", "caption"])
+    writer.writerows(zip(frame["file_name"], frame["caption"], strict=True))
+    return buffer.getvalue()
+
+
+def _join(resized: pd.DataFrame, captions: pd.DataFrame) -> pd.DataFrame:
+    images = resized.loc[resized["status"] == "ok", ["poster_id", "image"]]
+    words = captions.loc[captions["status"] == "ok", ["poster_id", "caption"]].copy()
+    # A line break inside a cell is legal CSV, and what many readers of it get wrong.
+    words["caption"] = [" ".join(str(caption).split()) for caption in words["caption"]]
+    frame = images.merge(words[words["caption"] != ""], on="poster_id", validate="one_to_one")
+    frame = frame.sort_values("poster_id").drop_duplicates("image").reset_index(drop=True)
+    frame["file_name"] = [f"{IMAGES}/{image[:NAME_LENGTH]}.png" for image in frame["image"]]
+    return frame[COLUMNS]
+
+
+def _is_complete(folder: Path, frame: pd.DataFrame) -> bool:
+    names = [*frame["file_name"], CSV_NAME, f"{IMAGES}/metadata.csv"]
+    return all((folder / name).is_file() for name in names)
+
+
+def _write(store: Store, frame: pd.DataFrame, text: str, folder: Path) -> None:
+    temporary = folder.with_name(f".{folder.name[:12]}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        (temporary / IMAGES).mkdir(parents=True)
+        for file_name, image in zip(frame["file_name"], frame["image"], strict=True):
+            _link(store.path(image, ".png"), temporary / file_name)
+        inner = frame.assign(file_name=frame["file_name"].str.removeprefix(f"{IMAGES}/"))
+        write_atomic(temporary / IMAGES / "metadata.csv", csv_text(inner).encode("utf-8"))
+        write_atomic(temporary / CSV_NAME, text.encode("utf-8"))
+        if folder.exists():
+            # Someone took files out of it; the whole folder is made again.
+            shutil.rmtree(folder)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            # Another process was first, with the same content.
+            if not _is_complete(folder, frame):
+                raise
+        fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{source} is gone; materialize resized_posters again") from None
+    except OSError:
+        shutil.copyfile(source, target)  # a file system without hard links

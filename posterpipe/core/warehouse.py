@@ -1,0 +1,506 @@
+"""The score warehouse: one DuckDB file that the pipeline writes, and a copy that analysts read.
+
+What belongs here: the schema, opening and closing the file, adding rows, publishing the copy. What
+does not: computing scores (`metrics`), and reports over them (the dbt project).
+
+Tables (times are UTC; `run_id` names the Dagster run that wrote the row):
+
+    fct_image           one row a generated image, key generation_key
+    fct_score           one row a number, key (generation_key, metric_id), value NULL unless ok
+    dim_prompt          prompts, key prompt_key: a reworded prompt is a new row of the same id
+    dim_checkpoint      models that images were drawn with
+    dim_metric          what a metric_id means
+    fct_promotion       decisions about which checkpoint is served
+    current_generation  the images that the latest tables of generations name
+    clip_scores         the view that most analysts read
+
+Rows are only ever added, and adding one twice changes nothing. The one exception is a row with
+status failed, which a later success replaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import os
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import duckdb
+import pandas as pd
+
+from posterpipe.core.store import content_key, fsync_folder
+
+SCHEMA_VERSION = 1
+
+BUSY_SECONDS = 120.0
+"""How long to wait for another process that has the file open."""
+
+STORAGE_VERSION = "v1.5.0"
+"""File format of the published copy: clients of DuckDB 1.5 and later read it."""
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS fct_image (
+    generation_key  VARCHAR PRIMARY KEY,
+    pixel_key       VARCHAR NOT NULL,
+    variant         VARCHAR NOT NULL,
+    prompt_key      VARCHAR NOT NULL,
+    prompt_id       VARCHAR NOT NULL,
+    negative_prompt VARCHAR NOT NULL,
+    seed            BIGINT NOT NULL,
+    checkpoint_id   VARCHAR NOT NULL,
+    image           VARCHAR NOT NULL,
+    image_path      VARCHAR NOT NULL,
+    status          VARCHAR NOT NULL CHECK (status IN ('ok', 'blocked', 'failed')),
+    reason          VARCHAR NOT NULL,
+    width           INTEGER,
+    height          INTEGER,
+    settings        VARCHAR,
+    run_id          VARCHAR,
+    recorded_at     TIMESTAMP NOT NULL
+);
+CREATE TABLE IF NOT EXISTS fct_score (
+    generation_key  VARCHAR NOT NULL,
+    metric_id       VARCHAR NOT NULL,
+    value           DOUBLE,
+    status          VARCHAR NOT NULL CHECK (status IN ('ok', 'blocked', 'failed')),
+    reason          VARCHAR NOT NULL,
+    scored_at       TIMESTAMP NOT NULL,
+    run_id          VARCHAR,
+    PRIMARY KEY (generation_key, metric_id),
+    CHECK ((status = 'ok') = (value IS NOT NULL))
+);
+CREATE TABLE IF NOT EXISTS dim_prompt (
+    prompt_key      VARCHAR PRIMARY KEY,
+    prompt_id       VARCHAR NOT NULL,
+    prompt          VARCHAR NOT NULL,
+    score_text      VARCHAR NOT NULL,
+    title           VARCHAR NOT NULL,
+    first_seen_at   TIMESTAMP NOT NULL
+);
+CREATE TABLE IF NOT EXISTS dim_checkpoint (
+    checkpoint_id        VARCHAR PRIMARY KEY,
+    kind                 VARCHAR NOT NULL CHECK (kind IN ('base', 'tuned')),
+    base_model           VARCHAR,
+    training_set_version VARCHAR,
+    settings             VARCHAR,
+    trained_at           TIMESTAMP,
+    first_seen_at        TIMESTAMP NOT NULL,
+    run_id               VARCHAR
+);
+CREATE TABLE IF NOT EXISTS dim_metric (
+    metric_id       VARCHAR PRIMARY KEY,
+    name            VARCHAR NOT NULL,
+    encoder         VARCHAR,
+    revision        VARCHAR,
+    preprocessing   VARCHAR,
+    version         INTEGER,
+    description     VARCHAR,
+    first_seen_at   TIMESTAMP NOT NULL
+);
+CREATE TABLE IF NOT EXISTS fct_promotion (
+    decision_id     VARCHAR PRIMARY KEY,
+    decided_at      TIMESTAMP NOT NULL,
+    checkpoint_id   VARCHAR NOT NULL,
+    champion_before VARCHAR,
+    decision        VARCHAR NOT NULL CHECK (decision IN ('promote', 'hold', 'reject')),
+    reason          VARCHAR NOT NULL,
+    numbers         VARCHAR,
+    decided_by      VARCHAR,
+    run_id          VARCHAR
+);
+CREATE TABLE IF NOT EXISTS current_generation (
+    generation_key  VARCHAR NOT NULL
+);
+"""
+
+# greatest() passes over NULL, so a blocked image would score 0 without the CASE.
+_VIEW = """
+CREATE OR REPLACE VIEW clip_scores AS
+WITH current_key AS (
+    SELECT DISTINCT generation_key FROM current_generation
+)
+SELECT
+    image.variant,
+    image.prompt_id,
+    prompt.prompt,
+    image.seed,
+    image.checkpoint_id,
+    score.metric_id,
+    score.value AS clip_cosine,
+    CASE WHEN score.value IS NOT NULL THEN 2.5 * greatest(score.value, 0) END AS clip_score,
+    image.image_path,
+    score.scored_at,
+    score.run_id,
+    score.generation_key,
+    current_key.generation_key IS NOT NULL AS is_current,
+    score.status
+FROM fct_score AS score
+JOIN fct_image AS image ON image.generation_key = score.generation_key
+JOIN dim_prompt AS prompt ON prompt.prompt_key = image.prompt_key
+LEFT JOIN current_key ON current_key.generation_key = score.generation_key
+WHERE score.metric_id LIKE 'clip\\_t.%' ESCAPE '\\'
+"""
+
+_REPLACES_FAILED = ("fct_image", "fct_score")
+
+T = TypeVar("T")
+
+
+class WarehouseError(Exception):
+    """The warehouse cannot be used. The message names the file and says what to do."""
+
+
+class WarehouseMissing(WarehouseError):
+    """Nothing has been written yet."""
+
+
+class WarehouseBusy(WarehouseError):
+    """Another process has the file open. The message says which, where DuckDB tells."""
+
+
+class PublishError(WarehouseError):
+    """The copy is not what it should be; the published file is left as it was."""
+
+
+class Warehouse:
+    """The private file. `path` is the DuckDB file; its folder is created by the first write.
+
+    DuckDB lets one process open a file for writing, and then no other, readers included: so it is
+    opened for as short as possible, and who finds it locked waits up to `busy_seconds`.
+    """
+
+    def __init__(self, path: Path, *, busy_seconds: float = BUSY_SECONDS) -> None:
+        self.path = Path(path)
+        self.busy_seconds = busy_seconds
+
+    @contextmanager
+    def write(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection inside one transaction: committed at the end, rolled back on an error.
+
+        Creates file and schema. Always closes. Raises WarehouseBusy and WarehouseError.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._connection(read_only=False) as connection:
+            connection.begin()
+            try:
+                self._prepare(connection)
+                yield connection
+            except BaseException:
+                # An error may have ended the transaction already.
+                with contextlib.suppress(duckdb.Error):
+                    connection.rollback()
+                raise
+            connection.commit()
+
+    @contextmanager
+    def read(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A read-only connection. Always closes. Raises WarehouseMissing and WarehouseBusy."""
+        if not self.path.exists():
+            raise WarehouseMissing(
+                f"{self.path}: no scores have been written yet; materialize the asset "
+                "`clip_scores` first"
+            )
+        with self._connection(read_only=True) as connection:
+            yield connection
+
+    def scores(
+        self, metric_id: str, generation_keys: Iterable[str], *, with_failed: bool = False
+    ) -> pd.DataFrame:
+        """generation_key, value, status, reason of those images that have a score of that metric.
+
+        Failed ones, which are to be tried again, only on request. Empty before the first write.
+        """
+        nothing = pd.DataFrame(columns=["generation_key", "value", "status", "reason"])
+        if not self.path.exists():
+            return nothing.astype({"value": "float64"})
+        with self.read() as connection:
+            if not _has_table(connection, "fct_score"):
+                return nothing.astype({"value": "float64"})
+            connection.register("wanted", _key_frame(generation_keys))
+            return connection.execute(
+                """
+                SELECT generation_key, value, status, reason
+                FROM fct_score
+                WHERE metric_id = ?
+                  AND generation_key IN (SELECT generation_key FROM wanted)
+                  AND (? OR status <> 'failed')
+                """,
+                [metric_id, with_failed],
+            ).df()
+
+    def _prepare(self, connection: duckdb.DuckDBPyConnection) -> None:
+        connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)")
+        found = connection.execute("SELECT max(version) FROM schema_version").fetchone()
+        version = found[0] if found else None
+        if version == SCHEMA_VERSION:
+            return
+        if version is not None and version > SCHEMA_VERSION:
+            raise WarehouseError(
+                f"{self.path}: written by a newer posterpipe (schema {version}, this one knows "
+                f"{SCHEMA_VERSION}); upgrade posterpipe or move the file away"
+            )
+        connection.execute(_TABLES)
+        connection.execute(_VIEW)
+        connection.execute("INSERT INTO schema_version VALUES (?)", [SCHEMA_VERSION])
+
+    @contextmanager
+    def _connection(self, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
+        try:
+            connection = retry_while_busy(
+                lambda: duckdb.connect(str(self.path), read_only=read_only),
+                self.path,
+                self.busy_seconds,
+            )
+        except duckdb.Error as error:
+            raise WarehouseError(
+                f"{self.path}: cannot be opened ({_first_line(error)}); make it readable and "
+                "writable, or, if it is damaged, move it away and materialize `clip_scores` again"
+            ) from error
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+
+def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pd.DataFrame) -> None:
+    """Add rows by column name; columns that are left out are NULL, keys that exist are left alone.
+
+    In fct_image and fct_score a row that has failed is replaced by one that has not.
+    """
+    if rows.empty:
+        return
+    conflict = "ON CONFLICT DO NOTHING"
+    if table in _REPLACES_FAILED:
+        keys = ["generation_key", "metric_id"] if table == "fct_score" else ["generation_key"]
+        values = [name for name in rows.columns if name not in keys]
+        changes = ", ".join(f"{name} = excluded.{name}" for name in values)
+        conflict = (
+            f"ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {changes} "
+            f"WHERE {table}.status = 'failed' AND excluded.status <> 'failed'"
+        )
+    connection.register("new_rows", rows)
+    try:
+        connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM new_rows {conflict}")
+    finally:
+        connection.unregister("new_rows")
+
+
+def prompt_key(prompt_id: str, prompt: str, score_text: str, title: str) -> str:
+    """Key of one wording of a prompt."""
+    return content_key("prompt", prompt_id, prompt, score_text, title)
+
+
+def record_generations(
+    connection: duckdb.DuckDBPyConnection,
+    generations: pd.DataFrame,
+    *,
+    run_id: str,
+    recorded_at: dt.datetime,
+) -> None:
+    """Adds a table of generations (`sampler.COLUMNS`) with its prompts and checkpoints."""
+    if generations.empty:
+        return
+    texts = generations[["prompt_id", "prompt", "score_text", "title"]]
+    keys = [prompt_key(*map(str, row)) for row in texts.itertuples(index=False)]
+    prompts = texts.assign(prompt_key=keys, first_seen_at=recorded_at).drop_duplicates("prompt_key")
+    tuned = generations["variant"].str.startswith("dreambooth")
+    checkpoints = pd.DataFrame(
+        {
+            "checkpoint_id": generations["checkpoint_id"],
+            "kind": tuned.map({True: "tuned", False: "base"}),
+            "first_seen_at": recorded_at,
+            "run_id": run_id,
+        }
+    ).drop_duplicates("checkpoint_id")
+    images = generations.drop(columns=["prompt", "score_text", "title"]).assign(
+        prompt_key=keys, run_id=run_id, recorded_at=recorded_at
+    )
+    insert(connection, "dim_prompt", prompts)
+    insert(connection, "dim_checkpoint", checkpoints)
+    insert(connection, "fct_image", images.drop_duplicates("generation_key"))
+
+
+def replace_current(connection: duckdb.DuckDBPyConnection, generation_keys: Iterable[str]) -> None:
+    """Makes these images the current ones, in the transaction of the connection."""
+    connection.register("new_current", _key_frame(generation_keys).drop_duplicates())
+    try:
+        connection.execute("DELETE FROM current_generation")
+        connection.execute("INSERT INTO current_generation SELECT generation_key FROM new_current")
+    finally:
+        connection.unregister("new_current")
+
+
+def retry_while_busy(open_it: Callable[[], T], path: Path, seconds: float) -> T:
+    """What `open_it` returns, tried again while another connection has the file. Raises
+    WarehouseBusy after `seconds`; other errors of DuckDB pass."""
+    deadline = time.monotonic() + seconds
+    pause = 0.02
+    while True:
+        try:
+            return open_it()
+        except duckdb.Error as error:
+            text = str(error)
+            if not _busy(text):
+                raise
+            if time.monotonic() + pause > deadline:
+                raise WarehouseBusy(_who_is_busy(path, text, seconds)) from error
+        # Jitter, so that two who wait do not keep in step.
+        time.sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(pause * 2, 1.0)
+
+
+def _busy(text: str) -> bool:
+    return (
+        "Could not set lock" in text
+        or "different configuration than existing connections" in text
+        or "being used by another process" in text
+        or "already attached" in text
+    )
+
+
+def _who_is_busy(path: Path, text: str, seconds: float) -> str:
+    found = re.search(r"held in (.+?) \(PID (\d+)\)(?: by user (\S+))?", text)
+    if found:
+        user = f" of {found[3].rstrip('.')}" if found[3] else ""
+        who = f"process {found[2]}{user} ({found[1]}) has it open; end that, or wait for it"
+    elif "lock" in text:
+        who = "another process has it open; end that, or wait for it"
+    else:
+        who = "this process has it open elsewhere; close that connection first"
+    return (
+        f"{path}: still locked after {seconds:g} s: {who}. "
+        "Analysts should query the published copy, which nobody locks"
+    )
+
+
+def publish(private: Path, public: Path, *, busy_seconds: float = BUSY_SECONDS) -> None:
+    """Replaces the analysts' file by a copy of the private one, at once and whole.
+
+    The copy is written beside `public`, checked against the original (tables, rows, and every view
+    answers), flushed to the disk, made read-only, and renamed. Who has the old file open keeps
+    reading it. On any error the old file stays. Raises WarehouseMissing, WarehouseBusy and
+    PublishError.
+    """
+    private, public = Path(private), Path(public)
+    if not private.exists():
+        raise WarehouseMissing(
+            f"{private}: no scores have been written yet; materialize the asset `clip_scores` first"
+        )
+    public.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(public)
+    # Views name their tables by the database's name where dbt wrote them: the copy is made and
+    # checked under the name that it will be opened with.
+    folder = public.parent / f".{public.name}.{uuid.uuid4().hex[:12]}.tmp"
+    folder.mkdir()
+    copy = folder / public.name
+    try:
+        rows = retry_while_busy(lambda: _copy(private, copy), private, busy_seconds)
+        _verify(copy, rows, private)
+        with open(copy, "rb+") as file:
+            os.fsync(file.fileno())
+        copy.chmod(0o444)
+        os.replace(copy, public)
+        fsync_folder(public.parent)
+    except (duckdb.Error, OSError) as error:
+        raise PublishError(
+            f"{public}: could not be published ({_first_line(error)}); the file of the last time "
+            "stays. Make room on the disk, make the folder writable, and publish again"
+        ) from error
+    finally:
+        _remove(folder)
+
+
+def _copy(private: Path, copy: Path) -> dict[str, int]:
+    """Writes the copy; rows by table of the original, as of the copied moment."""
+    copy.unlink(missing_ok=True)
+    with duckdb.connect() as connection:
+        connection.execute(f"ATTACH {_quoted(private)} AS original (READ_ONLY)")
+        connection.execute(
+            f"ATTACH {_quoted(copy)} AS copied (STORAGE_VERSION '{STORAGE_VERSION}')"
+        )
+        connection.execute("COPY FROM DATABASE original TO copied")
+        rows = _row_counts(connection, "original")
+        connection.execute("CHECKPOINT copied")
+        connection.execute("DETACH copied")
+    return rows
+
+
+def _verify(copy: Path, rows: dict[str, int], private: Path) -> None:
+    with duckdb.connect(str(copy), read_only=True) as connection:
+        found = _row_counts(
+            connection, str(connection.execute("SELECT current_database()").fetchall()[0][0])
+        )
+        if found != rows:
+            differing = sorted(set(found.items()) ^ set(rows.items()))
+            raise PublishError(
+                f"{private}: its copy has other rows ({differing}); publish again, and check the "
+                "disk if it happens twice"
+            )
+        views = connection.execute(
+            "SELECT schema_name, view_name FROM duckdb_views() "
+            "WHERE NOT internal AND database_name = current_database()"
+        ).fetchall()
+        for schema, view in views:
+            name = f'"{schema}"."{view}"'
+            try:
+                connection.execute(f"SELECT * FROM {name} LIMIT 1").fetchall()
+            except duckdb.Error as error:
+                raise PublishError(
+                    f"{private}: the view {name} does not answer in the published copy "
+                    f"({_first_line(error)}); name tables in it without the database, or "
+                    "make it a table"
+                ) from error
+
+
+def _row_counts(connection: duckdb.DuckDBPyConnection, database: str) -> dict[str, int]:
+    tables = connection.execute(
+        "SELECT schema_name, table_name FROM duckdb_tables() "
+        "WHERE NOT internal AND database_name = ?",
+        [database],
+    ).fetchall()
+    counts = {}
+    for schema, table in sorted(tables):
+        name = f'"{database}"."{schema}"."{table}"'
+        row = connection.execute(f"SELECT count(*) FROM {name}").fetchone()
+        counts[f"{schema}.{table}"] = int(row[0]) if row else 0
+    return counts
+
+
+def _key_frame(generation_keys: Iterable[str]) -> pd.DataFrame:
+    # The type by name: an empty column would have none.
+    return pd.DataFrame({"generation_key": pd.Series(list(generation_keys), dtype="object")})
+
+
+def _has_table(connection: duckdb.DuckDBPyConnection, name: str) -> bool:
+    query = "SELECT 1 FROM duckdb_tables() WHERE table_name = ?"
+    return connection.execute(query, [name]).fetchone() is not None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+def _sweep(public: Path) -> None:
+    """Removes what a publication that was killed has left: those older than a day."""
+    for left in public.parent.glob(f".{public.name}.*.tmp"):
+        if time.time() - left.stat().st_mtime > 86_400:
+            _remove(left)
+
+
+def _remove(folder: Path) -> None:
+    for file in folder.glob("*"):
+        with contextlib.suppress(OSError):
+            file.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()

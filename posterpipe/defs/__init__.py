@@ -1,0 +1,8 @@
+"""The Dagster layer: one module a stage, each asset a thin call into `core`.
+
+What belongs here: assets, checks, jobs, resources, and what people see of them in the UI. What does
+not: algorithms (`posterpipe.core`) and their composition (`posterpipe.definitions`).
+
+Modules of `core` are imported inside the steps. Loading the code location then costs hardly more
+than loading Dagster: pandas alone would add a third of a second, diffusers six.
+"""

@@ -1,0 +1,192 @@
+"""Posters drawn for the prompt suite, before and after the fine-tuning.
+
+What belongs here: the assets from the suite to the images. What does not: drawing
+(`core.sampler`), the suite's rules (`core.prompts`) and judging images (`scoring`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import dagster as dg
+
+from posterpipe.defs.resources import (
+    TABLES,
+    Deployment,
+    Table,
+    columns,
+    counts,
+    table_output,
+    table_preview,
+    thumbnails,
+)
+
+BASE_VARIANTS = ("sd", "sd_negative")
+TUNED_VARIANTS = ("dreambooth", "dreambooth_negative")
+
+_COLUMNS = columns(
+    generation_key="string: the image and what it is scored against",
+    pixel_key="string: everything that decides a pixel: model, prompt, seed, sampler, size",
+    variant="string: sd, sd_negative, dreambooth or dreambooth_negative",
+    prompt_id="string: the prompt in the suite",
+    prompt="string: what the model was given",
+    score_text="string: what the image is compared with",
+    negative_prompt="string: what the model was steered away from",
+    title="string: what the poster should be called",
+    seed="int: of the noise; the same for all variants",
+    checkpoint_id="string: the checkpoint, or the fingerprint of the base model",
+    image="string: sha256 of the PNG in the store",
+    image_path="string: its path inside the store",
+    status="string: ok, blocked (black or constant) or failed",
+    reason="string: why it is not ok",
+    width="int: pixels",
+    height="int: pixels",
+    settings="string: the sampler's settings, JSON",
+)
+
+
+@dg.asset(
+    group_name="generation",
+    kinds={"python", "yaml"},
+    owners=["team:ml"],
+    code_version="1",
+    io_manager_key=TABLES,
+    metadata=columns(
+        prompt_id="string: its name",
+        prompt="string: what the models are given",
+        score_text="string: natural words that images are scored against",
+        negative="string: what the negative variants steer away from",
+        title="string: what the poster should be called",
+        seeds="string: one image per seed and variant, JSON list",
+    ),
+)
+def prompt_suite(deployment: dg.ResourceParam[Deployment]) -> dg.Output[Table]:
+    """The fixed questions that every model answers: prompts, scored texts, negatives, seeds.
+
+    Edit `data/prompt_suites/animated_movies.yaml` (or the setting `prompt_suite`) and materialize
+    this; a mistake is reported with file and line.
+    """
+    from posterpipe.core.prompts import load_suite, suite_table
+
+    path = deployment.settings.path(deployment.settings.prompt_suite)
+    prompts = load_suite(path)
+    table = suite_table(prompts)
+    return table_output(
+        table,
+        {
+            "prompts": table_preview(table),
+            "images_a_variant": sum(len(prompt.seeds) for prompt in prompts),
+            "file": dg.MetadataValue.path(path),
+        },
+    )
+
+
+@dg.asset(
+    group_name="generation",
+    kinds={"python", "huggingface"},
+    owners=["team:ml"],
+    code_version="1",
+    io_manager_key=TABLES,
+    pool="gpu",
+    metadata=_COLUMNS,
+)
+def base_generations(
+    context: dg.AssetExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    prompt_suite: Table,
+) -> dg.Output[Table]:
+    """Posters drawn by the base model for every prompt and seed, without and with the negative.
+
+    The study's first two variants, and the yardstick of the others. Does not depend on the
+    checkpoint: retraining never draws these again.
+    """
+    from posterpipe.core.models import fingerprint, locate
+
+    settings = deployment.settings
+    return _generations(
+        context,
+        deployment,
+        prompt_suite,
+        BASE_VARIANTS,
+        locate(settings.base_model, settings.root),
+        fingerprint(settings.base_model, settings.root),
+    )
+
+
+@dg.asset(
+    group_name="generation",
+    kinds={"python", "huggingface"},
+    owners=["team:ml"],
+    code_version="1",
+    io_manager_key=TABLES,
+    pool="gpu",
+    metadata=_COLUMNS,
+)
+def tuned_generations(
+    context: dg.AssetExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    prompt_suite: Table,
+    dreambooth_checkpoint: Table,
+) -> dg.Output[Table]:
+    """Posters drawn by the fine-tuned model, for the same prompts and seeds as the base model.
+
+    The study's last two variants. The noise of each image depends on its seed alone, so an image
+    differs from the base model's only by what the fine-tuning changed.
+    """
+    checkpoint = dreambooth_checkpoint.iloc[0]
+    return _generations(
+        context,
+        deployment,
+        prompt_suite,
+        TUNED_VARIANTS,
+        deployment.store_root / checkpoint["path"],
+        checkpoint["checkpoint_id"],
+    )
+
+
+def _generations(
+    context: dg.AssetExecutionContext,
+    deployment: Deployment,
+    suite: Table,
+    variants: Sequence[str],
+    model_dir: Path,
+    model_id: str,
+) -> dg.Output[Table]:
+    from posterpipe.core.prompts import suite_prompts
+    from posterpipe.core.sampler import generate
+
+    store = deployment.store
+    generations = generate(
+        store,
+        suite_prompts(suite),
+        variants,
+        model_dir,
+        model_id,
+        deployment.settings.sampler,
+        deployment.progress(context),
+        run_id=context.run_id,
+    )
+    drawn = generations[generations["status"] == "ok"]
+    # The first seed of each prompt, the variants beside each other: never chosen by hand.
+    firsts = drawn.drop_duplicates(["prompt_id", "variant"]).sort_values(
+        ["prompt_id", "variant"], kind="stable"
+    )
+    return table_output(
+        generations,
+        {
+            "contact_sheet": thumbnails(
+                [
+                    (deployment.store_root / row.image_path, f"{row.prompt_id} {row.variant}")
+                    for row in firsts.itertuples(index=False)
+                ],
+                shown=64,
+            ),
+            **counts(generations, "status"),
+            "not_drawn": table_preview(
+                generations[generations["status"] != "ok"],
+                ["variant", "prompt_id", "seed", "status", "reason"],
+            ),
+            "model": model_id,
+        },
+    )

@@ -1,0 +1,260 @@
+"""What analysts and designers look at.
+
+What belongs here: the dbt models as assets, the published database, the contact sheet. What does
+not: the models' SQL (`dbt_like_reports/`), copying the database (`core.warehouse`) and arranging
+pictures (`core.gallery`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from dagster_dbt import (
+    DagsterDbtTranslator,
+    DagsterDbtTranslatorSettings,
+    DbtCliResource,
+    DbtProject,
+    dbt_assets,
+)
+from packaging.version import Version
+
+from posterpipe.defs.generation import BASE_VARIANTS, TUNED_VARIANTS
+from posterpipe.defs.resources import Deployment, Table, table_preview
+from posterpipe.settings import Settings
+
+PROJECT = Path("dbt_like_reports")
+"""Relative to the root."""
+
+
+def dbt_project(settings: Settings) -> DbtProject:
+    """The dbt project, with a manifest that is not older than its files.
+
+    `make install` writes the manifest. Where it is missing or behind, as after a pull or while a
+    report is edited, it is written here, which takes some seconds.
+    """
+    project = DbtProject(project_dir=settings.path(PROJECT))
+    if _manifest_is_behind(project):
+        dbt = dbt_resource(project)
+        dbt.cli(["parse", "--quiet"], target_path=project.target_path).wait()
+    return project
+
+
+def _manifest_is_behind(project: DbtProject) -> bool:
+    try:
+        written = project.manifest_path.stat().st_mtime
+    except FileNotFoundError:
+        return True
+    sources = [
+        path
+        for folder in ("models", "macros", "tests", "seeds", "snapshots")
+        for path in (project.project_dir / folder).rglob("*")
+    ]
+    sources += [project.project_dir / "dbt_project.yml", project.project_dir / "profiles.yml"]
+    return any(path.stat().st_mtime > written for path in sources)
+
+
+class _Dbt(DbtCliResource):
+    """dbt as it is installed beside this Python, whether or not that environment is activated."""
+
+    # dagster-dbt would ask `dbt --version`, which takes two seconds and asks the package index.
+    @cached_property
+    def _cli_version(self) -> Version:
+        return Version(installed_version("dbt-core"))
+
+
+def dbt_resource(project: DbtProject) -> DbtCliResource:
+    """How steps call dbt."""
+    beside = Path(sys.executable).with_name("dbt")
+    return _Dbt(project_dir=project, dbt_executable=str(beside) if beside.exists() else "dbt")
+
+
+class _Translator(DagsterDbtTranslator):
+    """Reports belong to the analysts, and their sources are the asset that writes the warehouse."""
+
+    def __init__(self) -> None:
+        # Every table of the warehouse is written by the one asset that its source names.
+        super().__init__(DagsterDbtTranslatorSettings(enable_duplicate_source_asset_keys=True))
+
+    def get_asset_spec(
+        self, manifest: Mapping[str, Any], unique_id: str, project: DbtProject | None
+    ) -> dg.AssetSpec:
+        spec = super().get_asset_spec(manifest, unique_id, project)
+        return spec.replace_attributes(group_name="reports", owners=["team:analytics"])
+
+
+def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
+    """The dbt models as assets, their tests as checks."""
+
+    @dbt_assets(
+        name="dbt_models",
+        manifest=project.manifest_path,
+        project=project,
+        dagster_dbt_translator=_Translator(),
+        pool="warehouse",
+    )
+    def models(
+        context: dg.AssetExecutionContext,
+        dbt: DbtCliResource,
+        deployment: dg.ResourceParam[Deployment],
+    ) -> Iterator[Any]:
+        outputs: list[dg.Output[Any]] = []
+        with _environment(POSTERPIPE_WAREHOUSE=str(deployment.warehouse_path)):
+            for event in dbt.cli(["build"], context=context).stream():
+                if isinstance(event, dg.Output):
+                    # Held back until dbt has closed the database, so that the table can be read.
+                    outputs.append(event)
+                else:
+                    yield event
+        for output in outputs:
+            yield _with_content(output, deployment)
+
+    return models
+
+
+def _with_content(output: dg.Output[Any], deployment: Deployment) -> dg.Output[Any]:
+    """dbt's output of a model with the hash of the table as data version, and its first rows."""
+    from posterpipe.core.store import table_version
+
+    with deployment.warehouse.read() as connection:
+        table = connection.sql(f'select * from "{output.output_name}"').df()
+    return dg.Output(
+        output.value,
+        output_name=output.output_name,
+        data_version=dg.DataVersion(table_version(table)),
+        metadata={
+            **output.metadata,
+            "dagster/row_count": len(table),
+            "table": table_preview(table),
+        },
+    )
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Environment variables for processes started inside: profiles.yml reads nothing else."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@dg.asset(
+    group_name="reports",
+    kinds={"python", "duckdb"},
+    owners=["team:analytics"],
+    code_version="1",
+    deps=["clip_scores", "leaderboard"],
+    pool="warehouse",
+)
+def published_scores(deployment: dg.ResourceParam[Deployment]) -> dg.MaterializeResult:
+    """The analysts' copy of the warehouse: `data/store/public/scores.duckdb`.
+
+    Read-only and replaced in one step, so that it can be queried at any time, also while a
+    retraining writes. Readable with DuckDB 1.5 and later. To see a newer copy, close your
+    connections and open it again.
+    """
+    import duckdb
+
+    from posterpipe.core.warehouse import publish
+
+    published = deployment.published_path
+    publish(deployment.warehouse_path, published)
+    with duckdb.connect(str(published), read_only=True) as connection:
+        contents = _contents(connection)
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(_digest(contents)),
+        metadata={
+            "path": dg.MetadataValue.path(published),
+            "bytes": published.stat().st_size,
+            "dagster/row_count": next((rows for name, rows, _ in contents if "score" in name), 0),
+            "tables": dg.MetadataValue.table(
+                [dg.TableRecord({"table": name, "rows": rows}) for name, rows, _ in contents]
+            ),
+        },
+    )
+
+
+def _contents(connection: Any) -> list[tuple[str, int, str]]:
+    """Name, rows and a digest of each table, whatever the order of its rows."""
+    names = connection.execute(
+        "select table_name from duckdb_tables() where not internal order by table_name"
+    ).fetchall()
+    contents = []
+    for (name,) in names:
+        rows, total = connection.execute(
+            f'select count(*), coalesce(sum(hash(t)), 0) from "{name}" as t'
+        ).fetchone()
+        contents.append((name, rows, str(total)))
+    return contents
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dg.asset(
+    group_name="reports",
+    kinds={"python", "pillow"},
+    owners=["team:analytics"],
+    code_version="1",
+)
+def contact_sheet(
+    deployment: dg.ResourceParam[Deployment],
+    prompt_suite: Table,
+    base_generations: Table,
+    tuned_generations: Table,
+) -> dg.MaterializeResult:
+    """One picture of the whole study: a row a prompt, a column a variant, the same noise in a row.
+
+    Always the first seed of each prompt, never chosen by hand; written to
+    `data/store/public/contact_sheet.png`.
+    """
+    import pandas as pd
+
+    from posterpipe.core.gallery import grid, markdown_image
+    from posterpipe.core.store import write_atomic
+
+    generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
+    seeds = {row.prompt_id: json.loads(row.seeds)[0] for row in prompt_suite.itertuples()}
+    prompts = dict(zip(prompt_suite["prompt_id"], prompt_suite["prompt"], strict=True))
+    shown = generations[generations["seed"] == generations["prompt_id"].map(seeds)]
+    headings = {name: f"{prompts[name]} · seed {seeds[name]}" for name in prompts}
+    sheet = grid(
+        list(headings.values()),
+        list(BASE_VARIANTS + TUNED_VARIANTS),
+        {
+            (headings[row.prompt_id], row.variant): deployment.store_root / row.image_path
+            for row in shown.itertuples()
+            if row.image_path
+        },
+    )
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    path = deployment.contact_sheet_path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, buffer.getvalue())
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(hashlib.sha256(buffer.getvalue()).hexdigest()),
+        metadata={
+            "contact_sheet": dg.MetadataValue.md(markdown_image(sheet, "prompts by variants")),
+            "path": dg.MetadataValue.path(path),
+            "images": len(shown),
+        },
+    )

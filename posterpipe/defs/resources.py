@@ -1,0 +1,172 @@
+"""What steps share: the deployment they work in, and how tables travel between them.
+
+What belongs here: resources, the IO manager, and the forms in which values reach the UI. What does
+not: assets, and anything that computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from posterpipe.settings import Settings
+
+if TYPE_CHECKING:
+    from pandas import DataFrame as Table
+    from PIL.Image import Image
+
+    from posterpipe.core.progress import Progress
+    from posterpipe.core.store import Store
+    from posterpipe.core.warehouse import Warehouse
+else:
+    # Dagster looks at annotations when the definitions load; pandas is loaded by the steps.
+    Table = Any
+
+TABLES = "tables"
+"""Resource key of the IO manager for tables."""
+
+TABLE_VERSION = "table_version"
+"""Metadata entry of a materialization: under which version the store keeps its table."""
+
+_ROWS_SHOWN = 100
+"""Rows of a table in the UI; every one lies in the event log for ever."""
+
+
+class Deployment:
+    """The settings of this deployment, and what they name, opened when a step needs it.
+
+    `progress` is where long steps report; without it they write into the log of their run.
+    """
+
+    def __init__(self, settings: Settings, progress: Progress | None = None) -> None:
+        self.settings = settings
+        self._progress = progress
+
+    @property
+    def store(self) -> Store:
+        """Everything computed. Raises StoreError when its folder cannot be created."""
+        from posterpipe.core.store import Store
+
+        return Store(self.store_root)
+
+    @property
+    def store_root(self) -> Path:
+        """The folder of the store, present or not."""
+        return self.settings.path(self.settings.store)
+
+    @property
+    def warehouse_path(self) -> Path:
+        """The database that only the pipeline opens."""
+        return self.store_root / "warehouse.duckdb"
+
+    @property
+    def published_path(self) -> Path:
+        """The analysts' copy of the database."""
+        return self.store_root / "public" / "scores.duckdb"
+
+    @property
+    def contact_sheet_path(self) -> Path:
+        """The picture of all prompts and variants."""
+        return self.store_root / "public" / "contact_sheet.png"
+
+    @property
+    def warehouse(self) -> Warehouse:
+        """The score warehouse; write to it only in steps of the pool `warehouse`."""
+        from posterpipe.core.warehouse import Warehouse
+
+        return Warehouse(self.warehouse_path)
+
+    def progress(self, context: dg.AssetExecutionContext) -> Progress:
+        """Where this step reports how far it is."""
+        from posterpipe.core.progress import LogProgress
+
+        return self._progress or LogProgress(context.log.info)
+
+
+class StoreIOManager(dg.IOManager):
+    """Keeps each asset's table in the store, under the asset's name."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+
+    def handle_output(self, context: dg.OutputContext, obj: Any) -> None:
+        """Write the table and make it the current one."""
+        version = self._deployment.store.write_table(context.asset_key.path[-1], obj)
+        context.add_output_metadata({TABLE_VERSION: version})
+
+    def load_input(self, context: dg.InputContext) -> Any:
+        """The current table of the upstream asset. Raises TableMissing."""
+        return self._deployment.store.read_table(context.asset_key.path[-1])
+
+
+def table_output(
+    table: Table, metadata: Mapping[str, Any], *, data_version: str | None = None
+) -> dg.Output[Table]:
+    """A table as a step gives it back: with its content hash as data version and its row count."""
+    from posterpipe.core.store import table_version
+
+    return dg.Output(
+        table,
+        data_version=dg.DataVersion(data_version or table_version(table)),
+        metadata={"dagster/row_count": len(table), **metadata},
+    )
+
+
+def columns(**descriptions: str) -> dict[str, dg.TableSchema]:
+    """Definition metadata that describes the columns of an asset's table.
+
+    Each argument is `name="type: description"`.
+    """
+    described = []
+    for name, text in descriptions.items():
+        kind, _, description = text.partition(": ")
+        described.append(dg.TableColumn(name, kind, description))
+    return {"dagster/column_schema": dg.TableSchema(columns=described)}
+
+
+def table_preview(table: Table, names: Sequence[str] | None = None) -> dg.TableMetadataValue:
+    """The first rows of a table as the UI shows them."""
+    shown = table[list(names)] if names else table
+    records = [
+        dg.TableRecord({str(name): _cell(value) for name, value in row.items()})
+        for row in shown.head(_ROWS_SHOWN).to_dict(orient="records")
+    ]
+    kinds = {str(name): _kind(shown[name]) for name in shown.columns}
+    schema = dg.TableSchema(columns=[dg.TableColumn(name, kind) for name, kind in kinds.items()])
+    return dg.MetadataValue.table(records=records, schema=schema)
+
+
+def counts(table: Table, column: str) -> dict[str, int]:
+    """How often each value of a column occurs, for the numbers that the UI plots over time."""
+    return {str(value): int(count) for value, count in table[column].value_counts().items()}
+
+
+def thumbnails(
+    images: Sequence[tuple[Path | Image, str]], *, shown: int = 32, column_count: int = 8
+) -> dg.MarkdownMetadataValue:
+    """Some images with their labels as one small picture that fits into the event log."""
+    from posterpipe.core.gallery import contact_sheet, markdown_image
+
+    if not images:
+        return dg.MetadataValue.md("no images")
+    sheet = contact_sheet(images[:shown], columns=min(column_count, len(images)), cell=(72, 108))
+    left_out = len(images) - shown
+    alt = f"{len(images)} images" if left_out <= 0 else f"{shown} of {len(images)} images"
+    return dg.MetadataValue.md(markdown_image(sheet, alt))
+
+
+def _cell(value: Any) -> str | int | float | bool | None:
+    if hasattr(value, "item"):
+        value = value.item()
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return None if value != value else round(value, 6)
+    return str(value)
+
+
+def _kind(column: Any) -> str:
+    return {"i": "int", "f": "float", "b": "bool"}.get(column.dtype.kind, "string")

@@ -1,0 +1,85 @@
+"""How well images match their prompts.
+
+What belongs here: the asset over the score warehouse. What does not: CLIP (`core.metrics.clip`),
+the warehouse (`core.warehouse`), and what is concluded from scores (`dbt_like_reports`).
+"""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from posterpipe.defs.resources import (
+    TABLES,
+    Deployment,
+    Table,
+    columns,
+    counts,
+    table_output,
+    table_preview,
+)
+
+
+@dg.asset(
+    group_name="scoring",
+    kinds={"python", "huggingface", "duckdb"},
+    owners=["team:ml"],
+    code_version="1",
+    io_manager_key=TABLES,
+    pool="warehouse",
+    metadata=columns(
+        generation_key="string: the image and what it is scored against",
+        metric_id="string: encoder, preprocessing and version of the metric",
+        variant="string: sd, sd_negative, dreambooth or dreambooth_negative",
+        prompt_id="string: the prompt in the suite",
+        seed="int: of the noise; the same for all variants",
+        checkpoint_id="string: the checkpoint, or the fingerprint of the base model",
+        clip_cosine="float: raw cosine of image and scored text, -1 to 1; empty without a score",
+        status="string: ok, blocked or failed",
+        reason="string: why it is not ok",
+    ),
+)
+def clip_scores(
+    context: dg.AssetExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    base_generations: Table,
+    tuned_generations: Table,
+) -> dg.Output[Table]:
+    """The CLIP cosine of every image with its prompt's scored text, kept in the DuckDB warehouse.
+
+    All variants of a prompt are scored against the same natural words, never the negative prompt.
+    Rows are only added; the view `clip_scores` of the published database is what analysts read.
+    An image that was scored before is not scored again.
+    """
+    import pandas as pd
+
+    from posterpipe.core.metrics.clip import score_generations
+    from posterpipe.core.models import fingerprint
+
+    settings = deployment.settings
+    scored = score_generations(
+        deployment.store,
+        deployment.warehouse,
+        pd.concat([base_generations, tuned_generations], ignore_index=True),
+        settings.scorer,
+        settings.root,
+        deployment.progress(context),
+        run_id=context.run_id,
+    )
+    scores = scored.scores
+    means = scores.groupby("variant", sort=False)["clip_cosine"]
+    summary = means.agg(images="size", mean="mean", deviation="std").reset_index()
+    return table_output(
+        scores,
+        {
+            **{
+                f"mean_{row.variant}": float(row.mean)
+                for row in summary.dropna(subset=["mean"]).itertuples(index=False)
+            },
+            **counts(scores, "status"),
+            "newly_scored": scored.added,
+            "by_variant": table_preview(summary),
+            "metric": scored.metric_id,
+            "model_fingerprint": fingerprint(settings.scorer.model, settings.root),
+            "warehouse": dg.MetadataValue.path(deployment.warehouse_path),
+        },
+    )

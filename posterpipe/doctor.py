@@ -1,0 +1,305 @@
+"""What `posterpipe doctor` finds out about a machine.
+
+What belongs here: looking at hardware, packages, models, disk and network without changing any of
+them. What does not: installing (the Makefile) and fetching models (`core.models`).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from posterpipe.settings import ModelRef, Settings, load_settings
+
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "dagster",
+    "dagster-webserver",
+    "dagster-dbt",
+    "dbt-core",
+    "dbt-duckdb",
+    "duckdb",
+    "pandas",
+    "pillow",
+)
+HUB = "https://huggingface.co"
+HUB_SECONDS = 3.0
+DISK_GB = {"local": 2, "hub": 40}
+"""Free space needed with local models, and with those of the hub (their weights and checkpoints)."""
+HUB_MEMORY_GB = 24
+"""Memory that fine-tuning Stable Diffusion 2.1 takes on a CPU."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: `ok`, `note` (works, but could be better), or `missing` (does not work)."""
+
+    state: Literal["ok", "note", "missing"]
+    subject: str
+    text: str
+
+
+def run_doctor() -> int:
+    """Print the findings; 1 if something that is needed is missing, else 0."""
+    settings = load_settings()
+    console = Console()
+    table = Table.grid(padding=(0, 2))
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "missing": "[red]missing[/]"}
+    found = list(examine(settings))
+    for finding in found:
+        # Paths contain brackets now and then, which rich would take for markup.
+        text = finding.text.replace("[", r"\[")
+        table.add_row(marks[finding.state], finding.subject, text)
+    console.print(f"posterpipe {_installed('posterpipe') or '?'}, profile {settings.profile}")
+    console.print(table)
+    missing = [finding for finding in found if finding.state == "missing"]
+    if missing:
+        console.print(f"[red]{len(missing)} missing.[/] See the lines above for what to do.")
+        return 1
+    console.print("[green]Everything that this profile needs is here.[/]")
+    return 0
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """The findings, cheapest first."""
+    yield _python()
+    yield from _packages()
+    yield from _devices(settings)
+    yield _memory(settings)
+    yield _store(settings)
+    yield _disk(settings)
+    yield _posters(settings)
+    yield _suite(settings)
+    yield _reports(settings)
+    refs = {
+        "base model": settings.base_model,
+        "captioner": settings.captioner.model,
+        "scorer": settings.scorer.model,
+    }
+    cached = {name: _model(name, ref, settings) for name, ref in refs.items()}
+    yield from cached.values()
+    absent = any(finding.state == "note" for finding in cached.values())
+    yield _hub(_uses_hub(settings), absent)
+
+
+def _python() -> Finding:
+    text = f"{platform.python_version()} at {sys.executable}"
+    if sys.version_info < (3, 11):
+        return Finding("missing", "python", f"{text}; install 3.11 or newer")
+    return Finding("ok", "python", text)
+
+
+def _packages() -> Iterator[Finding]:
+    wanted = {}
+    for requirement in requires("posterpipe") or [] if _installed("posterpipe") else []:
+        match = re.fullmatch(r"([A-Za-z0-9_-]+)==([^;\s]+)", requirement)
+        if match:
+            wanted[match[1].lower()] = match[2]
+    if not wanted:
+        yield Finding("note", "posterpipe", "not installed as a package; run `make install`")
+    right = []
+    for name in PACKAGES:
+        have, want = _installed(name), wanted.get(name)
+        if have is None:
+            yield Finding("missing", name, "not installed; run `make install`")
+        elif want and have.split("+")[0] != want:
+            yield Finding("note", name, f"{have}, tested with {want}; run `make install`")
+        else:
+            right.append(f"{name} {have}")
+    yield Finding("ok", "packages", ", ".join(right))
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices(settings: Settings) -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield Finding("missing", "devices", f"torch cannot be loaded ({error}); `make install`")
+        return
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        gpus.append(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)")
+    if gpus:
+        yield Finding("ok", "devices", f"{', '.join(gpus)}; {cores} CPU cores")
+    elif _uses_hub(settings):
+        text = f"{cores} CPU cores, no GPU: fine-tuning takes days with the real models"
+        yield Finding("note", "devices", text + "; use a machine with one for this profile")
+    else:
+        yield Finding("ok", "devices", f"{cores} CPU cores, no GPU (this profile needs none)")
+    yield _precision(settings, torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+
+
+def _precision(settings: Settings, gpu_bf16: bool) -> Finding:
+    flags = sorted(_cpu_flags() & {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})
+    wanted = settings.training.mixed_precision
+    if gpu_bf16:
+        text = "the GPU computes bf16"
+    elif flags:
+        text = f"the CPU computes bf16 ({', '.join(flags)})"
+    else:
+        text = "no bf16 in this CPU"
+    if wanted == "bf16" and not gpu_bf16 and not flags:
+        remedy = "training works but is slow; try POSTERPIPE_TRAINING__MIXED_PRECISION=fp32"
+        return Finding("note", "precision", f"{text}: {remedy}")
+    if wanted == "fp16" and not _has_gpu():
+        remedy = "fp16 needs one; set POSTERPIPE_TRAINING__MIXED_PRECISION=bf16 or fp32"
+        return Finding("note", "precision", f"{text}; no GPU: {remedy}")
+    return Finding("ok", "precision", f"{text}; training uses {wanted}")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return set()
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    return set(match[1].split()) if match else set()
+
+
+def _memory(settings: Settings) -> Finding:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (ValueError, OSError, AttributeError):
+        return Finding("note", "memory", "this system does not tell how much there is")
+    if _uses_hub(settings) and total < HUB_MEMORY_GB and not _has_gpu():
+        text = f"{total:.0f} GiB; the real models want {HUB_MEMORY_GB} GiB without a GPU"
+        return Finding("note", "memory", f"{text}: choose POSTERPIPE_PROFILE=starter")
+    return Finding("ok", "memory", f"{total:.0f} GiB")
+
+
+def _store(settings: Settings) -> Finding:
+    store = settings.path(settings.store)
+    # Looking must not create the store: its nearest folder that exists is tried.
+    folder = _existing(store)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        remedy = "make it writable or choose another one with POSTERPIPE_STORE"
+        return Finding("missing", "store", f"{folder}: cannot be written ({error}); {remedy}")
+    return Finding("ok", "store", f"{store} can be written")
+
+
+def _disk(settings: Settings) -> Finding:
+    folder = _existing(settings.path(settings.store))
+    free = shutil.disk_usage(folder).free / 1e9
+    needed = DISK_GB["hub" if _uses_hub(settings) else "local"]
+    if free < needed:
+        text = f"{free:.0f} GB free at {folder}, {needed} GB are needed"
+        return Finding("missing", "disk", f"{text}; make room or set POSTERPIPE_STORE elsewhere")
+    return Finding("ok", "disk", f"{free:.0f} GB free")
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _posters(settings: Settings) -> Finding:
+    from posterpipe.core.landing import EXTENSIONS
+
+    folder = settings.path(settings.landing)
+    count = sum(path.suffix.lower() in EXTENSIONS for path in folder.rglob("*"))
+    needed = settings.checks.min_posters
+    if count < needed:
+        text = f"{count} in {folder}, at least {needed} are needed"
+        return Finding("missing", "posters", f"{text}; put some in, or set POSTERPIPE_LANDING")
+    return Finding("ok", "posters", f"{count} in {folder}")
+
+
+def _suite(settings: Settings) -> Finding:
+    from posterpipe.core.prompts import PromptSuiteError, load_suite
+
+    path = settings.path(settings.prompt_suite)
+    try:
+        prompts = load_suite(path)
+    except PromptSuiteError as error:
+        return Finding("missing", "prompts", str(error))
+    images = sum(len(prompt.seeds) for prompt in prompts)
+    return Finding("ok", "prompts", f"{len(prompts)} in {path}, {images} images a variant")
+
+
+def _reports(settings: Settings) -> Finding:
+    manifest = settings.path(Path("dbt_like_reports/target/manifest.json"))
+    if manifest.exists():
+        return Finding("ok", "reports", "the dbt manifest is there")
+    if not manifest.parents[1].is_dir():
+        text = f"{manifest.parents[1]} is not there; run posterpipe inside its checkout"
+        return Finding("missing", "reports", text)
+    return Finding("note", "reports", "no dbt manifest yet; the first start takes longer")
+
+
+def _uses_hub(settings: Settings) -> bool:
+    refs = (settings.base_model, settings.captioner.model, settings.scorer.model)
+    return any(_is_hub(ref, settings) for ref in refs)
+
+
+def _is_hub(ref: ModelRef, settings: Settings) -> bool:
+    from posterpipe.core.models import HUB_ID
+
+    return not settings.path(Path(ref.id)).exists() and bool(HUB_ID.fullmatch(ref.id))
+
+
+def _model(name: str, ref: ModelRef, settings: Settings) -> Finding:
+    from posterpipe.core.models import ModelMissing, locate
+
+    if not _is_hub(ref, settings):
+        try:
+            return Finding("ok", name, str(locate(ref, settings.root)))
+        except ModelMissing as error:
+            return Finding("missing", name, str(error))
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(ref.id, revision=ref.revision, local_files_only=True)
+    except Exception:  # every way of not being there
+        return Finding("note", name, f"{ref.id} is not here yet; the first run downloads it")
+    return Finding("ok", name, f"{ref.id} is in the local cache")
+
+
+def _hub(used: bool, absent: bool) -> Finding:
+    import httpx
+
+    try:
+        httpx.head(HUB, timeout=HUB_SECONDS)
+    except httpx.HTTPError as error:
+        text = f"{HUB} does not answer ({type(error).__name__})"
+        if absent:
+            remedy = "connect, or choose POSTERPIPE_PROFILE=starter"
+            return Finding("missing", "hub", f"{text}, and models are missing: {remedy}")
+        why = "all models are here" if used else "this profile does not need it"
+        return Finding("ok", "hub", f"{text}; {why}")
+    return Finding("ok", "hub", f"{HUB} answers")
+
+

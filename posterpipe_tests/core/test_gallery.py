@@ -1,0 +1,69 @@
+"""Pictures for people: sizes, missing cells, small inline images."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from posterpipe.core.gallery import BACKGROUND, contact_sheet, data_uri, grid, markdown_image
+
+
+def colour(name: str) -> Image.Image:
+    return Image.new("RGB", (60, 90), name)
+
+
+def has_colour(image: Image.Image, name: str) -> bool:
+    wanted = np.array(Image.new("RGB", (1, 1), name).getpixel((0, 0)))
+    return bool((np.abs(np.asarray(image).astype(int) - wanted).max(axis=2) < 4).any())
+
+
+def test_a_contact_sheet_shows_every_image(tmp_path: Path) -> None:
+    colour("green").save(tmp_path / "green.png")
+    images = [(colour("red"), "red"), (tmp_path / "green.png", "green"), (colour("blue"), "x" * 99)]
+    sheet = contact_sheet(images, columns=2, cell=(60, 90), title="Three colours")
+    assert all(has_colour(sheet, name) for name in ("red", "green", "blue"))
+    wide = contact_sheet(images, columns=8, cell=(60, 90), labels=False)
+    assert wide.width == 3 * 70 + 10
+    assert wide.height < sheet.height
+
+
+def test_a_damaged_file_does_not_spoil_the_sheet(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_text("no image")
+    sheet = contact_sheet([(tmp_path / "bad.png", "bad"), (colour("red"), "red")])
+    assert has_colour(sheet, "red")
+
+
+def test_a_sheet_of_nothing_says_so() -> None:
+    assert np.ptp(np.asarray(contact_sheet([]))) > 100
+
+
+def test_a_grid_shows_missing_cells_as_missing() -> None:
+    cells = {("a red thing with a long description", "sd"): colour("red")}
+    rows, columns = ["a red thing with a long description", "second"], ["sd", "dreambooth"]
+    sheet = grid(rows, columns, cells, cell=(60, 90), heading_width=100, title="Prompts")
+    assert has_colour(sheet, "red")
+    assert sheet.size == (10 + 100 + 10 + 2 * 70, sheet.height)
+    pixels = np.asarray(sheet).astype(int)
+    missing = pixels[-95:, -75:]  # last row, last column
+    assert (np.abs(missing - np.array(BACKGROUND)).max(axis=2) > 20).any()
+
+
+@pytest.mark.parametrize("max_bytes", [4_000, 60_000])
+def test_a_data_uri_stays_small_whatever_the_image(max_bytes: int) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 400, 3), np.uint8))
+    uri = data_uri(noise, max_bytes=max_bytes)
+    assert len(uri) <= max_bytes
+    kind, _, body = uri.partition(";base64,")
+    assert kind == "data:image/webp"
+    shown = Image.open(io.BytesIO(base64.b64decode(body)))
+    assert shown.width / shown.height == pytest.approx(400 / 600, rel=0.1)
+
+
+def test_markdown_escapes_the_description() -> None:
+    text = markdown_image(colour("red"), "a [red]\nimage")
+    assert text.startswith("![a \\[red\\] image](data:image/webp;base64,")

@@ -1,0 +1,132 @@
+"""Finding models: what is missing is said in one sentence with the remedy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from posterpipe.core import models
+from posterpipe.core.models import ModelMissing, fingerprint, locate
+from posterpipe.settings import ModelRef
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "models" / "captioner"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "README.md").write_text("a card")
+    return tmp_path
+
+
+def test_a_directory_is_itself(root: Path) -> None:
+    expected = root / "models" / "captioner"
+    assert locate(ModelRef(id="models/captioner"), root) == expected
+    assert locate(ModelRef(id=str(expected)), Path("/nowhere")) == expected
+
+
+@pytest.mark.parametrize("name", ["models/other", "data/models/starter/base", "/nowhere/at/all"])
+def test_a_missing_directory_is_named_with_the_remedy(root: Path, name: str) -> None:
+    with pytest.raises(ModelMissing, match=rf"{name} is not there: restore it") as caught:
+        locate(ModelRef(id=name), root)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelMissing):
+        fingerprint(ModelRef(id=name), root)
+
+
+def test_a_directory_without_weights_is_not_complete(root: Path) -> None:
+    (root / "models" / "captioner" / "model.safetensors").unlink()
+    with pytest.raises(ModelMissing, match=r"is not complete .*safetensors"):
+        locate(ModelRef(id="models/captioner"), root)
+
+
+def test_a_pipeline_without_one_of_its_parts_is_not_complete(root: Path) -> None:
+    base = root / "base"
+    for part in ("unet", "vae", "text_encoder"):
+        (base / part).mkdir(parents=True)
+        (base / part / "model.safetensors").touch()
+    index = '{"unet": ["diffusers", "U"], "vae": ["diffusers", "V"], "text_encoder": ["t", "T"]}'
+    (base / "model_index.json").write_text(index)
+    assert locate(ModelRef(id="base"), root) == base
+    (base / "vae" / "model.safetensors").unlink()
+    with pytest.raises(ModelMissing, match="not complete"):
+        locate(ModelRef(id="base"), root)
+
+
+def test_a_hub_model_without_network_gives_one_sentence(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root / "cache"))
+    monkeypatch.setattr(models, "_hub_answers", lambda: False)
+    with pytest.raises(ModelMissing) as caught:
+        locate(ModelRef(id="owner/name", revision="abc"), root)
+    assert str(caught.value) == (
+        "The profile needs the model owner/name (revision abc) from the Hugging Face hub, and the "
+        "hub cannot be reached: connect, or run `hf download owner/name` on a machine that is "
+        "connected and copy its cache, or choose POSTERPIPE_PROFILE=starter"
+    )
+
+
+def test_offline_mode_counts_as_not_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert not models._hub_answers()
+
+
+def test_a_hub_that_does_not_answer_counts_as_not_reachable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert not models._hub_answers()
+
+
+def test_a_hub_model_in_the_cache_needs_no_network(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = root / "cache" / "models--owner--name"
+    snapshot = cached / "snapshots" / commit
+    shutil.copytree(root / "models" / "captioner", snapshot)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root / "cache"))
+    monkeypatch.setattr(models, "_hub_answers", lambda: False)
+    assert locate(ModelRef(id="owner/name", revision="main"), root) == snapshot
+    # An interrupted download is no model.
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(ModelMissing):
+        locate(ModelRef(id="owner/name", revision="main"), root)
+
+
+def test_the_fingerprint_follows_weights_and_configuration_only(root: Path) -> None:
+    ref = ModelRef(id="models/captioner")
+    folder = root / "models" / "captioner"
+    first = fingerprint(ref, root)
+    assert len(first) == 12
+    (folder / "README.md").write_text("another card")
+    os.utime(folder / "config.json", (1, 1))
+    assert fingerprint(ref, root) == first
+    (folder / "model.safetensors").write_bytes(b"WEIGHTS")
+    second = fingerprint(ref, root)
+    (folder / "config.json").write_text('{"a": 1}')
+    assert len({first, second, fingerprint(ref, root)}) == 3
+    # It is the content that counts, not the place.
+    shutil.copytree(folder, root / "elsewhere")
+    assert fingerprint(ModelRef(id="elsewhere"), root) == fingerprint(ref, root)
+
+
+def test_the_fingerprint_of_a_hub_model_is_its_id_and_revision(root: Path) -> None:
+    refs = [ModelRef(id="owner/name", revision=revision) for revision in ("a", "b")]
+    assert fingerprint(refs[0], root) != fingerprint(refs[1], root)

@@ -1,0 +1,386 @@
+"""The sampler and the table of generations, on tiny random models of the real classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from posterpipe.core import sampler as sampler_module
+from posterpipe.core.models import ModelMissing
+from posterpipe.core.progress import NoProgress
+from posterpipe.core.prompts import Prompt, PromptSuiteError, load_suite, suite_table
+from posterpipe.core.sampler import (
+    COLUMNS,
+    VARIANTS,
+    ImageRequest,
+    Sampler,
+    SamplerError,
+    blocked_reason,
+    generate,
+    initial_latents,
+    pixel_key,
+    text_limit,
+)
+from posterpipe.core.store import Store, table_version
+from posterpipe.settings import SamplerSettings
+from posterpipe_tests.models import TINY_HEIGHT, TINY_TOKENS, TINY_WIDTH, build_tiny_stable_diffusion
+
+SETTINGS = SamplerSettings(
+    num_inference_steps=3, guidance_scale=4.0, width=TINY_WIDTH, height=TINY_HEIGHT, batch_size=3
+)
+SUITE = [
+    Prompt("rocket", "a red rocket", "a rocket", "busy", "Orbit", (1, 2)),
+    Prompt("cat", "a blue cat", "a cat", "", "", (3,)),
+]
+REQUESTS = [
+    ImageRequest("a red rocket", "busy", 1),
+    ImageRequest("a red rocket", "", 1),
+    ImageRequest("a yellow cat in the centre", "the film", 2),
+    ImageRequest("a blue rocket", "", 2**32 - 1),
+    ImageRequest("a movie poster", "", 5),
+]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_stable_diffusion(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def with_batch(size: int) -> SamplerSettings:
+    return SETTINGS.model_copy(update={"batch_size": size})
+
+
+def test_noise_depends_on_the_seed_alone() -> None:
+    seeds = [777, 2, 2**32 - 1, 0, 5, 6, 7, 8]
+    together = initial_latents(seeds, (12, 6, 4))
+    for size in (1, 3, 8):
+        for start in range(0, len(seeds), size):
+            part = initial_latents(seeds[start : start + size], (12, 6, 4))
+            assert part.equal(together[start : start + size])
+    assert not together[0].equal(together[1])
+    assert together.dtype.is_floating_point and together.shape == (8, 12, 6, 4)
+
+
+def test_images_do_not_depend_on_the_batch(model_dir: Path) -> None:
+    by_size = {
+        size: Sampler(model_dir, with_batch(size), model_id="tiny")(REQUESTS) for size in (1, 3, 8)
+    }
+    for size in (3, 8):
+        for one, other in zip(by_size[1], by_size[size], strict=True):
+            assert abs(pixels(one) - pixels(other)).max() <= 1
+
+
+def test_an_image_is_the_same_to_the_bit_whatever_its_neighbours(model_dir: Path) -> None:
+    sampler = Sampler(model_dir, with_batch(3), model_id="tiny")
+    together = sampler(REQUESTS)
+    for request, image in zip(REQUESTS, together, strict=True):
+        assert (pixels(sampler([request])[0]) == pixels(image)).all()
+    backwards = sampler(REQUESTS[::-1])[::-1]
+    for one, other in zip(together, backwards, strict=True):
+        assert (pixels(one) == pixels(other)).all()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_images_are_those_of_the_diffusers_pipeline(
+    tmp_path: Path, prediction_type: str
+) -> None:
+    import torch
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    folder = build_tiny_stable_diffusion(
+        tmp_path / "model",
+        prediction_type=prediction_type,  # type: ignore[arg-type]
+    )
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder, torch_dtype=torch.float32, safety_checker=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="linspace", lambda_min_clipped=-5.1
+    )
+    images = Sampler(folder, SETTINGS, model_id="tiny")(REQUESTS)
+    for request, image in zip(REQUESTS, images, strict=True):
+        expected = pipeline(
+            request.prompt,
+            negative_prompt=request.negative,
+            latents=initial_latents([request.seed], (12, TINY_HEIGHT // 8, TINY_WIDTH // 8)),
+            height=TINY_HEIGHT,
+            width=TINY_WIDTH,
+            num_inference_steps=SETTINGS.num_inference_steps,
+            guidance_scale=SETTINGS.guidance_scale,
+        ).images[0]
+        assert abs(pixels(image) - pixels(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "ddim", "euler"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_scheduler_and_precision_draws(
+    model_dir: Path, scheduler: str, precision: str
+) -> None:
+    settings = SETTINGS.model_copy(update={"scheduler": scheduler, "precision": precision})
+    (image,) = Sampler(model_dir, settings, model_id="tiny")(REQUESTS[:1])
+    assert image.size == (TINY_WIDTH, TINY_HEIGHT) and image.mode == "RGB"
+    assert blocked_reason(image) == ""
+
+
+def test_without_guidance_the_negative_prompt_is_not_asked(model_dir: Path) -> None:
+    settings = SETTINGS.model_copy(update={"guidance_scale": 1.0})
+    one, other = Sampler(model_dir, settings, model_id="tiny")(REQUESTS[:2])
+    assert (pixels(one) == pixels(other)).all()
+
+
+def test_steps_are_told_over_all_batches_and_can_be_stopped(model_dir: Path) -> None:
+    told: list[tuple[int, int]] = []
+    sampler = Sampler(model_dir, SETTINGS, model_id="tiny")
+    sampler(REQUESTS, lambda done, total: told.append((done, total)))
+    assert told == [(step, 6) for step in range(1, 7)]
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sampler(REQUESTS, stop)
+
+
+def test_a_batch_that_does_not_fit_is_halved(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    sampler = Sampler(model_dir, with_batch(4), model_id="tiny")
+    expected = sampler(REQUESTS)
+    draw = sampler._draw
+
+    def small_memory(requests: list[ImageRequest], on_step: object) -> list[Image.Image]:
+        if len(requests) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return draw(requests, on_step)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sampler, "_draw", small_memory)
+    images = sampler(REQUESTS)
+    assert sampler.batch_size == 1
+    for one, other in zip(expected, images, strict=True):
+        assert abs(pixels(one) - pixels(other)).max() <= 1
+
+
+def test_a_missing_model_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ModelMissing, match=r"nowhere.*model_index\.json.*materialize"):
+        Sampler(tmp_path / "nowhere", SETTINGS, model_id="x")
+
+
+def test_a_broken_model_is_named_with_the_remedy(tmp_path: Path) -> None:
+    folder = build_tiny_stable_diffusion(tmp_path / "model")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelMissing, match="cannot be loaded"):
+        Sampler(folder, SETTINGS, model_id="x")
+
+
+def test_the_token_limit_is_the_tokenizers(model_dir: Path, tmp_path: Path) -> None:
+    count, most = text_limit(model_dir)
+    assert most == TINY_TOKENS - 2
+    assert count("a red rocket") == 3
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        f"prompts:\n- {{id: a, prompt: {'red ' * 47}, score_text: b, seeds: [1]}}\n", "utf-8"
+    )
+    with pytest.raises(PromptSuiteError, match="has 47 tokens and the models read 46"):
+        load_suite(suite, count_tokens=count, max_tokens=most)
+
+
+def test_black_and_constant_images_are_blocked() -> None:
+    assert "black" in blocked_reason(Image.new("RGB", (8, 8), (3, 2, 0)))
+    assert "one colour" in blocked_reason(Image.new("RGB", (8, 8), (200, 100, 5)))
+    assert blocked_reason(Image.linear_gradient("L").convert("RGB")) == ""
+
+
+def test_keys_hold_what_decides_pixels_and_nothing_else() -> None:
+    request = REQUESTS[0]
+    key = pixel_key("m", request, SETTINGS)
+    assert key == pixel_key("m", request, with_batch(8))
+    changes = {"num_inference_steps": 4, "guidance_scale": 2.0, "width": 40, "scheduler": "ddim"}
+    others = [SETTINGS.model_copy(update={name: value}) for name, value in changes.items()]
+    keys = {pixel_key("m", request, settings) for settings in others}
+    keys |= {pixel_key("n", request, SETTINGS), pixel_key("m", REQUESTS[1], SETTINGS)}
+    assert len(keys | {key}) == 7
+
+
+def drawn(
+    store: Store,
+    model_dir: Path,
+    suite: Sequence[Prompt] = SUITE,
+    variants: Sequence[str] = VARIANTS[:2],
+    settings: SamplerSettings = SETTINGS,
+):  # type: ignore[no-untyped-def]
+    return generate(
+        store, suite, variants, model_dir, "tiny1", settings, NoProgress(), run_id="run"
+    )
+
+
+def test_the_table_has_a_row_for_every_prompt_seed_and_variant(
+    store: Store, model_dir: Path
+) -> None:
+    table = drawn(store, model_dir)
+    assert tuple(table.columns) == COLUMNS
+    assert len(table) == 6 and table["generation_key"].is_unique
+    assert (table["status"] == "ok").all() and (table["checkpoint_id"] == "tiny1").all()
+    for row in table.itertuples():
+        with Image.open(store.root / row.image_path) as image:
+            assert image.size == (row.width, row.height) == (TINY_WIDTH, TINY_HEIGHT)
+    assert table_version(table) == table_version(drawn(store, model_dir, suite=SUITE))
+    from_table = generate(
+        store, suite_table(SUITE), VARIANTS[:2], model_dir, "tiny1", SETTINGS, NoProgress(),
+        run_id="another",
+    )  # fmt: skip
+    assert table_version(from_table) == table_version(table)
+
+
+def test_an_empty_negative_prompt_changes_nothing_and_a_real_one_does(
+    store: Store, model_dir: Path
+) -> None:
+    table = drawn(store, model_dir).set_index(["prompt_id", "seed", "variant"])
+    assert table.image["cat", 3, "sd"] == table.image["cat", 3, "sd_negative"]
+    assert table.image["rocket", 1, "sd"] != table.image["rocket", 1, "sd_negative"]
+    assert table.negative_prompt["rocket", 1, "sd"] == ""
+    assert table.negative_prompt["rocket", 1, "sd_negative"] == "busy"
+
+
+def test_only_what_is_missing_is_drawn(
+    store: Store, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = drawn(store, model_dir)
+    asked: list[ImageRequest] = []
+    call = Sampler.__call__
+
+    def spy(self: Sampler, requests: Sequence[ImageRequest], on_step: None = None):  # type: ignore[no-untyped-def]
+        asked.extend(requests)
+        return call(self, requests, on_step)
+
+    monkeypatch.setattr(Sampler, "__call__", spy)
+    reworded = Prompt("rocket", "a red rocket", "one rocket", "busy", "Comet", (1, 2, 4))
+    second = drawn(store, model_dir, [reworded, SUITE[1]])
+    assert asked == [ImageRequest("a red rocket", "", 4), ImageRequest("a red rocket", "busy", 4)]
+    # Another score text or title is another row about the same image.
+    assert not set(first.generation_key[:4]) & set(second.generation_key)
+    assert set(first.image) < set(second.image)
+    (store.root / second.image_path[0]).unlink()
+    asked.clear()
+    again = drawn(store, model_dir, [reworded, SUITE[1]])
+    assert len(asked) == 1 and table_version(again) == table_version(second)
+
+
+def test_nothing_missing_loads_no_model(store: Store, model_dir: Path) -> None:
+    first = drawn(store, model_dir)
+    second = drawn(store, Path("no/such/model"))
+    assert table_version(first) == table_version(second)
+
+
+def test_one_image_that_fails_leaves_the_others(
+    store: Store, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = Sampler.__call__
+
+    def fails(self: Sampler, requests: Sequence[ImageRequest], on_step: None = None):  # type: ignore[no-untyped-def]
+        if any(request.seed == 2 for request in requests):
+            raise RuntimeError("no such kernel")
+        return call(self, requests, on_step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "__call__", fails)
+        table = drawn(store, model_dir)
+    failed = table[table["seed"] == 2]
+    assert (failed.status == "failed").all() and (failed.image == "").all()
+    assert failed.reason.str.contains("no such kernel").all()
+    assert (table[table["seed"] != 2].status == "ok").all()
+    assert (drawn(store, model_dir).status == "ok").all()
+
+
+def test_when_nothing_can_be_drawn_the_error_says_so(
+    store: Store, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Sampler, requests: Sequence[ImageRequest], on_step: None = None) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(Sampler, "__call__", fails)
+    with pytest.raises(SamplerError, match="not one of 5 images.*no such kernel"):
+        drawn(store, model_dir)
+
+
+def test_a_stopped_run_keeps_what_is_drawn(
+    store: Store, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uninterrupted = drawn(Store(tmp_path / "other"), model_dir)
+    call = Sampler.__call__
+    calls = 0
+
+    def stops(self: Sampler, requests: Sequence[ImageRequest], on_step: None = None):  # type: ignore[no-untyped-def]
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return call(self, requests, on_step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "__call__", stops)
+        with pytest.raises(KeyboardInterrupt):
+            drawn(store, model_dir)
+    assert len(store.results("generation", uninterrupted.pixel_key)) == 3
+    assert table_version(drawn(store, model_dir)) == table_version(uninterrupted)
+
+
+def test_a_model_that_gives_nothing_finite_is_blocked(store: Store, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = build_tiny_stable_diffusion(tmp_path / "model")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["conv_out.bias"].fill_(float("nan"))
+    save_file(state, weights, metadata={"format": "pt"})
+    table = drawn(store, folder, SUITE[1:])
+    assert (table.status == "blocked").all() and table.reason.str.contains("black image").all()
+    assert (table.image != "").all()
+
+
+def test_pngs_say_how_they_were_made(store: Store, model_dir: Path) -> None:
+    table = drawn(store, model_dir, SUITE[:1])
+    with Image.open(store.root / table.image_path[1]) as image:
+        text = image.info["parameters"]
+        assert list(image.info) == ["parameters"]
+    assert text.splitlines() == [
+        "a red rocket",
+        "Negative prompt: busy",
+        "Steps: 3, Sampler: DPM++ 2M, CFG scale: 4, Seed: 1, Size: 32x48, Model hash: tiny1, "
+        "Precision: fp32, Version: posterpipe sampler 1",
+    ]
+    assert json.loads(table.settings[0])["num_inference_steps"] == 3
+
+
+def test_fp16_without_a_gpu_is_fp32_and_recorded_as_such(
+    model_dir: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(sampler_module, "best_device", lambda: torch.device("cpu"))
+    half = SETTINGS.model_copy(update={"precision": "fp16"})
+    assert pixel_key("m", REQUESTS[0], half) == pixel_key("m", REQUESTS[0], SETTINGS)
+    table = drawn(store, model_dir, SUITE[1:], settings=half)
+    assert json.loads(table.settings[0])["precision"] == "fp32"
+
+
+def test_an_unknown_variant_is_refused(store: Store, model_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"\['lora'\]; choose from sd, sd_negative"):
+        drawn(store, model_dir, variants=("lora",))

@@ -1,0 +1,133 @@
+"""The folder that trainers read: complete, exact, and named by its content."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from posterpipe.core import training_set
+from posterpipe.core.images import png_bytes
+from posterpipe.core.store import Store
+from posterpipe.core.training_set import COLUMNS, TrainingSetEmpty, build_training_set
+
+CAPTIONS = ['a red rocket, titled "Go"', "a blue\ncastle ", "eine gelbe Tür"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def tables(store: Store, captions: list[str] = CAPTIONS) -> tuple[pd.DataFrame, pd.DataFrame]:
+    rows = []
+    for number, caption in enumerate(captions):
+        image = Image.new("RGB", (8, 8), (number, 0, 0))
+        blob = store.put(png_bytes(image), ".png")
+        rows.append({"poster_id": f"{number:064}", "image": blob, "caption": caption})
+    frame = pd.DataFrame(rows, columns=["poster_id", "image", "caption"]).assign(status="ok")
+    return frame.drop(columns="caption"), frame.drop(columns="image")
+
+
+def test_the_csv_lies_beside_its_images_and_gives_the_version(store: Store) -> None:
+    frame, folder, version = build_training_set(store, *tables(store))
+    assert folder == store.root / "training_sets" / version
+    data = (folder / "training.csv").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == version
+    with open(folder / "training.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["caption"] for row in rows] == [
+        'a red rocket, titled "Go"',
+        "a blue castle",
+        "eine gelbe Tür",
+    ]
+    assert list(rows[0]) == ["file_name", "caption"]
+    assert list(frame.columns) == COLUMNS
+    for number, row in enumerate(rows):
+        assert Image.open(folder / row["file_name"]).getpixel((0, 0)) == (number, 0, 0)
+
+
+def test_datasets_reads_the_folder_as_imagefolder(store: Store, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    frame, folder, _ = build_training_set(store, *tables(store))
+    loaded = datasets.load_dataset(
+        "imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache")
+    )
+    assert list(loaded) == ["train"]
+    assert list(loaded["train"]["caption"]) == frame["caption"].tolist()
+    assert loaded["train"][1]["image"].getpixel((0, 0)) == (1, 0, 0)
+
+
+def test_the_version_changes_with_an_image_and_with_a_caption(store: Store) -> None:
+    resized, captions = tables(store)
+    versions = {build_training_set(store, resized, captions)[2]}
+    other = resized.copy()
+    other.loc[0, "image"] = store.put(png_bytes(Image.new("RGB", (8, 8), "white")), ".png")
+    versions.add(build_training_set(store, other, captions)[2])
+    versions.add(build_training_set(store, resized, captions.replace(CAPTIONS[2], "a door"))[2])
+    versions.add(build_training_set(store, resized[1:], captions)[2])
+    assert len(versions) == 4
+
+
+def test_the_version_does_not_depend_on_the_order_of_rows(store: Store) -> None:
+    resized, captions = tables(store)
+    version = build_training_set(store, resized, captions)[2]
+    assert build_training_set(store, resized[::-1], captions[::-1])[2] == version
+
+
+def test_posters_without_image_or_words_are_left_out(store: Store) -> None:
+    resized, captions = tables(store, ["one", "two", "three", "  "])
+    resized.loc[0, "status"] = "failed"
+    captions.loc[1, "status"] = "failed"
+    frame, _, _ = build_training_set(store, resized, captions)
+    assert frame["caption"].tolist() == ["three"]
+
+
+def test_posters_that_come_to_the_same_image_are_trained_on_once(store: Store) -> None:
+    resized, captions = tables(store)
+    resized["image"] = resized["image"][0]
+    frame, _, _ = build_training_set(store, resized, captions)
+    assert frame["caption"].tolist() == [CAPTIONS[0]]
+
+
+def test_nothing_to_train_on_is_an_error_with_a_remedy(store: Store) -> None:
+    resized, captions = tables(store)
+    with pytest.raises(TrainingSetEmpty, match="poster_captions"):
+        build_training_set(store, resized, captions.assign(status="failed"))
+
+
+def test_the_folder_appears_only_when_it_is_complete(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resized, captions = tables(store)
+    store.path(resized["image"][2], ".png").unlink()
+    with pytest.raises(FileNotFoundError, match="materialize resized_posters again"):
+        build_training_set(store, resized, captions)
+    assert list((store.root / "training_sets").iterdir()) == []
+
+
+def test_a_folder_that_is_there_is_left_alone_and_a_torn_one_is_made_again(store: Store) -> None:
+    resized, captions = tables(store)
+    frame, folder, _ = build_training_set(store, resized, captions)
+    os.utime(folder / "training.csv", (1, 1))
+    build_training_set(store, resized, captions)
+    assert (folder / "training.csv").stat().st_mtime == 1
+    (folder / frame["file_name"][0]).unlink()
+    build_training_set(store, resized, captions)
+    assert (folder / frame["file_name"][0]).is_file()
+
+
+def test_without_hard_links_images_are_copied(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(source: Path, target: Path) -> None:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(training_set.os, "link", no_links)
+    frame, folder, _ = build_training_set(store, *tables(store))
+    assert all((folder / name).stat().st_nlink == 1 for name in frame["file_name"])

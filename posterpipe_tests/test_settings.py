@@ -1,0 +1,132 @@
+"""Settings: profiles, environment, and errors that say what to correct."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from posterpipe.settings import PROFILES, SettingsError, default_root, load_settings, profile_path
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("POSTERPIPE_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("profile", sorted(path.stem for path in PROFILES.glob("*.toml")))
+def test_every_shipped_profile_loads(profile: str) -> None:
+    settings = load_settings(profile)
+    assert settings.profile == profile
+    assert settings.images.width == settings.sampler.width
+
+
+def test_the_starter_profile_is_the_default_and_needs_no_hub() -> None:
+    settings = load_settings()
+    assert settings.profile == "starter"
+    for model in (settings.base_model, settings.captioner.model, settings.scorer.model):
+        assert model.id.startswith("data/models/starter/")
+        assert model.revision is None
+
+
+def test_the_sd21_profile_holds_the_parameters_of_the_thesis() -> None:
+    training = load_settings("sd21").training
+    assert training.seed == 777
+    assert training.train_batch_size == training.gradient_accumulation_steps == 1
+    assert training.max_train_steps == 1000
+    assert training.learning_rate == 1e-6
+    assert training.lr_warmup_steps == 80
+    assert training.train_text_encoder
+    assert training.optimizer == "adamw_8bit"
+    assert training.mixed_precision == "fp16"
+
+
+@pytest.mark.parametrize("profile", ["sd21", "sd21_768"])
+def test_every_model_of_the_hub_is_pinned_by_revision(profile: str) -> None:
+    settings = load_settings(profile)
+    for model in (settings.base_model, settings.captioner.model, settings.scorer.model):
+        assert model.revision
+
+
+def test_the_environment_wins_over_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTERPIPE_PROFILE", "sd21")
+    monkeypatch.setenv("POSTERPIPE_TRAINING__MAX_TRAIN_STEPS", "7")
+    monkeypatch.setenv("POSTERPIPE_CAPTIONER__MODEL__ID", "mine/captioner")
+    settings = load_settings()
+    assert settings.profile == "sd21"
+    assert settings.training.max_train_steps == 7
+    assert settings.training.seed == 777
+    assert settings.captioner.model.id == "mine/captioner"
+
+
+def test_overrides_win_over_the_profile() -> None:
+    assert load_settings("starter", store=Path("elsewhere")).store == Path("elsewhere")
+
+
+def test_a_profile_may_be_any_toml_file(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text((PROFILES / "starter.toml").read_text() + "\n", encoding="utf-8")
+    assert load_settings(str(mine)).base_model == load_settings("starter").base_model
+
+
+def test_an_unknown_profile_names_the_known_ones() -> None:
+    with pytest.raises(SettingsError, match=r"POSTERPIPE_PROFILE.*'sd3'.*sd21.*starter"):
+        load_settings("sd3")
+    with pytest.raises(SettingsError):
+        profile_path("missing.toml")
+
+
+def test_broken_toml_names_file_and_line(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text("[images\nwidth = 64\n")
+    with pytest.raises(SettingsError, match=r"mine\.toml: not valid TOML: .*line 1"):
+        load_settings(str(mine))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("POSTERPIPE_IMAGES__WIDTH", "65", "images.width: .*multiple of 8"),
+        ("POSTERPIPE_TRAINING__LEARNING_RATE", "0", "training.learning_rate: .*greater than 0"),
+        ("POSTERPIPE_TRAINING__OPTIMIZER", "sgd", "training.optimizer: .*adamw"),
+        ("POSTERPIPE_SAMPLER__STEPS", "5", "sampler.steps: "),
+        ("POSTERPIPE_SAMPLER__BATCH_SIZE", "many", "sampler.batch_size: .*integer"),
+    ],
+)
+def test_a_wrong_setting_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, problem: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=problem):
+        load_settings()
+
+
+def test_all_wrong_settings_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTERPIPE_IMAGES__WIDTH", "0")
+    monkeypatch.setenv("POSTERPIPE_MAX_CONCURRENT", "none")
+    with pytest.raises(SettingsError, match=r"images\.width") as caught:
+        load_settings()
+    assert "max_concurrent" in str(caught.value)
+
+
+def test_settings_do_not_change_after_loading() -> None:
+    settings = load_settings()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.training.seed = 1  # type: ignore[misc]
+
+
+def test_relative_paths_start_at_the_root(tmp_path: Path) -> None:
+    settings = load_settings("starter", root=tmp_path)
+    assert settings.path(Path("data/store")) == tmp_path / "data" / "store"
+    assert settings.path(tmp_path / "x") == tmp_path / "x"
+
+
+def test_the_root_of_a_checkout_is_where_workspace_yaml_lies() -> None:
+    checkout = Path(__file__).parents[1]
+    expected = checkout if (checkout / "workspace.yaml").exists() else Path.cwd()
+    assert default_root() == expected
