@@ -7,7 +7,7 @@ not: anything trained (that is `data/models/starter`), fixtures of one test file
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 TINY_WIDTH, TINY_HEIGHT = 32, 48
 TINY_TOKENS = 48
 START, END = "<|startoftext|>", "<|endoftext|>"
-WORDS = ("a", "animated", "blue", "cat", "centre", "film", "in", "minimalist", "movie", "of", "on")
-WORDS += ("one", "only", "poster", "red", "rocket", "spaceship", "the", "titled", "with", "yellow")
+_SMALL = ("a", "animated", "blue", "cat", "centre", "film", "in", "minimalist", "movie", "of", "on")
+WORDS = (*_SMALL, "one", "only", "poster", "red", "rocket", "spaceship", "the", "titled", "with")
 
 
 def build_tiny_tokenizer(*, max_tokens: int = TINY_TOKENS) -> CLIPTokenizer:
@@ -35,7 +35,8 @@ def build_tiny_tokenizer(*, max_tokens: int = TINY_TOKENS) -> CLIPTokenizer:
             vocab.setdefault(pieces[0], len(vocab))
     for special in (START, END):
         vocab[special] = len(vocab)
-    return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=max_tokens)
+    pairs: Any = list(merges)  # annotated as strings, and wanted as pairs
+    return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=max_tokens)
 
 
 def build_tiny_stable_diffusion(
@@ -106,9 +107,10 @@ def build_tiny_stable_diffusion(
             )
         )
     if precision == "fp16":
-        for model in (vae, unet, text_encoder):
+        models: list[Any] = [vae, unet, text_encoder]
+        for model in models:
             model.half()
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,

@@ -45,8 +45,7 @@ class Captioner:
         model = BlipForConditionalGeneration.from_pretrained(
             folder, dtype=self.dtype, use_safetensors=True
         )
-        # The stubs of `to` take the device for the model.
-        self.model = model.to(self.device).eval()  # type: ignore[arg-type]
+        self.model = model.to(self.device).eval()
 
     def __call__(self, images: list[Image.Image]) -> list[str]:
         """One caption for each RGB image, of any sizes. Beam search: the same images, the same

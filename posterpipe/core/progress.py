@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -122,10 +123,14 @@ class LogProgress:
 
 
 class BarProgress:
-    """A bar in a terminal; lines as of `LogProgress` where the output is no terminal."""
+    """A bar in a terminal; lines as of `LogProgress` where the output is no terminal.
 
-    def __init__(self) -> None:
-        self._lines = LogProgress(lambda line: print(line, flush=True))
+    `console` is where it appears: the standard output, unless that is being captured.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
+        self._lines = LogProgress(self._print)
         self._lock = threading.Lock()
         self._display: RichProgress | None = None
         self._open = 0
@@ -135,7 +140,7 @@ class BarProgress:
         self, description: str, total: int, unit: str = "items"
     ) -> Iterator[Callable[..., None]]:
         """See `Progress.task`."""
-        if total <= 0 or not sys.stdout.isatty():
+        if total <= 0 or not self._in_terminal():
             with self._lines.task(description, total, unit) as lines:
                 yield lines
             return
@@ -153,6 +158,15 @@ class BarProgress:
             display.stop_task(bar)
             self._leave()
 
+    def _in_terminal(self) -> bool:
+        return self._console.is_terminal if self._console else sys.stdout.isatty()
+
+    def _print(self, line: str) -> None:
+        if self._console:
+            self._console.print(line, markup=False, soft_wrap=True)
+        else:
+            print(line, flush=True)
+
     # Tasks that overlap share one display: a terminal has room for one.
     def _enter(self) -> RichProgress:
         with self._lock:
@@ -166,6 +180,7 @@ class BarProgress:
                     _RateColumn(),
                     TimeRemainingColumn(elapsed_when_finished=True),
                     TextColumn("{task.fields[shown]}"),
+                    console=self._console,
                 )
                 self._display.start()
             return self._display

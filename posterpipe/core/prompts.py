@@ -245,11 +245,10 @@ class _Reader:
     def _text(self, name: str, node: yaml.Node | None) -> str:
         if node is None:
             return ""
-        value = _value(node)
-        if not isinstance(value, str):
-            self._problem(node, f"`{name}` must be text, not {value!r}; put it in quotes")
-            return "?"
-        return " ".join(value.split())
+        if node.tag != "tag:yaml.org,2002:str":
+            self._problem(node, f"`{name}` must be text, not {_value(node)!r}; put it in quotes")
+            return "x"  # passes the checks that follow: one problem is enough
+        return " ".join(node.value.split())
 
     def _seeds(self, node: yaml.Node) -> tuple[int, ...]:
         values = _value(node)
@@ -283,11 +282,11 @@ class _Reader:
 
 
 def _value(node: yaml.Node) -> Any:
-    """What a node holds; the node itself where YAML cannot tell (an impossible date, say)."""
+    """What a node holds; its text where that cannot be (an impossible date, say)."""
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError, TypeError):
-        return getattr(node, "value", node)
+        return str(node.value)
     finally:
         loader.dispose()

@@ -147,6 +147,7 @@ class Sampler:
         import torch
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from diffusers.utils import logging as diffusers_logging
+        from safetensors import SafetensorError
         from transformers import CLIPTextModel, CLIPTokenizer
         from transformers.utils import logging as transformers_logging
 
@@ -163,7 +164,7 @@ class Sampler:
         # On a GPU the weights themselves are short; on a CPU autocast keeps the norms exact.
         short = self.precision if self.device.type != "cpu" else "fp32"
         self.dtype = torch_dtype(short)
-        load: dict[str, Any] = {"torch_dtype": self.dtype, "use_safetensors": True}
+        load: dict[str, Any] = {"dtype": self.dtype, "use_safetensors": True}
         try:
             self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
             self.text_encoder: Any = CLIPTextModel.from_pretrained(
@@ -171,7 +172,7 @@ class Sampler:
             )
             self.unet: Any = UNet2DConditionModel.from_pretrained(folder / "unet", **load)
             self.vae: Any = AutoencoderKL.from_pretrained(folder / "vae", **load)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ModelMissing(
                 f"{folder}: the model cannot be loaded ({_first_line(error)}); it must be a "
                 "Stable Diffusion directory with safetensors: fetch or train it again"

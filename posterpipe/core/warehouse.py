@@ -25,12 +25,14 @@ import datetime as dt
 import os
 import random
 import re
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import duckdb
 import pandas as pd
@@ -150,6 +152,8 @@ WHERE score.metric_id LIKE 'clip\\_t.%' ESCAPE '\\'
 
 _REPLACES_FAILED = ("fct_image", "fct_score")
 
+_writing: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
 T = TypeVar("T")
 
 
@@ -187,7 +191,7 @@ class Warehouse:
         Creates file and schema. Always closes. Raises WarehouseBusy and WarehouseError.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._connection(read_only=False) as connection:
+        with self._turn(), self._connection(read_only=False) as connection:
             connection.begin()
             try:
                 self._prepare(connection)
@@ -235,10 +239,21 @@ class Warehouse:
                 [metric_id, with_failed],
             ).df()
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """DuckDB's lock is one of processes; threads of one process would write at once, and the
+        transactions of all but one would fail."""
+        lock = _writing[str(self.path.resolve())]
+        if not lock.acquire(timeout=self.busy_seconds):
+            raise WarehouseBusy(_who_is_busy(self.path, "", self.busy_seconds))
+        try:
+            yield
+        finally:
+            lock.release()
+
     def _prepare(self, connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)")
-        found = connection.execute("SELECT max(version) FROM schema_version").fetchone()
-        version = found[0] if found else None
+        version = _single(connection, "SELECT max(version) FROM schema_version")
         if version == SCHEMA_VERSION:
             return
         if version is not None and version > SCHEMA_VERSION:
@@ -286,10 +301,8 @@ def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pd.DataFrame
             f"WHERE {table}.status = 'failed' AND excluded.status <> 'failed'"
         )
     connection.register("new_rows", rows)
-    try:
-        connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM new_rows {conflict}")
-    finally:
-        connection.unregister("new_rows")
+    connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM new_rows {conflict}")
+    connection.unregister("new_rows")
 
 
 def prompt_key(prompt_id: str, prompt: str, score_text: str, title: str) -> str:
@@ -330,11 +343,9 @@ def record_generations(
 def replace_current(connection: duckdb.DuckDBPyConnection, generation_keys: Iterable[str]) -> None:
     """Makes these images the current ones, in the transaction of the connection."""
     connection.register("new_current", _key_frame(generation_keys).drop_duplicates())
-    try:
-        connection.execute("DELETE FROM current_generation")
-        connection.execute("INSERT INTO current_generation SELECT generation_key FROM new_current")
-    finally:
-        connection.unregister("new_current")
+    connection.execute("DELETE FROM current_generation")
+    connection.execute("INSERT INTO current_generation SELECT generation_key FROM new_current")
+    connection.unregister("new_current")
 
 
 def retry_while_busy(open_it: Callable[[], T], path: Path, seconds: float) -> T:
@@ -434,9 +445,8 @@ def _copy(private: Path, copy: Path) -> dict[str, int]:
 
 def _verify(copy: Path, rows: dict[str, int], private: Path) -> None:
     with duckdb.connect(str(copy), read_only=True) as connection:
-        found = _row_counts(
-            connection, str(connection.execute("SELECT current_database()").fetchall()[0][0])
-        )
+        name = _single(connection, "SELECT current_database()")
+        found = _row_counts(connection, name)
         if found != rows:
             differing = sorted(set(found.items()) ^ set(rows.items()))
             raise PublishError(
@@ -468,8 +478,7 @@ def _row_counts(connection: duckdb.DuckDBPyConnection, database: str) -> dict[st
     counts = {}
     for schema, table in sorted(tables):
         name = f'"{database}"."{schema}"."{table}"'
-        row = connection.execute(f"SELECT count(*) FROM {name}").fetchone()
-        counts[f"{schema}.{table}"] = int(row[0]) if row else 0
+        counts[f"{schema}.{table}"] = _single(connection, f"SELECT count(*) FROM {name}")
     return counts
 
 
@@ -479,8 +488,16 @@ def _key_frame(generation_keys: Iterable[str]) -> pd.DataFrame:
 
 
 def _has_table(connection: duckdb.DuckDBPyConnection, name: str) -> bool:
-    query = "SELECT 1 FROM duckdb_tables() WHERE table_name = ?"
-    return connection.execute(query, [name]).fetchone() is not None
+    query = "SELECT count(*) FROM duckdb_tables() WHERE table_name = ?"
+    return bool(_single(connection, query, [name]))
+
+
+def _single(
+    connection: duckdb.DuckDBPyConnection, query: str, values: Sequence[object] = ()
+) -> Any:
+    """The one value of a query. All rows are fetched: DuckDB 2 refuses further statements on a
+    connection while a result is not read to its end, as `fetchone` leaves it."""
+    return connection.execute(query, list(values)).fetchall()[0][0]
 
 
 def _first_line(error: BaseException) -> str:

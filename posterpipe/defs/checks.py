@@ -4,8 +4,6 @@ What belongs here: asset checks in Dagster's form: expected, actual, and the off
 does not: tests of the reports, which dbt has (`dbt_like_reports`).
 """
 
-from __future__ import annotations
-
 import json
 
 import dagster as dg
@@ -64,9 +62,7 @@ def every_tuned_image_drawn(tuned_generations: Table, prompt_suite: Table) -> dg
     return _every_cell(tuned_generations, prompt_suite, TUNED_VARIANTS)
 
 
-def _every_cell(
-    generations: Table, suite: Table, variants: tuple[str, ...]
-) -> dg.AssetCheckResult:
+def _every_cell(generations: Table, suite: Table, variants: tuple[str, ...]) -> dg.AssetCheckResult:
     expected = {
         (variant, row.prompt_id, seed)
         for row in suite.itertuples(index=False)

@@ -4,8 +4,6 @@ What belongs here: the three assets. What does not: pixels (`core.images`), BLIP
 and the files of a training set (`core.training_set`).
 """
 
-from __future__ import annotations
-
 import dagster as dg
 
 from posterpipe.defs.resources import (

@@ -4,8 +4,6 @@ What belongs here: the assets from the suite to the images. What does not: drawi
 (`core.sampler`), the suite's rules (`core.prompts`) and judging images (`scoring`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ What belongs here: the asset over the landing folder. What does not: judging and
 (`core.landing`).
 """
 
-from __future__ import annotations
-
 import dagster as dg
 
 from posterpipe.defs.resources import (

@@ -5,8 +5,6 @@ not: the models' SQL (`dbt_like_reports/`), copying the database (`core.warehous
 pictures (`core.gallery`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -4,8 +4,6 @@ What belongs here: the asset over the score warehouse. What does not: CLIP (`cor
 the warehouse (`core.warehouse`), and what is concluded from scores (`dbt_like_reports`).
 """
 
-from __future__ import annotations
-
 import dagster as dg
 
 from posterpipe.defs.resources import (

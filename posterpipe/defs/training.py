@@ -4,8 +4,6 @@ What belongs here: the checkpoint asset, and how the training process's reports 
 does not: the training (`core.dreambooth`) and that process (`defs.training_worker`).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -5,8 +5,9 @@ result into metadata. What does not: training (`posterpipe.core.dreambooth`), th
 this process, and any import of dagster itself.
 
 A step's report travels as a custom message (the fields of `StepReport`), everything else as log
-lines. It runs under `accelerate launch` (`dreambooth.launch.launch_command` builds the command); with
-several processes, only the first one talks to Dagster. Started by hand it trains all the same.
+lines. It runs under `accelerate launch` (`dreambooth.launch.launch_command` builds the command);
+with several processes, only the first one talks to Dagster. Started by hand it trains all the
+same.
 """
 
 from __future__ import annotations

@@ -160,6 +160,8 @@ def build_captioner(
                 image_size=VISION_PIXELS,
                 patch_size=8,
                 hidden_act="gelu",
+                # The class's default of 1e-10 is meant for loading weights, not for learning them.
+                initializer_range=0.02,
             ),
             projection_dim=TEXT_WIDTH,
             image_text_hidden_size=TEXT_WIDTH,

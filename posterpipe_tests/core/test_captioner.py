@@ -135,7 +135,7 @@ def test_other_decoding_makes_other_captions(root: Path, store: Store) -> None:
     long = caption_posters(store, table, SETTINGS, root)
     brief = SETTINGS.model_copy(update={"max_new_tokens": 2})
     short = caption_posters(store, table, brief, root)
-    assert (short["caption"].str.split().str.len() <= 2).all()
+    assert all(len(caption.split()) <= 2 for caption in short["caption"])
     assert not short["caption"].equals(long["caption"])
 
 

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from posterpipe.core.gallery import BACKGROUND, contact_sheet, data_uri, grid, markdown_image
+from posterpipe.core.gallery import (
+    BACKGROUND,
+    Picture,
+    contact_sheet,
+    data_uri,
+    grid,
+    markdown_image,
+)
 
 
 def colour(name: str) -> Image.Image:
@@ -24,7 +31,11 @@ def has_colour(image: Image.Image, name: str) -> bool:
 
 def test_a_contact_sheet_shows_every_image(tmp_path: Path) -> None:
     colour("green").save(tmp_path / "green.png")
-    images = [(colour("red"), "red"), (tmp_path / "green.png", "green"), (colour("blue"), "x" * 99)]
+    images: list[tuple[Picture, str]] = [
+        (colour("red"), "red"),
+        (tmp_path / "green.png", "green"),
+        (colour("blue"), "x" * 99),
+    ]
     sheet = contact_sheet(images, columns=2, cell=(60, 90), title="Three colours")
     assert all(has_colour(sheet, name) for name in ("red", "green", "blue"))
     wide = contact_sheet(images, columns=8, cell=(60, 90), labels=False)
@@ -34,7 +45,8 @@ def test_a_contact_sheet_shows_every_image(tmp_path: Path) -> None:
 
 def test_a_damaged_file_does_not_spoil_the_sheet(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_text("no image")
-    sheet = contact_sheet([(tmp_path / "bad.png", "bad"), (colour("red"), "red")])
+    images: list[tuple[Picture, str]] = [(tmp_path / "bad.png", "bad"), (colour("red"), "red")]
+    sheet = contact_sheet(images)
     assert has_colour(sheet, "red")
 
 

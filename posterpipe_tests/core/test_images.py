@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import struct
@@ -48,6 +49,7 @@ def near(image: Image.Image, place: tuple[int, int], colour: tuple[int, int, int
     return bool(np.abs(found - colour).max() <= 12)
 
 
+@functools.cache
 def png_bomb(width: int, height: int) -> bytes:
     """A small PNG whose header promises width x height pixels of one bit."""
 
@@ -55,7 +57,7 @@ def png_bomb(width: int, height: int) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(name + body))
         return struct.pack(">I", len(body)) + name + body + checksum
 
-    packer = zlib.compressobj(9)
+    packer = zlib.compressobj(1)
     line = bytes(1 + (width + 7) // 8)
     body = b"".join(packer.compress(line) for _ in range(height)) + packer.flush()
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
@@ -112,22 +114,21 @@ def test_photos_are_turned_upright(orientation: int) -> None:
     assert result.tobytes() == upright.tobytes()
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK"])
-@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "JPEG", "WEBP", "BMP", "GIF", "AVIF"])
-def test_colours_survive_every_format_and_mode(mode: str, image_format: str) -> None:
-    if (
-        mode
-        not in {
-            "PNG": ("RGB", "RGBA", "P"),
-            "TIFF": ("RGB", "RGBA", "P", "CMYK"),
-            "JPEG": ("RGB", "CMYK"),
-            "WEBP": ("RGB", "RGBA"),
-            "BMP": ("RGB", "P"),
-            "GIF": ("RGB", "P"),
-            "AVIF": ("RGB", "RGBA"),
-        }[image_format]
-    ):
-        pytest.skip(f"{image_format} has no {mode}")
+MODES = {
+    "PNG": ("RGB", "RGBA", "P"),
+    "TIFF": ("RGB", "RGBA", "P", "CMYK"),
+    "JPEG": ("RGB", "CMYK"),
+    "WEBP": ("RGB", "RGBA"),
+    "BMP": ("RGB", "P"),
+    "GIF": ("RGB", "P"),
+    "AVIF": ("RGB", "RGBA"),
+}
+
+
+@pytest.mark.parametrize(
+    ("image_format", "mode"), [(name, mode) for name, modes in MODES.items() for mode in modes]
+)
+def test_colours_survive_every_format_and_mode(image_format: str, mode: str) -> None:
     options = {} if image_format in ("PNG", "TIFF", "BMP", "GIF") else {"quality": 95}
     result = prepare(encoded(halves(mode), image_format, **options), SETTINGS)
     assert result.mode == "RGB"
@@ -236,7 +237,7 @@ def test_the_limit_on_pixels_can_be_raised_above_that_of_pillow(
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 96\n", "no image in it"),
         (encoded(halves(size=(300, 300)), "JPEG")[:-200], "cannot be decoded"),
         (encoded(halves(size=(300, 300)), "PNG")[:-60], "cannot be decoded"),
-        (b"\x89PNG\r\n\x1a\n" + b"\x00" * 50, ""),
+        (b"\x89PNG\r\n\x1a\n" + b"\x00" * 50, "."),
     ],
     ids=["empty", "text", "postscript", "truncated JPEG", "truncated PNG", "broken header"],
 )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -28,10 +29,22 @@ from posterpipe.core.sampler import (
 )
 from posterpipe.core.store import Store, table_version
 from posterpipe.settings import SamplerSettings
-from posterpipe_tests.models import TINY_HEIGHT, TINY_TOKENS, TINY_WIDTH, build_tiny_stable_diffusion
+from posterpipe_tests.models import (
+    TINY_HEIGHT,
+    TINY_TOKENS,
+    TINY_WIDTH,
+    build_tiny_stable_diffusion,
+)
+
+Images = list[Image.Image]
 
 SETTINGS = SamplerSettings(
-    num_inference_steps=3, guidance_scale=4.0, width=TINY_WIDTH, height=TINY_HEIGHT, batch_size=3
+    num_inference_steps=3,
+    guidance_scale=4.0,
+    width=TINY_WIDTH,
+    height=TINY_HEIGHT,
+    batch_size=3,
+    scheduler="dpmsolver++",
 )
 SUITE = [
     Prompt("rocket", "a red rocket", "a rocket", "busy", "Orbit", (1, 2)),
@@ -95,9 +108,7 @@ def test_an_image_is_the_same_to_the_bit_whatever_its_neighbours(model_dir: Path
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_images_are_those_of_the_diffusers_pipeline(
-    tmp_path: Path, prediction_type: str
-) -> None:
+def test_images_are_those_of_the_diffusers_pipeline(tmp_path: Path, prediction_type: str) -> None:
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
@@ -225,7 +236,7 @@ def drawn(
     suite: Sequence[Prompt] = SUITE,
     variants: Sequence[str] = VARIANTS[:2],
     settings: SamplerSettings = SETTINGS,
-):  # type: ignore[no-untyped-def]
+) -> pd.DataFrame:
     return generate(
         store, suite, variants, model_dir, "tiny1", settings, NoProgress(), run_id="run"
     )
@@ -239,7 +250,7 @@ def test_the_table_has_a_row_for_every_prompt_seed_and_variant(
     assert len(table) == 6 and table["generation_key"].is_unique
     assert (table["status"] == "ok").all() and (table["checkpoint_id"] == "tiny1").all()
     for row in table.itertuples():
-        with Image.open(store.root / row.image_path) as image:
+        with Image.open(store.root / str(row.image_path)) as image:
             assert image.size == (row.width, row.height) == (TINY_WIDTH, TINY_HEIGHT)
     assert table_version(table) == table_version(drawn(store, model_dir, suite=SUITE))
     from_table = generate(
@@ -266,7 +277,7 @@ def test_only_what_is_missing_is_drawn(
     asked: list[ImageRequest] = []
     call = Sampler.__call__
 
-    def spy(self: Sampler, requests: Sequence[ImageRequest], on_step: None = None):  # type: ignore[no-untyped-def]
+    def spy(self: Sampler, requests: Sequence[ImageRequest], on_step: None = None) -> Images:
         asked.extend(requests)
         return call(self, requests, on_step)
 
@@ -277,7 +288,7 @@ def test_only_what_is_missing_is_drawn(
     # Another score text or title is another row about the same image.
     assert not set(first.generation_key[:4]) & set(second.generation_key)
     assert set(first.image) < set(second.image)
-    (store.root / second.image_path[0]).unlink()
+    (store.root / str(second.image_path[0])).unlink()
     asked.clear()
     again = drawn(store, model_dir, [reworded, SUITE[1]])
     assert len(asked) == 1 and table_version(again) == table_version(second)
@@ -294,7 +305,7 @@ def test_one_image_that_fails_leaves_the_others(
 ) -> None:
     call = Sampler.__call__
 
-    def fails(self: Sampler, requests: Sequence[ImageRequest], on_step: None = None):  # type: ignore[no-untyped-def]
+    def fails(self: Sampler, requests: Sequence[ImageRequest], on_step: None = None) -> Images:
         if any(request.seed == 2 for request in requests):
             raise RuntimeError("no such kernel")
         return call(self, requests, on_step)
@@ -316,7 +327,7 @@ def test_when_nothing_can_be_drawn_the_error_says_so(
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(Sampler, "__call__", fails)
-    with pytest.raises(SamplerError, match="not one of 5 images.*no such kernel"):
+    with pytest.raises(SamplerError, match=r"not one of 5 images.*no such kernel"):
         drawn(store, model_dir)
 
 
@@ -327,7 +338,7 @@ def test_a_stopped_run_keeps_what_is_drawn(
     call = Sampler.__call__
     calls = 0
 
-    def stops(self: Sampler, requests: Sequence[ImageRequest], on_step: None = None):  # type: ignore[no-untyped-def]
+    def stops(self: Sampler, requests: Sequence[ImageRequest], on_step: None = None) -> Images:
         nonlocal calls
         calls += 1
         if calls == 2:
@@ -357,7 +368,7 @@ def test_a_model_that_gives_nothing_finite_is_blocked(store: Store, tmp_path: Pa
 
 def test_pngs_say_how_they_were_made(store: Store, model_dir: Path) -> None:
     table = drawn(store, model_dir, SUITE[:1])
-    with Image.open(store.root / table.image_path[1]) as image:
+    with Image.open(store.root / str(table.image_path[1])) as image:
         text = image.info["parameters"]
         assert list(image.info) == ["parameters"]
     assert text.splitlines() == [

@@ -32,6 +32,8 @@ def build_tiny_blip(folder: Path, *, seed: int = 0) -> Path:
     config = BlipConfig(
         text_config={
             **size,
+            # So large that different images get different words.
+            "initializer_range": 0.6,
             "vocab_size": len(tokenizer),
             "encoder_hidden_size": 32,
             "max_position_embeddings": 64,
@@ -40,10 +42,10 @@ def build_tiny_blip(folder: Path, *, seed: int = 0) -> Path:
             "sep_token_id": tokenizer.sep_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         },
-        vision_config={**size, "image_size": 32, "patch_size": 8},
+        # BLIP's own default of 1e-10 is nothing at all in fp16.
+        vision_config={**size, "image_size": 32, "patch_size": 8, "initializer_range": 0.3},
         projection_dim=32,
         image_text_hidden_size=32,
-        initializer_range=0.6,  # so large that different images get different words
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

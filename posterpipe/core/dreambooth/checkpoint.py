@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
-from diffusers.schedulers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -145,13 +145,14 @@ def write_checkpoint(
         shutil.rmtree(abandoned)
     temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
     dtype = disk_dtype(config.base_model)
-    trained: dict[str, UNet2DConditionModel | CLIPTextModel] = {"unet": unet}
+    trained: dict[str, Any] = {"unet": unet}
     if text_encoder is not None:
         trained["text_encoder"] = text_encoder
     for part in MODEL_PARTS:
         if part in trained:
             model = trained[part].to(device="cpu", dtype=dtype)
             model.save_pretrained(temporary / part, safe_serialization=True)
+            _forget_origin(temporary / part / "config.json")
         else:
             ignore = shutil.ignore_patterns(*_PICKLES)
             shutil.copytree(config.base_model / part, temporary / part, ignore=ignore)
@@ -222,6 +223,13 @@ def _package_version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _forget_origin(config: Path) -> None:
+    """Takes out the path of this machine from which the model was loaded."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values.pop("_name_or_path", None)
+    _write_json(config, values)
 
 
 def _model_index(base_model: Path) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class ClipTextSimilarity:
 
     def __init__(self, settings: ScorerSettings, root: Path) -> None:
         import transformers
+        from safetensors import SafetensorError
         from transformers.utils import logging as transformers_logging
 
         quiet_hub()
@@ -82,7 +83,7 @@ class ClipTextSimilarity:
             model: Any = transformers.CLIPModel.from_pretrained(
                 folder, dtype=torch_dtype(short), use_safetensors=True
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ModelMissing(
                 f"{folder}: the CLIP model cannot be loaded ({reason}); copy it again, or name "

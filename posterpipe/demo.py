@@ -1,0 +1,370 @@
+"""What `posterpipe demo` does: the whole graph in one process, with bars instead of logs.
+
+What belongs here: choosing what to materialize, running it, showing it, timing it. What does not:
+the assets (`defs`), and the Dagster UI and daemon (`make dev`), which show the same instance.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from posterpipe.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    import dagster as dg
+
+    from posterpipe.defs.resources import Deployment
+
+LOGGER = "demo"
+PID_TAG, HOST_TAG = "posterpipe/pid", "posterpipe/host"
+ROOTS = ("raw_posters", "prompt_suite")
+"""Assets that read the outside world: only running them tells whether it changed."""
+
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "DAGSTER_DISABLE_TELEMETRY": "1",
+}
+
+
+@dataclass
+class Watch:
+    """What happened in the runs of one demo."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By step, in the order in which they ended."""
+    groups: dict[str, str] = field(default_factory=dict)
+    """Group of each step that makes assets."""
+    failures: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def run_demo(timings: Path | None = None) -> int:
+    """Materialize what is not up to date and print the leaderboard; the exit code.
+
+    `timings` gets the wall time by stage as JSON. Raises posterpipe's own errors for a wrong
+    setting, a missing model or an empty folder.
+    """
+    started = time.perf_counter()
+    settings = load_settings()
+    home = prepare_home(settings)
+    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    log = home / "demo.log"
+    with _terminal(log) as console:
+        console.print(f"[bold]posterpipe demo[/], profile {settings.profile}")
+        import dagster as dg
+
+        from posterpipe.core.progress import BarProgress
+        from posterpipe.defs.resources import Deployment
+
+        deployment = Deployment(settings, BarProgress(console))
+        require_inputs(settings)
+        watch = Watch()
+        with dg.DagsterInstance.from_config(str(home)) as instance:
+            ok = materialize(deployment, instance, console, watch)
+    total = time.perf_counter() - started
+    if timings:
+        _write_timings(timings, settings, watch, total)
+    if not ok:
+        for failure in watch.failures:
+            print(f"posterpipe: {failure}", file=sys.stderr)
+        print(f"posterpipe: the whole log is {log}", file=sys.stderr)
+        return 1
+    _conclude(deployment, watch, total, home)
+    return 0
+
+
+def prepare_home(settings: Settings) -> Path:
+    """DAGSTER_HOME (default: `.dagster` in the root) with this machine's dagster.yaml in it."""
+    home = Path(os.environ.get("DAGSTER_HOME") or settings.path(Path(".dagster"))).resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ["DAGSTER_HOME"] = str(home)
+    source, target = settings.path(Path("deploy/dagster.yaml")), home / "dagster.yaml"
+    if source.exists() and (not target.exists() or source.read_bytes() != target.read_bytes()):
+        shutil.copyfile(source, target)
+    return home
+
+
+def require_inputs(settings: Settings) -> None:
+    """Find the models and read the prompt suite before anything costs time.
+
+    Raises ModelMissing and PromptSuiteError.
+    """
+    from posterpipe.core.models import locate
+    from posterpipe.core.prompts import load_suite
+
+    for ref in (settings.base_model, settings.captioner.model, settings.scorer.model):
+        locate(ref, settings.root)
+    load_suite(settings.path(settings.prompt_suite))
+
+
+def materialize(
+    deployment: Deployment, instance: dg.DagsterInstance, console: Console, watch: Watch
+) -> bool:
+    """Run what is stale, and everything downstream of it; whether all of it went well."""
+    import dagster as dg
+
+    from posterpipe.definitions import build_defs
+    from posterpipe.defs.automation import stale_assets
+
+    end_dead_runs(instance)
+    defs = dg.Definitions.merge(
+        build_defs(deployment.settings, deployment),
+        dg.Definitions(loggers={LOGGER: _logger(console, watch)}),
+    )
+    job = defs.resolve_job_def("everything")
+    specs = list(defs.resolve_all_asset_specs())
+    names = [spec.key for spec in specs]
+    watch.groups = {spec.key.to_user_string(): str(spec.group_name) for spec in specs}
+    watch.groups["dbt_models"] = "reports"
+
+    def run(keys: Sequence[dg.AssetKey]) -> bool:
+        result = job.execute_in_process(
+            instance=instance,
+            asset_selection=list(keys),
+            run_config={"loggers": {LOGGER: {}}},
+            tags={PID_TAG: str(os.getpid()), HOST_TAG: socket.gethostname()},
+            raise_on_error=False,
+        )
+        return bool(result.success)
+
+    stale = stale_assets(specs, instance, deployment)
+    roots = [dg.AssetKey(name) for name in ROOTS]
+    # Where everything is to be made anyway, one run makes it. Else the roots tell first.
+    if set(roots) - set(stale):
+        if not run(roots):
+            return False
+        stale = stale_assets(specs, instance, deployment)
+    chosen = _with_downstream(specs, set(stale))
+    if not chosen:
+        return True
+    if len(chosen) < len(names):
+        for key in [key for key in names if key in stale]:
+            console.print(f"  {key.to_user_string()}: {stale[key]}", style="dim")
+    return run([key for key in names if key in chosen])
+
+
+def end_dead_runs(instance: dg.DagsterInstance) -> None:
+    """Runs of demos that were killed are marked as failed, and give back their places in pools.
+
+    The daemon of `make dev` does so for the runs that it started.
+    """
+    import dagster as dg
+
+    statuses = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING]
+    for run in instance.get_runs(dg.RunsFilter(statuses=statuses)):
+        here = run.tags.get(HOST_TAG) == socket.gethostname()
+        pid = run.tags.get(PID_TAG, "")
+        if here and pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+            instance.report_run_failed(run, "its process is gone")
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _with_downstream(specs: Sequence[dg.AssetSpec], stale: set[dg.AssetKey]) -> set[dg.AssetKey]:
+    chosen = set(stale)
+    while True:
+        more = {
+            spec.key
+            for spec in specs
+            if spec.key not in chosen and any(dep.asset_key in chosen for dep in spec.deps)
+        }
+        if not more:
+            return chosen
+        chosen |= more
+
+
+def _logger(console: Console, watch: Watch) -> dg.LoggerDefinition:
+    """A Dagster logger that prints a line a finished step, and nothing else."""
+    import dagster as dg
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            event = getattr(record, "dagster_event", None)
+            if event is not None:
+                _show(event, console, watch)
+
+    @dg.logger
+    def demo_logger(_: dg.InitLoggerContext) -> logging.Logger:
+        logger = logging.Logger("posterpipe.demo", level=logging.DEBUG)
+        logger.addHandler(Handler())
+        return logger
+
+    return demo_logger
+
+
+def _show(event: Any, console: Console, watch: Watch) -> None:
+    from dagster import DagsterEventType
+
+    kind = event.event_type
+    if kind == DagsterEventType.STEP_SUCCESS:
+        seconds = event.step_success_data.duration_ms / 1000
+        watch.seconds[event.step_key] = seconds
+        console.print(f"[green]✓[/] {event.step_key:<34} [dim]{seconds:7.1f} s[/]")
+    elif kind == DagsterEventType.STEP_FAILURE:
+        reason = _reason(event.step_failure_data.error)
+        watch.failures.append(f"{event.step_key}: {reason}")
+        console.print(f"[red]✗ {event.step_key}[/]")
+    elif kind == DagsterEventType.ASSET_CHECK_EVALUATION:
+        check = event.event_specific_data
+        if not check.passed:
+            line = f"{check.asset_key.to_user_string()}: {check.check_name} failed"
+            line += f": {check.description}" if check.description else ""
+            watch.warnings.append(line)
+            console.print(f"[yellow]! {escape(line)}[/]")
+
+
+def _reason(error: Any) -> str:
+    """The innermost message of a step's error: as it is for posterpipe's own, else with its
+    class."""
+    while error.cause is not None:
+        error = error.cause
+    message = str(error.message).strip()
+    name, _, rest = message.partition(": ")
+    own = name.startswith("posterpipe.")
+    return rest if own and rest else message
+
+
+@contextmanager
+def _terminal(log: Path) -> Iterator[Console]:
+    """A console on the terminal, while everything else that is printed goes into a file.
+
+    Libraries, Dagster and child processes write to the descriptors 1 and 2; the console keeps a
+    duplicate of the real output.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with (
+        open(log, "a", encoding="utf-8") as sink,
+        os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace") as output,
+    ):
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield Console(file=output, highlight=False)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in enumerate(kept, start=1):
+                os.dup2(copy, number)
+                os.close(copy)
+
+
+def _stages(watch: Watch) -> dict[str, float]:
+    """Seconds by group of assets, checks apart."""
+    stages: dict[str, float] = {}
+    for step, seconds in watch.seconds.items():
+        stage = watch.groups.get(step, "checks")
+        stages[stage] = stages.get(stage, 0.0) + seconds
+    return stages
+
+
+def _write_timings(path: Path, settings: Settings, watch: Watch, total: float) -> None:
+    stages = _stages(watch)
+    stages["startup and bookkeeping"] = total - sum(stages.values())
+    values = {
+        "profile": settings.profile,
+        "machine": platform.machine(),
+        "cpu_cores": os.cpu_count(),
+        "total_seconds": round(total, 3),
+        "stages": {name: round(seconds, 3) for name, seconds in stages.items()},
+        "steps": {name: round(seconds, 3) for name, seconds in watch.seconds.items()},
+    }
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _conclude(deployment: Deployment, watch: Watch, total: float, home: Path) -> None:
+    """Times, the leaderboard, and where to look next."""
+    from posterpipe.core.progress import duration
+
+    console = Console(highlight=False)
+    stages = _stages(watch)
+    if set(watch.seconds) - set(ROOTS):
+        times = Table("stage", "wall time", title="Wall time by stage", title_justify="left")
+        times.columns[1].justify = "right"
+        for stage, seconds in stages.items():
+            times.add_row(stage, f"{seconds:.1f} s")
+        rest = total - sum(stages.values())
+        times.add_row("startup and bookkeeping", f"{rest:.1f} s", end_section=True)
+        times.add_row("total", duration(total))
+        console.print(times)
+    else:
+        console.print(f"Everything is up to date: nothing computed, {total:.1f} s.")
+    console.print(leaderboard_table(deployment))
+    console.print(f"scores         {deployment.published_path}", soft_wrap=True)
+    console.print(f"contact sheet  {deployment.contact_sheet_path}", soft_wrap=True)
+    if home == deployment.settings.path(Path(".dagster")):
+        console.print("look around    make dev, then http://127.0.0.1:3000")
+
+
+def leaderboard_table(deployment: Deployment) -> Table:
+    """The leaderboard of the published database, for the terminal.
+
+    Cosines are raw; differences are to `sd`, paired by prompt and seed.
+    """
+    import duckdb
+
+    with duckdb.connect(str(deployment.published_path), read_only=True) as connection:
+        rows = connection.execute(
+            "select variant, images, blocked, prompts, mean_clip_cosine, low_95, high_95, "
+            "diff_to_sd, diff_low_95, diff_high_95, metric_id from leaderboard"
+        ).fetchall()
+    metrics = sorted({row[-1] for row in rows})
+    table = Table(title="CLIP leaderboard", title_justify="left", caption_justify="left")
+    for name in ("variant", "images", "mean CLIP cosine", "95 % interval", "minus sd, paired"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    table.add_column("95 % interval", justify="right")
+    if len(metrics) > 1:
+        table.add_column("metric")
+    for variant, images, blocked, _, mean, low, high, diff, diff_low, diff_high, metric in rows:
+        table.add_row(
+            variant,
+            f"{images}" + (f" ({blocked} blocked)" if blocked else ""),
+            _number(mean),
+            _interval(low, high, ".3f"),
+            _number(diff, "+.3f"),
+            _interval(diff_low, diff_high, "+.3f"),
+            *([metric] if len(metrics) > 1 else []),
+        )
+    prompts = max((row[3] for row in rows), default=0)
+    table.caption = (
+        f"Intervals over {prompts} prompts, seeds averaged. Metric: {', '.join(metrics)}"
+    )
+    return table
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _interval(low: float | None, high: float | None, form: str) -> str:
+    return "–" if low is None or high is None else f"{low:{form}} … {high:{form}}"

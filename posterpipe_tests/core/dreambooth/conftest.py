@@ -1,0 +1,83 @@
+"""A tiny base model and a training set of random pictures, shared by the trainer's tests."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.settings import TrainingSettings
+from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
+
+CAPTIONS = (
+    "a red rocket on a blue poster",
+    "minimalist film poster of one cat",
+    "a yellow spaceship in the centre",
+    "animated movie poster titled 'comet'",
+    "only one rocket with a red title",
+)
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_stable_diffusion(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def training_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_training_set(tmp_path_factory.mktemp("sets") / "five")
+
+
+def write_training_set(folder: Path) -> Path:
+    """training.csv and five pictures of 32x48 random pixels."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(5)
+    with open(folder / "training.csv", "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file_name", "caption"])
+        for number, caption in enumerate(CAPTIONS):
+            pixels = rng.integers(0, 256, (TINY_HEIGHT, TINY_WIDTH, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number:04d}.png")
+            rows.writerow([f"{number:04d}.png", caption])
+    return folder
+
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, base_model: Path, training_set: Path) -> MakeConfig:
+    """A RunConfig of a few fast steps; keywords change the training settings."""
+
+    def make(
+        name: str = "run", *, parts: dict[str, Any] | None = None, **training: Any
+    ) -> RunConfig:
+        settings: dict[str, Any] = {
+            "max_train_steps": 4,
+            "train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "lr_warmup_steps": 0,
+            "optimizer": "adamw",
+            "mixed_precision": "fp32",
+            "log_every_steps": 1,
+            **training,
+        }
+        values: dict[str, Any] = {
+            "base_model": base_model,
+            "training_set": training_set,
+            "output_dir": tmp_path / name / "out",
+            "work_dir": tmp_path / name / "work",
+            "width": TINY_WIDTH,
+            "height": TINY_HEIGHT,
+            "training": TrainingSettings(**settings),
+            **(parts or {}),
+        }
+        return RunConfig(**values)
+
+    return make

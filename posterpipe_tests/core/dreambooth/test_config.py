@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from posterpipe.core.dreambooth.config import (
+    RunConfig,
+    Versions,
+    checkpoint_id,
+    measure_versions,
+)
+from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.dreambooth.launch import launch_command
+from posterpipe_tests.core.dreambooth.conftest import MakeConfig, write_training_set
+
+VERSIONS = Versions(training_set="set", base_model="base")
+
+
+def test_toml_gives_the_same_config_back(make_config: MakeConfig, tmp_path: Path) -> None:
+    odd = tmp_path / 'a "quoted" folder with \u00fc, \\ and \x7f'
+    config = make_config(
+        parts={"work_dir": odd, "versions": VERSIONS}, learning_rate=1e-6, snr_gamma=5.0, seed=-3
+    )
+    path = config.to_toml(tmp_path / "new" / "run.toml")
+    assert RunConfig.from_toml(path) == config
+    assert [p.name for p in path.parent.iterdir()] == ["run.toml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("width = ", "not valid TOML"),
+        ("width = 33", "width: Input should be a multiple of 8"),
+        ("speed = 3", "speed: Extra inputs"),
+        ("[training]\nlearning_rate = 0", "training.learning_rate: Input should be greater than 0"),
+    ],
+)
+def test_a_wrong_config_names_the_file_and_the_key(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(TrainingError) as caught:
+        RunConfig.from_toml(path)
+    assert "run.toml" in str(caught.value) and words in str(caught.value)
+
+
+def test_a_missing_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"none\.toml.*cannot be read"):
+        RunConfig.from_toml(tmp_path / "none.toml")
+
+
+def test_the_id_follows_what_decides_a_weight_and_nothing_else(make_config: MakeConfig) -> None:
+    plain = checkpoint_id(make_config(), VERSIONS)
+    assert checkpoint_id(make_config("elsewhere"), VERSIONS) == plain
+    assert checkpoint_id(make_config(log_every_steps=7, save_every_steps=9), VERSIONS) == plain
+    others = [
+        checkpoint_id(make_config(seed=1), VERSIONS),
+        checkpoint_id(make_config(learning_rate=2e-3), VERSIONS),
+        checkpoint_id(make_config(parts={"width": 64}), VERSIONS),
+        checkpoint_id(make_config(), VERSIONS.model_copy(update={"training_set": "new"})),
+        checkpoint_id(make_config(), VERSIONS.model_copy(update={"base_model": "new"})),
+    ]
+    assert len({plain, *others}) == 6
+
+
+def test_versions_are_measured_from_the_bytes(make_config: MakeConfig, tmp_path: Path) -> None:
+    before = measure_versions(make_config())
+    same = write_training_set(tmp_path / "copy")
+    assert measure_versions(make_config(parts={"training_set": same})) == before
+    with open(same / "training.csv", "a") as file:
+        file.write("0000.png,again\n")
+    after = measure_versions(make_config(parts={"training_set": same}))
+    assert after.training_set != before.training_set
+    assert after.base_model == before.base_model
+
+
+def test_the_launcher_is_told_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    command = launch_command(Path("run.toml"), module="some.worker", cpu=True)
+    assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert command[command.index("--num_cpu_threads_per_process") + 1] == "3"
+    assert command[-4:] == ["-m", "some.worker", "--config", "run.toml"]

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from posterpipe.core.dreambooth import objective
+from posterpipe.core.dreambooth.errors import BaseModelError
+
+
+def samples(*alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents and noise of shape (n, 3, 2, 2) and their alpha_bar."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (len(alpha_bar), 3, 2, 2)
+    latents = torch.randn(shape, generator=generator)
+    return latents, torch.randn(shape, generator=generator), torch.tensor(alpha_bar)
+
+
+def test_noised_latents_by_hand() -> None:
+    latents, noise = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), -1.0)
+    noised = objective.add_noise(latents, noise, torch.tensor([0.64]))
+    assert noised.item() == pytest.approx(0.8 * 2 + 0.6 * -1)
+
+
+def test_targets_by_hand() -> None:
+    latents, noise = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), -1.0)
+    alpha_bar = torch.tensor([0.64])
+    assert objective.target("epsilon", latents, noise, alpha_bar).item() == -1
+    v = objective.target("v_prediction", latents, noise, alpha_bar).item()
+    assert v == pytest.approx(0.8 * -1 - 0.6 * 2)
+
+
+def test_noising_and_v_agree_with_diffusers() -> None:
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    steps = torch.tensor([0, 250, 700, 998])
+    latents, noise, _ = samples(1, 1, 1, 1)
+    alpha_bar = scheduler.alphas_cumprod[steps]
+    ours = objective.add_noise(latents, noise, alpha_bar)
+    torch.testing.assert_close(ours, scheduler.add_noise(latents, noise, steps))
+    v = objective.target("v_prediction", latents, noise, alpha_bar)
+    torch.testing.assert_close(v, scheduler.get_velocity(latents, noise, steps))
+
+
+def test_noise_and_v_together_give_the_latents_back() -> None:
+    latents, noise, alpha_bar = samples(0.01, 0.3, 0.99)
+    a = alpha_bar.view(-1, 1, 1, 1)
+    noised = objective.add_noise(latents, noise, alpha_bar)
+    v = objective.target("v_prediction", latents, noise, alpha_bar)
+    torch.testing.assert_close(a.sqrt() * noised - (1 - a).sqrt() * v, latents)
+
+
+@pytest.mark.parametrize("alpha_bar", [0.05, 0.5, 0.9, 0.999])
+def test_min_snr_weights_are_those_of_the_paper(alpha_bar: float) -> None:
+    snr = alpha_bar / (1 - alpha_bar)
+    values = torch.tensor([alpha_bar], dtype=torch.float64)
+    epsilon = objective.min_snr_weights("epsilon", values, 5).item()
+    v = objective.min_snr_weights("v_prediction", values, 5).item()
+    assert epsilon == pytest.approx(min(snr, 5) / snr)
+    assert v == pytest.approx(min(snr, 5) / (snr + 1))
+
+
+def test_min_snr_weights_stay_finite_without_signal_and_without_noise() -> None:
+    ends = torch.tensor([0.0, 1.0])
+    assert objective.min_snr_weights("epsilon", ends, 5).tolist() == [1, 0]
+    assert objective.min_snr_weights("v_prediction", ends, 5).tolist() == [0, 0]
+
+
+def test_errors_are_a_mean_for_each_sample() -> None:
+    prediction = torch.zeros(2, 1, 2, 2, dtype=torch.bfloat16)
+    wanted = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
+    errors = objective.squared_errors(prediction, wanted)
+    assert errors.tolist() == [1, 4] and errors.dtype == torch.float32
+
+
+def test_an_unknown_prediction_type_is_refused_by_name() -> None:
+    assert objective.prediction_type("v_prediction") == "v_prediction"
+    with pytest.raises(BaseModelError, match="'sample'"):
+        objective.prediction_type("sample")

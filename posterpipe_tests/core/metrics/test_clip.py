@@ -1,0 +1,342 @@
+"""CLIP-T against a plain transformers computation, and scoring into a warehouse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from posterpipe.core.metrics import clip as clip_module
+from posterpipe.core.metrics.clip import (
+    ClipTextSimilarity,
+    Scored,
+    clip_t_id,
+    letterbox,
+    score_generations,
+)
+from posterpipe.core.models import ModelMissing
+from posterpipe.core.progress import NoProgress
+from posterpipe.core.sampler import COLUMNS, generation_key
+from posterpipe.core.store import Store, table_version
+from posterpipe.core.warehouse import Warehouse
+from posterpipe.settings import ModelRef, ScorerSettings
+from posterpipe_tests.models import build_tiny_tokenizer
+
+SIDE = 32
+TEXTS = [
+    "a minimalist film poster of a red rocket",
+    "a blue cat",
+    "a minimalist film poster of a red rocket",
+    "the centre " * 60,
+    "",
+]
+
+
+def build_tiny_clip(folder: Path, *, whole_processor: bool = False) -> Path:
+    """Writes a random CLIP for 32x32 images; the processor in one file or in the older two."""
+    import torch
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessorPil,
+        CLIPModel,
+        CLIPProcessor,
+    )
+
+    tokenizer = build_tiny_tokenizer()
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "projection_dim": 16}
+    text = {
+        **shape,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {**shape, "image_size": SIDE, "patch_size": 8}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    model.half().save_pretrained(folder)
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+    )
+    if whole_processor:
+        CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
+    else:
+        images.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("root")
+    build_tiny_clip(folder / "models" / "scorer")
+    build_tiny_clip(folder / "models" / "whole", whole_processor=True)
+    return folder
+
+
+def scorer(**changes: object) -> ScorerSettings:
+    values = {"model": ModelRef(id="models/scorer", revision=None), "batch_size": 2, **changes}
+    return ScorerSettings(**values)  # type: ignore[arg-type]
+
+
+def some_images(count: int = 5) -> list[Image.Image]:
+    rng = np.random.default_rng(1)
+    small = [Image.fromarray(rng.integers(0, 256, (6, 4, 3), dtype=np.uint8)) for _ in range(count)]
+    sizes = [(64, 96), (64, 96), (90, 40), (33, 33), (512, 700)]
+    return [image.resize(size) for image, size in zip(small, sizes, strict=False)]
+
+
+def plain_cosines(
+    folder: Path, images: list[Image.Image], texts: list[str], *, max_length: int = 48
+) -> list[float]:
+    """One by one, as the documentation of transformers does it."""
+    import torch
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = CLIPProcessor(
+        image_processor=CLIPImageProcessorPil.from_pretrained(folder),
+        tokenizer=CLIPTokenizer.from_pretrained(folder),
+    )
+    cosines = []
+    for image, text in zip(images, texts, strict=True):
+        inputs = processor(
+            text=[text], images=image, return_tensors="pt", truncation=True, max_length=max_length
+        )
+        with torch.no_grad():
+            output = model(**inputs)
+        cosines.append(float(output.logits_per_image / model.logit_scale.exp()))
+    return cosines
+
+
+@pytest.mark.parametrize("layout", ["scorer", "whole"])
+def test_cosines_are_those_of_plain_transformers(root: Path, layout: str) -> None:
+    settings = scorer(model=ModelRef(id=f"models/{layout}", revision=None))
+    images = some_images()
+    cosines = ClipTextSimilarity(settings, root)(images, TEXTS)
+    assert cosines.dtype == np.float32 and cosines.shape == (5,)
+    expected = plain_cosines(root / "models" / layout, images, TEXTS)
+    np.testing.assert_allclose(cosines, expected, atol=1e-4)
+    assert len(set(expected)) == 5 and (abs(cosines) <= 1).all()
+
+
+def test_padding_shows_the_whole_poster(root: Path) -> None:
+    images = some_images()
+    cosines = ClipTextSimilarity(scorer(preprocessing="pad"), root)(images, TEXTS)
+    grey = (round(0.48145466 * 255), round(0.4578275 * 255), round(0.40821073 * 255))
+    squares = []
+    for image in images:
+        square = Image.new("RGB", (max(image.size), max(image.size)), grey)
+        square.paste(
+            image, ((square.width - image.width) // 2, (square.height - image.height) // 2)
+        )
+        squares.append(square)
+    expected = plain_cosines(root / "models" / "scorer", squares, TEXTS)
+    np.testing.assert_allclose(cosines, expected, atol=1e-4)
+    assert letterbox(images[0], (0, 0, 0)).size == (96, 96)
+
+
+def test_a_score_does_not_depend_on_the_batch(root: Path) -> None:
+    images = some_images()
+    one = ClipTextSimilarity(scorer(batch_size=1), root)(images, TEXTS)
+    many = ClipTextSimilarity(scorer(batch_size=64), root)(images, TEXTS)
+    np.testing.assert_allclose(one, many, atol=1e-5)
+
+
+def test_bf16_is_near_and_has_its_own_metric_id(root: Path) -> None:
+    exact, short = scorer(), scorer(precision="bf16")
+    images = some_images()
+    np.testing.assert_allclose(
+        ClipTextSimilarity(exact, root)(images, TEXTS),
+        ClipTextSimilarity(short, root)(images, TEXTS),
+        atol=0.05,
+    )
+    assert clip_t_id(short, root) == f"{clip_t_id(exact, root)}.bf16"
+
+
+def test_the_metric_id_names_encoder_weights_and_preprocessing(root: Path) -> None:
+    name = clip_t_id(scorer(), root)
+    kind, crop, model, weights, version = name.split(".")
+    assert (kind, crop, model, version) == ("clip_t", "crop", "scorer", "v1")
+    assert len(weights) == 8
+    hub = ModelRef(id="openai/clip-vit-large-patch14", revision="main")
+    hub_name = clip_t_id(scorer(model=hub, preprocessing="pad"), root)
+    assert hub_name.startswith("clip_t.pad.clip-vit-large-patch14.")
+    assert ClipTextSimilarity(scorer(), root).metric_id == name
+
+
+def test_each_text_is_encoded_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = ClipTextSimilarity(scorer(batch_size=2), root)
+    encoded: list[str] = []
+    encode = metric._encode
+
+    def spy(texts: list[str]) -> np.ndarray:
+        encoded.extend(texts)
+        return encode(texts)
+
+    monkeypatch.setattr(metric, "_encode", spy)
+    metric(some_images(), TEXTS)
+    metric(some_images(), TEXTS)
+    assert encoded == list(dict.fromkeys(TEXTS))
+
+
+def test_nothing_gives_nothing_and_unequal_lengths_are_refused(root: Path) -> None:
+    metric = ClipTextSimilarity(scorer(), root)
+    assert metric([], []).shape == (0,)
+    with pytest.raises(ValueError, match="1 images and 2 texts"):
+        metric(some_images(1), ["a", "b"])
+
+
+def test_a_broken_scorer_is_named_with_the_remedy(tmp_path: Path) -> None:
+    folder = build_tiny_clip(tmp_path / "models" / "scorer")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelMissing, match=r"cannot be loaded.*POSTERPIPE_SCORER__MODEL__ID"):
+        ClipTextSimilarity(scorer(), tmp_path)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def warehouse(store: Store) -> Warehouse:
+    return Warehouse(store.root / "warehouse" / "scores.duckdb", busy_seconds=5)
+
+
+def generations(
+    store: Store, statuses: tuple[str, ...] = ("ok", "ok", "blocked", "failed")
+) -> pd.DataFrame:
+    rows = []
+    for number, (status, image) in enumerate(zip(statuses, some_images(), strict=False)):
+        blob = ""
+        if status != "failed":
+            path = store.folder("drawn") / f"{number}.png"
+            image.save(path)
+            blob = store.put(path.read_bytes(), ".png")
+        texts = {"prompt": f"{TEXTS[number]} now", "score_text": TEXTS[number], "title": ""}
+        rows.append(
+            {
+                "generation_key": generation_key(
+                    str(number), "sd", f"p{number}", TEXTS[number], ""
+                ),
+                "pixel_key": str(number),
+                "variant": ("sd", "dreambooth")[number % 2],
+                "prompt_id": f"p{number}",
+                **texts,
+                "negative_prompt": "",
+                "seed": number,
+                "checkpoint_id": ("base", "tuned")[number % 2],
+                "image": blob,
+                "image_path": store.path(blob, ".png").relative_to(store.root).as_posix()
+                if blob
+                else "",
+                "status": status,
+                "reason": "" if status == "ok" else f"it is {status}",
+                "width": 64,
+                "height": 96,
+                "settings": "{}",
+            }
+        )
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def score(
+    store: Store,
+    warehouse: Warehouse,
+    table: pd.DataFrame,
+    root: Path,
+    settings: ScorerSettings | None = None,
+) -> Scored:
+    return score_generations(
+        store, warehouse, table, settings or scorer(), root, NoProgress(), run_id="run"
+    )
+
+
+def test_the_warehouse_holds_the_cosines_of_plain_transformers(
+    store: Store, warehouse: Warehouse, root: Path
+) -> None:
+    table = generations(store)
+    scored = score(store, warehouse, table, root)
+    assert scored.added == 4 and list(scored.scores.generation_key) == list(table.generation_key)
+    expected = plain_cosines(root / "models" / "scorer", some_images()[:2], TEXTS[:2])
+    np.testing.assert_allclose(scored.scores.clip_cosine[:2], expected, atol=1e-4)
+    assert scored.scores.clip_cosine[2:].isna().all()
+    assert list(scored.scores.status) == ["ok", "ok", "blocked", "failed"]
+    assert list(scored.scores.reason) == ["", "", "it is blocked", "it is failed"]
+    with warehouse.read() as connection:
+        view = connection.execute("SELECT * FROM clip_scores ORDER BY seed").df()
+        kinds = connection.execute("SELECT kind FROM dim_checkpoint ORDER BY ALL").fetchall()
+        metric = connection.execute("SELECT metric_id, name, encoder FROM dim_metric").fetchall()
+    np.testing.assert_allclose(view.clip_cosine[:2], expected, atol=1e-4)
+    assert view.is_current.all() and len(view) == 4
+    assert kinds == [("base",), ("tuned",)]
+    assert metric == [(scored.metric_id, "CLIP-T", "models/scorer")]
+
+
+def test_nothing_new_loads_no_model_and_changes_nothing(
+    store: Store, warehouse: Warehouse, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = generations(store, ("ok", "ok", "blocked"))
+    first = score(store, warehouse, table, root)
+
+    def no_model(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(clip_module, "ClipTextSimilarity", no_model)
+    second = score(store, warehouse, table, root)
+    assert second.added == 0
+    assert table_version(second.scores) == table_version(first.scores)
+    # A lost warehouse is filled again from the store.
+    other = Warehouse(warehouse.path.with_name("other.duckdb"))
+    again = score(store, other, table, root)
+    assert again.added == 3 and table_version(again.scores) == table_version(first.scores)
+
+
+def test_only_new_images_are_scored(
+    store: Store, warehouse: Warehouse, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score(store, warehouse, generations(store, ("ok", "ok")), root)
+    seen: list[int] = []
+    call = ClipTextSimilarity.__call__
+
+    def spy(self: ClipTextSimilarity, images: list[Image.Image], texts: list[str]) -> np.ndarray:
+        seen.append(len(images))
+        return call(self, images, texts)
+
+    monkeypatch.setattr(ClipTextSimilarity, "__call__", spy)
+    scored = score(store, warehouse, generations(store, ("ok", "ok", "ok")), root)
+    assert seen == [1] and scored.added == 1 and scored.scores.clip_cosine.notna().all()
+    padded = score(store, warehouse, generations(store, ("ok",)), root, scorer(preprocessing="pad"))
+    assert padded.added == 1
+    with warehouse.read() as connection:
+        rows = connection.execute("SELECT count(*) FROM fct_score").fetchall()
+    assert rows == [(4,)]
+
+
+def test_an_image_that_cannot_be_read_is_a_row_and_heals(
+    store: Store, warehouse: Warehouse, root: Path
+) -> None:
+    table = generations(store, ("ok", "ok", "ok"))
+    gone, torn = (store.root / str(path) for path in table.image_path[:2])
+    kept = torn.read_bytes()
+    gone.unlink()
+    torn.write_bytes(kept[: len(kept) // 2])
+    scored = score(store, warehouse, table, root)
+    assert list(scored.scores.status) == ["failed", "failed", "ok"]
+    assert scored.scores.reason.str.contains("materialize the generations again")[:2].all()
+    torn.write_bytes(kept)
+    healed = score(store, warehouse, generations(store, ("ok", "ok", "ok")), root)
+    assert list(healed.scores.status) == ["ok", "ok", "ok"]
+
+
+def test_no_generations_at_all(store: Store, warehouse: Warehouse, root: Path) -> None:
+    scored = score(store, warehouse, generations(store, ()), root)
+    assert scored.scores.empty and scored.added == 0

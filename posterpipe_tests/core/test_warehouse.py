@@ -1,0 +1,378 @@
+"""The warehouse: idempotent and append-only, one writer, a published copy that is always whole."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import pytest
+
+from posterpipe.core.warehouse import (
+    PublishError,
+    Warehouse,
+    WarehouseBusy,
+    WarehouseError,
+    WarehouseMissing,
+    insert,
+    publish,
+    record_generations,
+    replace_current,
+)
+
+NOW = dt.datetime(2026, 1, 2, 3, 4, 5)
+LATER = dt.datetime(2026, 2, 2)
+METRIC = "clip_t.crop.scorer.abc.v1"
+
+
+def generation(key: str, variant: str = "sd", status: str = "ok", **changes: object) -> dict:
+    return {
+        "generation_key": key,
+        "pixel_key": f"pixels {key}",
+        "variant": variant,
+        "prompt_id": "rocket",
+        "prompt": "a rocket 'Orbit'",
+        "score_text": "a rocket",
+        "negative_prompt": "",
+        "title": "Orbit",
+        "seed": 2**32 - 1,
+        "checkpoint_id": "tuned1" if variant.startswith("dreambooth") else "base1",
+        "image": "" if status == "failed" else "0" * 64,
+        "image_path": "" if status == "failed" else "blobs/00/0.png",
+        "status": status,
+        "reason": "" if status == "ok" else "why",
+        "width": 64,
+        "height": 96,
+        "settings": "{}",
+        **changes,
+    }
+
+
+def score(key: str, value: float | None, status: str = "ok") -> dict:
+    reason = "" if status == "ok" else "why"
+    return {
+        "generation_key": key, "metric_id": METRIC, "value": value, "status": status,
+        "reason": reason, "scored_at": NOW, "run_id": "run",
+    }  # fmt: skip
+
+
+GENERATIONS = [
+    generation("g1"),
+    generation("g2", "dreambooth"),
+    generation("g3", "sd_negative", "blocked"),
+    generation("g4", "sd", "failed", seed=4),
+]
+SCORES = [
+    score("g1", 0.25),
+    score("g2", -0.1),
+    score("g3", None, "blocked"),
+    score("g4", None, "failed"),
+]
+
+
+def fill(
+    warehouse: Warehouse,
+    generations: list[dict] = GENERATIONS,
+    scores: list[dict] = SCORES,
+    when: dt.datetime = NOW,
+) -> None:
+    with warehouse.write() as connection:
+        frame = pd.DataFrame(generations)
+        record_generations(connection, frame, run_id="run", recorded_at=when)
+        insert(connection, "fct_score", pd.DataFrame(scores).astype({"value": "float64"}))
+        replace_current(connection, frame.generation_key)
+
+
+@pytest.fixture
+def warehouse(tmp_path: Path) -> Warehouse:
+    return Warehouse(tmp_path / "warehouse" / "scores.duckdb", busy_seconds=0.3)
+
+
+def everything(warehouse: Warehouse) -> dict[str, list[tuple]]:
+    tables = ("fct_image", "fct_score", "dim_prompt", "dim_checkpoint", "current_generation")
+    with warehouse.read() as connection:
+        return {
+            name: connection.execute(f"SELECT * FROM {name} ORDER BY ALL").fetchall()
+            for name in tables
+        }
+
+
+def test_the_view_that_analysts_read(warehouse: Warehouse) -> None:
+    fill(warehouse)
+    with warehouse.read() as connection:
+        view = connection.execute("SELECT * FROM clip_scores ORDER BY generation_key").df()
+    assert list(view.columns) == [
+        "variant", "prompt_id", "prompt", "seed", "checkpoint_id", "metric_id", "clip_cosine",
+        "clip_score", "image_path", "scored_at", "run_id", "generation_key", "is_current",
+        "status",
+    ]  # fmt: skip
+    assert list(view.generation_key) == ["g1", "g2", "g3", "g4"]
+    assert view.clip_cosine[0] == 0.25 and view.clip_score[0] == 0.625
+    assert view.clip_cosine[1] == -0.1 and view.clip_score[1] == 0
+    # A blocked image has no score, and not a score of 0.
+    assert view.clip_cosine[2:].isna().all() and view.clip_score[2:].isna().all()
+    assert view.prompt[0] == "a rocket 'Orbit'" and view.seed[0] == 2**32 - 1
+    assert list(view.status) == ["ok", "ok", "blocked", "failed"]
+    assert view.is_current.all() and view.scored_at[0] == NOW and view.run_id[0] == "run"
+
+
+def test_writing_twice_changes_nothing(warehouse: Warehouse) -> None:
+    fill(warehouse)
+    before = everything(warehouse)
+    fill(warehouse, when=LATER)
+    assert everything(warehouse) == before
+
+
+def test_rows_that_exist_are_never_changed(warehouse: Warehouse) -> None:
+    fill(warehouse)
+    other = [generation("g1", image_path="elsewhere"), generation("g3", "sd_negative")]
+    fill(warehouse, other, [score("g1", 0.9), score("g3", 0.9)], LATER)
+    assert everything(warehouse)["fct_score"][0][2] == 0.25
+    images = {row[0]: row for row in everything(warehouse)["fct_image"]}
+    assert images["g1"][9] == "blobs/00/0.png" and images["g3"][10] == "blocked"
+    assert len(everything(warehouse)["fct_image"]) == 4
+
+
+def test_a_failure_is_replaced_by_a_later_success_and_not_the_other_way(
+    warehouse: Warehouse,
+) -> None:
+    fill(warehouse)
+    assert set(warehouse.scores(METRIC, ["g1", "g3", "g4", "g5"]).generation_key) == {"g1", "g3"}
+    fill(warehouse, [generation("g4", seed=4)], [score("g4", 0.5)])
+    scores = warehouse.scores(METRIC, ["g4"])
+    assert (scores.value[0], scores.status[0]) == (0.5, "ok")
+    fill(warehouse, [generation("g4", status="failed", seed=4)], [score("g4", None, "failed")])
+    assert warehouse.scores(METRIC, ["g4"]).value[0] == 0.5
+    assert {row[0]: row[10] for row in everything(warehouse)["fct_image"]}["g4"] == "ok"
+
+
+def test_what_is_current_is_what_was_named_last(warehouse: Warehouse) -> None:
+    fill(warehouse)
+    fill(warehouse, [GENERATIONS[1], generation("g5")], [score("g5", 0.3)])
+    with warehouse.read() as connection:
+        rows = connection.execute(
+            "SELECT generation_key FROM clip_scores WHERE is_current ORDER BY ALL"
+        ).fetchall()
+        total = connection.execute("SELECT count(*) FROM clip_scores").fetchall()
+    assert rows == [("g2",), ("g5",)] and total == [(5,)]
+
+
+def test_a_reworded_prompt_is_a_new_row_of_the_same_id(warehouse: Warehouse) -> None:
+    fill(warehouse)
+    fill(warehouse, [generation("g6", prompt="one rocket")], [score("g6", 0.1)])
+    with warehouse.read() as connection:
+        rows = connection.execute(
+            "SELECT prompt FROM clip_scores WHERE prompt_id = 'rocket' "
+            "AND generation_key IN ('g1', 'g6') ORDER BY generation_key"
+        ).fetchall()
+    assert rows == [("a rocket 'Orbit'",), ("one rocket",)]
+
+
+def test_an_error_rolls_everything_back_and_closes(warehouse: Warehouse) -> None:
+    fill(warehouse)
+    before = everything(warehouse)
+    with pytest.raises(RuntimeError, match="half way"), warehouse.write() as connection:
+        connection.execute("DELETE FROM fct_score")
+        raise RuntimeError("half way")
+    with pytest.raises(duckdb.ConstraintException), warehouse.write() as connection:
+        insert(connection, "fct_score", pd.DataFrame([score("g9", None)]))
+    assert everything(warehouse) == before
+
+
+def test_reading_before_the_first_write(warehouse: Warehouse) -> None:
+    with pytest.raises(WarehouseMissing, match="materialize the asset `clip_scores`"):  # noqa: SIM117
+        with warehouse.read():
+            pass
+    assert warehouse.scores(METRIC, ["g1"]).empty
+    with pytest.raises(RuntimeError), warehouse.write():
+        raise RuntimeError
+    assert warehouse.scores(METRIC, ["g1"]).empty
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "scores.duckdb"
+    path.write_bytes(b"not a database" * 1000)
+    with pytest.raises(WarehouseError, match=r"scores\.duckdb: cannot be opened"):  # noqa: SIM117
+        with Warehouse(path).write():
+            pass
+
+
+def test_a_newer_schema_is_refused(warehouse: Warehouse) -> None:
+    with warehouse.write() as connection:
+        connection.execute("INSERT INTO schema_version VALUES (99)")
+    with pytest.raises(WarehouseError, match="newer posterpipe"), warehouse.write():
+        pass
+
+
+HOLDER = """
+import sys, time, duckdb
+connection = duckdb.connect(sys.argv[1])
+connection.execute("BEGIN")
+connection.execute("INSERT INTO current_generation VALUES ('half')")
+print("open", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def hold(path: Path, seconds: float) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path), str(seconds)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "open\n"
+    return process
+
+
+def test_who_finds_it_locked_learns_who_has_it(warehouse: Warehouse) -> None:
+    fill(warehouse)
+    process = hold(warehouse.path, 60)
+    try:
+        for use in (warehouse.write, warehouse.read):
+            with pytest.raises(WarehouseBusy, match=rf"process {process.pid} .*wait for it"), use():
+                pass
+        with pytest.raises(WarehouseBusy, match=f"process {process.pid}"):
+            publish(warehouse.path, warehouse.path.with_name("public.duckdb"), busy_seconds=0.2)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_who_waits_gets_it_in_the_end(warehouse: Warehouse) -> None:
+    fill(warehouse)
+    process = hold(warehouse.path, 1.0)
+    patient = Warehouse(warehouse.path, busy_seconds=60)
+    fill(patient, [generation("g7")], [score("g7", 0.4)])
+    process.wait()
+    assert patient.scores(METRIC, ["g7"]).value[0] == 0.4
+
+
+def test_threads_of_one_process_take_turns(warehouse: Warehouse) -> None:
+    patient = Warehouse(warehouse.path, busy_seconds=60)
+    fill(patient)
+    errors: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            fill(patient, [generation(f"t{number}")], [score(f"t{number}", 0.1)])
+            assert len(patient.scores(METRIC, [f"t{number}"])) == 1
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert len(patient.scores(METRIC, [f"t{number}" for number in range(4)])) == 4
+
+
+def test_a_killed_writer_leaves_nothing_half_done(warehouse: Warehouse) -> None:
+    fill(warehouse)
+    before = everything(warehouse)
+    process = hold(warehouse.path, 60)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert everything(warehouse) == before
+    fill(warehouse)
+    assert everything(warehouse) == before
+
+
+def count(path: Path) -> int:
+    with duckdb.connect(str(path), read_only=True) as connection:
+        return int(connection.execute("SELECT count(*) FROM clip_scores").fetchall()[0][0])
+
+
+def test_the_published_file_is_readable_while_the_private_one_is_written(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    public = tmp_path / "public" / "scores.duckdb"
+    fill(warehouse)
+    publish(warehouse.path, public)
+    process = hold(warehouse.path, 60)
+    try:
+        assert count(public) == 4
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_publishing_replaces_at_once_and_readers_keep_what_they_opened(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    public = tmp_path / "public" / "scores.duckdb"
+    fill(warehouse)
+    publish(warehouse.path, public)
+    script = (
+        "import duckdb, sys; c = duckdb.connect(sys.argv[1], read_only=True); print('open', "
+        "flush=True); sys.stdin.readline(); "
+        "print(c.execute('SELECT count(*) FROM clip_scores').fetchall()[0][0])"
+    )
+    reader = subprocess.Popen(
+        [sys.executable, "-c", script, str(public)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert reader.stdout is not None and reader.stdout.readline() == "open\n"
+    fill(warehouse, [generation("g8")], [score("g8", 0.2)])
+    publish(warehouse.path, public)
+    assert count(public) == 5
+    assert reader.communicate("go\n")[0] == "4\n"
+    assert os.stat(public).st_mode & 0o777 == 0o444
+    assert [path.name for path in public.parent.iterdir()] == ["scores.duckdb"]
+    with duckdb.connect(str(public), read_only=True) as connection:
+        (tags,) = connection.execute(
+            "SELECT tags FROM duckdb_databases() WHERE database_name = 'scores'"
+        ).fetchall()
+    assert "v1.5" in str(tags)
+
+
+def test_views_of_reports_are_published_too(warehouse: Warehouse, tmp_path: Path) -> None:
+    fill(warehouse)
+    with duckdb.connect(str(warehouse.path)) as connection:
+        connection.execute("CREATE SCHEMA reports")
+        # As dbt writes it: with the name of the database.
+        connection.execute(
+            "CREATE VIEW reports.best AS SELECT * FROM scores.main.clip_scores WHERE seed > 0"
+        )
+        connection.execute("CREATE TABLE reports.numbers AS SELECT 42 AS answer")
+    public = tmp_path / "scores.duckdb"
+    publish(warehouse.path, public)
+    with duckdb.connect(str(public), read_only=True) as connection:
+        assert connection.execute("SELECT count(*) FROM reports.best").fetchall() == [(4,)]
+        assert connection.execute("SELECT answer FROM reports.numbers").fetchall() == [(42,)]
+
+
+def test_a_failed_publication_leaves_the_file_of_the_last_time(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    public = tmp_path / "public" / "scores.duckdb"
+    fill(warehouse)
+    publish(warehouse.path, public)
+    before = public.read_bytes()
+    with duckdb.connect(str(warehouse.path)) as connection:
+        connection.execute("CREATE TABLE gone (a INTEGER)")
+        connection.execute("CREATE VIEW broken AS SELECT a FROM gone")
+        connection.execute("DROP TABLE gone")
+    with pytest.raises(PublishError):
+        publish(warehouse.path, public)
+    assert public.read_bytes() == before
+    assert [path.name for path in public.parent.iterdir()] == ["scores.duckdb"]
+    with pytest.raises(WarehouseMissing, match="clip_scores"):
+        publish(tmp_path / "none.duckdb", public)
+
+
+def test_what_a_killed_publication_left_is_swept(warehouse: Warehouse, tmp_path: Path) -> None:
+    fill(warehouse)
+    old, new = (tmp_path / f".scores.duckdb.{name}.tmp" for name in ("old", "new"))
+    for left in (old, new):
+        left.mkdir()
+        (left / "scores.duckdb").write_bytes(b"half")
+    os.utime(old, (time.time() - 90_000,) * 2)
+    publish(warehouse.path, tmp_path / "scores.duckdb")
+    assert not old.exists() and new.exists()

@@ -1,0 +1,148 @@
+"""The console command: what it says, and how it fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from posterpipe import cli, doctor
+from posterpipe.core.models import ModelMissing
+from posterpipe.demo import prepare_home, require_inputs
+from posterpipe.settings import Settings, SettingsError, load_settings
+
+MISSING = {"id": "data/models/nowhere/base"}
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "posterpipe.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", **environment},
+        timeout=300,
+    )
+
+
+def test_a_wrong_setting_is_one_sentence_without_traceback(tmp_path: Path) -> None:
+    result = run(
+        "demo", POSTERPIPE_SAMPLER__BATCH_SIZE="none", POSTERPIPE_STORE=str(tmp_path / "store")
+    )
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("posterpipe: ")
+    assert "sampler.batch_size" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_unknown_profile_names_those_there_are() -> None:
+    result = run("doctor", POSTERPIPE_PROFILE="sd99")
+    assert result.returncode == 1
+    assert "starter" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_missing_model_stops_the_demo_before_it_begins(tmp_path: Path) -> None:
+    result = run(
+        "demo",
+        POSTERPIPE_SCORER__MODEL__ID=MISSING["id"],
+        POSTERPIPE_CAPTIONER__MODEL__ID=MISSING["id"],
+        POSTERPIPE_STORE=str(tmp_path / "store"),
+        DAGSTER_HOME=str(tmp_path / "home"),
+    )
+    assert result.returncode == 1
+    assert "posterpipe: " in result.stderr
+    assert "nowhere" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "store").exists()
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    assert cli.is_plain(SettingsError("wrong"))
+    assert cli.is_plain(ModelMissing("not there"))
+    assert not cli.is_plain(ValueError("a bug"))
+
+
+def states(settings: Settings) -> dict[str, doctor.Finding]:
+    return {finding.subject: finding for finding in doctor.examine(settings)}
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Settings:
+    monkeypatch.setattr(doctor, "HUB", "http://127.0.0.1:9")  # the discard port: nobody answers
+    return load_settings("starter", store=tmp_path / "store")
+
+
+def test_doctor_looks_without_leaving_anything_behind(settings: Settings) -> None:
+    found = states(settings)
+    assert found["store"].state == "ok"
+    assert found["posters"].text.startswith("50 ")
+    assert found["packages"].state == "ok"
+    assert {"devices", "precision", "memory", "disk", "prompts"} <= found.keys()
+    assert not settings.store.exists()
+
+
+def test_doctor_does_not_mind_the_hub_where_the_profile_does_not_need_it(
+    settings: Settings,
+) -> None:
+    finding = states(settings)["hub"]
+    assert finding.state == "ok"
+    assert "does not need it" in finding.text
+
+
+def test_doctor_names_what_is_missing_and_what_to_do(tmp_path: Path, settings: Settings) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    found = states(
+        settings.model_copy(
+            update={
+                "landing": empty,
+                "prompt_suite": tmp_path / "nowhere.yaml",
+                "base_model": settings.base_model.model_copy(update=MISSING),
+            }
+        )
+    )
+    for subject, remedy in [
+        ("posters", "POSTERPIPE_LANDING"),
+        ("prompts", "nowhere.yaml"),
+        ("base model", "nowhere"),
+    ]:
+        assert found[subject].state == "missing", subject
+        assert remedy in found[subject].text, subject
+
+
+def test_doctor_asks_for_the_hub_where_the_profile_needs_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "HUB", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    found = states(
+        load_settings(
+            "sd21", store=tmp_path, base_model={"id": "posterpipe-tests/not-a-model-anywhere"}
+        )
+    )
+    assert found["base model"].state == "note"
+    assert found["hub"].state == "missing"
+    assert "POSTERPIPE_PROFILE=starter" in found["hub"].text
+
+
+def test_the_demo_brings_the_configuration_of_one_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
+    settings = load_settings("starter", store=tmp_path / "store")
+    home = prepare_home(settings)
+    assert home == tmp_path / "home"
+    deployed = settings.path(Path("deploy/dagster.yaml")).read_text("utf-8")
+    assert (home / "dagster.yaml").read_text("utf-8") == deployed
+
+
+def test_the_demo_wants_its_models_and_prompts_first(tmp_path: Path) -> None:
+    settings = load_settings("starter", store=tmp_path / "store", base_model=MISSING)
+    with pytest.raises(ModelMissing, match="nowhere"):
+        require_inputs(settings)

@@ -1,0 +1,112 @@
+"""The graph as Dagster loads it.
+
+After a change of the graph, look at the difference that the failing test prints, and write the new
+snapshot with `python -m posterpipe_tests.test_definitions`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from posterpipe.definitions import build_defs, defs
+from posterpipe.settings import default_root, load_settings
+
+SNAPSHOT = Path(__file__).parent / "graph.txt"
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "pandas", "duckdb", "matplotlib")
+
+
+def describe_graph() -> str:
+    """Key, inputs, group, kinds, owners, pool and checks of every asset, in one text."""
+    graph = defs.resolve_asset_graph()
+    checks: dict[str, list[str]] = {}
+    for check in graph.asset_check_keys:
+        blocking = " (blocking)" if graph.get_check_spec(check).blocking else ""
+        checks.setdefault(check.asset_key.to_user_string(), []).append(check.name + blocking)
+    lines = []
+    for spec in sorted(defs.resolve_all_asset_specs(), key=lambda spec: spec.key):
+        name = spec.key.to_user_string()
+        pools = graph.get(spec.key).pools or set()
+        lines += [
+            name,
+            f"  reads   {', '.join(sorted(dep.asset_key.to_user_string() for dep in spec.deps))}",
+            f"  group   {spec.group_name}",
+            f"  kinds   {', '.join(sorted(spec.kinds))}",
+            f"  owners  {', '.join(spec.owners)}",
+            f"  pool    {', '.join(sorted(pools))}",
+            f"  checks  {', '.join(sorted(checks.get(name, [])))}",
+        ]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def test_graph_is_as_recorded() -> None:
+    assert describe_graph() == SNAPSHOT.read_text("utf-8")
+
+
+def test_loading_the_definitions_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, posterpipe.definitions; "
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_base_generations_do_not_depend_on_the_checkpoint() -> None:
+    reads = {
+        spec.key.to_user_string(): {dep.asset_key.to_user_string() for dep in spec.deps}
+        for spec in defs.resolve_all_asset_specs()
+    }
+    found, upstream = set(), {"base_generations"}
+    while upstream:
+        found |= upstream
+        upstream = set().union(*(reads[name] for name in upstream)) - found
+    assert found == {"base_generations", "prompt_suite"}
+
+
+def test_every_asset_is_described_for_newcomers() -> None:
+    for spec in defs.resolve_all_asset_specs():
+        name = spec.key.to_user_string()
+        assert len(spec.description or "") > 80, name
+        assert spec.owners, name
+        assert spec.kinds, name
+        assert spec.code_version, name
+
+
+def test_a_setting_changes_the_code_version_of_what_it_decides_and_of_nothing_else() -> None:
+    settings = load_settings("starter")
+    warmer = settings.sampler.model_copy(update={"guidance_scale": 9.0, "batch_size": 1})
+    slower = settings.training.model_copy(update={"log_every_steps": 77})
+    changed = settings.model_copy(update={"sampler": warmer, "training": slower})
+
+    def versions(of: object) -> dict[str, str | None]:
+        specs = of.resolve_all_asset_specs()  # type: ignore[attr-defined]
+        return {spec.key.to_user_string(): spec.code_version for spec in specs}
+
+    before, after = versions(build_defs(settings)), versions(build_defs(changed))
+    differing = {name for name in before if before[name] != after[name]}
+    assert differing == {"base_generations", "tuned_generations"}
+
+
+def test_dg_and_workspace_name_the_same_module() -> None:
+    root = default_root()
+    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"]["dg"]["project"]
+    workspace = yaml.safe_load((root / "workspace.yaml").read_text("utf-8"))
+    location = workspace["load_from"][0]["python_module"]
+    assert location["module_name"] == project["code_location_target_module"]
+    assert location["location_name"] == project["code_location_name"]
+
+
+@pytest.mark.parametrize("name", ["refresh_dataset", "retrain", "evaluate", "everything"])
+def test_jobs_resolve(name: str) -> None:
+    assert defs.resolve_job_def(name).asset_layer.executable_asset_keys
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text(describe_graph(), "utf-8")

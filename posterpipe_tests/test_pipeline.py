@@ -1,0 +1,327 @@
+"""The whole graph at reduced size: real assets, real training process, real dbt, tiny models."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import dagster as dg
+import duckdb
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageDraw
+from rich.console import Console
+
+from posterpipe.core import statistics
+from posterpipe.core.progress import BarProgress
+from posterpipe.core.store import Store
+from posterpipe.definitions import build_defs
+from posterpipe.defs.automation import DATA_VERSION, stale_assets
+from posterpipe.defs.resources import Deployment
+from posterpipe.demo import ROOTS, Watch, end_dead_runs, leaderboard_table, materialize
+from posterpipe.settings import Settings, default_root, load_settings
+from posterpipe_tests.core.metrics.test_clip import build_tiny_clip
+from posterpipe_tests.core.tiny_blip import build_tiny_blip
+from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
+
+POSTERS = 6
+SUITE = """
+prompts:
+  - id: rocket
+    prompt: animated movie poster 'rocket' only one spaceship in the centre
+    score_text: a film poster of one spaceship
+    negative: busy, cluttered
+    title: Rocket
+    seeds: [11, 12]
+  - id: cat
+    prompt: a minimalist film poster of a blue cat
+    score_text: a film poster of a blue cat
+    seeds: [11, 12]
+  - id: red-one
+    prompt: a red poster
+    score_text: a red poster
+    negative: blue
+    seeds: [13, 14]
+"""
+IMAGES_A_VARIANT = 6
+
+
+@dataclass
+class Pipeline:
+    """A deployment in a folder of its own, and what its first run showed."""
+
+    settings: Settings
+    deployment: Deployment
+    instance: dg.DagsterInstance
+    watch: Watch
+    output: str
+
+    def run(self) -> Watch:
+        """One more `posterpipe demo` on it."""
+        watch = Watch()
+        console = Console(file=io.StringIO())
+        assert materialize(self.deployment, self.instance, console, watch), watch.failures
+        return watch
+
+    def latest(self, name: str) -> dg.AssetMaterialization:
+        record = self.instance.get_latest_materialization_event(dg.AssetKey(name))
+        assert record is not None, name
+        assert record.asset_materialization is not None
+        return record.asset_materialization
+
+    def versions(self) -> dict[str, str]:
+        """Data version of each asset."""
+        specs = build_defs(self.settings, self.deployment).resolve_all_asset_specs()
+        names = [spec.key.to_user_string() for spec in specs]
+        return {name: (self.latest(name).tags or {})[DATA_VERSION] for name in names}
+
+
+def draw_posters(folder: Path) -> None:
+    """Small posters, and files that are none."""
+    folder.mkdir()
+    for number in range(POSTERS):
+        image = Image.new("RGB", (80, 120), (40 * number, 90, 200 - 30 * number))
+        ImageDraw.Draw(image).ellipse((20, 40, 60, 80), fill=(250, 240, 220))
+        image.save(folder / f"poster {number}.png")
+    shutil.copyfile(folder / "poster 0.png", folder / "copy of 0.png")
+    (folder / "notes.png").write_text("this is no picture")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not for long")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    folder = tmp_path_factory.mktemp("pipeline")
+    draw_posters(folder / "landing")
+    (folder / "suite.yaml").write_text(SUITE)
+    size = {"width": TINY_WIDTH, "height": TINY_HEIGHT}
+    settings = load_settings(
+        "starter",
+        landing=folder / "landing",
+        prompt_suite=folder / "suite.yaml",
+        store=folder / "store",
+        base_model={"id": str(build_tiny_stable_diffusion(folder / "base"))},
+        images=size,
+        captioner={"model": {"id": str(build_tiny_blip(folder / "captioner"))}, "num_beams": 1},
+        training={
+            "max_train_steps": 4,
+            "train_batch_size": 2,
+            "log_every_steps": 2,
+            "save_every_steps": 2,
+            "mixed_precision": "fp32",
+            "optimizer": "adamw",
+            "learning_rate": 1e-3,
+        },
+        sampler={**size, "num_inference_steps": 2, "batch_size": 4},
+        scorer={"model": {"id": str(build_tiny_clip(folder / "scorer"))}},
+    )
+    home = folder / "home"
+    home.mkdir()
+    shutil.copyfile(default_root() / "deploy" / "dagster.yaml", home / "dagster.yaml")
+    screen = io.StringIO()
+    console = Console(file=screen, width=120)
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        deployment = Deployment(settings, BarProgress(console))
+        watch = Watch()
+        assert materialize(deployment, instance, console, watch), watch.failures
+        yield Pipeline(settings, deployment, instance, watch, screen.getvalue())
+
+
+def scores(pipeline: Pipeline) -> pd.DataFrame:
+    return pipeline.deployment.store.read_table("clip_scores")
+
+
+def test_every_asset_and_check_ran_and_passed(pipeline: Pipeline) -> None:
+    specs = build_defs(pipeline.settings).resolve_all_asset_specs()
+    assert len(specs) == 12
+    assert set(pipeline.versions()) == {spec.key.to_user_string() for spec in specs}
+    assert all(len(version) >= 12 for version in pipeline.versions().values())
+    assert pipeline.watch.warnings == []
+    assert {"enough_usable_posters", "cosines_are_possible"} <= {
+        step.split("_", 2)[-1] for step in pipeline.watch.seconds
+    }
+
+
+def test_bad_files_are_rows_with_a_reason_and_the_rest_goes_on(pipeline: Pipeline) -> None:
+    store = pipeline.deployment.store
+    raw = store.read_table("raw_posters").set_index("source_name")
+    assert raw["status"].value_counts().to_dict() == {"ok": POSTERS, "rejected": 2, "duplicate": 1}
+    assert raw.loc[["notes.png", "broken.jpg"], "reason"].str.len().min() > 10
+    assert len(store.read_table("training_csv")) == POSTERS
+
+
+def test_the_checkpoint_knows_what_it_was_trained_on(pipeline: Pipeline) -> None:
+    row = pipeline.deployment.store.read_table("dreambooth_checkpoint").iloc[0]
+    folder = pipeline.deployment.store_root / row["path"]
+    assert row["training_set"] == pipeline.versions()["training_csv"]
+    assert row["checkpoint_id"] == pipeline.versions()["dreambooth_checkpoint"]
+    assert (folder / "model_index.json").exists()
+    assert not list(folder.rglob("*.bin"))
+    metadata = pipeline.latest("dreambooth_checkpoint").metadata
+    assert metadata["steps"].value == 4
+    assert metadata["steps_per_second"].value > 0  # type: ignore[operator]
+    assert "data:image/" in str(metadata["loss_curve"].value)
+
+
+def test_all_variants_answer_every_prompt_and_seed(pipeline: Pipeline) -> None:
+    counts = scores(pipeline)["variant"].value_counts().to_dict()
+    assert counts == dict.fromkeys(
+        ["sd", "sd_negative", "dreambooth", "dreambooth_negative"], IMAGES_A_VARIANT
+    )
+
+
+def test_image_assets_show_thumbnails_that_fit_into_the_event_log(pipeline: Pipeline) -> None:
+    for name in (
+        "raw_posters",
+        "resized_posters",
+        "poster_captions",
+        "training_csv",
+        "base_generations",
+        "tuned_generations",
+        "contact_sheet",
+    ):
+        shown = str(pipeline.latest(name).metadata["contact_sheet"].value)
+        assert shown.startswith("!["), name
+        assert "(data:image/" in shown, name
+        assert len(shown) < 100_000, name
+
+
+def test_tables_tell_their_rows_and_columns(pipeline: Pipeline) -> None:
+    defs = build_defs(pipeline.settings)
+    specs = {spec.key.to_user_string(): spec for spec in defs.resolve_all_asset_specs()}
+    store = pipeline.deployment.store
+    for name in ("raw_posters", "poster_captions", "prompt_suite", "tuned_generations"):
+        table = store.read_table(name)
+        assert pipeline.latest(name).metadata["dagster/row_count"].value == len(table)
+        schema = specs[name].metadata["dagster/column_schema"]
+        assert [column.name for column in schema.columns] == list(table.columns), name
+
+
+def test_the_published_leaderboard_is_what_the_scores_say(pipeline: Pipeline) -> None:
+    with duckdb.connect(str(pipeline.deployment.published_path), read_only=True) as connection:
+        board = connection.execute("select * from leaderboard").df().set_index("variant")
+        rows = connection.execute("select * from clip_scores where is_current").df()
+    expected = statistics.leaderboard(rows).set_index("variant")
+    assert list(board.index) == list(expected.index)
+    assert board["images"].tolist() == [IMAGES_A_VARIANT] * 4
+    assert board["prompts"].tolist() == [3] * 4
+    np.testing.assert_allclose(board["mean_clip_cosine"], expected["mean"], atol=1e-6)
+    np.testing.assert_allclose(board["diff_to_sd"], expected["difference"], atol=1e-6)
+    # The interval by hand, for one variant: three prompts, so two degrees of freedom.
+    means = rows[rows["variant"] == "dreambooth"].groupby("prompt_id")["clip_cosine"].mean()
+    half = 4.302653 * means.std() / np.sqrt(3)
+    np.testing.assert_allclose(board.loc["dreambooth", "low_95"], means.mean() - half, atol=2e-6)
+    np.testing.assert_allclose(board.loc["dreambooth", "high_95"], means.mean() + half, atol=2e-6)
+
+
+def test_analysts_may_read_while_the_pipeline_writes(pipeline: Pipeline) -> None:
+    published = pipeline.deployment.published_path
+    assert published.stat().st_mode & 0o222 == 0
+    with (
+        duckdb.connect(str(published), read_only=True) as connection,
+        pipeline.deployment.warehouse.write(),
+    ):
+        row = connection.execute("select count(*) from clip_scores").fetchone()
+    assert row == (4 * IMAGES_A_VARIANT,)
+
+
+def test_progress_is_shown_for_the_long_steps(pipeline: Pipeline) -> None:
+    for words in ("caption", "train: 4 steps", "Drawing", "Scoring", "✓ dreambooth_checkpoint"):
+        assert words in pipeline.output
+    assert leaderboard_table(pipeline.deployment).row_count == 4
+
+
+def test_a_second_run_computes_nothing(pipeline: Pipeline) -> None:
+    before, files = pipeline.versions(), contents(pipeline.deployment.store)
+    watch = pipeline.run()
+    made = {step for step in watch.seconds if step in watch.groups}
+    assert made == set(ROOTS)
+    assert pipeline.versions() == before
+    assert contents(pipeline.deployment.store) == files
+
+
+def test_rerunning_every_step_gives_the_same_versions_from_the_store(pipeline: Pipeline) -> None:
+    before, files = pipeline.versions(), contents(pipeline.deployment.store)
+    defs = build_defs(pipeline.settings, pipeline.deployment)
+    result = defs.resolve_job_def("everything").execute_in_process(instance=pipeline.instance)
+    assert result.success
+    assert pipeline.latest("dreambooth_checkpoint").metadata["reused"].value is True
+    assert pipeline.latest("clip_scores").metadata["newly_scored"].value == 0
+    assert pipeline.versions() == before
+    assert contents(pipeline.deployment.store) == files
+
+
+def test_a_changed_prompt_redraws_that_prompt_and_trains_nothing(pipeline: Pipeline) -> None:
+    suite = pipeline.settings.prompt_suite
+    images = len(contents(pipeline.deployment.store))
+    before = pipeline.versions()
+    suite.write_text(SUITE.replace("a red poster", "a yellow poster"))
+    try:
+        watch = pipeline.run()
+        after = pipeline.versions()
+        assert len(contents(pipeline.deployment.store)) == images + 8
+        assert "dreambooth_checkpoint" not in watch.seconds
+        assert after["published_scores"] != before["published_scores"]
+        assert scores(pipeline)["variant"].value_counts().tolist() == [IMAGES_A_VARIANT] * 4
+    finally:
+        suite.write_text(SUITE)
+    pipeline.run()
+    assert pipeline.versions()["clip_scores"] == before["clip_scores"]
+    assert pipeline.versions()["leaderboard"] == before["leaderboard"]
+
+
+def test_what_was_lost_is_stale(pipeline: Pipeline) -> None:
+    specs = build_defs(pipeline.settings, pipeline.deployment).resolve_all_asset_specs()
+    assert stale_assets(specs, pipeline.instance, pipeline.deployment) == {}
+    sheet = pipeline.deployment.contact_sheet_path
+    hidden = sheet.rename(sheet.with_suffix(".hidden"))
+    try:
+        stale = stale_assets(specs, pipeline.instance, pipeline.deployment)
+    finally:
+        hidden.rename(sheet)
+    assert list(stale) == [dg.AssetKey("contact_sheet")]
+    assert "is gone" in stale[dg.AssetKey("contact_sheet")]
+
+
+def test_a_run_whose_process_died_is_ended(pipeline: Pipeline) -> None:
+    from posterpipe import demo
+
+    job = build_defs(pipeline.settings).resolve_job_def("everything")
+    run = pipeline.instance.create_run_for_job(
+        job,
+        status=dg.DagsterRunStatus.STARTED,
+        # No process has such a number: Linux stops at 4,194,304.
+        tags={demo.PID_TAG: "99999999", demo.HOST_TAG: demo.socket.gethostname()},
+    )
+    end_dead_runs(pipeline.instance)
+    ended = pipeline.instance.get_run_by_id(run.run_id)
+    assert ended is not None
+    assert ended.status == dg.DagsterRunStatus.FAILURE
+
+
+def test_too_few_posters_stop_the_run_with_the_reason(pipeline: Pipeline, tmp_path: Path) -> None:
+    settings = pipeline.settings.model_copy(
+        update={
+            "store": tmp_path / "store",
+            "checks": pipeline.settings.checks.model_copy(update={"min_posters": POSTERS + 1}),
+        }
+    )
+    watch = Watch()
+    with dg.DagsterInstance.ephemeral(tempdir=str(tmp_path)) as instance:
+        console = Console(file=io.StringIO())
+        assert not materialize(Deployment(settings), instance, console, watch)
+    assert any("at least 7 are needed" in warning for warning in watch.warnings)
+    assert "resized_posters" not in watch.seconds
+
+
+def contents(store: Store) -> dict[str, int]:
+    """Every blob and finished checkpoint with the time of its last change."""
+    blobs = {str(path): path.stat().st_mtime_ns for path in store.root.glob("blobs/*/*")}
+    checkpoints = store.root.glob("checkpoints/*/posterpipe.json")
+    trained = {str(path): path.stat().st_mtime_ns for path in checkpoints}
+    assert all(json.loads(Path(path).read_text("utf-8"))["steps"] for path in trained)
+    return blobs | trained
