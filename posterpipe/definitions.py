@@ -12,10 +12,12 @@ def build_defs(settings: Settings, deployment: Deployment | None = None) -> dg.D
     """Fresh definitions of one deployment; give a `deployment` to say where progress is shown."""
     deployment = deployment or Deployment(settings)
     dbt = reports.dbt_project(settings)
-    assets = dg.load_assets_from_modules([ingest, dataset, training, generation, scoring, reports])
-    models = reports.dbt_models(dbt)
+    assets = [
+        *dg.load_assets_from_modules([ingest, dataset, training, generation, scoring, reports]),
+        reports.dbt_models(dbt),
+    ]
     return dg.Definitions(
-        assets=with_settings_in_code_version([*assets, models], settings),
+        assets=with_settings_in_code_version(assets, settings),
         asset_checks=dg.load_asset_checks_from_modules([checks]),
         jobs=JOBS,
         executor=dg.multiprocess_executor.configured({"max_concurrent": settings.max_concurrent}),

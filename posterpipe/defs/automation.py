@@ -67,9 +67,7 @@ _DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
 """Settings that decide what is in an asset, by asset."""
 
 
-def with_settings_in_code_version(
-    assets: Iterable[dg.AssetsDefinition], settings: Settings
-) -> list[dg.AssetsDefinition]:
+def with_settings_in_code_version(assets: Iterable[Any], settings: Settings) -> list[Any]:
     """The assets with a code version that also changes with the settings that decide them.
 
     A changed learning rate then makes the checkpoint stale just as changed code does, in the UI

@@ -9,7 +9,7 @@ import json
 import dagster as dg
 
 from posterpipe.defs.generation import BASE_VARIANTS, TUNED_VARIANTS
-from posterpipe.defs.resources import Deployment, Table, table_preview
+from posterpipe.defs.resources import Deployment, Table, rows, table_preview
 
 
 @dg.asset_check(asset="raw_posters", blocking=True)
@@ -39,7 +39,7 @@ def every_row_has_image_and_caption(
     folders = deployment.store_root / "training_sets"
     offenders = [
         f"{row.file_name}: {'no caption' if not str(row.caption).strip() else 'no image'}"
-        for row in training_csv.itertuples(index=False)
+        for row in rows(training_csv)
         if not str(row.caption).strip()
         or not (folders / str(row.training_set) / str(row.file_name)).is_file()
     ]
@@ -65,7 +65,7 @@ def every_tuned_image_drawn(tuned_generations: Table, prompt_suite: Table) -> dg
 def _every_cell(generations: Table, suite: Table, variants: tuple[str, ...]) -> dg.AssetCheckResult:
     expected = {
         (variant, row.prompt_id, seed)
-        for row in suite.itertuples(index=False)
+        for row in rows(suite)
         for seed in json.loads(row.seeds)
         for variant in variants
     }

@@ -12,6 +12,7 @@ from posterpipe.defs.resources import (
     Table,
     columns,
     counts,
+    rows,
     table_output,
     table_preview,
     thumbnails,
@@ -52,7 +53,7 @@ def resized_posters(
     names = dict(zip(raw_posters["poster_id"], raw_posters["source_name"], strict=True))
     images = [
         (store.path(row.image, ".png"), names[row.poster_id])
-        for row in resized.itertuples(index=False)
+        for row in rows(resized)
         if row.status == "ok"
     ]
     return table_output(
@@ -107,13 +108,14 @@ def poster_captions(
             "contact_sheet": thumbnails(
                 [
                     (store.path(images[row.poster_id], ".png"), row.caption)
-                    for row in captioned.itertuples(index=False)
+                    for row in rows(captioned)
                 ]
             ),
             "captions": table_preview(captions, ["caption", "source", "status", "reason"]),
             **counts(captions, "source"),
             "distinct_captions": int(captioned["caption"].nunique()),
-            "mean_words": float(captioned["caption"].str.split().str.len().mean() or 0),
+            "mean_words": sum(len(text.split()) for text in captioned["caption"])
+            / max(len(captioned), 1),
         },
     )
 
@@ -143,7 +145,7 @@ def training_csv(
         table.assign(training_set=version),
         {
             "contact_sheet": thumbnails(
-                [(folder / row.file_name, row.caption) for row in table.itertuples(index=False)]
+                [(folder / row.file_name, row.caption) for row in rows(table)]
             ),
             "training_csv": table_preview(table, ["file_name", "caption"]),
             "folder": dg.MetadataValue.path(folder),

@@ -15,6 +15,7 @@ from posterpipe.defs.resources import (
     Table,
     columns,
     counts,
+    rows,
     table_output,
     table_preview,
     thumbnails,
@@ -163,7 +164,7 @@ def _generations(
         model_id,
         deployment.settings.sampler,
         deployment.progress(context),
-        run_id=context.run_id,
+        run_id=context.run.run_id,
     )
     drawn = generations[generations["status"] == "ok"]
     # The first seed of each prompt, the variants beside each other: never chosen by hand.
@@ -176,7 +177,7 @@ def _generations(
             "contact_sheet": thumbnails(
                 [
                     (deployment.store_root / row.image_path, f"{row.prompt_id} {row.variant}")
-                    for row in firsts.itertuples(index=False)
+                    for row in rows(firsts)
                 ],
                 shown=64,
             ),

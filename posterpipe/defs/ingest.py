@@ -12,6 +12,7 @@ from posterpipe.defs.resources import (
     Table,
     columns,
     counts,
+    rows,
     table_output,
     table_preview,
     thumbnails,
@@ -56,10 +57,7 @@ def raw_posters(
         posters,
         {
             "contact_sheet": thumbnails(
-                [
-                    (store.path(row.poster_id), row.source_name)
-                    for row in usable.itertuples(index=False)
-                ]
+                [(store.path(row.poster_id), row.source_name) for row in rows(usable)]
             ),
             **counts(posters, "status"),
             "refused": table_preview(refused, ["source_name", "status", "reason"]),

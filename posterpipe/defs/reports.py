@@ -28,7 +28,7 @@ from dagster_dbt import (
 from packaging.version import Version
 
 from posterpipe.defs.generation import BASE_VARIANTS, TUNED_VARIANTS
-from posterpipe.defs.resources import Deployment, Table, table_preview
+from posterpipe.defs.resources import Deployment, Table, rows, table_preview
 from posterpipe.settings import Settings
 
 PROJECT = Path("dbt_like_reports")
@@ -74,7 +74,10 @@ class _Dbt(DbtCliResource):
 def dbt_resource(project: DbtProject) -> DbtCliResource:
     """How steps call dbt."""
     beside = Path(sys.executable).with_name("dbt")
-    return _Dbt(project_dir=project, dbt_executable=str(beside) if beside.exists() else "dbt")
+    return _Dbt(
+        project_dir=os.fspath(project.project_dir),
+        dbt_executable=str(beside) if beside.exists() else "dbt",
+    )
 
 
 class _Translator(DagsterDbtTranslator):
@@ -181,9 +184,9 @@ def published_scores(deployment: dg.ResourceParam[Deployment]) -> dg.Materialize
         metadata={
             "path": dg.MetadataValue.path(published),
             "bytes": published.stat().st_size,
-            "dagster/row_count": next((rows for name, rows, _ in contents if "score" in name), 0),
+            "dagster/row_count": sum(count for name, count, _ in contents if name == "fct_score"),
             "tables": dg.MetadataValue.table(
-                [dg.TableRecord({"table": name, "rows": rows}) for name, rows, _ in contents]
+                [dg.TableRecord({"table": name, "rows": count}) for name, count, _ in contents]
             ),
         },
     )
@@ -196,10 +199,10 @@ def _contents(connection: Any) -> list[tuple[str, int, str]]:
     ).fetchall()
     contents = []
     for (name,) in names:
-        rows, total = connection.execute(
+        row_count, total = connection.execute(
             f'select count(*), coalesce(sum(hash(t)), 0) from "{name}" as t'
         ).fetchone()
-        contents.append((name, rows, str(total)))
+        contents.append((name, row_count, str(total)))
     return contents
 
 
@@ -230,7 +233,7 @@ def contact_sheet(
     from posterpipe.core.store import write_atomic
 
     generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
-    seeds = {row.prompt_id: json.loads(row.seeds)[0] for row in prompt_suite.itertuples()}
+    seeds = {row.prompt_id: json.loads(row.seeds)[0] for row in rows(prompt_suite)}
     prompts = dict(zip(prompt_suite["prompt_id"], prompt_suite["prompt"], strict=True))
     shown = generations[generations["seed"] == generations["prompt_id"].map(seeds)]
     headings = {name: f"{prompts[name]} · seed {seeds[name]}" for name in prompts}
@@ -239,7 +242,7 @@ def contact_sheet(
         list(BASE_VARIANTS + TUNED_VARIANTS),
         {
             (headings[row.prompt_id], row.variant): deployment.store_root / row.image_path
-            for row in shown.itertuples()
+            for row in rows(shown)
             if row.image_path
         },
     )

@@ -6,7 +6,7 @@ not: assets, and anything that computes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +137,11 @@ def table_preview(table: Table, names: Sequence[str] | None = None) -> dg.TableM
     kinds = {str(name): _kind(shown[name]) for name in shown.columns}
     schema = dg.TableSchema(columns=[dg.TableColumn(name, kind) for name, kind in kinds.items()])
     return dg.MetadataValue.table(records=records, schema=schema)
+
+
+def rows(table: Table) -> Iterator[Any]:
+    """The rows of a table as named tuples."""
+    return iter(table.itertuples(index=False))
 
 
 def counts(table: Table, column: str) -> dict[str, int]:

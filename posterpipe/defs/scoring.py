@@ -12,6 +12,7 @@ from posterpipe.defs.resources import (
     Table,
     columns,
     counts,
+    rows,
     table_output,
     table_preview,
 )
@@ -61,7 +62,7 @@ def clip_scores(
         settings.scorer,
         settings.root,
         deployment.progress(context),
-        run_id=context.run_id,
+        run_id=context.run.run_id,
     )
     scores = scored.scores
     means = scores.groupby("variant", sort=False)["clip_cosine"]
@@ -71,7 +72,7 @@ def clip_scores(
         {
             **{
                 f"mean_{row.variant}": float(row.mean)
-                for row in summary.dropna(subset=["mean"]).itertuples(index=False)
+                for row in rows(summary.dropna(subset=["mean"]))
             },
             **counts(scores, "status"),
             "newly_scored": scored.added,

@@ -5,7 +5,7 @@ does not: the training (`core.dreambooth`) and that process (`defs.training_work
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -171,7 +171,7 @@ class _Reports(dg.PipesTempFileMessageReader):
             yield
 
     @contextmanager
-    def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[dict[str, Any]]:
+    def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[Mapping[str, Any]]:
         """See PipesMessageReader.read_messages."""
         watched = cast(dg.PipesMessageHandler, _Watched(handler, self._read))
         with super().read_messages(watched) as params:

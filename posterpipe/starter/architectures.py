@@ -77,6 +77,7 @@ def build_noise_scheduler() -> DDPMScheduler:
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
         clip_sample=False,
+        steps_offset=1,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -75,9 +76,16 @@ class Stage(ABC):
     def rng(self, step: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, step])
 
-    def autocast(self) -> torch.autocast:
-        """bf16 where it is fast: on recent CPUs a tenth of the time of fp32 for these models."""
-        return torch.autocast(self.device.type, torch.bfloat16)
+    def autocast(self) -> AbstractContextManager[Any]:
+        return autocast(self.device)
+
+
+def autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 on a GPU. On CPUs fp32 is quicker for models this small: measured 6 against 9 ms a
+    sample for the U-Net, 3 against 8 ms for the scorer, 28 against 40 ms for the VAE."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return nullcontext()
 
 
 def visible_caption(scene: Scene) -> str:
@@ -141,7 +149,7 @@ class VaeStage(Stage):
     def build(self, device: torch.device) -> None:
         torch.manual_seed(self.seed)
         self.device = device
-        self.vae = architectures.build_vae().to(device)
+        self.vae = architectures.build_vae().to(device, memory_format=torch.channels_last)
         self.modules = {"vae": self.vae}
 
     def losses(self, step: int, progress: float) -> dict[str, Tensor]:
@@ -222,7 +230,7 @@ def encode(vae: nn.Module, pixels: Tensor, device: torch.device, batch: int = 64
     """Means of the latents, unscaled, float32 (count, 12, 12, 8) on the CPU."""
     parts = []
     for start in range(0, len(pixels), batch):
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             mean = vae.encode(pixels[start : start + batch].to(device)).latent_dist.mean  # type: ignore[operator]
         parts.append(mean.float().cpu())
     return torch.cat(parts)
@@ -390,7 +398,7 @@ class BaseStage(Stage):
             self.out / "base" / "vae", torch_dtype=torch.float32
         ).to(device)
         self.scheduler = architectures.build_noise_scheduler()
-        self.unet = architectures.build_unet().to(device)
+        self.unet = architectures.build_unet().to(device, memory_format=torch.channels_last)
         self.text_encoder = architectures.build_text_encoder(
             len(self.tokenizer), **tokenizers.clip_ids(self.tokenizer)
         )

@@ -41,7 +41,9 @@ class Run:
     def __init__(self, stage: Stage, folder: Path) -> None:
         self.stage = stage
         self.path = folder / f"{stage.name}.pt"
-        self.log = folder / f"{stage.name}.jsonl"
+        # The log is kept with the models: the model cards are written from it.
+        self.log = stage.out / "logs" / f"{stage.name}.jsonl"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
         self.step = 0
         self.seconds = 0.0
 

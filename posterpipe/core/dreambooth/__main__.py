@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,21 +27,27 @@ def main() -> int:
     )
     parser.add_argument("--config", type=Path, required=True, help="TOML file of a RunConfig")
     arguments = parser.parse_args()
+    # Under a launcher, one of several processes speaks.
+    say = print if os.environ.get("RANK", "0") == "0" else _silent
     try:
         config = RunConfig.from_toml(arguments.config)
-        print("loading the models ...", flush=True)
+        say("loading the models ...", flush=True)
         from posterpipe.core.dreambooth.train import train
 
         with contextlib.ExitStack() as stack:
-            result = train(config, _Reporter(stack), log=lambda line: print(line, flush=True))
+            result = train(config, _Reporter(stack), log=lambda line: say(line, flush=True))
     except TrainingError as error:
         print(f"training: {error}", file=sys.stderr)
         return 1
-    print(
+    say(
         f"finished: {result.steps} steps, smoothed loss {result.final_loss:.4f}, checkpoint "
         f"{result.checkpoint_id} in {result.output_dir}"
     )
     return 0
+
+
+def _silent(*lines: object, flush: bool = False) -> None:
+    """Says nothing, as `print` would say it."""
 
 
 class _Reporter:

@@ -16,6 +16,7 @@ import csv
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,6 +39,7 @@ from posterpipe.core.dreambooth.saves import sync_path
 _LATENTS_VERSION = "1"
 _ENCODED_AT_ONCE = 8
 _NAMED_AT_MOST = 5
+_LINE_EVERY_SECONDS = 5.0
 
 # Streams of random numbers drawn from one seed.
 _ORDER, _SAMPLE, _STEP = 0, 1, 2
@@ -185,13 +187,17 @@ def encode(
 ) -> Latents:
     """Runs every image through the VAE once."""
     means, stds = [], []
+    spoken = time.monotonic()
     for start in range(0, len(examples), _ENCODED_AT_ONCE):
         batch = examples[start : start + _ENCODED_AT_ONCE]
         pixels = torch.stack([load_pixels(e.image, width, height) for e in batch])
         latent = vae.encode(pixels.to(vae.device)).latent_dist
         means.append(latent.mean.cpu() * vae.config["scaling_factor"])
         stds.append(latent.std.cpu() * vae.config["scaling_factor"])
-        log(f"encoded {start + len(batch)} of {len(examples)} images")
+        done = start + len(batch)
+        if done == len(examples) or time.monotonic() - spoken > _LINE_EVERY_SECONDS:
+            log(f"encoded {done} of {len(examples)} images into latents")
+            spoken = time.monotonic()
     return Latents(torch.cat(means), torch.cat(stds))
 
 

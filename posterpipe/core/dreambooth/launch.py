@@ -20,9 +20,13 @@ def launch_command(
 ) -> list[str]:
     """`accelerate launch -m module --config config`, with this Python.
 
-    processes: one a GPU; with `cpu`, gloo processes on CPU. Every choice is given, so that a
-    config file of accelerate in the user's home changes nothing.
+    processes: one a GPU; with `cpu` one in all, since accelerate starts several only through MPI
+    (torch's own launcher, `torch.distributed.run`, does it with ACCELERATE_USE_CPU=true). Every
+    choice is given, so that a config file of accelerate in the user's home changes nothing.
+    Raises ValueError for several processes on CPU.
     """
+    if cpu and processes > 1:
+        raise ValueError(f"processes is {processes}: accelerate starts one on CPU")
     # Without a number, accelerate sets OMP_NUM_THREADS to 1 and leaves the other cores idle.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (cores or 1) // processes))

@@ -109,7 +109,7 @@ def test_latents_are_the_scaled_ones_of_the_vae_and_made_once(
         pixels = load_pixels(copied / "0003.png", 32, 48)[None]
         posterior = vae.encode(pixels).latent_dist
     noise = torch.randn(first.mean[:1].shape, generator=torch.Generator().manual_seed(3))
-    wanted = (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
+    wanted = (posterior.mean + posterior.std * noise) * vae.config["scaling_factor"]
     torch.testing.assert_close(first.sample([3], noise), wanted, rtol=1e-5, atol=1e-6)
 
 

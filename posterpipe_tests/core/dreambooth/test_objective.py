@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from posterpipe.core.dreambooth import objective
 from posterpipe.core.dreambooth.errors import BaseModelError
