@@ -1,6 +1,5 @@
 # make demo | dev | test | lint | bench. Needs Python >= 3.11 and make; everything else goes
-# into .venv. On Linux without a GPU, `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-# make demo` spares the gigabytes of CUDA packages.
+# into .venv.
 
 PYTHON ?= python3
 HOST   ?= 127.0.0.1
@@ -61,7 +60,7 @@ lint: install-dev  ## formatting, lint, types, and that Dagster can load the def
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/dg check defs
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/dg check defs
 
 format: install-dev  ## put the formatting right
 	$(BIN)/ruff format .

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from posterpipe.defs.resources import Deployment
 
 LOGGER = "demo"
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 PID_TAG, HOST_TAG = "posterpipe/pid", "posterpipe/host"
 ROOTS = ("raw_posters", "prompt_suite")
 """Assets that read the outside world: only running them tells whether it changed."""
@@ -79,8 +82,12 @@ def run_demo(timings: Path | None = None) -> int:
         deployment = Deployment(settings, BarProgress(console))
         require_inputs(settings)
         watch = Watch()
-        with dg.DagsterInstance.from_config(str(home)) as instance:
-            ok = materialize(deployment, instance, console, watch)
+        try:
+            with dg.DagsterInstance.from_config(str(home)) as instance:
+                ok = materialize(deployment, instance, console, watch)
+        except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
+            console.print("Stopped. What is done is kept: run it again to go on.")
+            return INTERRUPTED
     total = time.perf_counter() - started
     if timings:
         _write_timings(timings, settings, watch, total)
@@ -228,7 +235,8 @@ def _show(event: Any, console: Console, watch: Watch) -> None:
     if kind == DagsterEventType.STEP_SUCCESS:
         seconds = event.step_success_data.duration_ms / 1000
         watch.seconds[event.step_key] = seconds
-        console.print(f"[green]✓[/] {event.step_key:<34} [dim]{seconds:7.1f} s[/]")
+        if event.step_key in watch.groups:  # of checks, only failures are news
+            console.print(f"[green]✓[/] {event.step_key:<24} [dim]{seconds:6.1f} s[/]")
     elif kind == DagsterEventType.STEP_FAILURE:
         reason = _reason(event.step_failure_data.error)
         watch.failures.append(f"{event.step_key}: {reason}")
@@ -308,8 +316,8 @@ def _conclude(deployment: Deployment, watch: Watch, total: float, home: Path) ->
 
     console = Console(highlight=False)
     stages = _stages(watch)
-    if set(watch.seconds) - set(ROOTS):
-        times = Table("stage", "wall time", title="Wall time by stage", title_justify="left")
+    if set(watch.seconds) & set(watch.groups) - set(ROOTS):
+        times = Table("stage", "wall time", box=SIMPLE_HEAD)
         times.columns[1].justify = "right"
         for stage, seconds in stages.items():
             times.add_row(stage, f"{seconds:.1f} s")
@@ -339,10 +347,17 @@ def leaderboard_table(deployment: Deployment) -> Table:
             "diff_to_sd, diff_low_95, diff_high_95, metric_id from leaderboard"
         ).fetchall()
     metrics = sorted({row[-1] for row in rows})
-    table = Table(title="CLIP leaderboard", title_justify="left", caption_justify="left")
-    for name in ("variant", "images", "mean CLIP cosine", "95 % interval", "minus sd, paired"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
-    table.add_column("95 % interval", justify="right")
+    table = Table(
+        title="Leaderboard: mean CLIP cosine, and difference to sd paired by prompt and seed",
+        box=SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    for name in ("variant", "images", "cosine", "95 % interval", "difference", "95 % interval"):
+        table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=True)
     if len(metrics) > 1:
         table.add_column("metric")
     for variant, images, blocked, _, mean, low, high, diff, diff_low, diff_high, metric in rows:
@@ -367,4 +382,4 @@ def _number(value: float | None, form: str = ".3f") -> str:
 
 
 def _interval(low: float | None, high: float | None, form: str) -> str:
-    return "–" if low is None or high is None else f"{low:{form}} … {high:{form}}"
+    return "–" if low is None or high is None else f"{low:{form}}…{high:{form}}"

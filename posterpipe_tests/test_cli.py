@@ -50,8 +50,7 @@ def test_an_unknown_profile_names_those_there_are() -> None:
 def test_a_missing_model_stops_the_demo_before_it_begins(tmp_path: Path) -> None:
     result = run(
         "demo",
-        POSTERPIPE_SCORER__MODEL__ID=MISSING["id"],
-        POSTERPIPE_CAPTIONER__MODEL__ID=MISSING["id"],
+        POSTERPIPE_BASE_MODEL__ID=MISSING["id"],
         POSTERPIPE_STORE=str(tmp_path / "store"),
         DAGSTER_HOME=str(tmp_path / "home"),
     )

@@ -13,14 +13,12 @@ from typing import Any
 
 import dagster as dg
 
-from posterpipe.defs.resources import TABLE_VERSION, Deployment
+from posterpipe.defs.resources import MODEL_FINGERPRINT, TABLE_VERSION, Deployment
 from posterpipe.settings import Settings
 
 DATA_VERSION = "dagster/data_version"
 INPUT_DATA_VERSION = "dagster/input_data_version/"
 CODE_VERSION = "dagster/code_version"
-MODEL = "model_fingerprint"
-"""Metadata entry of a materialization: the model that it was made with."""
 
 refresh_dataset = dg.define_asset_job(
     "refresh_dataset",
@@ -129,7 +127,7 @@ def _staleness(
         used = tags.get(INPUT_DATA_VERSION + dep.asset_key.to_user_string())
         if now != used:
             return f"{dep.asset_key.to_user_string()} changed"
-    model = made.metadata.get(MODEL)
+    model = made.metadata.get(MODEL_FINGERPRINT)
     if model is not None and model.value != models.fingerprint(spec.key):
         return "its model changed"
     return _lost(spec.key, made, deployment)

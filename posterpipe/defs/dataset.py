@@ -7,6 +7,7 @@ and the files of a training set (`core.training_set`).
 import dagster as dg
 
 from posterpipe.defs.resources import (
+    MODEL_FINGERPRINT,
     TABLES,
     Deployment,
     Table,
@@ -94,6 +95,7 @@ def poster_captions(
     image that this captioner has described before is not described again.
     """
     from posterpipe.core.captioner import caption_posters
+    from posterpipe.core.models import fingerprint
 
     settings = deployment.settings
     store = deployment.store
@@ -113,6 +115,7 @@ def poster_captions(
             ),
             "captions": table_preview(captions, ["caption", "source", "status", "reason"]),
             **counts(captions, "source"),
+            MODEL_FINGERPRINT: fingerprint(settings.captioner.model, settings.root),
             "distinct_captions": int(captioned["caption"].nunique()),
             "mean_words": sum(len(text.split()) for text in captioned["caption"])
             / max(len(captioned), 1),

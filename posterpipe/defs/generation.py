@@ -4,12 +4,14 @@ What belongs here: the assets from the suite to the images. What does not: drawi
 (`core.sampler`), the suite's rules (`core.prompts`) and judging images (`scoring`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
 from posterpipe.defs.resources import (
+    MODEL_FINGERPRINT,
     TABLES,
     Deployment,
     Table,
@@ -103,13 +105,15 @@ def base_generations(
     from posterpipe.core.models import fingerprint, locate
 
     settings = deployment.settings
+    model_id = fingerprint(settings.base_model, settings.root)
     return _generations(
         context,
         deployment,
         prompt_suite,
         BASE_VARIANTS,
         locate(settings.base_model, settings.root),
-        fingerprint(settings.base_model, settings.root),
+        model_id,
+        {"model": settings.base_model.id, MODEL_FINGERPRINT: model_id},
     )
 
 
@@ -141,6 +145,7 @@ def tuned_generations(
         TUNED_VARIANTS,
         deployment.store_root / checkpoint["path"],
         checkpoint["checkpoint_id"],
+        {"checkpoint_id": checkpoint["checkpoint_id"]},
     )
 
 
@@ -151,6 +156,7 @@ def _generations(
     variants: Sequence[str],
     model_dir: Path,
     model_id: str,
+    metadata: Mapping[str, Any],
 ) -> dg.Output[Table]:
     from posterpipe.core.prompts import suite_prompts
     from posterpipe.core.sampler import generate
@@ -186,6 +192,6 @@ def _generations(
                 generations[generations["status"] != "ok"],
                 ["variant", "prompt_id", "seed", "status", "reason"],
             ),
-            "model": model_id,
+            **metadata,
         },
     )

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -43,8 +44,7 @@ def dbt_project(settings: Settings) -> DbtProject:
     """
     project = DbtProject(project_dir=settings.path(PROJECT))
     if _manifest_is_behind(project):
-        dbt = dbt_resource(project)
-        dbt.cli(["parse", "--quiet"], target_path=project.target_path).wait()
+        _write_manifest(project)
     return project
 
 
@@ -60,6 +60,16 @@ def _manifest_is_behind(project: DbtProject) -> bool:
     ]
     sources += [project.project_dir / "dbt_project.yml", project.project_dir / "profiles.yml"]
     return any(path.stat().st_mtime > written for path in sources)
+
+
+def _write_manifest(project: DbtProject) -> None:
+    target = project.manifest_path.parent
+    target.mkdir(exist_ok=True)
+    # Renamed into place: another process may be reading it, or parsing as well.
+    with tempfile.TemporaryDirectory(dir=target) as folder:
+        dbt_resource(project).cli(["parse", "--quiet"], target_path=Path(folder)).wait()
+        for name in ("partial_parse.msgpack", project.manifest_path.name):
+            os.replace(Path(folder, name), target / name)
 
 
 class _Dbt(DbtCliResource):
@@ -110,8 +120,16 @@ def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
         deployment: dg.ResourceParam[Deployment],
     ) -> Iterator[Any]:
         outputs: list[dg.Output[Any]] = []
-        with _environment(POSTERPIPE_WAREHOUSE=str(deployment.warehouse_path)):
-            for event in dbt.cli(["build"], context=context).stream():
+        step = context.op_execution_context
+        total = len(step.selected_output_names) + len(step.selected_asset_check_keys)
+        with (
+            # dbt's logs and artifacts of a run are in Dagster's log; kept, they would pile up.
+            tempfile.TemporaryDirectory() as target,
+            _environment(POSTERPIPE_WAREHOUSE=str(deployment.warehouse_path)),
+            deployment.progress(context).task("build reports", total, "models and tests") as tick,
+        ):
+            for event in dbt.cli(["build"], context=context, target_path=Path(target)).stream():
+                tick()
                 if isinstance(event, dg.Output):
                     # Held back until dbt has closed the database, so that the table can be read.
                     outputs.append(event)
@@ -245,6 +263,8 @@ def contact_sheet(
             for row in rows(shown)
             if row.image_path
         },
+        cell=(150, 225),
+        title="First seed of each prompt; the same noise in every column",
     )
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")

@@ -6,6 +6,7 @@ not: assets, and anything that computes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,17 @@ else:
     # Dagster looks at annotations when the definitions load; pandas is loaded by the steps.
     Table = Any
 
+# Said at every step otherwise. Dagster is pinned exactly, so that nothing changes behind our back.
+warnings.filterwarnings("ignore", "Parameter `data_version`", dg.BetaWarning)
+
 TABLES = "tables"
 """Resource key of the IO manager for tables."""
 
 TABLE_VERSION = "table_version"
 """Metadata entry of a materialization: under which version the store keeps its table."""
+
+MODEL_FINGERPRINT = "model_fingerprint"
+"""Metadata entry of a materialization: the model that it was made with."""
 
 _ROWS_SHOWN = 100
 """Rows of a table in the UI; every one lies in the event log for ever."""

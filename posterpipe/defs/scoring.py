@@ -7,6 +7,7 @@ the warehouse (`core.warehouse`), and what is concluded from scores (`dbt_like_r
 import dagster as dg
 
 from posterpipe.defs.resources import (
+    MODEL_FINGERPRINT,
     TABLES,
     Deployment,
     Table,
@@ -78,7 +79,7 @@ def clip_scores(
             "newly_scored": scored.added,
             "by_variant": table_preview(summary),
             "metric": scored.metric_id,
-            "model_fingerprint": fingerprint(settings.scorer.model, settings.root),
+            MODEL_FINGERPRINT: fingerprint(settings.scorer.model, settings.root),
             "warehouse": dg.MetadataValue.path(deployment.warehouse_path),
         },
     )

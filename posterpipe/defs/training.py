@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import dagster as dg
+from dagster._core.errors import DagsterPipesExecutionError  # not exported
 
-from posterpipe.defs.resources import TABLES, Deployment, Table, columns, table_output
+from posterpipe.defs.resources import (
+    MODEL_FINGERPRINT,
+    TABLES,
+    Deployment,
+    Table,
+    columns,
+    table_output,
+)
 
 WORKER = "posterpipe.defs.training_worker"
 """Module of the training process."""
@@ -99,7 +107,7 @@ def dreambooth_checkpoint(
             "reused": reused,
             "training_set": versions.training_set,
             "images": len(training_csv),
-            "model_fingerprint": versions.base_model,
+            MODEL_FINGERPRINT: versions.base_model,
         },
         data_version=name,
     )
@@ -121,7 +129,7 @@ def _train(context: dg.AssetExecutionContext, deployment: Deployment, config_fil
                 ),
                 cwd=str(deployment.settings.root),
             )
-        except dg.DagsterPipesExecutionError as error:
+        except DagsterPipesExecutionError as error:
             raise TrainingFailed(reader.last_words or f"training: {error}") from error
 
 
