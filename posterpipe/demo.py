@@ -59,6 +59,7 @@ class Watch:
     """Group of each step that makes assets."""
     failures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    interrupted: bool = False
 
 
 def run_demo(timings: Path | None = None) -> int:
@@ -86,6 +87,8 @@ def run_demo(timings: Path | None = None) -> int:
             with dg.DagsterInstance.from_config(str(home)) as instance:
                 ok = materialize(deployment, instance, console, watch)
         except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
+            ok, watch.interrupted = False, True
+        if watch.interrupted:
             console.print("Stopped. What is done is kept: run it again to go on.")
             return INTERRUPTED
     total = time.perf_counter() - started
@@ -238,7 +241,9 @@ def _show(event: Any, console: Console, watch: Watch) -> None:
         if event.step_key in watch.groups:  # of checks, only failures are news
             console.print(f"[green]✓[/] {event.step_key:<24} [dim]{seconds:6.1f} s[/]")
     elif kind == DagsterEventType.STEP_FAILURE:
-        reason = _reason(event.step_failure_data.error)
+        error = event.step_failure_data.error
+        watch.interrupted |= error.cls_name == "DagsterExecutionInterruptedError"
+        reason = _reason(error)
         watch.failures.append(f"{event.step_key}: {reason}")
         console.print(f"[red]✗ {event.step_key}[/]")
     elif kind == DagsterEventType.ASSET_CHECK_EVALUATION:
@@ -352,7 +357,7 @@ def leaderboard_table(deployment: Deployment) -> Table:
         box=SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
-        padding=(0, 2, 0, 0),
+        padding=(0, 1, 0, 0),
         pad_edge=False,
         show_edge=False,
     )
