@@ -82,7 +82,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def scorer(**changes: object) -> ScorerSettings:
     values = {"model": ModelRef(id="models/scorer", revision=None), "batch_size": 2, **changes}
-    return ScorerSettings(**values)  # type: ignore[arg-type]
+    return ScorerSettings(**values)
 
 
 def some_images(count: int = 5) -> list[Image.Image]:
