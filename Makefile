@@ -70,5 +70,7 @@ bench: install-dev  ## benchmarks; one of them with ONLY=name
 	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY))
 
 clean:  ## remove what was computed, and .venv; posters and models stay
-	rm -rf $(VENV) .dagster data/store dbt_like_reports/target dbt_like_reports/logs
+	rm -rf $(VENV) .dagster dbt_like_reports/target dbt_like_reports/logs
+	@# Training the starter models takes hours; its saves stay.
+	find data/store -mindepth 1 -maxdepth 1 ! -name starter_training -exec rm -rf {} + 2>/dev/null || true
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -143,7 +143,7 @@ def _devices(settings: Settings) -> Iterator[Finding]:
     if gpus:
         yield Finding("ok", "devices", f"{', '.join(gpus)}; {cores} CPU cores")
     elif _uses_hub(settings):
-        text = f"{cores} CPU cores, no GPU: fine-tuning takes days with the real models"
+        text = f"{cores} CPU cores, no GPU: the real models train very slowly here"
         yield Finding("note", "devices", text + "; use a machine with one for this profile")
     else:
         yield Finding("ok", "devices", f"{cores} CPU cores, no GPU (this profile needs none)")
@@ -188,7 +188,7 @@ def _memory(settings: Settings) -> Finding:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (ValueError, OSError, AttributeError):
         return Finding("note", "memory", "this system does not tell how much there is")
-    if _uses_hub(settings) and total < HUB_MEMORY_GB and not _has_gpu():
+    if _uses_hub(settings) and total < HUB_MEMORY_GB - 1 and not _has_gpu():
         text = f"{total:.0f} GiB; the real models want {HUB_MEMORY_GB} GiB without a GPU"
         return Finding("note", "memory", f"{text}: choose POSTERPIPE_PROFILE=starter")
     return Finding("ok", "memory", f"{total:.0f} GiB")
