@@ -8,6 +8,7 @@ models (`architectures`), the loop around a step (`train`), the pictures themsel
 from __future__ import annotations
 
 import copy
+import json
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -128,6 +129,14 @@ def crop_or_pad(pixels: Tensor, rng: np.random.Generator, side: int) -> Tensor:
     return F.interpolate(square, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
+def forget_origin(folder: Path) -> None:
+    """Removes the path a part was loaded from, which diffusers writes into its config."""
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def save_half(model: nn.Module, folder: Path) -> None:
     """fp16 safetensors: half the size, and more than precise enough for what is stored."""
     copy.deepcopy(model).half().save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
@@ -172,6 +181,7 @@ class VaeStage(Stage):
         # Diffusion wants unit variance; the config carries the factor, as Stable Diffusion's does.
         self.vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
         save_half(self.vae, self.out / "base" / "vae")
+        forget_origin(self.out / "base" / "vae")
 
     @torch.no_grad()
     def _latents(self, count: int) -> Tensor:
@@ -217,6 +227,7 @@ class DecoderStage(VaeStage):
 
     def export(self) -> None:
         save_half(self.vae, self.out / "base" / "vae")
+        forget_origin(self.out / "base" / "vae")
 
 
 def hue_error(difference: Tensor) -> Tensor:
@@ -498,6 +509,7 @@ class BaseStage(Stage):
         )
         pipeline.save_pretrained(self.out / "base", safe_serialization=True)
         tokenizers.save(self.tokenizer, self.out / "base" / "tokenizer")
+        forget_origin(self.out / "base")
 
 
 def _text_tower(scorer: Any, text_encoder: nn.Module) -> dict[str, Tensor]:
