@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
+from huggingface_hub.constants import ENDPOINT
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +39,8 @@ PACKAGES = (
     "pandas",
     "pillow",
 )
-HUB = "https://huggingface.co"
+HUB = ENDPOINT
+"""Where models come from; the variable HF_ENDPOINT names a mirror."""
 HUB_SECONDS = 3.0
 DISK_GB = {"local": 2, "hub": 40}
 """Free space needed with local models, and with those of the hub and their checkpoints."""

@@ -82,18 +82,19 @@ MEANINGS = {
 }
 
 
+def _log(stage: str, logs: Path) -> Path:
+    return logs / f"{stage}.jsonl"
+
+
 def _recipe(stage: str, logs: Path) -> str:
     """One line on how a stage was trained, from its log."""
-    log = logs / f"{stage}.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    if not lines:
-        return f"- `{stage}`: seed {STAGES[stage].seed}, AdamW at {STAGES[stage].peak_lr:g}"
-    last = json.loads(lines[-1])
+    log = _log(stage, logs)
+    last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
     images = last["step"] * STAGES[stage].batch
     return (
         f"- `{stage}`: {last['step']:,} steps of {STAGES[stage].batch} images ({images:,} images, "
         f"{last['seconds'] / 60:.0f} minutes), AdamW at {STAGES[stage].peak_lr:g}, warmup and "
-        f"cosine decay, bf16 autocast, seed {STAGES[stage].seed}"
+        f"cosine decay, seed {STAGES[stage].seed}"
     )
 
 
@@ -108,7 +109,9 @@ def _figures(names: tuple[str, ...], result: dict[str, Any]) -> str:
 def card(name: str, result: dict[str, Any], logs: Path) -> str:
     """The card of one model, Markdown with the front matter that the hub reads."""
     text = CARDS[name]
-    recipe = "\n".join(_recipe(stage, logs) for stage in text["stages"] if stage in STAGES)
+    recipe = "\n".join(
+        _recipe(stage, logs) for stage in text["stages"] if _log(stage, logs).exists()
+    )
     return f"""---
 license: mit
 tags: [posterpipe, starter]
