@@ -24,6 +24,15 @@ LIMITS = (
     "scores mean nothing beside those of other models."
 )
 
+HISTORY = {
+    "base": "These weights come from several sittings of that command: the VAE's and the first two "
+    "fifths of the base's steps ran under bf16, and the latter with other loss weights and fewer "
+    "plain drawings. A rerun gives others.",
+    "scorer": "These weights come from two sittings of that command, the first of 473 steps under "
+    "bf16. A rerun gives others.",
+}
+"""True of the committed weights only; to be taken out with the next ones."""
+
 CARDS: dict[str, dict[str, Any]] = {
     "base": {
         "title": "Starter Stable Diffusion",
@@ -130,6 +139,8 @@ Real classes, small sizes: {text["classes"]}. fp16 safetensors; load with `from_
 `python -m posterpipe.starter.train`, from scratch:
 
 {recipe}
+
+{HISTORY.get(name, "")}
 
 ## Quality
 
