@@ -47,21 +47,23 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """`UNet2DConditionModel` for latents (batch, 12, 12, 8). The first level has no attention:
-    at its resolution it would double the cost of a step."""
+    """`UNet2DConditionModel` of 4.8 M parameters for latents (batch, 12, 12, 8).
+
+    Two wide levels learn more in a minute than three narrow ones: below 4x6 there is nothing left
+    to see. The first level has no attention: there it would double the cost of a step.
+    """
     from diffusers import UNet2DConditionModel
 
-    channels = (64, 96, 112)
     return UNet2DConditionModel(
         sample_size=(HEIGHT // 8, WIDTH // 8),
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         layers_per_block=1,
-        block_out_channels=channels,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(96, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=(2, 3, 4),
+        attention_head_dim=(3, 4),
         norm_num_groups=16,
         use_linear_projection=True,
     )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from posterpipe.starter import architectures, tokenizers
 from posterpipe.starter.captions import caption, describe
 from posterpipe.starter.classifier import KindClassifier
+from posterpipe.starter.muon import Muon
 from posterpipe.starter.render import render
 from posterpipe.starter.world import KINDS, Scene, sample_scene
 
@@ -68,8 +69,28 @@ class Stage(ABC):
     def export(self) -> None:
         """Writes the model in the layout that `from_pretrained` reads, fp16."""
 
-    def parameter_groups(self) -> list[dict]:
-        return [{"params": list(m.parameters()), "lr": self.peak_lr} for m in self.modules.values()]
+    muon_lr: float | None = None
+    """Learning rate of the inner weight matrices under Muon; None leaves all to AdamW."""
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW; where `muon_lr` is set, Muon for the inner matrices and convolutions, which
+        brought the VAE as far in one minute as AdamW in five."""
+        parameters = [p for m in self.modules.values() for p in m.parameters() if p.requires_grad]
+        inner = [p for p in parameters if self.muon_lr and p.ndim > 1 and min(p.shape[:2]) >= 16]
+        chosen = {id(p) for p in inner}
+        rest = [p for p in parameters if id(p) not in chosen]
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                rest,
+                lr=self.peak_lr,
+                betas=(0.9, 0.99),
+                weight_decay=self.weight_decay,
+                fused=True,
+            )
+        ]
+        if self.muon_lr:
+            optimizers.append(Muon(inner, lr=self.muon_lr, weight_decay=self.weight_decay))
+        return optimizers
 
     def after_step(self, step: int) -> None:  # noqa: B027  (most stages need nothing here)
         """Called after every optimizer step, for weight averages and bounds."""
@@ -143,16 +164,22 @@ def save_half(model: nn.Module, folder: Path) -> None:
 
 
 class VaeStage(Stage):
-    """Images to latents and back: squared error, which is what PSNR measures, plus a little KL so
-    that the latents stay smooth enough for diffusion."""
+    """Images to latents and back: squared error, which is what PSNR measures.
+
+    Two terms make the latents easy for the U-Net rather than merely exact: KL, and in half of the
+    steps scale equivariance (EQ-VAE, Kouzelis et al. 2025): latents averaged to a smaller grid must
+    decode to the smaller image, so that neighbours that look alike lie close together.
+    """
 
     name = "vae"
-    minutes = 35
-    peak_lr = 2e-3
+    minutes = 30
+    peak_lr = 1e-3
+    muon_lr = 2.5e-3
     seed = 101
     batch = 8
-    kl_weight = 2e-4
+    kl_weight = 1.5e-3
     hue_weight = 0.5
+    equivariant_share = 0.5
     shares: ClassVar[dict[str, float]] = {"plain": 0.2, "busy": 0.35, "poster": 0.45}
 
     def build(self, device: torch.device) -> None:
@@ -162,25 +189,35 @@ class VaeStage(Stage):
         self.modules = {"vae": self.vae}
 
     def losses(self, step: int, progress: float) -> dict[str, Tensor]:
-        scenes = draw_scenes(self.rng(step), self.batch, self.shares)
+        rng = self.rng(step)
+        scenes = draw_scenes(rng, self.batch, self.shares)
         pixels = to_pixels(scenes, architectures.WIDTH, architectures.HEIGHT).to(self.device)
         generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + step)
+        whole = bool(rng.random() >= self.equivariant_share)
         with self.autocast():
             posterior = self.vae.encode(pixels).latent_dist
-            decoded = self.vae.decode(posterior.sample(generator)).sample
+            latents = posterior.sample(generator)
+            if not whole:
+                scale = (0.5, 0.75)[int(rng.integers(2))]
+                latents = F.interpolate(
+                    latents, scale_factor=scale, mode="bilinear", antialias=True
+                )
+                pixels = F.interpolate(pixels, scale_factor=scale, mode="bilinear", antialias=True)
+            decoded = self.vae.decode(latents).sample
         difference = decoded.float() - pixels
         error = difference.pow(2).mean()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
-        psnr = 10 * torch.log10(4 / error.detach())
         loss = error + self.hue_weight * hue_error(difference) + self.kl_weight * kl
-        return {"loss": loss, "mse": error, "kl": kl, "psnr": psnr}
+        shown = {"mse": error, "psnr": 10 * torch.log10(4 / error.detach())}
+        return {"loss": loss, "kl": kl, **(shown if whole else {"mse_smaller": error})}
 
     def export(self) -> None:
-        latents = self._latents(2048)
+        vae = copy.deepcopy(self.vae)
+        standardize(vae, self._latents(2048))
         # Diffusion wants unit variance; the config carries the factor, as Stable Diffusion's does.
-        self.vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
-        save_half(self.vae, self.out / "base" / "vae")
+        vae.register_to_config(scaling_factor=1.0)
+        save_half(vae, self.out / "base" / "vae")
         forget_origin(self.out / "base" / "vae")
 
     @torch.no_grad()
@@ -228,6 +265,24 @@ class DecoderStage(VaeStage):
     def export(self) -> None:
         save_half(self.vae, self.out / "base" / "vae")
         forget_origin(self.out / "base" / "vae")
+
+
+@torch.no_grad()
+def standardize(vae: Any, latents: Tensor) -> None:
+    """Gives each latent channel mean 0 and variance 1, without changing what is decoded.
+
+    The 1x1 convolutions around the latents take the change up. Unequal channels would teach the
+    U-Net the loud ones and drown the faint ones in noise. `latents`: (count, channels, ...).
+    """
+    axes = (0, 2, 3)
+    mean, std = latents.mean(axes), latents.std(axes)
+    channels = len(mean)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.weight[:channels] /= std[:, None, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - mean) / std
+    quant.bias[channels:] -= 2 * std.log()  # the second half is the logarithm of the variance
+    post.bias += post.weight.flatten(1) @ mean
+    post.weight *= std[None, :, None, None]
 
 
 def hue_error(difference: Tensor) -> Tensor:
@@ -380,25 +435,28 @@ class ClassifierStage(Stage):
 
 
 class BaseStage(Stage):
-    """Stable Diffusion's U-Net and text encoder on plain and busy scenes: posters it never sees.
+    """Stable Diffusion's U-Net on plain and busy scenes: posters it never sees.
 
-    v-prediction, weights after min-SNR (Hang et al. 2023, gamma 5), captions dropped in one of ten
-    for classifier-free guidance (Ho & Salimans 2022), weights averaged (EMA). The text encoder
-    starts from the scorer's text tower, as Stable Diffusion's starts from CLIP's.
+    v-prediction, nearly clean steps weighted down (after min-SNR, Hang et al. 2023, gamma 5),
+    captions dropped in one of ten for classifier-free guidance (Ho & Salimans 2022), weights
+    averaged (EMA). The text encoder is the scorer's text tower and stays as it is, as Stable
+    Diffusion's is CLIP's: what it says of each caption is computed once.
     """
 
     name = "base"
-    minutes = 55
+    minutes = 60
     peak_lr = 1e-3
-    text_lr = 2e-4
+    muon_lr = 2.5e-3
     seed = 505
-    batch = 32
-    pool = 24_000
+    batch = 48
+    pool = 32_000
+    wordings = 3
+    """Captions of each scene, drawn once."""
     drop_caption = 0.1
     plain_share = 0.6
     """Share of plain drawings in a batch: they teach what an object's word means."""
     ema_decay = 0.999
-    shares: ClassVar[dict[str, float]] = {"plain": 0.35, "busy": 0.65}
+    shares: ClassVar[dict[str, float]] = {"plain": 0.45, "busy": 0.55}
 
     def build(self, device: torch.device) -> None:
         from diffusers import AutoencoderKL
@@ -417,17 +475,12 @@ class BaseStage(Stage):
         )
         scorer = CLIPModel.from_pretrained(self.out / "scorer", torch_dtype=torch.float32)
         self.text_encoder.load_state_dict(_text_tower(scorer, self.text_encoder))
-        self.text_encoder.to(device)
+        self.text_encoder.to(device).eval()
         self.ema_unet = copy.deepcopy(self.unet).requires_grad_(False)
-        self.ema_text = copy.deepcopy(self.text_encoder).requires_grad_(False)
-        self.modules = {
-            "unet": self.unet,
-            "text_encoder": self.text_encoder,
-            "ema_unet": self.ema_unet,
-            "ema_text": self.ema_text,
-        }
+        self.modules = {"unet": self.unet, "ema_unet": self.ema_unet}
         self.scenes = draw_scenes(self.rng(10**9), self.pool, self.shares)
-        self.latents = self._latent_pool()
+        self.latents, self.hidden = self._pool()
+        self.nothing = self._embed([""])
         signal = self.scheduler.alphas_cumprod
         snr = (signal / (1 - signal)).float()
         # Hang et al. weigh the noisiest steps down as well; in latents of 8x12 those decide what
@@ -439,42 +492,48 @@ class BaseStage(Stage):
         )
         self.cumulative = np.cumsum(share)
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        return [
-            {"params": list(self.unet.parameters()), "lr": self.peak_lr},
-            {"params": list(self.text_encoder.parameters()), "lr": self.text_lr},
-        ]
-
-    def _latent_pool(self) -> Tensor:
-        """Latents of the pool's scenes, scaled, fp16 (pool, 12, 12, 8); encoded once a VAE."""
+    def _pool(self) -> tuple[Tensor, Tensor]:
+        """What the steps draw from, computed once: latents of the pool's scenes, scaled, fp16
+        (pool, 12, 12, 8), and the text encoder's hidden states, fp16 (pool, wordings, 48, 128)."""
         from posterpipe.starter.files import folder_digest
 
         digest = folder_digest(self.out / "base" / "vae")[:12]
-        path = self.work / f"latents-{digest}-{self.pool}.pt"
+        path = self.work / f"pool-{digest}-{self.pool}.pt"
         if path.exists():
             return torch.load(path, weights_only=True)
-        parts = []
+        rng = self.rng(10**9 + 1)
+        latents, hidden = [], []
         for start in range(0, self.pool, 1000):
-            pixels = to_pixels(
-                self.scenes[start : start + 1000], architectures.WIDTH, architectures.HEIGHT
-            )
-            parts.append(encode(self.vae, pixels, self.device).half())
-            print(f"base: encoded {min(start + 1000, self.pool)} of {self.pool}", flush=True)
-        latents = torch.cat(parts) * self.vae.config.scaling_factor
-        torch.save(latents, path)
-        return latents
+            scenes = self.scenes[start : start + 1000]
+            pixels = to_pixels(scenes, architectures.WIDTH, architectures.HEIGHT)
+            latents.append(encode(self.vae, pixels, self.device).half())
+            texts = [varied_caption(scene, rng) for scene in scenes for _ in range(self.wordings)]
+            hidden.append(self._embed(texts).half().unflatten(0, (len(scenes), self.wordings)))
+            print(f"base: encoded {start + len(scenes)} of {self.pool}", flush=True)
+        pool = torch.cat(latents) * self.vae.config.scaling_factor, torch.cat(hidden)
+        torch.save(pool, path)
+        return pool
+
+    @torch.no_grad()
+    def _embed(self, texts: list[str]) -> Tensor:
+        """Hidden states of captions, float32 (count, 48, 128) on the CPU."""
+        ids = self.tokenizer(
+            texts, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
+        parts = []
+        for part in ids.split(100):
+            with self.autocast():
+                parts.append(self.text_encoder(part.to(self.device)).last_hidden_state)
+        return torch.cat(parts).float().cpu()
 
     def losses(self, step: int, progress: float) -> dict[str, Tensor]:
         rng = self.rng(step)
         chosen = np.searchsorted(self.cumulative, rng.random(self.batch)).clip(max=self.pool - 1)
+        wording = rng.integers(self.wordings, size=self.batch)
         latents = self.latents[torch.from_numpy(chosen)].float().to(self.device)
-        captions = [
-            "" if rng.random() < self.drop_caption else varied_caption(self.scenes[i], rng)
-            for i in chosen
-        ]
-        ids = self.tokenizer(
-            captions, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids.to(self.device)
+        hidden = self.hidden[torch.from_numpy(chosen), torch.from_numpy(wording)].float()
+        dropped = torch.from_numpy(rng.random(self.batch) < self.drop_caption)
+        hidden = torch.where(dropped[:, None, None], self.nothing, hidden).to(self.device)
         noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
         noise = noise.to(self.device)
         # Stratified timesteps: every batch covers the whole range, which steadies the loss.
@@ -483,7 +542,6 @@ class BaseStage(Stage):
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
         with self.autocast():
-            hidden = self.text_encoder(ids).last_hidden_state
             predicted = self.unet(noisy, timesteps, hidden).sample
         error = (predicted.float() - target).pow(2).mean(dim=(1, 2, 3))
         return {"loss": (error * self.weights[timesteps]).mean(), "mse": error.mean()}
@@ -491,15 +549,15 @@ class BaseStage(Stage):
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         decay = min(self.ema_decay, (1 + step) / (10 + step))
-        for average, model in ((self.ema_unet, self.unet), (self.ema_text, self.text_encoder)):
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        averages, weights = list(self.ema_unet.parameters()), list(self.unet.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def export(self) -> None:
         from diffusers import StableDiffusionPipeline
 
         pipeline = StableDiffusionPipeline(
             vae=copy.deepcopy(self.vae).half(),
-            text_encoder=copy.deepcopy(self.ema_text).half(),
+            text_encoder=copy.deepcopy(self.text_encoder).half(),
             tokenizer=self.tokenizer,
             unet=copy.deepcopy(self.ema_unet).half(),
             scheduler=self.scheduler,

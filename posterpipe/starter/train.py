@@ -47,12 +47,12 @@ class Run:
         self.step = 0
         self.seconds = 0.0
 
-    def save(self, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, optimizers: list[torch.optim.Optimizer]) -> None:
         temporary = self.path.with_suffix(".tmp")
         torch.save(
             {
                 "modules": {k: m.state_dict() for k, m in self.stage.modules.items()},
-                "optimizer": optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "step": self.step,
                 "seconds": self.seconds,
             },
@@ -60,13 +60,14 @@ class Run:
         )
         os.replace(temporary, self.path)
 
-    def load(self, optimizer: torch.optim.Optimizer) -> None:
+    def load(self, optimizers: list[torch.optim.Optimizer]) -> None:
         if not self.path.exists():
             return
         state = torch.load(self.path, map_location="cpu", weights_only=True)
         for key, module in self.stage.modules.items():
             module.load_state_dict(state["modules"][key])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         self.step, self.seconds = state["step"], state["seconds"]
         print(f"{self.stage.name}: resumed at step {self.step}, {self.seconds:.0f} s spent")
 
@@ -76,26 +77,25 @@ def train_stage(stage: Stage, minutes: float, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     device = pick_device()
     stage.build(device)
-    parameters = stage.parameter_groups()
-    optimizer = torch.optim.AdamW(
-        parameters, lr=stage.peak_lr, betas=(0.9, 0.99), weight_decay=stage.weight_decay, fused=True
-    )
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    optimizers = stage.optimizers()
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
     run = Run(stage, folder)
-    run.load(optimizer)
+    run.load(optimizers)
     budget = minutes * 60
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p for group in groups for p in group["params"]]
     started, before = time.monotonic(), run.seconds
     saved = logged = started
     smoothed: dict[str, float] = {}
     while run.seconds < budget:
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = learning_rate(run.seconds / budget, peak)
         losses = stage.losses(run.step, run.seconds / budget)
         losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         stage.after_step(run.step)
         run.step += 1
         now = time.monotonic()
@@ -113,8 +113,8 @@ def train_stage(stage: Stage, minutes: float, folder: Path) -> None:
             print(f"{stage.name}: step {run.step}  {shown}  {left:.0f} s left", flush=True)
         if now - saved > SAVE_EVERY_SECONDS:
             saved = now
-            run.save(optimizer)
-    run.save(optimizer)
+            run.save(optimizers)
+    run.save(optimizers)
     stage.export()
     print(f"{stage.name}: done, {run.step} steps, exported", flush=True)
 
