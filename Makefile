@@ -44,7 +44,9 @@ $(DAGSTER_HOME)/dagster.yaml: deploy/dagster.yaml
 	@mkdir -p $(@D)
 	@cp $< $@
 
-dev: install $(DAGSTER_HOME)/dagster.yaml  ## Dagster UI and daemon on http://127.0.0.1:3000
+# Posters, captions and prompts are watched and what is cheap follows at once; the training follows
+# its schedule.
+dev: install $(DAGSTER_HOME)/dagster.yaml  ## Dagster UI on http://127.0.0.1:3000; sensors and schedules are on
 	$(BIN)/dagster dev --host $(HOST) --port $(PORT) --workspace workspace.yaml
 
 doctor: install  ## what this machine has, and what is missing

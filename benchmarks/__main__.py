@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -12,8 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.rows import RESULTS, Row, markdown, merge
+from benchmarks.training_runs import PEER_SCRIPT
 
-BENCHMARKS = ("load_code_location", "demo")
+BENCHMARKS = (
+    "load_code_location",
+    "demo",
+    "prepare_images",
+    "caption",
+    "add_one_poster",
+    "train_unet",
+    "train_unet_text_encoder",
+    "train_sd21_gpu",
+)
 README = Path(__file__).parents[1] / "README.md"
 MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
@@ -41,7 +52,15 @@ def update_readme() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=BENCHMARKS, help="one benchmark; all when left out")
-    only = parser.parse_args().only
+    parser.add_argument(
+        "--peer-script",
+        type=Path,
+        help="diffusers' train_dreambooth.py, against which training is measured",
+    )
+    arguments = parser.parse_args()
+    if arguments.peer_script:
+        os.environ[PEER_SCRIPT] = str(arguments.peer_script.resolve(strict=True))
+    only = arguments.only
     names = (only,) if only else BENCHMARKS
     rows: list[Row] = []
     for name in names:

@@ -1,7 +1,7 @@
 """The console command `posterpipe`.
 
 What belongs here: its subcommands and how errors are said. What does not: what they do (`demo`,
-`doctor`).
+`doctor`, `core`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,74 @@ def doctor() -> None:
     from posterpipe.doctor import run_doctor
 
     raise typer.Exit(run_doctor())
+
+
+@app.command()
+def trace(
+    generation_key: Annotated[
+        str, typer.Argument(help="From the column generation_key of clip_scores; or its beginning.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+    posters: Annotated[
+        int, typer.Option(min=0, help="How many posters of the training set the tree lists.")
+    ] = 10,
+) -> None:
+    """Show where a score comes from: image, prompt, checkpoint, captions, posters, code, runs."""
+    from rich.console import Console
+
+    from posterpipe.core import trace as traces
+    from posterpipe.core.warehouse import Warehouse
+    from posterpipe.defs.resources import Deployment
+    from posterpipe.settings import load_settings
+
+    deployment = Deployment(load_settings())
+    # While the pipeline writes, the warehouse is locked, and the published copy answers.
+    databases = [
+        Warehouse(deployment.warehouse_path, busy_seconds=5),
+        Warehouse(deployment.published_path),
+    ]
+    traced = traces.trace(deployment.store, databases, generation_key)
+    if as_json:
+        print(traced.to_json())
+    else:
+        Console(highlight=False, soft_wrap=True).print(
+            traces.as_tree(traced, shown_posters=posters)
+        )
+
+
+@app.command()
+def gc(
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; else it is only listed.")] = False,
+    keep: Annotated[
+        int, typer.Option(min=1, help="Versions of each table that stay, the current one included.")
+    ] = 3,
+    grace_hours: Annotated[
+        float, typer.Option(min=0, help="What was used less long ago than this stays.")
+    ] = 24.0,
+    everything: Annotated[
+        bool, typer.Option("--all", help="List every item, not the largest of each kind.")
+    ] = False,
+) -> None:
+    """List what of the store nobody needs any more, and with --yes remove it.
+
+    Safe while the pipeline works. Scores and published files are never touched.
+    """
+    from posterpipe.tidy import run_gc
+
+    raise typer.Exit(
+        run_gc(yes=yes, keep=keep, grace_seconds=grace_hours * 3600, everything=everything)
+    )
+
+
+@app.command()
+def rehash() -> None:
+    """Read every poster file again, and say which changed although path, size and date did not.
+
+    What changed is taken up by the next materialization of raw_posters; the sensor starts it.
+    """
+    from posterpipe.rehash import run_rehash
+
+    raise typer.Exit(run_rehash())
 
 
 def main() -> None:

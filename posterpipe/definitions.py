@@ -2,9 +2,21 @@
 
 import dagster as dg
 
-from posterpipe.defs import checks, dataset, generation, ingest, reports, scoring, training
-from posterpipe.defs.automation import JOBS, with_settings_in_code_version
-from posterpipe.defs.resources import TABLES, Deployment, StoreIOManager
+from posterpipe.defs import (
+    arrivals,
+    checks,
+    dataset,
+    generation,
+    ingest,
+    reports,
+    retraining,
+    scoring,
+    training,
+)
+from posterpipe.defs.automation import JOBS, automation, with_policy
+from posterpipe.defs.resources import TABLES, Deployment, store_tables
+from posterpipe.defs.staleness import with_settings_in_code_version
+from posterpipe.defs.sweep import stale_sweep
 from posterpipe.settings import Settings, load_settings
 
 
@@ -17,13 +29,15 @@ def build_defs(settings: Settings, deployment: Deployment | None = None) -> dg.D
         reports.dbt_models(dbt),
     ]
     return dg.Definitions(
-        assets=with_settings_in_code_version(assets, settings),
+        assets=with_policy(with_settings_in_code_version(assets, settings)),
         asset_checks=dg.load_asset_checks_from_modules([checks]),
         jobs=JOBS,
+        sensors=[*arrivals.sensors(settings), automation, stale_sweep],
+        schedules=[*retraining.schedules(settings), checks.score_freshness_schedule(settings)],
         executor=dg.multiprocess_executor.configured({"max_concurrent": settings.max_concurrent}),
         resources={
             "deployment": deployment,
-            TABLES: StoreIOManager(deployment),
+            TABLES: store_tables(deployment),
             "dbt": reports.dbt_resource(dbt),
         },
     )

@@ -36,7 +36,7 @@ LOGGER = "demo"
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 PID_TAG, HOST_TAG = "posterpipe/pid", "posterpipe/host"
-ROOTS = ("raw_posters", "prompt_suite")
+ROOTS = ("raw_posters", "human_captions", "prompt_suite")
 """Assets that read the outside world: only running them tells whether it changed."""
 
 QUIET = {
@@ -134,7 +134,7 @@ def materialize(
     import dagster as dg
 
     from posterpipe.definitions import build_defs
-    from posterpipe.defs.automation import stale_assets
+    from posterpipe.defs.staleness import stale_assets
 
     end_dead_runs(instance)
     defs = dg.Definitions.merge(

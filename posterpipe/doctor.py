@@ -227,14 +227,18 @@ def _existing(path: Path) -> Path:
 
 def _posters(settings: Settings) -> Finding:
     from posterpipe.core.landing import EXTENSIONS
+    from posterpipe.core.listing import PlaceMissing, open_place
 
-    folder = settings.path(settings.landing)
-    count = sum(path.suffix.lower() in EXTENSIONS for path in folder.rglob("*"))
+    place = open_place(settings.landing, settings.root)
+    try:
+        count = sum(entry.name.lower().endswith(EXTENSIONS) for entry in place.entries())
+    except PlaceMissing as error:
+        return Finding("missing", "posters", str(error))
     needed = settings.checks.min_posters
     if count < needed:
-        text = f"{count} in {folder}, at least {needed} are needed"
+        text = f"{count} in {place.location}, at least {needed} are needed"
         return Finding("missing", "posters", f"{text}; put some in, or set POSTERPIPE_LANDING")
-    return Finding("ok", "posters", f"{count} in {folder}")
+    return Finding("ok", "posters", f"{count} in {place.location}")
 
 
 def _suite(settings: Settings) -> Finding:

@@ -13,15 +13,23 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from string import Formatter
+from typing import Annotated, Any, Literal, Self
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 PROFILES = Path(__file__).parent / "profiles"
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+MAX_TOKENS = 77
+"""What the text encoders of Stable Diffusion 1 and 2 read, start and end token included."""
+
+DEFAULT_TEMPLATE = "{trigger} {caption}"
 
 
 class SettingsError(ValueError):
@@ -48,67 +56,272 @@ class ImageSettings(Group):
 
     width: Positive = Field(512, multiple_of=8, description="pixels")
     height: Positive = Field(512, multiple_of=8, description="pixels")
-    fit: Literal["stretch", "pad", "crop"] = Field(
+    fit: Literal["stretch", "pad", "crop", "bucket"] = Field(
         "stretch",
         description="stretch changes the aspect ratio (as the thesis does), pad adds borders, "
-        "crop cuts the longer side around the centre",
+        "crop cuts the longer side around the centre, bucket crops each to the nearest of several "
+        "shapes of the same area",
+    )
+    bucket_step: Positive = Field(
+        64, multiple_of=8, description="pixels; the sides of buckets are multiples of it"
     )
     min_side: Positive = Field(64, description="pixels; posters with a shorter side are rejected")
     max_pixels: Positive = Field(
         178_956_970, description="posters with more pixels are rejected as decompression bombs"
     )
+    near_duplicate_distance: int = Field(
+        4,
+        ge=0,
+        le=7,
+        description="bits of 64 in which the perceptual hashes of two posters may differ for the "
+        "later one to be flagged; resizing and JPEG change up to 2",
+    )
 
 
 class CaptionerSettings(Group):
-    """BLIP and how it is decoded."""
+    """BLIP and how it is decoded, and how captions are worded for training."""
 
     model: ModelRef
-    batch_size: Positive = 8
+    batch_size: Positive = Field(8, description="images described at once")
     num_beams: Positive = Field(3, description="beams; 3 to 5 keep BLIP from repeating itself")
-    max_new_tokens: Positive = Field(60, description="longest caption, in BLIP tokens")
+    max_new_tokens: int = Field(
+        60,
+        ge=1,
+        le=MAX_TOKENS - 2,
+        description="longest caption, in BLIP tokens; the text encoders of Stable Diffusion read "
+        "77 tokens, two of which are start and end",
+    )
     no_repeat_ngram_size: int = Field(3, ge=0, description="0 allows repetitions")
-    precision: Precision = "fp32"
+    precision: Precision | Literal["auto"] = Field(
+        "auto",
+        description="auto is bf16 where the hardware computes it fast, fp16 on older GPUs, else "
+        "fp32; captions made under auto are kept when the machine changes",
+    )
+    template: str = Field(
+        DEFAULT_TEMPLATE,
+        description="how a caption is worded for training; names {trigger} and {caption}. Applied "
+        "when training.csv is built, so no poster is captioned again when it changes",
+    )
+    trigger: str = Field(
+        "", description="phrase by which the fine-tuned look is called; the template puts it in"
+    )
+
+    @model_validator(mode="after")
+    def _template_can_be_filled(self) -> Self:
+        try:
+            parts = list(Formatter().parse(self.template))
+        except ValueError as error:
+            raise ValueError(
+                f"template {self.template!r}: {error}; write a literal brace twice"
+            ) from error
+        names = [name for _, name, _, _ in parts if name is not None]
+        if names.count("caption") != 1 or names.count("trigger") > 1:
+            raise ValueError(
+                f"template {self.template!r}: name {{caption}} once and {{trigger}} at most once"
+            )
+        if set(names) - {"caption", "trigger"} or any(form or how for _, _, form, how in parts):
+            raise ValueError(
+                f"template {self.template!r}: only {{trigger}} and {{caption}} may stand in braces"
+            )
+        if self.trigger.strip() and "trigger" not in names:
+            raise ValueError(f"template {self.template!r} lacks {{trigger}}, but trigger is set")
+        if not self.trigger.strip() and "trigger" in names and self.template != DEFAULT_TEMPLATE:
+            raise ValueError(f"template {self.template!r} names {{trigger}}: set trigger as well")
+        return self
 
 
 class TrainingSettings(Group):
-    """DreamBooth fine-tuning; the defaults are the thesis's table."""
+    """DreamBooth fine-tuning; the defaults are the thesis's table, and everything beyond it is off.
 
-    seed: int = 777
-    train_batch_size: Positive = Field(1, description="images a step and process")
-    gradient_accumulation_steps: Positive = 1
-    max_train_steps: Positive = Field(1000, description="optimizer steps")
-    learning_rate: float = Field(1e-6, gt=0)
+    Each description gives meaning and unit, and the source of the default where there is one.
+    """
+
+    seed: int = Field(777, description="of order, noise and timesteps; the thesis's")
+
+    # ---- how long, how fast
+    train_batch_size: Positive = Field(1, description="images a step and process; the thesis's")
+    gradient_accumulation_steps: Positive = Field(
+        1, description="batches whose gradients are added up for one optimizer step; the thesis's"
+    )
+    max_train_steps: Positive = Field(1000, description="optimizer steps; the thesis's")
+    learning_rate: float = Field(
+        1e-6, gt=0, description="peak rate of the U-Net; the thesis's. LoRA wants about 1e-4"
+    )
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
         "constant_with_warmup",
-        description="the thesis names `constant`, which ignores its 80 warmup steps",
+        description="the thesis names `constant`, which ignores its 80 warmup steps; linear and "
+        "cosine fall to 0 at max_train_steps",
     )
-    lr_warmup_steps: int = Field(80, ge=0, description="optimizer steps")
-    train_text_encoder: bool = True
+    lr_warmup_steps: int = Field(80, ge=0, description="optimizer steps; the thesis's")
+    time_limit_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="minutes of training, over all its processes, after which the run ends as if "
+        "these were all its steps; none: no limit. To pause a run and go on later, send it SIGTERM",
+    )
+
+    # ---- what is trained
+    method: Literal["full", "lora"] = Field(
+        "full",
+        description="full trains every weight, as the thesis does; lora (arXiv:2106.09685) trains "
+        "small matrices beside them and leaves pytorch_lora_weights.safetensors as well",
+    )
+    lora_rank: Positive = Field(
+        16, description="rows of the small matrices; diffusers' script has 4, kohya's guides 8-64"
+    )
+    lora_alpha: float | None = Field(
+        None, gt=0, description="their weight is alpha / rank; none: alpha is the rank"
+    )
+    lora_targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        min_length=1,
+        description="ends of names of the U-Net's linear and convolution layers that get LoRA; "
+        "the attention's, as in diffusers' script",
+    )
+    lora_text_encoder_targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "out_proj"),
+        min_length=1,
+        description="the same for the text encoder, used with train_text_encoder",
+    )
+    train_text_encoder: bool = Field(True, description="beside the U-Net; the thesis's")
     text_encoder_learning_rate: float | None = Field(
         None,
         gt=0,
         description="peak rate of the text encoder; none: the U-Net's. A lower one keeps what the "
         "encoder knows",
     )
+    text_encoder_stop_step: int | None = Field(
+        None,
+        ge=0,
+        description="optimizer step from which the text encoder stays as it is; none: never. At "
+        "full rate it can ruin a model within 1,000 steps (diffusers issue 3475)",
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="the finished model is a moving average of the weights, which keeps this share "
+        "of itself each step (less in the first ones); 0.9999 in diffusers' scripts; none: off",
+    )
+
+    # ---- on what
+    prior_preservation: bool = Field(
+        False,
+        description="trains on class_images drawn by the base model as well, so that it keeps what "
+        "it knows of class_prompt (arXiv:2208.12242, section 3.2); matters for faces and objects, "
+        "less for a style",
+    )
+    prior_loss_weight: float = Field(
+        1.0, ge=0, description="weight of their loss; 1 in arXiv:2208.12242"
+    )
+    class_prompt: str = Field(
+        "a movie poster", min_length=1, description="what the class images are drawn from"
+    )
+    class_image_count: Positive = Field(100, description="class images; 100 in diffusers' script")
+    caption_dropout: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of samples that are trained without their caption, which keeps "
+        "classifier-free guidance working; 0.1 in Stable Diffusion's own training",
+    )
+    caption_shuffling: bool = Field(
+        False,
+        description="the parts of a caption between separators come in another order each time, "
+        "as kohya's shuffle_caption does; for captions that are lists of tags",
+    )
+    caption_separator: str = Field(",", min_length=1, description="between the parts of a caption")
+    caption_kept_parts: int = Field(
+        1, ge=0, description="parts that stay in front when the others are shuffled"
+    )
+
+    # ---- the loss
     snr_gamma: float | None = Field(
         None,
         gt=0,
         description="min-SNR-gamma loss weights, arXiv:2303.09556, whose authors use 5; none: all "
         "timesteps weigh the same",
     )
-    optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw_8bit", description="8-bit Adam is bitsandbytes' AdamW8bit"
+    offset_noise: float = Field(
+        0.0,
+        ge=0,
+        description="standard deviation of a noise that is one number a channel, added to the "
+        "noise, so that very dark and very bright images can be learnt; 0.1 in its author's post "
+        "(N. Guttenberg 2023, Diffusion with Offset Noise)",
     )
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_weight_decay: float = Field(1e-2, ge=0)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    mixed_precision: Precision = "bf16"
-    gradient_checkpointing: bool = False
+    zero_terminal_snr: bool = Field(
+        False,
+        description="rescales the noise schedule so that its last step is pure noise "
+        "(arXiv:2305.08891, algorithm 1); needs a base model with v_prediction",
+    )
+
+    # ---- optimizer and precision
+    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = Field(
+        "adamw_8bit",
+        description="adamw is torch's, adamw_fused the same in one kernel, adamw_8bit "
+        "bitsandbytes' AdamW8bit with a quarter of the memory; the thesis's is 8-bit",
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean; torch's")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the variance; torch's")
+    adam_weight_decay: float = Field(1e-2, ge=0, description="share a step and unit rate; torch's")
+    adam_epsilon: float = Field(1e-8, gt=0, description="keeps the division finite; torch's")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="gradients are scaled down to this norm; diffusers' script"
+    )
+    mixed_precision: Precision = Field(
+        "bf16",
+        description="of the computation; trained weights stay fp32. The thesis's is fp16, with "
+        "which Stable Diffusion 2.1 can overflow; bf16 needs an Ampere GPU or newer",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="computes activations twice instead of keeping them: less memory"
+    )
+    channels_last: bool = Field(
+        True, description="memory layout of the U-Net's images in which convolutions are quicker"
+    )
+    compile: bool = Field(
+        False, description="torch.compile of the U-Net: minutes at the start, quicker steps after"
+    )
+    halve_batch_on_out_of_memory: bool = Field(
+        False,
+        description="halves the batch and doubles the accumulation instead of ending the run",
+    )
+
+    # ---- watching
+    holdout_every_steps: Positive | None = Field(
+        100,
+        description="optimizer steps between two measurements of the loss on the held-out posters; "
+        "none: never",
+    )
+    holdout_timesteps: Positive = Field(
+        4, description="timesteps, evenly spread and always the same, for each held-out poster"
+    )
+    early_stop_patience: Positive | None = Field(
+        None,
+        description="measurements of the held-out loss without a new lowest one after which the "
+        "run ends, with the weights of the lowest; none: never",
+    )
+    early_stop_min_gain: float = Field(
+        0.0, ge=0, lt=1, description="share by which a loss must be lower to count as lowest"
+    )
+    sample_every_steps: Positive | None = Field(
+        None, description="optimizer steps between two sets of sample images; none: no samples"
+    )
+    sample_prompts: tuple[str, ...] = Field(
+        (), description="prompts of the samples; none: the first four captions trained on"
+    )
+    sample_seed: int = Field(
+        1, ge=0, description="of the first sample's noise; each next one counts one up"
+    )
     log_every_steps: Positive = Field(10, description="optimizer steps between two reports")
     save_every_steps: Positive = Field(100, description="optimizer steps between two saves")
     keep_saves: Positive = Field(2, description="saves of a run in progress kept on disk")
+
+    @model_validator(mode="after")
+    def _stopping_needs_measuring(self) -> Self:
+        if self.early_stop_patience is not None and self.holdout_every_steps is None:
+            raise ValueError("early_stop_patience needs holdout_every_steps; set both or neither")
+        return self
 
 
 class SamplerSettings(Group):
@@ -121,8 +334,29 @@ class SamplerSettings(Group):
     scheduler: Literal["dpmsolver++", "ddim", "euler"] = Field(
         "dpmsolver++", description="dpmsolver++ is DPMSolverMultistepScheduler"
     )
-    batch_size: Positive = Field(8, description="images drawn at once")
+    batch_size: int = Field(
+        8, ge=0, description="images drawn at once; 0: found by trial. Halved when memory runs out"
+    )
     precision: Precision = "fp32"
+    negative_from: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the steps before the negative prompt acts; 0: all steps. What is to "
+        "be left out has no shape at first, and naming it then can draw it in (arXiv:2406.02965)",
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile of the U-Net: a minute or more at the start, faster steps after",
+    )
+    channels_last: bool = Field(
+        True, description="memory layout in which convolutions are faster on most hardware"
+    )
+    vae_slicing: bool | None = Field(
+        None,
+        description="true decodes one image at a time, which needs the least memory; false a whole "
+        "batch; none: as many as make up 512x512 pixels",
+    )
 
 
 class ScorerSettings(Group):
@@ -136,10 +370,148 @@ class ScorerSettings(Group):
     precision: Precision = "fp32"
 
 
+class EvidenceSettings(Group):
+    """What is measured beside CLIP-T."""
+
+    image_encoders: tuple[ModelRef, ...] = Field(
+        (),
+        description="CLIP, DINO or DINOv2 models behind the similarities between images; the first "
+        "is the one that the gate reads. None: the image tower of the scorer",
+    )
+    preprocessing: Literal["crop", "pad"] = Field(
+        "pad", description="for these encoders: crop cuts a poster's ends off, pad shows all of it"
+    )
+    batch_size: Positive = Field(32, description="images encoded at once")
+    precision: Precision = "fp32"
+    copy_alarm: float = Field(
+        0.01,
+        gt=0,
+        lt=0.5,
+        description="an image counts as a copy where at most this share of posters that are no "
+        "copies would be as near to a training poster",
+    )
+    pickscore: ModelRef | None = Field(
+        None, description="PickScore, such as yuvalkirstain/PickScore_v1; none: not measured"
+    )
+    pickscore_processor: ModelRef | None = Field(
+        None, description="where its tokenizer and image processor lie; none: with its weights"
+    )
+
+
+class LetteringSettings(Group):
+    """How titles are set in type on generated posters."""
+
+    style: Literal["auto", "rounded", "geometric", "grotesque", "bold", "serif", "handmade"] = (
+        Field("auto", description="auto gives every title one of them, always the same")
+    )
+    min_width: Positive = Field(
+        768, description="pixels; smaller images are enlarged by a whole factor before the title"
+    )
+    contrast: float = Field(
+        4.5, ge=1, le=15, description="least contrast of letters and ground; 4.5 is WCAG 2.2's AA"
+    )
+
+
+class GateSettings(Group):
+    """When a new checkpoint takes the place of the one that is served."""
+
+    clip_margin: float = Field(
+        0.01, ge=0, description="cosine by which CLIP-T may be lower without counting as inferior"
+    )
+    copy_limit: float = Field(
+        0.05, ge=0, le=1, description="share of images that may count as copies of training posters"
+    )
+    diversity_kept: float = Field(
+        0.8, ge=0, le=1, description="share of the champion's diversity that must remain"
+    )
+    blocked_limit: float = Field(
+        0.02, ge=0, le=1, description="share of images that may be black or of one colour"
+    )
+
+
 class CheckSettings(Group):
-    """What must hold before the next step is worth its cost."""
+    """What must hold before the next step is worth its cost. Shares are of 1."""
 
     min_posters: Positive = Field(5, description="usable posters; with fewer nothing is trained")
+    max_rejected_share: Share = Field(
+        0.25, description="rejected files among all of the landing folder; more is a warning"
+    )
+    max_near_duplicate_share: Share = Field(
+        0.1, description="posters that resemble an earlier one; more is a warning"
+    )
+    max_blank_share: Share = Field(
+        0.01,
+        description="training images that are black, white or of one colour; with more nothing is "
+        "captioned",
+    )
+    max_repeated_share: Share = Field(
+        0.25, description="repeats among the word pairs of one caption; more is a warning"
+    )
+    max_shared_captions: Share = Field(
+        0.1, description="posters whose caption another poster has too; more is a warning"
+    )
+    min_distinct_captions: Share = Field(
+        0.1, description="distinct captions among all; with fewer nothing is trained"
+    )
+    holdout_distance: int = Field(
+        4,
+        ge=-1,
+        le=32,
+        description="bits of 64 up to which the perceptual hashes of a training and a holdout "
+        "poster count as the same picture, so that nothing is trained; resizing and JPEG change up "
+        "to 2, unrelated posters of the starter data differ in 6 or more; -1 compares bytes only",
+    )
+    max_blocked_share: Share = Field(
+        0.05, description="generated images that show nothing; more is a warning"
+    )
+    max_scoring_delay_hours: float = Field(
+        24, gt=0, description="hours that new generations may wait for their scores"
+    )
+    max_score_age_days: float | None = Field(
+        None,
+        gt=0,
+        description="days since the last scoring; none: scores of the current generations are "
+        "never too old",
+    )
+    freshness_cron: str = Field(
+        "0 8 * * *", description="when the freshness of the scores is checked, in UTC"
+    )
+
+
+class AutomationSettings(Group):
+    """When the pipeline looks at the outside world, and when it trains."""
+
+    training_cron: str = Field(
+        "0 2 * * *",
+        description="when it is decided whether to train: minute, hour, day, month, weekday",
+    )
+    training_timezone: str = Field(
+        "UTC", description="time zone of training_cron, such as Europe/Berlin"
+    )
+    min_new_posters: Positive = Field(
+        5, description="posters that came, went or got another caption before it is worth training"
+    )
+    max_age_days: float = Field(
+        7.0, ge=0, description="days after which fewer changes are trained on as well"
+    )
+    sensor_interval_seconds: Positive = Field(
+        30, description="least time between two looks at posters, captions and prompts"
+    )
+    settle_seconds: float = Field(
+        10.0, ge=0, description="a file that changed less than this ago may still be being written"
+    )
+    patience_seconds: float = Field(
+        300.0, ge=0, description="longest wait for files that keep changing, while others are ready"
+    )
+
+    @field_validator("training_timezone")
+    @classmethod
+    def _known_timezone(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError) as error:
+            raise ValueError(f"there is no time zone {name!r}") from error
+        return name
 
 
 class Settings(BaseSettings):
@@ -153,7 +525,14 @@ class Settings(BaseSettings):
     root: Path = Field(
         default_factory=lambda: default_root(), description="relative paths below start here"
     )
-    landing: Path = Field(Path("data/raw_posters"), description="folder of posters to train on")
+    landing: Path | str = Field(
+        Path("data/raw_posters"),
+        description="folder of posters to train on, or a bucket such as s3://bucket/posters",
+    )
+    captions: Path = Field(
+        Path("data/captions.csv"),
+        description="captions by people: a CSV with file_name and caption; need not exist",
+    )
     holdout: Path = Field(Path("data/holdout_posters"), description="posters never trained on")
     prompt_suite: Path = Path("data/prompt_suites/animated_movies.yaml")
     store: Path = Field(Path("data/store"), description="everything computed")
@@ -164,7 +543,11 @@ class Settings(BaseSettings):
     training: TrainingSettings = TrainingSettings()
     sampler: SamplerSettings = SamplerSettings()
     scorer: ScorerSettings
+    evidence: EvidenceSettings = EvidenceSettings()
+    lettering: LetteringSettings = LetteringSettings()
+    gate: GateSettings = GateSettings()
     checks: CheckSettings = CheckSettings()
+    automation: AutomationSettings = AutomationSettings()
 
     @classmethod
     def settings_customise_sources(
@@ -178,7 +561,7 @@ class Settings(BaseSettings):
         # Environment over what `load_settings` read from the profile.
         return env_settings, init_settings
 
-    def path(self, relative: Path) -> Path:
+    def path(self, relative: Path | str) -> Path:
         """An absolute path: `relative` below the root, or itself where it is absolute."""
         return self.root / relative
 

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from posterpipe import cli, doctor
+from posterpipe.core.landing import scan
 from posterpipe.core.models import ModelMissing
+from posterpipe.core.store import Store
 from posterpipe.demo import prepare_home, require_inputs
 from posterpipe.settings import Settings, SettingsError, load_settings
 
@@ -145,3 +148,35 @@ def test_the_demo_wants_its_models_and_prompts_first(tmp_path: Path) -> None:
     settings = load_settings("starter", store=tmp_path / "store", base_model=MISSING)
     with pytest.raises(ModelMissing, match="nowhere"):
         require_inputs(settings)
+
+
+def test_rehash_reads_every_poster_and_says_what_changed(tmp_path: Path) -> None:
+    landing = tmp_path / "landing"
+    landing.mkdir()
+    Image.effect_noise((80, 120), 50).save(landing / "a.bmp")
+    place = {"POSTERPIPE_LANDING": str(landing), "POSTERPIPE_STORE": str(tmp_path / "store")}
+    first = run("rehash", **place)
+    assert first.returncode == 0, first.stderr
+    assert "1 not read before:\n  a.bmp" in first.stdout
+    scan(landing, load_settings("starter").images, Store(tmp_path / "store"))
+    data, stats = bytearray((landing / "a.bmp").read_bytes()), (landing / "a.bmp").stat()
+    data[-1] ^= 1
+    with open(landing / "a.bmp", "r+b") as file:
+        file.write(data)
+    os.utime(landing / "a.bmp", ns=(stats.st_atime_ns, stats.st_mtime_ns))
+    second = run("rehash", **place)
+    assert second.returncode == 0, second.stderr
+    assert "1 changed while path, size and date stayed:\n  a.bmp" in second.stdout
+    assert "materialize" in second.stdout
+
+
+def test_rehash_of_a_missing_folder_is_one_sentence(tmp_path: Path) -> None:
+    result = run(
+        "rehash",
+        POSTERPIPE_LANDING=str(tmp_path / "nowhere"),
+        POSTERPIPE_STORE=str(tmp_path / "store"),
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("posterpipe: ")
+    assert "nowhere" in result.stderr
+    assert "Traceback" not in result.stderr

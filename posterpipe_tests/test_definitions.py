@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dagster import AssetSpec
+from dagster_dbt import dbt_assets
 
 from posterpipe.definitions import build_defs, defs
+from posterpipe.defs import reports
 from posterpipe.settings import default_root, load_settings
 
 SNAPSHOT = Path(__file__).parent / "graph.txt"
@@ -92,6 +95,34 @@ def test_a_setting_changes_the_code_version_of_what_it_decides_and_of_nothing_el
     before, after = versions(build_defs(settings)), versions(build_defs(changed))
     differing = {name for name in before if before[name] != after[name]}
     assert differing == {"base_generations", "tuned_generations"}
+
+
+def test_dbt_models_are_what_dagster_dbt_makes_of_them() -> None:
+    project = reports.dbt_project(load_settings("starter"))
+
+    @dbt_assets(
+        manifest=project.manifest_path,
+        project=project,
+        dagster_dbt_translator=reports._Translator(),
+    )
+    def peer(context):  # type: ignore[no-untyped-def] # Dagster takes no annotation as text
+        ...
+
+    def facts(spec: AssetSpec) -> tuple[object, ...]:
+        deps = {dep.asset_key for dep in spec.deps}
+        return deps, spec.code_version, spec.group_name, spec.description, spec.kinds
+
+    specs, check_specs = reports.dbt_specs(project)
+    described = {spec.key: facts(spec) for spec in specs}
+    assert described == {spec.key: facts(spec) for spec in peer.specs}
+    assert described
+    assert {check.key: check.blocking for check in check_specs} == {
+        check.key: check.blocking for check in peer.check_specs
+    }
+    assert len(check_specs) >= 2
+    ours = reports.dbt_models(project)
+    for key, metadata in peer.metadata_by_key.items():
+        assert metadata.keys() <= ours.metadata_by_key[key].keys()
 
 
 def test_dg_and_workspace_name_the_same_module() -> None:

@@ -18,14 +18,17 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from posterpipe.core import statistics
+from posterpipe.core.garbage import find_garbage, remove_garbage
 from posterpipe.core.progress import BarProgress
 from posterpipe.core.store import Store
+from posterpipe.core.trace import trace
 from posterpipe.definitions import build_defs
-from posterpipe.defs.automation import DATA_VERSION, stale_assets
 from posterpipe.defs.resources import Deployment
+from posterpipe.defs.staleness import DATA_VERSION, stale_assets
 from posterpipe.demo import ROOTS, Watch, end_dead_runs, leaderboard_table, materialize
 from posterpipe.settings import Settings, default_root, load_settings
 from posterpipe_tests.core.metrics.test_clip import build_tiny_clip
+from posterpipe_tests.core.test_garbage import age
 from posterpipe_tests.core.tiny_blip import build_tiny_blip
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
 
@@ -86,7 +89,8 @@ def draw_posters(folder: Path) -> None:
     folder.mkdir()
     for number in range(POSTERS):
         image = Image.new("RGB", (80, 120), (40 * number, 90, 200 - 30 * number))
-        ImageDraw.Draw(image).ellipse((20, 40, 60, 80), fill=(250, 240, 220))
+        left, top = 12 * (number % 3), 60 * (number // 3)  # so that no two look alike
+        ImageDraw.Draw(image).ellipse((left, top, left + 40, top + 55), fill=(250, 240, 220))
         image.save(folder / f"poster {number}.png")
     shutil.copyfile(folder / "poster 0.png", folder / "copy of 0.png")
     (folder / "notes.png").write_text("this is no picture")
@@ -106,7 +110,13 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
         store=folder / "store",
         base_model={"id": str(build_tiny_stable_diffusion(folder / "base"))},
         images=size,
-        captioner={"model": {"id": str(build_tiny_blip(folder / "captioner"))}, "num_beams": 1},
+        captioner={
+            "model": {"id": str(build_tiny_blip(folder / "captioner"))},
+            "num_beams": 1,
+            "max_new_tokens": 12,
+        },
+        # A captioner of random weights has no choice.
+        checks={"max_repeated_share": 1, "max_shared_captions": 1},
         training={
             "max_train_steps": 4,
             "train_batch_size": 2,
@@ -141,9 +151,9 @@ def test_every_asset_and_check_ran_and_passed(pipeline: Pipeline) -> None:
     assert set(pipeline.versions()) == {spec.key.to_user_string() for spec in specs}
     assert all(len(version) >= 12 for version in pipeline.versions().values())
     assert pipeline.watch.warnings == []
-    assert {"enough_usable_posters", "cosines_are_possible"} <= {
-        step.split("_", 2)[-1] for step in pipeline.watch.seconds
-    }
+    assert {"raw_posters_checks", "training_csv_checks", "clip_scores_checks"} <= set(
+        pipeline.watch.seconds
+    )
 
 
 def test_bad_files_are_rows_with_a_reason_and_the_rest_goes_on(pipeline: Pipeline) -> None:
@@ -304,6 +314,75 @@ def test_a_run_whose_process_died_is_ended(pipeline: Pipeline) -> None:
     assert ended.status == dg.DagsterRunStatus.FAILURE
 
 
+def test_a_score_is_traced_to_the_runs_and_the_posters(pipeline: Pipeline) -> None:
+    deployment = pipeline.deployment
+    tuned = scores(pipeline).query("variant == 'dreambooth'").iloc[0]
+    command = str(pipeline.latest("clip_scores").metadata["trace"].value)
+    assert "posterpipe trace" in command
+    traced = trace(deployment.store, [deployment.warehouse], tuned["generation_key"][:16])
+    runs = {run.run_id for run in pipeline.instance.get_runs()}
+    assert traced.scores[0].value == tuned["clip_cosine"]
+    assert traced.scores[0].run_id in runs
+    assert traced.image.run_id in runs and traced.image.present
+    model = traced.model
+    assert model.run_id in runs
+    assert model.checkpoint_id == tuned["checkpoint_id"]
+    assert model.settings["max_train_steps"] == 4
+    assert model.training_set is not None
+    steps = {step["asset"]: step for step in model.training_set.steps}
+    assert {"raw_posters", "resized_posters", "poster_captions", "training_csv"} <= steps.keys()
+    assert {step["run_id"] for step in steps.values()} <= runs
+    specs = build_defs(pipeline.settings).resolve_all_asset_specs()
+    code_versions = {spec.key.to_user_string(): spec.code_version for spec in specs}
+    assert all(step["code_version"] == code_versions[name] for name, step in steps.items())
+    names = {poster.source_names[0] for poster in model.training_set.posters}
+    assert names == {f"poster {number}.png" for number in range(1, POSTERS)} | {"copy of 0.png"}
+    both = ["copy of 0.png", "poster 0.png"]
+    assert both in [poster.source_names for poster in model.training_set.posters]
+    assert {poster.caption_source for poster in model.training_set.posters} == {"model"}
+    ids = {traced.image.environment, *model.environments, *traced.scores[0].environments}
+    assert ids == traced.environments.keys()
+    assert traced.environments[traced.image.environment]["packages"]["torch"]
+
+
+def test_a_checkpoint_in_the_place_of_another_draws_nothing(pipeline: Pipeline) -> None:
+    row = pipeline.deployment.store.read_table("dreambooth_checkpoint").iloc[0]
+    file = pipeline.deployment.store_root / row["path"] / "posterpipe.json"
+    said = file.read_text("utf-8")
+    other = {**json.loads(said), "checkpoint_id": "0" * 16, "training_set": "1" * 64}
+    job = build_defs(pipeline.settings, pipeline.deployment).resolve_job_def("everything")
+    file.write_text(json.dumps(other))
+    try:
+        result = job.execute_in_process(
+            instance=pipeline.instance,
+            asset_selection=[dg.AssetKey("tuned_generations")],
+            raise_on_error=False,
+        )
+    finally:
+        file.write_text(said)
+    assert not result.success
+    (failure,) = [e for e in result.all_events if e.event_type_value == "STEP_FAILURE"]
+    message = str(failure.step_failure_data.error)
+    assert "trained on the training set 111111111111" in message
+    assert "materialize dreambooth_checkpoint again" in message
+
+
+def test_nothing_that_the_pipeline_needs_is_garbage(pipeline: Pipeline) -> None:
+    store = pipeline.deployment.store
+    version = store.table_version("clip_scores")
+    gone = store.put(b"nobody needs this", ".png")
+    age(store.root)
+    removal = remove_garbage(store, find_garbage(store, keep_versions=1))
+    assert f"{gone}.png" in {item.name for item in removal.removed}
+    assert removal.problems == []
+    defs = build_defs(pipeline.settings, pipeline.deployment)
+    result = defs.resolve_job_def("everything").execute_in_process(instance=pipeline.instance)
+    assert result.success
+    assert store.table_version("clip_scores") == version
+    assert pipeline.latest("dreambooth_checkpoint").metadata["reused"].value is True
+    assert pipeline.latest("clip_scores").metadata["newly_scored"].value == 0
+
+
 def test_too_few_posters_stop_the_run_with_the_reason(pipeline: Pipeline, tmp_path: Path) -> None:
     settings = pipeline.settings.model_copy(
         update={
@@ -320,9 +399,9 @@ def test_too_few_posters_stop_the_run_with_the_reason(pipeline: Pipeline, tmp_pa
 
 
 def contents(store: Store) -> dict[str, int]:
-    """Every blob and finished checkpoint with the time of its last change."""
-    blobs = {str(path): path.stat().st_mtime_ns for path in store.root.glob("blobs/*/*")}
+    """Every blob and finished checkpoint with the file that holds it: written again, another."""
+    blobs = {str(path): path.stat().st_ino for path in store.root.glob("blobs/*/*")}
     checkpoints = store.root.glob("checkpoints/*/posterpipe.json")
-    trained = {str(path): path.stat().st_mtime_ns for path in checkpoints}
+    trained = {str(path): path.stat().st_ino for path in checkpoints}
     assert all(json.loads(Path(path).read_text("utf-8"))["steps"] for path in trained)
     return blobs | trained

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from posterpipe.settings import PROFILES, SettingsError, default_root, load_settings, profile_path
+from posterpipe.settings import (
+    PROFILES,
+    SettingsError,
+    TrainingSettings,
+    default_root,
+    load_settings,
+    profile_path,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +51,18 @@ def test_the_sd21_profile_holds_the_parameters_of_the_thesis() -> None:
     assert training.train_text_encoder
     assert training.optimizer == "adamw_8bit"
     assert training.mixed_precision == "fp16"
+    # It names `constant`, which ignores its warmup; what it meant is this.
+    assert training.lr_scheduler == "constant_with_warmup"
+    # What it does not name is as it comes: off.
+    named = {"seed", "train_batch_size", "gradient_accumulation_steps", "max_train_steps",
+             "learning_rate", "lr_scheduler", "lr_warmup_steps", "train_text_encoder", "optimizer",
+             "mixed_precision"}  # fmt: skip
+    assert training.model_dump(exclude=named) == TrainingSettings().model_dump(exclude=named)
+    off = TrainingSettings()
+    assert off.method == "full" and not off.prior_preservation and off.ema_decay is None
+    assert off.snr_gamma is None and not off.zero_terminal_snr and off.offset_noise == 0
+    assert off.caption_dropout == 0 and not off.caption_shuffling
+    assert off.early_stop_patience is off.time_limit_minutes is off.sample_every_steps is None
 
 
 @pytest.mark.parametrize("profile", ["sd21", "sd21_768"])
@@ -130,3 +149,33 @@ def test_the_root_of_a_checkout_is_where_workspace_yaml_lies() -> None:
     checkout = Path(__file__).parents[1]
     expected = checkout if (checkout / "workspace.yaml").exists() else Path.cwd()
     assert default_root() == expected
+
+
+@pytest.mark.parametrize(
+    ("wording", "complaint"),
+    [
+        ({"template": "{trigger}"}, "name {caption} once"),
+        ({"template": "{caption} {caption}"}, "name {caption} once"),
+        ({"template": "{caption} {style}"}, "only {trigger} and {caption}"),
+        ({"template": "{caption!r}"}, "only {trigger} and {caption}"),
+        ({"template": "{caption:>99}"}, "only {trigger} and {caption}"),
+        ({"template": "{caption.__class__}"}, "name {caption} once"),
+        ({"template": "{caption"}, "write a literal brace twice"),
+        ({"template": "a film, {caption}", "trigger": "sks"}, "lacks {trigger}"),
+        ({"template": "{trigger}, {caption}"}, "set trigger as well"),
+    ],
+)
+def test_a_caption_template_that_cannot_be_filled_is_refused(
+    wording: dict[str, str], complaint: str
+) -> None:
+    captioner = {"model": {"id": "data/models/starter/captioner"}, **wording}
+    with pytest.raises(SettingsError) as caught:
+        load_settings("starter", captioner=captioner)
+    assert "captioner: " in str(caught.value)
+    assert complaint in str(caught.value)
+
+
+def test_captions_are_bounded_by_what_text_encoders_read() -> None:
+    model = {"id": "data/models/starter/captioner"}
+    with pytest.raises(SettingsError, match=r"captioner\.max_new_tokens"):
+        load_settings("starter", captioner={"model": model, "max_new_tokens": 76})

@@ -1,70 +1,138 @@
-"""Captions by BLIP (Li et al. 2022).
+"""Captions by BLIP (Li et al. 2022), and the table of all captions.
 
-What belongs here: the captioner and the table of captions that it gives. What does not: the images
-(`images`) and the file that trainers read (`training_set`).
+What belongs here: the captioner, which posters it describes, and the table of captions that it and
+people give. What does not: reading what people wrote (`captions`), BLIP's arithmetic (`blip`), the
+images (`images`) and the file that trainers read (`training_set`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 from PIL import Image
 
+from posterpipe.core.captions import HumanCaption
 from posterpipe.core.models import best_device, fingerprint, locate, quiet_hub, torch_dtype
+from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import NoProgress, Progress
 from posterpipe.core.store import Store, compute_missing, content_key
-from posterpipe.settings import CaptionerSettings
+from posterpipe.settings import CaptionerSettings, Precision
 
-CAPTION_VERSION = 1
+if TYPE_CHECKING:
+    import torch
+
+CAPTION_VERSION = 2
 """Raise it when the captioner decodes otherwise: every caption by the model is then made again."""
 
 COLUMNS = ["poster_id", "caption", "source", "model", "revision", "status", "reason"]
+
+MODEL, HUMAN = "model", "human"
+"""Values of the column `source`."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the model says of an image; `cut` where it ran into the limit of its length."""
+
+    caption: str
+    cut: bool
 
 
 class Captioner:
     """BLIP, loaded once and called on batches.
 
-    Raises ModelMissing where the model cannot be had.
+    `device`: the accelerator of this machine, else the CPU, unless given. Raises ModelMissing where
+    the model cannot be had.
     """
 
-    def __init__(self, settings: CaptionerSettings, root: Path) -> None:
+    def __init__(
+        self, settings: CaptionerSettings, root: Path, device: torch.device | None = None
+    ) -> None:
         folder = locate(settings.model, root)
 
         from transformers import AutoTokenizer, BlipForConditionalGeneration
         from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+        from transformers.utils import logging
+
+        from posterpipe.core.blip import without_repeated_work
 
         quiet_hub()
+        logging.disable_progress_bar()
         self.settings = settings
-        self.device = best_device()
-        self.dtype = torch_dtype(settings.precision)
+        self.device = device or best_device()
+        self.precision = usable_precision(settings.precision, self.device)
+        self.dtype = torch_dtype(self.precision)
         # By its PIL name: the other backend needs torchvision and resizes differently.
         self.image_processor = BlipImageProcessorPil.from_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         model = BlipForConditionalGeneration.from_pretrained(
             folder, dtype=self.dtype, use_safetensors=True
         )
-        self.model = model.to(self.device).eval()
+        self.model = without_repeated_work(model.to(self.device).eval())
 
-    def __call__(self, images: list[Image.Image]) -> list[str]:
+    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
         """One caption for each RGB image, of any sizes. Beam search: the same images, the same
         captions."""
         if not images:
             return []
         import torch
 
-        pixel_values = self.image_processor(images=images, return_tensors="pt").pixel_values
-        with torch.inference_mode():
-            tokens = self.model.generate(
-                pixel_values=pixel_values.to(self.device, self.dtype),
-                do_sample=False,
-                num_beams=self.settings.num_beams,
-                max_new_tokens=self.settings.max_new_tokens,
-                no_repeat_ngram_size=self.settings.no_repeat_ngram_size,
-            )
+        pixels = torch.stack([self.pixels(image) for image in images])
+        return [described.caption for described in self.describe(pixels)]
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """An RGB image as the model sees it: float32 (3, height, width). For any thread."""
+        pixels: torch.Tensor = self.image_processor(images=image, return_tensors="pt").pixel_values
+        return pixels[0]
+
+    def describe(self, pixels: torch.Tensor) -> list[Description]:
+        """A caption for each image of a batch (images, 3, height, width).
+
+        All images have one size and all captions one start, so nothing in a batch is padding; it
+        lasts as long as its longest caption. One thread at a time.
+        """
+        from posterpipe.core.blip import generate
+
+        tokens = generate(
+            self.model,
+            pixels.to(self.device, self.dtype),
+            do_sample=False,
+            num_beams=self.settings.num_beams,
+            max_new_tokens=self.settings.max_new_tokens,
+            no_repeat_ngram_size=self.settings.no_repeat_ngram_size,
+        )
+        ended = (tokens == self.model.config.text_config.sep_token_id).any(dim=1).tolist()
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [" ".join(text.split()) for text in texts]
+        return [
+            Description(" ".join(text.split()), cut=not end)
+            for text, end in zip(texts, ended, strict=True)
+        ]
+
+
+def usable_precision(precision: Precision | Literal["auto"], device: torch.device) -> Precision:
+    """The precision in which a device computes.
+
+    `auto`: bf16 where the hardware has units for it, fp16 on GPUs without, else fp32. Of x86 CPUs
+    those with AMX count. AVX-512's bf16 instructions alone do not: on a Xeon with them and without
+    AMX, BLIP-sized products took as long in bf16 as in fp32, or longer. fp16 becomes fp32 on CPUs,
+    which compute it slowly, or not at all.
+    """
+    import torch
+
+    if device.type == "cpu":
+        if precision == "auto":
+            return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+        return "fp32" if precision == "fp16" else precision
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "fp32"
 
 
 def caption_key(image: str, settings: CaptionerSettings, revision: str) -> str:
@@ -87,34 +155,61 @@ def caption_posters(
     settings: CaptionerSettings,
     root: Path,
     progress: Progress | None = None,
+    *,
+    human: Mapping[str, HumanCaption] | None = None,
 ) -> pd.DataFrame:
-    """The caption of each training image.
+    """The caption of each training image: a person's where there is one, else the model's.
 
-    `resized`: the table of `images.resize_posters`; only rows with status `ok` count. Columns of
-    the result: poster_id, caption, source (`model`), model (id), revision (fingerprint of the
-    model), status (`ok` or `failed`), reason; sorted by poster_id. A caption that was made before
-    is not made again, and with nothing to do the model is not loaded; a failed one is tried again.
-    Raises ModelMissing.
+    `resized`: the table of `images.resize_posters`; only rows with status `ok` count. `human`:
+    captions by people by poster_id (`captions.captions_by_poster`). Columns of the result:
+    poster_id, caption, source (`model` or `human`), model (id, "" for human), revision (fingerprint
+    of the model, "" for human), status (`ok` or `failed`), reason (why it failed; of an `ok` one,
+    what a person should look at: cut short, or several people disagree); sorted by poster_id.
+
+    The model describes only images that nobody else did and that it did not describe before, and
+    with nothing to do it is not loaded; a failed one is tried again. Raises ModelMissing.
     """
-    progress = progress or NoProgress()
-    revision = fingerprint(settings.model, root)
+    human = human or {}
     usable = resized[resized["status"] == "ok"].sort_values("poster_id")
-    keys = {
-        str(poster_id): caption_key(str(image), settings, revision)
-        for poster_id, image in zip(usable["poster_id"], usable["image"], strict=True)
-    }
+    images = dict(zip(usable["poster_id"].astype(str), usable["image"].astype(str), strict=True))
+    undescribed = {name: image for name, image in images.items() if name not in human}
+    described = _described(store, undescribed, settings, root, progress or NoProgress())
+    by_people = {"source": HUMAN, "model": "", "revision": "", "status": "ok"}
+    rows = []
+    for poster_id in images:
+        written = human.get(poster_id)
+        if written is not None:
+            row = {**by_people, "caption": written.caption, "reason": written.note}
+        elif poster_id in described:
+            row = described[poster_id]
+        else:
+            continue  # interrupted; the next run goes on
+        rows.append({"poster_id": poster_id, **row})
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _described(
+    store: Store,
+    images: Mapping[str, str],
+    settings: CaptionerSettings,
+    root: Path,
+    progress: Progress,
+) -> dict[str, dict[str, str]]:
+    """Rows by poster_id of what the model says of `images` (blobs by poster_id)."""
+    if not images:
+        return {}
+    revision = fingerprint(settings.model, root)
+    keys = {name: caption_key(image, settings, revision) for name, image in images.items()}
     # Two posters may come to the same pixels: one image, one caption.
-    image_of = {keys[str(row.poster_id)]: str(row.image) for row in usable.itertuples()}
+    image_of = {keys[name]: image for name, image in images.items()}
 
     def compute(missing: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
         captioner = Captioner(settings, root)
-        size = settings.batch_size
+        paths = [store.path(image_of[key], ".png") for key in missing]
         with progress.task("caption posters", len(missing), "posters") as tick:
-            for start in range(0, len(missing), size):
-                batch = missing[start : start + size]
-                paths = [store.path(image_of[key], ".png") for key in batch]
-                yield from zip(batch, _caption_batch(captioner, paths), strict=True)
-                tick(len(batch))
+            for key, row in zip(missing, caption_files(captioner, paths), strict=True):
+                yield key, {**row, "image": image_of[key]}
+                tick()
 
     rows = compute_missing(
         store,
@@ -124,40 +219,66 @@ def caption_posters(
         save_every=settings.batch_size,
         usable=lambda row: row["status"] == "ok",
     )
-    return pd.DataFrame(
-        [
-            {
-                "poster_id": poster_id,
-                "source": "model",
-                "model": settings.model.id,
-                "revision": revision,
-                **rows[key],
-            }
-            for poster_id, key in keys.items()
-        ],
-        columns=COLUMNS,
-    )
+    by_model = {"source": MODEL, "model": settings.model.id, "revision": revision}
+    return {name: {**by_model, **rows[key]} for name, key in keys.items() if key in rows}
 
 
-def _caption_batch(captioner: Captioner, paths: list[Path]) -> list[dict[str, str]]:
+def caption_files(captioner: Captioner, paths: Sequence[Path]) -> Iterator[dict[str, str]]:
+    """caption, status and reason for each image file, in their order.
+
+    While a batch is described, threads decode the images of the next one.
+    """
+
+    def load(path: Path) -> torch.Tensor | dict[str, str]:
+        try:
+            with Image.open(path) as image:
+                return captioner.pixels(image.convert("RGB"))
+        except FileNotFoundError:
+            return _failed(f"{path} is gone; materialize resized_posters again")
+        except Exception as error:  # a damaged file makes Pillow raise nearly anything
+            return _failed(_first_line(error))
+
+    loaded = parallel_map(load, paths)
+    while batch := list(islice(loaded, captioner.settings.batch_size)):
+        pixels = [item for item in batch if not isinstance(item, dict)]
+        rows = iter(_caption_batch(captioner, pixels))
+        yield from (item if isinstance(item, dict) else next(rows) for item in batch)
+
+
+def _caption_batch(captioner: Captioner, pixels: list[torch.Tensor]) -> list[dict[str, str]]:
     """A row for each image; one that fails does not take the others of its batch with it."""
+    if not pixels:
+        return []
+    import torch
+
     try:
-        captions = captioner([_read(path) for path in paths])
-    except Exception as error:  # a damaged file, or too little memory for the batch
-        if len(paths) == 1:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if isinstance(error, FileNotFoundError):
-                reason = f"{paths[0]} is gone; materialize resized_posters again"
-            return [{"caption": "", "status": "failed", "reason": reason}]
-        return [row for path in paths for row in _caption_batch(captioner, [path])]
-    return [
-        {"caption": caption, "status": "ok", "reason": ""}
-        if caption
-        else {"caption": "", "status": "failed", "reason": "the model found no words; write them"}
-        for caption in captions
-    ]
+        described = captioner.describe(torch.stack(pixels))
+    except Exception as error:  # too little memory for the batch, perhaps
+        if len(pixels) == 1:
+            return [_failed(_first_line(error))]
+        half = len(pixels) // 2
+        return [
+            *_caption_batch(captioner, pixels[:half]),
+            *_caption_batch(captioner, pixels[half:]),
+        ]
+    return [_row(description, captioner.settings) for description in described]
 
 
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
+def _row(description: Description, settings: CaptionerSettings) -> dict[str, str]:
+    if not description.caption:
+        return _failed("the model found no words; write them")
+    reason = (
+        f"cut at captioner.max_new_tokens = {settings.max_new_tokens}; raise it, or write the "
+        "caption yourself"
+        if description.cut
+        else ""
+    )
+    return {"caption": description.caption, "status": "ok", "reason": reason}
+
+
+def _failed(reason: str) -> dict[str, str]:
+    return {"caption": "", "status": "failed", "reason": reason}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

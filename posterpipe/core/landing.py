@@ -1,16 +1,21 @@
-"""A folder of posters into rows.
+"""A folder or bucket of posters into rows.
 
-What belongs here: which files are posters, which of them are usable, and why the others are not.
-What does not: changing pixels (`images`) and noticing that the folder changed (`defs`).
+What belongs here: which files are posters, which of them are usable, why the others are not, and
+which resemble another. What does not: listing and reading (`listing`), changing pixels (`images`)
+and noticing that something arrived (`arrivals`).
+
+A file is read once: as long as its path, size, modification time and inode (or ETag) stay, the
+hash of its bytes is known. An image is decoded once: what is true of some bytes is kept under
+their hash, under whatever name and date they come again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
-from collections.abc import Iterator
-from pathlib import Path
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas as pd
@@ -21,14 +26,25 @@ from posterpipe.core.images import (
     decode,
     format_name,
     open_image,
+    perceptual_hash,
 )
-from posterpipe.core.parallel import parallel_map
+from posterpipe.core.listing import (
+    Entry,
+    Place,
+    PlaceMissing,
+    SourceChanged,
+    listing_digest,
+    open_place,
+    source_name,
+)
+from posterpipe.core.near_duplicates import earliest_near_duplicates
+from posterpipe.core.parallel import cores, parallel_map
 from posterpipe.core.progress import NoProgress, Progress
 from posterpipe.core.store import Store, compute_missing, content_key
 from posterpipe.settings import ImageSettings
 
-INSPECT_VERSION = 1
-"""Raise it when `_inspect` judges otherwise: every file is then read again."""
+INSPECT_VERSION = 2
+"""Raise it when `_judge` judges otherwise: every file is then read again."""
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif")
 """The thesis's five and four more. They choose files; the format comes from the content."""
@@ -46,9 +62,17 @@ COLUMNS = [
     "format",
     "width",
     "height",
+    "perceptual_hash",
     "status",
     "reason",
+    "near_duplicate_of",
 ]
+
+_FILES, _CONTENTS, _REHASHED = "landing_file", "poster_content", "landing_rehashed"
+_SAVE_EVERY = 16
+
+# A bucket is read by many threads, and a decoded poster may take half a gigabyte.
+_decoding = threading.BoundedSemaphore(cores())
 
 
 class LandingEmpty(Exception):
@@ -56,166 +80,309 @@ class LandingEmpty(Exception):
 
 
 def scan(
-    folder: Path,
+    place: Path | str | Place,
     limits: ImageSettings,
     store: Store | None = None,
     progress: Progress | None = None,
+    *,
+    entries: Sequence[Entry] | None = None,
 ) -> pd.DataFrame:
-    """One row for each poster file below `folder`, sorted by source_name.
+    """One row for each poster file of a folder or bucket, sorted by source_name.
 
     Columns: poster_id (sha256 of the bytes, "" where they cannot be read), source_name (path
     relative to the folder, posix), size_bytes, format (Pillow's name, by content), width and height
-    (pixels as stored, 0 when unknown), status (`ok`, `rejected`, `duplicate`), reason ("" for ok).
+    (pixels as stored, 0 when unknown), perceptual_hash (16 hex digits; "" unless ok), status (`ok`,
+    `rejected`, `duplicate`), reason ("" for ok), near_duplicate_of (the first ok poster before it
+    whose hash differs in at most `limits.near_duplicate_distance` bits, or ""; its status stays).
 
     With a `store`, the bytes of usable posters are copied into it, so that later steps do not
-    depend on the folder, and a file whose path, size, modification time and inode are unchanged is
-    not read again. Raises LandingEmpty when the folder is missing or holds no poster.
+    depend on the folder, and nothing is read or decoded twice. `entries` is the listing of the
+    place, where it was taken before. Raises LandingEmpty when the folder is missing or holds no
+    poster.
     """
-    progress = progress or NoProgress()
-    files = list(_files(folder))
+    place = open_place(place)
+    files = poster_entries(list_posters(place) if entries is None else entries)
     if not files:
         raise LandingEmpty(
-            f"{folder}: no posters there; put some in ({', '.join(EXTENSIONS)}) "
+            f"{place.location}: no posters there; put some in ({', '.join(EXTENSIONS)}) "
             "or set POSTERPIPE_LANDING to another folder"
         )
-    by_key = {_file_key(path, stats): path for path, stats in files}
-
-    def inspect(keys: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        with progress.task("read posters", len(keys), "files") as tick:
-            found = parallel_map(lambda key: _inspect(by_key[key], limits, store), keys)
-            for key, row in zip(keys, found, strict=True):
-                yield key, row
-                tick()
-
-    def usable(row: dict[str, Any]) -> bool:
-        if row["transient"]:
-            return False
-        if not row["decoded"]:
-            # Refused by its header: looked at again only when the limit has been raised.
-            return row["width"] * row["height"] > limits.max_pixels or not row["width"]
-        return bool(row["problem"]) or store is None or store.has(row["poster_id"])
-
-    if store is None:
-        facts = dict(inspect(list(by_key)))
-    else:
-        facts = compute_missing(store, "landing_file", list(by_key), inspect, usable=usable)
-
-    rows = [_row(_source_name(path, folder), facts[key], limits) for key, path in by_key.items()]
+    readable = {_file_key(place, entry): entry for entry in files if not entry.problem}
+    facts = _facts(place, readable, limits, store, progress or NoProgress())
+    rows = [_row(source_name(entry), facts[key], limits) for key, entry in readable.items()]
+    rows += [
+        _row(source_name(entry), {**_NOTHING_KNOWN, "problem": entry.problem}, limits)
+        for entry in files
+        if entry.problem
+    ]
     rows.sort(key=lambda row: row["source_name"])
-    first: dict[str, str] = {}
-    for row in rows:
-        if row["status"] != "ok":
-            continue
-        original = first.setdefault(row["poster_id"], row["source_name"])
-        if original != row["source_name"]:
-            row["status"] = "duplicate"
-            row["reason"] = f"same bytes as {original}"
+    _flag_duplicates(rows, limits.near_duplicate_distance)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    if not folder.is_dir():
-        raise LandingEmpty(
-            f"{folder}: this folder of posters is not there; create it and put posters in, "
-            "or set POSTERPIPE_LANDING to another folder"
-        )
-
-    def unreadable(error: OSError) -> None:
-        raise LandingEmpty(
-            f"{error.filename}: cannot be listed ({error.strerror}); make it readable"
-        ) from error
-
-    # os.walk does not follow links to folders, which may run in circles.
-    for parent, folders, names in os.walk(folder, onerror=unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(parent, name)
-            if name.startswith(".") or path.suffix.lower() in NOT_POSTERS:
-                continue
-            try:
-                stats = path.stat()
-            except FileNotFoundError:
-                if not path.is_symlink():
-                    continue  # taken away since it was listed
-                stats = path.lstat()
-            except OSError:
-                stats = path.lstat()
-            if stat.S_ISREG(stats.st_mode) or stat.S_ISLNK(stats.st_mode):
-                yield path, stats
+def list_posters(place: Place) -> list[Entry]:
+    """The listing of a place of posters, sidecars included. Raises LandingEmpty."""
+    try:
+        return place.entries()
+    except PlaceMissing as error:
+        raise LandingEmpty(str(error)) from error
 
 
-def _source_name(path: Path, folder: Path) -> str:
-    name = path.relative_to(folder).as_posix()
-    # Names that are no valid UTF-8 could be kept in no table.
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def poster_entries(entries: Iterable[Entry]) -> list[Entry]:
+    """The entries that have rows: not captions, notes and unfinished copies."""
+    return [e for e in entries if e.problem or _suffix(e).lower() not in NOT_POSTERS]
 
 
-def _file_key(path: Path, stats: os.stat_result) -> str:
-    where = os.fsencode(os.path.abspath(path)).hex()
-    identity = (stats.st_size, stats.st_mtime_ns, stats.st_ino)
-    return content_key("landing_file", INSPECT_VERSION, where, identity)
+def landing_digest(entries: Iterable[Entry], store: Store) -> str:
+    """sha256 (hex) of what a scan of this listing would read.
 
-
-def _inspect(path: Path, limits: ImageSettings, store: Store | None) -> dict[str, Any]:
-    """What is true of a file whatever the limits on size are.
-
-    `decoded`: False where `max_pixels` forbade it; `problem`: why the file can be no poster;
-    `transient`: whether that may pass by itself, so that the file is looked at again.
+    It changes with the listing, and with what `rehash` found to have changed unnoticed.
     """
-    facts: dict[str, Any] = {
-        "poster_id": "",
-        "size_bytes": 0,
+    listed = listing_digest(poster_entries(entries))
+    found = store.results(_REHASHED, [_REHASHED])
+    return content_key(listed, found[_REHASHED]["digest"]) if found else listed
+
+
+@dataclass(frozen=True)
+class Rehash:
+    """What reading every file again showed."""
+
+    same: int
+    """Files whose bytes are those that are known."""
+    changed: list[str]
+    """Files whose bytes changed while path, size, date and inode (or ETag) stayed."""
+    new: list[str]
+    """Files that were never read, or were touched since: the next materialization reads them."""
+    unreadable: list[str]
+    """Each with the reason."""
+
+
+def rehash(place: Place, store: Store, progress: Progress | None = None) -> Rehash:
+    """Read every poster file of a place again and compare its hash with the known one.
+
+    Files that changed unnoticed are forgotten, and `landing_digest` changes, so that the sensor and
+    the next scan take them up. Raises LandingEmpty when the place cannot be listed.
+    """
+    files = [entry for entry in poster_entries(list_posters(place)) if not entry.problem]
+    by_key = {_file_key(place, entry): entry for entry in files}
+    known = store.results(_FILES, by_key)
+    names: dict[str, list[str]] = {"same": [], "changed": [], "new": [], "unreadable": []}
+    hashes = {}
+
+    def hashed(key: str) -> tuple[str, str]:
+        try:
+            return place.sha256(by_key[key]), ""
+        except SourceChanged:
+            return "", "changed while it was read"
+        except OSError as error:
+            return "", _said(error)
+
+    with (progress or NoProgress()).task("read posters again", len(by_key), "files") as tick:
+        found = parallel_map(hashed, list(by_key), place.threads)
+        for (key, entry), (value, problem) in zip(by_key.items(), found, strict=True):
+            before = known.get(key, {}).get("poster_id", "")
+            if problem:
+                names["unreadable"].append(f"{source_name(entry)}: {problem}")
+            elif not before:
+                names["new"].append(source_name(entry))
+            elif before == value:
+                names["same"].append(source_name(entry))
+            else:
+                names["changed"].append(source_name(entry))
+                hashes[key] = value
+            tick()
+    if hashes:
+        store.forget_results(_FILES, hashes)
+        earlier = store.results(_REHASHED, [_REHASHED])
+        store.forget_results(_REHASHED, [_REHASHED])
+        store.add_results(_REHASHED, {_REHASHED: {"digest": content_key(earlier, hashes)}})
+    return Rehash(len(names["same"]), names["changed"], names["new"], names["unreadable"])
+
+
+def _suffix(entry: Entry) -> str:
+    return PurePosixPath(entry.name).suffix
+
+
+def _file_key(place: Place, entry: Entry) -> str:
+    return content_key(_FILES, place.key(entry), entry.size, entry.mtime_ns, entry.identity)
+
+
+def _content_key(poster_id: str) -> str:
+    return content_key(_CONTENTS, INSPECT_VERSION, poster_id)
+
+
+_NOTHING_KNOWN: Mapping[str, Any] = {
+    "poster_id": "",
+    "size_bytes": 0,
+    "problem": "",
+    "transient": False,
+    "format": "",
+    "width": 0,
+    "height": 0,
+    "decoded": True,
+    "perceptual_hash": "",
+}
+"""Facts of a file (the first four) and of its content.
+
+`problem`: why it can be no poster, whatever the limits on size are. `transient`: whether that may
+pass by itself, so that the file is looked at again. `decoded`: False where `max_pixels` forbade it.
+"""
+
+
+def _facts(
+    place: Place,
+    files: Mapping[str, Entry],
+    limits: ImageSettings,
+    store: Store | None,
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """Facts of each file, by its key: those that are known, and the others read now."""
+    contents: dict[str, dict[str, Any]] = {}
+
+    def inspect(keys: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        unsaved: dict[str, dict[str, Any]] = {}
+        with progress.task("read posters", len(keys), "files") as tick:
+            found = parallel_map(
+                lambda key: _inspect(place, files[key], limits, store), keys, place.threads
+            )
+            try:
+                for key, (file, content) in zip(keys, found, strict=True):
+                    if content:
+                        unsaved[_content_key(file["poster_id"])] = content
+                    if store is not None and len(unsaved) >= _SAVE_EVERY:
+                        store.add_results(_CONTENTS, unsaved)
+                        contents.update(unsaved)
+                        unsaved = {}
+                    yield key, file
+                    tick()
+            finally:
+                contents.update(unsaved)
+                if store is not None:
+                    store.add_results(_CONTENTS, unsaved)
+
+    if store is None:
+        known = dict(inspect(list(files)))
+    else:
+        known = store.results(_FILES, files)
+        contents.update(_contents(store, known.values()))
+        again = [
+            key for key in files if not _holds(known.get(key), contents, limits.max_pixels, store)
+        ]
+        store.forget_results(_FILES, again)
+        read = compute_missing(store, _FILES, again, inspect)
+        known |= read
+        # Where another process read a file at the same time, its row counts.
+        missing = [row for row in read.values() if _content_key(row["poster_id"]) not in contents]
+        contents.update(_contents(store, missing))
+    return {
+        key: _merged(row, contents.get(_content_key(row["poster_id"])))
+        for key, row in known.items()
+    }
+
+
+def _merged(file: dict[str, Any], content: dict[str, Any] | None) -> dict[str, Any]:
+    facts = {**_NOTHING_KNOWN, **file}
+    return facts if file["problem"] or content is None else {**facts, **content}
+
+
+def _contents(store: Store, files: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    keys = [_content_key(file["poster_id"]) for file in files if not file["problem"]]
+    return store.results(_CONTENTS, keys)
+
+
+def _holds(
+    file: dict[str, Any] | None,
+    contents: Mapping[str, dict[str, Any]],
+    max_pixels: int,
+    store: Store,
+) -> bool:
+    """Whether what is known of a file is enough, so that it need not be read again."""
+    if file is None or file["transient"]:
+        return False
+    if file["problem"]:
+        return True
+    content = contents.get(_content_key(file["poster_id"]))
+    if content is None:
+        return False
+    if not content["decoded"]:
+        # Refused by its header: looked at again only when the limit has been raised.
+        return bool(content["width"] * content["height"] > max_pixels)
+    return bool(content["problem"]) or store.has(file["poster_id"])
+
+
+def _inspect(
+    place: Place, entry: Entry, limits: ImageSettings, store: Store | None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What is true of a file, and of its content where it was looked at (see _NOTHING_KNOWN)."""
+    file = {"poster_id": "", "size_bytes": entry.size, "problem": "", "transient": False}
+    suffix = _suffix(entry)
+    if suffix.lower() not in EXTENSIONS:
+        file["problem"] = (
+            f"{suffix or 'no extension'}: not one of {', '.join(EXTENSIONS)}; "
+            "export it as PNG or remove it"
+        )
+    elif entry.size > MAX_BYTES:
+        file["problem"] = f"{entry.size} bytes are more than {MAX_BYTES}; export it smaller"
+    try:
+        if file["problem"]:
+            return {**file, "poster_id": place.sha256(entry)}, None
+        data = place.read(entry)
+    except SourceChanged:
+        problem = "changed while it was read; materialize raw_posters again"
+        return {**file, "problem": problem, "transient": True}, None
+    except OSError as error:
+        problem = f"cannot be read ({_said(error)}); make it readable or remove it"
+        return {**file, "problem": problem, "transient": True}, None
+    poster_id = hashlib.sha256(data).hexdigest()
+    return {**file, "poster_id": poster_id}, _content(data, poster_id, limits, store)
+
+
+def _said(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _content(
+    data: bytes, poster_id: str, limits: ImageSettings, store: Store | None
+) -> dict[str, Any]:
+    """What is true of some bytes, known or judged now; usable ones are kept in the store."""
+    if store is None:
+        return _judge(data, limits)
+    key = _content_key(poster_id)
+    content = store.results(_CONTENTS, [key]).get(key)
+    if content is None or not content["decoded"]:
+        store.forget_results(_CONTENTS, [key] if content else [])
+        content = {"poster_id": poster_id, **_judge(data, limits)}
+    if content["decoded"] and not content["problem"]:
+        store.put(data)
+    return content
+
+
+def _judge(data: bytes, limits: ImageSettings) -> dict[str, Any]:
+    content: dict[str, Any] = {
         "format": "",
         "width": 0,
         "height": 0,
         "decoded": True,
+        "perceptual_hash": "",
         "problem": "",
-        "transient": False,
     }
-    if path.suffix.lower() not in EXTENSIONS:
-        facts["problem"] = (
-            f"{path.suffix or 'no extension'}: not one of {', '.join(EXTENSIONS)}; "
-            "export it as PNG or remove it"
-        )
     try:
-        with open(path, "rb") as file:
-            before = os.fstat(file.fileno())
-            facts["size_bytes"] = before.st_size
-            if before.st_size > MAX_BYTES:
-                facts["poster_id"] = hashlib.file_digest(file, "sha256").hexdigest()
-                facts["problem"] = (
-                    f"{before.st_size} bytes are more than {MAX_BYTES}; export it smaller"
-                )
-                return facts
-            data = file.read()
-            after = os.fstat(file.fileno())
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror}); make it readable or remove it"
-        return {**facts, "problem": problem, "transient": True}
-    facts["poster_id"] = hashlib.sha256(data).hexdigest()
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        problem = "changed while it was read; materialize raw_posters again"
-        return {**facts, "problem": problem, "transient": True}
-    facts["size_bytes"] = len(data)
-    if facts["problem"]:
-        return facts
-    try:
-        image = open_image(data, limits.max_pixels)
-        facts.update(format=format_name(image), width=image.width, height=image.height)
-        decode(image)
+        with _decoding:
+            image = open_image(data, limits.max_pixels)
+            content.update(format=format_name(image), width=image.width, height=image.height)
+            decode(image)
+            content["perceptual_hash"] = perceptual_hash(image)
     except TooManyPixels as error:
         width, height = error.size
-        facts.update(format=error.format, width=width, height=height, decoded=False)
+        content.update(format=error.format, width=width, height=height, decoded=False)
     except ImageRejected as error:
-        facts["problem"] = str(error)
-    else:
-        if store is not None:
-            store.put(data)
-    return facts
+        content["problem"] = str(error)
+    except Exception as error:  # hostile pixels make Pillow raise nearly anything
+        content["problem"] = f"cannot be converted ({error}); export it again as PNG"
+    return content
 
 
-def _row(source_name: str, facts: dict[str, Any], limits: ImageSettings) -> dict[str, Any]:
-    row = {"source_name": source_name, **{name: facts[name] for name in COLUMNS if name in facts}}
+def _row(name: str, facts: Mapping[str, Any], limits: ImageSettings) -> dict[str, Any]:
     reason = facts["problem"]
     size = (facts["width"], facts["height"])
     if not reason and size[0] * size[1] > limits.max_pixels:
@@ -225,4 +392,28 @@ def _row(source_name: str, facts: dict[str, Any], limits: ImageSettings) -> dict
             f"{size[0]}x{size[1]} pixels: a side is below images.min_side = {limits.min_side}; "
             "use a larger picture"
         )
-    return {**row, "status": "rejected" if reason else "ok", "reason": reason}
+    return {
+        **{column: facts[column] for column in COLUMNS if column in facts},
+        "source_name": name,
+        "status": "rejected" if reason else "ok",
+        "reason": reason,
+        "perceptual_hash": "" if reason else facts["perceptual_hash"],
+        "near_duplicate_of": "",
+    }
+
+
+def _flag_duplicates(rows: list[dict[str, Any]], distance: int) -> None:
+    """Of equal bytes only the first row stays ok; what resembles an earlier one tells so."""
+    first: dict[str, str] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            original = first.setdefault(row["poster_id"], row["source_name"])
+            if original != row["source_name"]:
+                row["status"] = "duplicate"
+                row["reason"] = f"same bytes as {original}"
+                row["perceptual_hash"] = ""
+    usable = [row for row in rows if row["status"] == "ok"]
+    earlier = earliest_near_duplicates([row["perceptual_hash"] for row in usable], distance)
+    for row, index in zip(usable, earlier, strict=True):
+        if index >= 0:
+            row["near_duplicate_of"] = usable[index]["source_name"]

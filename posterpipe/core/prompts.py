@@ -14,6 +14,8 @@ A suite is a YAML file:
         negative: busy, cluttered   # optional; what the `_negative` variants leave out
         title: Plum Orbit           # optional; what the poster should be called
         seeds: [101, 102, 103, 104] # one image per seed and variant
+        negative_from: 0.4          # optional; adds the variants whose negative prompt acts only
+                                    # after this share of the steps
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ MAX_SEED = 2**32 - 1
 
 _TEXTS = ("id", "prompt", "score_text", "negative", "title")
 _REQUIRED = ("id", "prompt", "score_text", "seeds")
-_DEFAULTS = ("negative", "seeds")
+_DEFAULTS = ("negative", "seeds", "negative_from")
 _PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|[^\w\s]+|_", re.IGNORECASE)
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -60,6 +62,9 @@ class Prompt:
     """What the poster should be called; "" for untitled."""
     seeds: tuple[int, ...]
     """0 to MAX_SEED; one image a seed and variant, the same noise in every variant."""
+    negative_from: float | None = None
+    """Share of the steps, above 0 and below 1, after which the negative prompt of the variants
+    `_negative_delayed` begins to act; None: the prompt has no such variants."""
 
 
 def estimate_tokens(text: str) -> int:
@@ -96,13 +101,17 @@ def load_suite(
 
 
 def suite_table(prompts: Sequence[Prompt]) -> pd.DataFrame:
-    """One row a prompt: prompt_id, prompt, score_text, negative, title, seeds (JSON list)."""
+    """One row a prompt: prompt_id, prompt, score_text, negative, title, seeds (JSON list), and
+    negative_from (NaN for none) where a prompt has it."""
     columns = ["prompt_id", "prompt", "score_text", "negative", "title", "seeds"]
     rows = [
         (p.prompt_id, p.prompt, p.score_text, p.negative, p.title, json.dumps(list(p.seeds)))
         for p in prompts
     ]
-    return pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=columns)
+    if any(p.negative_from is not None for p in prompts):
+        table["negative_from"] = pd.Series([p.negative_from for p in prompts], dtype="float64")
+    return table
 
 
 def suite_prompts(table: pd.DataFrame) -> list[Prompt]:
@@ -115,9 +124,14 @@ def suite_prompts(table: pd.DataFrame) -> list[Prompt]:
             negative=str(row.negative),
             title=str(row.title),
             seeds=tuple(int(seed) for seed in json.loads(str(row.seeds))),
+            negative_from=_share(getattr(row, "negative_from", None)),
         )
         for row in table.itertuples(index=False)
     ]
+
+
+def _share(value: Any) -> float | None:
+    return None if value is None or pd.isna(value) else float(value)
 
 
 class _Reader:
@@ -192,7 +206,7 @@ class _Reader:
         prompts = []
         for node in listed.value:
             before = len(self.problems)
-            entries = self._mapping(node, "a prompt", (*_TEXTS, "seeds"))
+            entries = self._mapping(node, "a prompt", (*_TEXTS, "seeds", "negative_from"))
             if entries is None:
                 continue
             entries = {**defaults, **entries}
@@ -209,6 +223,13 @@ class _Reader:
             return None
         texts = {name: self._text(name, entries.get(name)) for name in _TEXTS}
         seeds = self._seeds(entries["seeds"])
+        negative_from = self._negative_from(entries.get("negative_from"))
+        if negative_from is not None and not texts["negative"]:
+            self._problem(
+                entries["negative_from"],
+                "`negative_from` delays a negative prompt, and there is none; write one in "
+                "`negative`",
+            )
         if not _ID.fullmatch(texts["id"] or "-"):
             self._problem(
                 entries["id"],
@@ -240,7 +261,22 @@ class _Reader:
             negative=texts["negative"],
             title=title,
             seeds=seeds,
+            negative_from=negative_from,
         )
+
+    def _negative_from(self, node: yaml.Node | None) -> float | None:
+        if node is None:
+            return None
+        value = _value(node)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < 1:
+            self._problem(
+                node,
+                f"`negative_from` is {value!r}; write the share of the steps before the negative "
+                "prompt acts, above 0 and below 1",
+            )
+            return None
+        return float(value)
 
     def _text(self, name: str, node: yaml.Node | None) -> str:
         if node is None:

@@ -5,15 +5,20 @@ meant, and the table of generations over the store. What does not: the suite (`p
 (`metrics`), titles set in type, training.
 
 The four variants of the study differ in the model (base or tuned) and in the negative prompt; an
-image's noise depends on its seed alone, so that variants can be compared in pairs.
+image's noise depends on its seed alone, so that variants can be compared in pairs. A suite may hold
+one variant more of each model: the negative prompt delayed. What is to be left out has no shape in
+the first steps, and pushing away from its words then can draw it in; later it is there to be
+removed (Ban et al. 2024, arXiv:2406.02965).
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import inspect
 import io
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +34,7 @@ from PIL.PngImagePlugin import PngInfo
 from posterpipe.core.models import ModelMissing, best_device, quiet_hub, torch_dtype
 from posterpipe.core.progress import Progress
 from posterpipe.core.prompts import Prompt, suite_prompts
+from posterpipe.core.provenance import record_environment
 from posterpipe.core.store import Store, compute_missing, content_key
 from posterpipe.settings import Precision, SamplerSettings
 
@@ -39,6 +45,9 @@ VARIANTS = ("sd", "sd_negative", "dreambooth", "dreambooth_negative")
 """The base model and the tuned one, each without and with the suite's negative prompts."""
 
 BASE_VARIANTS, TUNED_VARIANTS = VARIANTS[:2], VARIANTS[2:]
+
+DELAYED_VARIANTS = ("sd_negative_delayed", "dreambooth_negative_delayed")
+"""The same with the negative prompt delayed, for prompts that ask for it."""
 
 SAMPLER_VERSION = 1
 """Raised when the same settings would give other pixels; part of every pixel key."""
@@ -59,6 +68,14 @@ _DECODED_PIXELS = 512 * 512
 
 _CACHED_TEXTS = 256
 
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+MOST_AT_ONCE = 64
+"""Images that a batch found by trial holds at most: beyond, a GPU gains nothing more."""
+
+_WORTH_DOUBLING = 0.95
+"""A doubled batch has to bring the time of one image below this share."""
+
 
 class SamplerError(RuntimeError):
     """Nothing could be drawn. The message names the model or setting and says what to do."""
@@ -66,15 +83,21 @@ class SamplerError(RuntimeError):
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image: `negative` may be "", `seed` fixes the noise."""
+    """One image: `negative` may be "", `seed` fixes the noise.
+
+    `negative_from` (0 to 1): the share of the steps before the negative prompt acts; until then
+    the empty one stands in its place.
+    """
 
     prompt: str
     negative: str
     seed: int
+    negative_from: float = 0.0
 
 
 def pixel_key(model_id: str, request: ImageRequest, settings: SamplerSettings) -> str:
     """Key of everything that decides an image's pixels, the batch it is drawn in left out."""
+    delayed = request.negative and request.negative_from > 0
     return content_key(
         "pixels",
         SAMPLER_VERSION,
@@ -83,12 +106,18 @@ def pixel_key(model_id: str, request: ImageRequest, settings: SamplerSettings) -
         request.negative,
         request.seed,
         pixel_settings(settings),
+        *([request.negative_from] if delayed else []),
     )
 
 
+_HOW_ONLY = {"batch_size", "compile", "channels_last", "vae_slicing"}
+"""Settings that decide how fast an image comes, and nothing beyond the rounding of its pixels."""
+
+
 def pixel_settings(settings: SamplerSettings) -> dict[str, Any]:
-    """The settings that decide pixels, with the precision that this machine uses."""
-    values = settings.model_dump(mode="json", exclude={"batch_size"})
+    """The settings that decide pixels, with the precision that this machine uses; when the negative
+    prompt acts is a matter of each request."""
+    values = settings.model_dump(mode="json", exclude={*_HOW_ONLY, "negative_from"})
     return {**values, "precision": usable_precision(settings.precision)}
 
 
@@ -138,12 +167,20 @@ class Sampler:
     """Draws images in batches with the model in a diffusers directory. Made once, called often.
 
     Works for every `StableDiffusionPipeline` of one text encoder (1.x, 2.x, the starter model); the
-    prediction type and the noise schedule come from the model's scheduler config. Only safetensors
-    are read, and no safety checker is loaded. `model_id` is the name that goes into the images.
-    Raises ModelMissing.
+    prediction type and the noise schedule come from the model's scheduler config. `model_dir` may
+    also hold LoRA weights alone (`pytorch_lora_weights.safetensors`); then `base_dir` is the model
+    that they belong to. Only safetensors are read, and no safety checker is loaded. `model_id` is
+    the name that goes into the images. Raises ModelMissing.
     """
 
-    def __init__(self, model_dir: Path, settings: SamplerSettings, *, model_id: str) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        settings: SamplerSettings,
+        *,
+        model_id: str,
+        base_dir: Path | None = None,
+    ) -> None:
         import torch
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from diffusers.utils import logging as diffusers_logging
@@ -151,14 +188,20 @@ class Sampler:
         from transformers import CLIPTextModel, CLIPTokenizer
         from transformers.utils import logging as transformers_logging
 
-        folder = _model(model_dir)
+        lora = lora_weights(model_dir)
+        if lora and base_dir is None:
+            raise ModelMissing(
+                f"{lora}: LoRA weights alone draw nothing; name the directory of the model that "
+                "they were trained on as well"
+            )
+        folder = _model(base_dir if lora and base_dir else model_dir)
         quiet_hub()
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         self.settings = settings
         self.model_id = model_id
         self.batch_size = settings.batch_size
-        """Images drawn at once; halved when memory runs out."""
+        """Images drawn at once; 0 until it is found, halved when memory runs out."""
         self.device = best_device()
         self.precision = usable_precision(settings.precision)
         # On a GPU the weights themselves are short; on a CPU autocast keeps the norms exact.
@@ -177,12 +220,17 @@ class Sampler:
                 f"{folder}: the model cannot be loaded ({_first_line(error)}); it must be a "
                 "Stable Diffusion directory with safetensors: fetch or train it again"
             ) from error
+        if lora:
+            self._merge(lora)
         for model in (self.text_encoder, self.unet, self.vae):
             model.requires_grad_(False).eval().to(self.device)
         # Convolutions over channels-last images are the quicker ones on CPUs and GPUs alike.
-        self.unet.to(memory_format=torch.channels_last)
-        self.vae.to(memory_format=torch.channels_last)
-        self.scheduler = _scheduler(folder, settings.scheduler)
+        self.layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        self.unet.to(memory_format=self.layout)
+        self.vae.to(memory_format=self.layout)
+        if settings.compile:
+            self.unet = torch.compile(self.unet)
+        self.scheduler = make_scheduler(folder, settings.scheduler)
         shrink = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.latent_shape = (
             int(self.unet.config.in_channels),
@@ -203,6 +251,7 @@ class Sampler:
         called after each step of all batches; what it raises stops the drawing. An image that is
         not finite comes back black. Raises SamplerError when one image does not fit into memory.
         """
+        self.settle_batch_size(len(requests))
         images: list[Image.Image] = []
         steps_done = 0
         while len(images) < len(requests):
@@ -225,11 +274,59 @@ class Sampler:
                 self._shrink(error)
         return images
 
+    def settle_batch_size(self, images: int) -> None:
+        """Finds by trial how many of `images` are best drawn at once, where no setting says."""
+        if self.batch_size == 0:
+            self.batch_size = best_batch_size(self._time_a_step, min(MOST_AT_ONCE, max(1, images)))
+
+    def _time_a_step(self, size: int) -> float:
+        """Seconds of one call of the U-Net for `size` images."""
+        import torch
+
+        embeds = self._text_embeds("")
+        halves = 2 if self.settings.guidance_scale > 1 else 1
+        x = torch.zeros(halves * size, *self.latent_shape, device=self.device)
+        x = x.to(self.dtype, memory_format=self.layout)
+        embeds = embeds.expand(halves * size, -1, -1)
+        timestep = torch.tensor(500, device=self.device)
+        took = math.inf
+        with torch.inference_mode(), self._autocast():
+            for _ in range(3):  # the first one prepares memory and kernels
+                started = time.perf_counter()
+                out = self.unet(x, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+                float(out.flatten()[0])  # waits for the GPU
+                took = min(took, time.perf_counter() - started)
+        return took
+
+    def _merge(self, lora: Path) -> None:
+        """Adds LoRA weights to those of the U-Net and the text encoder."""
+        from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+        pipeline: Any = StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=DDPMScheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        try:
+            pipeline.load_lora_weights(lora.parent, weight_name=lora.name, use_safetensors=True)
+            pipeline.fuse_lora()
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelMissing(
+                f"{lora}: the LoRA weights do not fit the model ({_first_line(error)}); name the "
+                "model that they were trained on"
+            ) from error
+        pipeline.unload_lora_weights()
+
     def _shrink(self, error: RuntimeError) -> None:
         """Halve the batch if `error` says that memory ran out; raise it otherwise."""
         import torch
 
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+        if not out_of_memory(error):
             raise error
         if self.batch_size == 1:
             raise SamplerError(
@@ -280,18 +377,20 @@ class Sampler:
 
         scale = self.settings.guidance_scale
         guided = scale > 1
-        texts = [r.prompt for r in requests]
-        if guided:
-            texts = [r.negative for r in requests] + texts
-        embeds = torch.stack([self._text_embeds(text) for text in texts])
         self.scheduler.set_timesteps(self.settings.num_inference_steps, device=self.device)
         timesteps = self.scheduler.timesteps
+        texts = self._texts_at(requests, 0.0)
+        embeds = torch.stack([self._text_embeds(text) for text in texts])
         latents = initial_latents([r.seed for r in requests], self.latent_shape).to(self.device)
         latents = latents * self.scheduler.init_noise_sigma
         for step, timestep in enumerate(timesteps, start=1):
+            now = self._texts_at(requests, (step - 1) / len(timesteps))
+            if now != texts:
+                texts = now
+                embeds = torch.stack([self._text_embeds(text) for text in texts])
             x = self.scheduler.scale_model_input(latents, timestep)
             x = torch.cat([x, x]) if guided else x
-            x = x.to(self.dtype, memory_format=torch.channels_last)
+            x = x.to(self.dtype, memory_format=self.layout)
             predicted = self.unet(x, timestep, encoder_hidden_states=embeds, return_dict=False)[
                 0
             ].float()
@@ -303,15 +402,24 @@ class Sampler:
             on_step(step, len(timesteps))
         return latents
 
+    def _texts_at(self, requests: Sequence[ImageRequest], done: float) -> list[str]:
+        """What the U-Net reads after a share `done` of the steps: negatives, then prompts."""
+        texts = [r.prompt for r in requests]
+        if self.settings.guidance_scale <= 1:
+            return texts
+        return [r.negative if done >= r.negative_from else "" for r in requests] + texts
+
     def _decode(self, latents: Tensor) -> Tensor:
         """Pixels float32 (batch, 3, height, width) in -1..1, or NaN."""
         import torch
 
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         latents = (latents / self.vae.config.scaling_factor + shift).to(
-            self.dtype, memory_format=torch.channels_last
+            self.dtype, memory_format=self.layout
         )
         at_once = max(1, _DECODED_PIXELS // (self.settings.width * self.settings.height))
+        if self.settings.vae_slicing is not None:
+            at_once = 1 if self.settings.vae_slicing else len(latents)
         parts = [self.vae.decode(part, return_dict=False)[0] for part in latents.split(at_once)]
         return torch.cat(parts).float()
 
@@ -321,6 +429,39 @@ class Sampler:
         if self.device.type == "cpu" and self.precision == "bf16":
             return torch.autocast("cpu", torch.bfloat16)
         return nullcontext()
+
+
+def best_batch_size(seconds: Callable[[int], float], most: int) -> int:
+    """The batch, doubled from 1 up to `most`, after which doubling saves less than a twentieth.
+
+    `seconds` gives the time of a batch of that size, and may raise what says that memory ran out.
+    """
+    best, an_image = 1, seconds(1)
+    while 2 * best <= most:
+        try:
+            doubled = seconds(2 * best) / (2 * best)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            break
+        if doubled > _WORTH_DOUBLING * an_image:
+            break
+        best, an_image = 2 * best, doubled
+    return best
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says that memory ran out, on a GPU or on the CPU."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate" in str(error)
+
+
+def lora_weights(model_dir: Path) -> Path | None:
+    """The LoRA weights of a directory that holds no whole model, else None."""
+    weights = Path(model_dir) / LORA_WEIGHTS
+    whole = (Path(model_dir) / "model_index.json").is_file()
+    return weights if weights.is_file() and not whole else None
 
 
 def _model(model_dir: Path) -> Path:
@@ -333,11 +474,12 @@ def _model(model_dir: Path) -> Path:
     return folder
 
 
-def _scheduler(folder: Path, name: str) -> Any:
+def make_scheduler(folder: Path, name: str, *, zero_terminal_snr: bool = False) -> Any:
     """The solver, with the noise schedule of the model and the solver's own choice of timesteps.
 
     What else the model's config says (the spacing of another solver, say) is left out. All of them
-    begin at the last timestep, as Lin et al. (2024) ask.
+    begin at the last timestep, as Lin et al. (2024) ask. `name` is `SamplerSettings.scheduler`;
+    `zero_terminal_snr` rescales the schedule as if the config said so. Raises ModelMissing.
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
@@ -358,6 +500,8 @@ def _scheduler(folder: Path, name: str) -> Any:
                 "prediction_type", "rescale_betas_zero_snr")  # fmt: skip
     known = inspect.signature(solver.__init__).parameters
     values = {key: config[key] for key in schedule if key in config and key in known}
+    if zero_terminal_snr and "rescale_betas_zero_snr" in known:
+        values["rescale_betas_zero_snr"] = True
     if name == "dpmsolver++" and config.get("beta_schedule") == "squaredcos_cap_v2":
         # The cosine schedule ends in pure noise, where the solver's log-SNR is not bounded; this
         # is the bound that diffusers recommends.
@@ -410,6 +554,8 @@ def parameters_text(request: ImageRequest, settings: SamplerSettings, model_id: 
         "Precision": usable_precision(settings.precision),
         "Version": f"posterpipe sampler {SAMPLER_VERSION}",
     }
+    if request.negative and request.negative_from > 0:
+        values["Negative from"] = f"{request.negative_from:g}"
     lines = [" ".join(request.prompt.split())]
     if request.negative:
         lines.append(f"Negative prompt: {' '.join(request.negative.split())}")
@@ -427,29 +573,33 @@ def generate(
     progress: Progress,
     *,
     run_id: str,
+    base_dir: Path | None = None,
 ) -> pd.DataFrame:
     """The table of generations (COLUMNS): every prompt, seed and variant, drawn where missing.
 
-    `suite` are prompts or their table; `variants` those of VARIANTS that this model serves;
-    `model_id` is the model's fingerprint or the checkpoint's id, under which its images are kept.
-    The model is loaded only if something is missing. Finished images are kept when a run is
-    stopped. A batch that fails is drawn again one by one; an image that still fails is a row with
-    status failed and is tried again next time. Raises SamplerError when every image fails, and
-    ModelMissing.
+    `suite` are prompts or their table; `variants` those of VARIANTS and DELAYED_VARIANTS that this
+    model serves, the latter for prompts that hold them; `base_dir` is the model behind LoRA weights
+    (see `Sampler`); `model_id` is the model's fingerprint or the checkpoint's id, under which its
+    images are kept. The model is loaded only if something is missing. Finished images are kept when
+    a run is stopped. A batch that fails is drawn again one by one; an image that still fails is a
+    row with status failed and is tried again next time. Raises SamplerError when every image fails,
+    and ModelMissing.
     """
     prompts = suite_prompts(suite) if isinstance(suite, pd.DataFrame) else list(suite)
-    unknown = sorted(set(variants) - set(VARIANTS))
+    known = (*VARIANTS, *DELAYED_VARIANTS)
+    unknown = sorted(set(variants) - set(known))
     if unknown:
-        raise ValueError(f"unknown variants {unknown}; choose from {', '.join(VARIANTS)}")
+        raise ValueError(f"unknown variants {unknown}; choose from {', '.join(known)}")
     cells = [
-        (prompt, variant, ImageRequest(prompt.prompt, _negative(prompt, variant), seed))
+        (prompt, variant, _request(prompt, variant, seed, settings))
         for prompt in prompts
         for seed in prompt.seeds
         for variant in variants
+        if variant not in DELAYED_VARIANTS or prompt.negative_from is not None
     ]
     # An empty negative prompt asks for the very image of the variant without: drawn once.
     keys = {request: pixel_key(model_id, request, settings) for _, _, request in cells}
-    drawing = _Drawing(store, model_dir, model_id, settings, progress, run_id)
+    drawing = _Drawing(store, model_dir, model_id, settings, progress, run_id, base_dir)
     requests = {key: request for request, key in keys.items()}
     drawn = compute_missing(
         store,
@@ -458,7 +608,6 @@ def generate(
         lambda missing: drawing.draw({key: requests[key] for key in missing}),
         usable=lambda row: store.has(row["image"], ".png"),
     )
-    recorded = json.dumps(pixel_settings(settings), sort_keys=True)
     rows = []
     for prompt, variant, request in cells:
         key = keys[request]
@@ -488,14 +637,25 @@ def generate(
                 "reason": image["reason"],
                 "width": settings.width,
                 "height": settings.height,
-                "settings": recorded,
+                "settings": _recorded_settings(request, settings),
             }
         )
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _negative(prompt: Prompt, variant: str) -> str:
-    return prompt.negative if variant.endswith("_negative") else ""
+def _request(prompt: Prompt, variant: str, seed: int, settings: SamplerSettings) -> ImageRequest:
+    if "_negative" not in variant or not prompt.negative:
+        return ImageRequest(prompt.prompt, "", seed)
+    start = prompt.negative_from if variant in DELAYED_VARIANTS else settings.negative_from
+    return ImageRequest(prompt.prompt, prompt.negative, seed, start or 0.0)
+
+
+def _recorded_settings(request: ImageRequest, settings: SamplerSettings) -> str:
+    """What decided the pixels beside model, texts and seed, as JSON."""
+    values = pixel_settings(settings)
+    if request.negative and request.negative_from > 0:
+        values["negative_from"] = request.negative_from
+    return json.dumps(values, sort_keys=True)
 
 
 def _relative(store: Store, blob: str) -> str:
@@ -513,6 +673,7 @@ class _Drawing:
         settings: SamplerSettings,
         progress: Progress,
         run_id: str,
+        base_dir: Path | None,
     ) -> None:
         self.store = store
         self.model_dir = model_dir
@@ -520,12 +681,18 @@ class _Drawing:
         self.settings = settings
         self.progress = progress
         self.run_id = run_id
+        self.base_dir = base_dir
+        self.environment = ""
         self.failed: dict[str, str] = {}
 
     def draw(self, missing: dict[str, ImageRequest]) -> Iterator[tuple[str, dict[str, Any]]]:
         """(pixel key, result) as images are done; PNGs are written while the next are drawn."""
-        sampler = Sampler(self.model_dir, self.settings, model_id=self.model_id)
+        sampler = Sampler(
+            self.model_dir, self.settings, model_id=self.model_id, base_dir=self.base_dir
+        )
+        self.environment = record_environment(self.store)
         keys = list(missing)
+        sampler.settle_batch_size(len(keys))
         description = f"Drawing {len(keys)} images"
         writing: list[Future[tuple[str, dict[str, Any]]]] = []
         with (
@@ -576,6 +743,8 @@ class _Drawing:
             "status": "blocked" if reason else "ok",
             "reason": reason,
             "run_id": self.run_id,
+            "environment": self.environment,
+            "drawn_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         }
         return key, row
 

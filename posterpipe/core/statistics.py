@@ -1,19 +1,21 @@
 """What scores add up to: means, paired differences, and how sure one can be of them.
 
-What belongs here: estimates with intervals, and the leaderboard. What does not: computing scores
-(`metrics`), keeping them (`warehouse`) and drawing them.
+What belongs here: estimates with intervals, the study's 2x2 design, tests, the smallest effect that
+could have been seen, and the leaderboard. What does not: computing scores (`metrics`), keeping them
+(`warehouse`), drawing them, and what follows from them for a checkpoint (`gate`).
 
 All variants answer the same prompts with the same seeds, so differences are taken image by image.
 Seeds of one prompt are not independent answers, therefore they are averaged, and the prompts are
 what the bootstrap draws: an interval says how the number would vary with other prompts of this
-kind.
+kind. The same unit serves the tests: signs are flipped by prompt.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -24,7 +26,33 @@ CONFIDENCE = 0.95
 RESAMPLES = 10_000
 BOOTSTRAP_SEED = 20250
 
+POWER = 0.8
+"""With which the smallest detectable difference would be found."""
+
+DESIGN: Mapping[str, tuple[bool, bool]] = {
+    "sd": (False, False),
+    "sd_negative": (False, True),
+    "dreambooth": (True, False),
+    "dreambooth_negative": (True, True),
+}
+"""The study's variants as a 2x2 design: tuned or not, with the negative prompt or without."""
+
+CONTRASTS: Mapping[str, Mapping[str, float]] = {
+    "tuned": {"sd": -0.5, "sd_negative": -0.5, "dreambooth": 0.5, "dreambooth_negative": 0.5},
+    "negative": {"sd": -0.5, "sd_negative": 0.5, "dreambooth": -0.5, "dreambooth_negative": 0.5},
+    "tuned without negative": {"sd": -1, "dreambooth": 1},
+    "tuned with negative": {"sd_negative": -1, "dreambooth_negative": 1},
+    "negative on base": {"sd": -1, "sd_negative": 1},
+    "negative on tuned": {"dreambooth": -1, "dreambooth_negative": 1},
+    "both": {"sd": -1, "dreambooth_negative": 1},
+    "interaction": {"sd": 1, "sd_negative": -1, "dreambooth": -1, "dreambooth_negative": 1},
+}
+"""What is asked of the design: weights of the variants' values. The two main effects, the simple
+effects, the sum of both, and by how much the negative prompt does more for the tuned model."""
+
 _CELL = ["prompt_id", "seed"]
+_EXACT_PROMPTS = 12
+"""Up to here all 2^n sign patterns are tried; with more, RESAMPLES of them."""
 _CHUNK = 1_000_000
 
 
@@ -107,6 +135,190 @@ def leaderboard(
     columns = ["variant", "prompts", "images", "missing", "mean", "low", "high", "pairs",
                "difference", "difference_low", "difference_high"]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One contrast of variants, in the unit of the metric."""
+
+    contrast: str
+    estimate: float
+    """Mean over prompts of the mean over seeds."""
+    low: float
+    high: float
+    """Bootstrap interval over prompts; NaN with fewer than two."""
+    p_value: float
+    """Of the hypothesis of no effect, from flipping signs by prompt; NaN with fewer than two."""
+    effect_size: float
+    """Cohen's d of the prompts' differences, with Hedges' correction for few; 0 where nothing
+    differs."""
+    win_rate: float
+    """Share of prompts on the positive side, ties half; 0.5 is no preference."""
+    win_low: float
+    win_high: float
+    """Wilson interval of the win rate."""
+    detectable: float
+    """The smallest difference that this many prompts with this spread would have shown."""
+    prompts: int
+    pairs: int
+    """Cells (prompt, seed) in which every variant of the contrast has a value."""
+
+
+def effects(
+    frame: pd.DataFrame,
+    *,
+    value: str = "clip_cosine",
+    contrasts: Mapping[str, Mapping[str, float]] = CONTRASTS,
+) -> pd.DataFrame:
+    """One row a contrast whose variants `frame` has, with the fields of `Effect` as columns.
+
+    `frame` has the columns variant, prompt_id, seed and `value`, of one metric. Cells are compared
+    within prompt and seed; one that lacks a variant of the contrast is left out. Raises ValueError
+    where an image is there twice.
+    """
+    present = set(frame["variant"].unique())
+    rows = [
+        asdict(effect(frame, name, weights, value=value))
+        for name, weights in contrasts.items()
+        if set(weights) <= present
+    ]
+    return pd.DataFrame(rows, columns=list(Effect.__dataclass_fields__))
+
+
+def effect(
+    frame: pd.DataFrame,
+    contrast: str,
+    weights: Mapping[str, float],
+    *,
+    value: str = "clip_cosine",
+) -> Effect:
+    """One contrast: `weights` by variant, adding up to 0. See `effects`."""
+    cells = sum(
+        (weight * _values(frame, variant, value) for variant, weight in weights.items()),
+        start=0.0,
+    )
+    assert isinstance(cells, pd.Series), "a contrast names at least one variant"
+    cells = cells.dropna()
+    return effect_of(contrast, cells.rename("difference").reset_index())
+
+
+def effect_of(contrast: str, cells: pd.DataFrame) -> Effect:
+    """The effect behind differences that are taken already: prompt_id and difference, one a cell.
+
+    Seeds are averaged within prompts first, whatever their number.
+    """
+    by_prompt = cells.groupby("prompt_id", sort=True)["difference"].mean().to_numpy(dtype=float)
+    low, high = bootstrap_interval(by_prompt)
+    wins = float(np.sign(by_prompt).sum() + len(by_prompt)) / 2
+    win_low, win_high = wilson_interval(wins, len(by_prompt))
+    return Effect(
+        contrast=contrast,
+        estimate=float(by_prompt.mean()) if len(by_prompt) else math.nan,
+        low=low,
+        high=high,
+        p_value=sign_flip_p(by_prompt),
+        effect_size=hedges_g(by_prompt),
+        win_rate=wins / len(by_prompt) if len(by_prompt) else math.nan,
+        win_low=win_low,
+        win_high=win_high,
+        detectable=smallest_detectable(by_prompt),
+        prompts=len(by_prompt),
+        pairs=len(cells),
+    )
+
+
+def sign_flip_p(
+    differences: np.ndarray, *, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED
+) -> float:
+    """Two-sided p-value of no difference, `differences` (n,) of prompts: their signs are flipped.
+
+    Where nothing changes, a prompt's difference is as likely as its opposite (Fisher's
+    randomization test). Exact up to 12 prompts; beyond, of random patterns with one added, so that
+    it is valid and deterministic. 1 where all differences are 0, NaN with fewer than two.
+    """
+    values = np.asarray(differences, dtype=float)
+    n = len(values)
+    if n < 2:
+        return math.nan
+    observed = abs(values.sum())
+    slack = 1e-12 * np.abs(values).sum()  # sums in another order differ in the last digits
+    if n <= _EXACT_PROMPTS:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
+        return float((np.abs(signs @ values) >= observed - slack).mean())
+    rng = np.random.default_rng(seed)
+    extreme = 0
+    for start in range(0, resamples, max(1, _CHUNK // n)):
+        count = min(max(1, _CHUNK // n), resamples - start)
+        signs = rng.integers(0, 2, (count, n)) * 2.0 - 1.0
+        extreme += int((np.abs(signs @ values) >= observed - slack).sum())
+    return (extreme + 1) / (resamples + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979): the chance of any false alarm stays at 5 %
+    where those below 0.05 are called effects. NaN stays NaN and does not count."""
+    known = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
+    corrected = [math.nan] * len(p_values)
+    highest = 0.0
+    for rank, (p, index) in enumerate(known):
+        highest = max(highest, min(1.0, p * (len(known) - rank)))
+        corrected[index] = highest
+    return corrected
+
+
+def hedges_g(differences: np.ndarray) -> float:
+    """Standardised mean of paired differences (n,): mean over deviation, times Hedges' correction
+    1 - 3 / (4 (n - 1) - 1). NaN with fewer than three values, 0 where all are 0."""
+    n = len(differences)
+    if n < 3:
+        return math.nan
+    deviation = float(np.std(differences, ddof=1))
+    mean = float(np.mean(differences))
+    if deviation == 0:
+        return 0.0 if mean == 0 else math.copysign(math.inf, mean)
+    return mean / deviation * (1 - 3 / (4 * (n - 1) - 1))
+
+
+def wilson_interval(
+    successes: float, n: int, *, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """Interval of a share, Wilson (1927): `successes` of `n`, halves allowed. NaN without any."""
+    if n == 0:
+        return math.nan, math.nan
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = successes / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def smallest_detectable(
+    differences: np.ndarray, *, power: float = POWER, confidence: float = CONFIDENCE
+) -> float:
+    """The true difference that a study of this many prompts finds with probability `power`.
+
+    `differences` (n,) of prompts, seeds averaged: their deviation holds what both prompts and seeds
+    contribute. (t(1 - alpha/2) + t(power)) * deviation / sqrt(n) (Bloom 1995). NaN with fewer than
+    two.
+    """
+    n = len(differences)
+    if n < 2:
+        return math.nan
+    quantiles = student_quantile((1 + confidence) / 2, n - 1) + student_quantile(power, n - 1)
+    return quantiles * float(np.std(differences, ddof=1)) / math.sqrt(n)
+
+
+def exchanged_prompts(prompt_ids: Sequence[str], *, seed: int = BOOTSTRAP_SEED) -> dict[str, str]:
+    """Another prompt for every prompt, none its own, each used once: for the negative control.
+
+    Deterministic, whatever the order. Raises ValueError with fewer than two prompts.
+    """
+    names = sorted(set(prompt_ids))
+    if len(names) < 2:
+        raise ValueError("the negative control needs two prompts or more; add one to the suite")
+    order = np.random.default_rng(seed).permutation(len(names))
+    # One cycle through all of them in a random order has no fixed point.
+    return {names[one]: names[next_] for one, next_ in zip(order, np.roll(order, 1), strict=True)}
 
 
 def _values(frame: pd.DataFrame, variant: str, value: str) -> pd.Series:

@@ -1,17 +1,21 @@
 """The store: bytes under their hash, results under their key, tables under their content.
 
 What belongs here: content-addressed blobs, the index of computed results, small versioned tables,
-and the one mechanism for per-item work (`compute_missing`). What does not: what is computed (the
-modules that own an asset) and the score warehouse (`warehouse.py`).
+the one mechanism for per-item work (`compute_missing`), and what users of the store do so that
+nothing is taken away under their hands. What does not: what is computed (the modules that own an
+asset), what may be taken away (`garbage`) and the score warehouse (`warehouse.py`).
 
 Layout below the root:
 
     blobs/ab/<sha256><suffix>       bytes, never changed once written
     index.sqlite                    results: (kind, key) -> JSON row
     tables/<name>/<version>.parquet and tables/<name>/current.json
+    leases/<name>.lease             one a process that works, locked while it does
 
 Every write is atomic: a temporary name in the same folder, fsync, rename. Several processes may use
-one store at the same time.
+one store at the same time. Who counts on something that is there already says so with `keep` (as
+`has`, `put`, `read_table` and `compute_missing` do), and works inside a `lease`: `garbage` tells
+why that is enough.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +38,28 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel
 
+try:
+    import fcntl
+except ImportError:  # Windows, where only the grace time of `garbage` protects what is in use
+    fcntl = None  # type: ignore[assignment]
+
 # How long a process waits for another one's transaction on the index, in seconds.
 BUSY_SECONDS = 60.0
 # Work in progress is saved at least this often, however slow one item is, in seconds.
 SAVE_SECONDS = 10.0
 # SQLite's oldest supported limit of variables in one statement is 999.
 KEYS_A_QUERY = 900
+# What was used less long ago than this is not marked as used again, in seconds: a store of 100,000
+# blobs is then touched a few times an hour at most, and `garbage` allows for it.
+REFRESH_SECONDS = 600.0
 
+# `used_at`: seconds since 1970, of the last use.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS results (
     kind TEXT NOT NULL,
     key TEXT NOT NULL,
     value TEXT NOT NULL,
+    used_at INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (kind, key)
 ) WITHOUT ROWID
 """
@@ -82,7 +96,7 @@ class Store:
         """Keep bytes; the sha256 (hex) under which they lie. Nothing is written when present."""
         blob = hashlib.sha256(data).hexdigest()
         target = self.path(blob, suffix)
-        if not target.exists():
+        if not self.keep(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(target, data)
         return blob
@@ -92,31 +106,186 @@ class Store:
         return self.root / "blobs" / blob[:2] / f"{blob}{suffix}"
 
     def has(self, blob: str, suffix: str = "") -> bool:
-        """Whether the bytes of that sha256 are kept."""
-        return self.path(blob, suffix).exists()
+        """Whether the bytes of that sha256 are kept; who asks counts as a user of them."""
+        return self.keep(self.path(blob, suffix))
+
+    # -- use --------------------------------------------------------------------------------------
+
+    def keep(self, path: Path) -> bool:
+        """Whether a file or folder of the store is there, marked as used now so that it stays.
+
+        Ask this, and not `path.exists()`, before counting on something that was made before.
+        """
+        try:
+            age = time.time() - path.stat().st_mtime
+        except OSError:
+            return False
+        if age < REFRESH_SECONDS:
+            return True
+        with self.turn():
+            try:
+                os.utime(path)
+            except FileNotFoundError:
+                return False
+            except OSError:
+                pass  # a store that is not writable is not cleared either
+        return True
+
+    @contextmanager
+    def turn(self, *, alone: bool = False) -> Iterator[None]:
+        """While inside, nobody removes anything; with `alone`, nobody else is inside either.
+
+        For moments: every process that marks something as used waits for one that is alone.
+        """
+        handle = self._open_lock(self.root / "garbage.lock")
+        if handle is None or fcntl is None:
+            yield
+            return
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(handle)
+
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """While inside, what this process uses of the store from now on is no garbage.
+
+        The lease is a locked file, which the system lets go when the process ends, however it ends.
+        """
+        taken = self._take_lease()
+        try:
+            yield
+        finally:
+            if taken is not None:
+                handle, path = taken
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+                os.close(handle)
+
+    def live_leases(self) -> list[float]:
+        """When the leases began that processes hold now, in seconds since 1970.
+
+        Those of processes that ended without giving theirs back are removed.
+        """
+        begun: list[float] = []
+        if fcntl is None:
+            return begun
+        for path in (self.root / "leases").glob("*.lease"):
+            try:
+                handle = os.open(path, os.O_RDWR)
+            except OSError:
+                continue  # given back meanwhile
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+            except OSError:  # locked: its process works
+                begun.append(os.fstat(handle).st_mtime)
+            finally:
+                os.close(handle)
+        return begun
+
+    def _take_lease(self) -> tuple[int, Path] | None:
+        while True:
+            try:
+                path = self.folder("leases") / f"{uuid.uuid4().hex}.lease"
+            except OSError:
+                return None
+            handle = self._open_lock(path)
+            if handle is None:
+                return None  # a store that is not writable is not cleared either
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            # Between opening and locking it, it looked like that of a dead process.
+            if path.exists():
+                return handle, path
+            os.close(handle)
+
+    @staticmethod
+    def _open_lock(path: Path) -> int | None:
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            return None
 
     # -- results ----------------------------------------------------------------------------------
 
     def results(self, kind: str, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """The rows kept for `keys`, in the order of `keys`; keys without a row are left out."""
+        """The rows kept for `keys`, in the order of `keys`; keys without a row are left out.
+
+        They are marked as used now.
+        """
         wanted = list(dict.fromkeys(keys))
         found: dict[str, dict[str, Any]] = {}
+        now = int(time.time())
+        unmarked: list[str] = []
         with self._index() as index:
             for start in range(0, len(wanted), KEYS_A_QUERY):
                 part = wanted[start : start + KEYS_A_QUERY]
                 marks = ",".join("?" * len(part))
-                query = f"SELECT key, value FROM results WHERE kind = ? AND key IN ({marks})"
-                for key, value in index.execute(query, [kind, *part]):
+                query = (
+                    f"SELECT key, value, used_at FROM results WHERE kind = ? AND key IN ({marks})"
+                )
+                for key, value, used_at in index.execute(query, [kind, *part]):
                     found[key] = json.loads(value)
+                    if now - used_at >= REFRESH_SECONDS:
+                        unmarked.append(key)
+            for key in self._mark_used(index, kind, unmarked, now):
+                del found[key]
         return {key: found[key] for key in wanted if key in found}
+
+    @staticmethod
+    def _mark_used(index: sqlite3.Connection, kind: str, keys: list[str], now: int) -> set[str]:
+        """Marks rows as used; those of `keys` that were removed since they were read."""
+        there: set[str] = set()
+        try:
+            with index:
+                for start in range(0, len(keys), KEYS_A_QUERY):
+                    part = keys[start : start + KEYS_A_QUERY]
+                    marks = ",".join("?" * len(part))
+                    update = (
+                        "UPDATE results SET used_at = ? "
+                        f"WHERE kind = ? AND key IN ({marks}) RETURNING key"
+                    )
+                    there.update(key for (key,) in index.execute(update, [now, kind, *part]))
+        except sqlite3.OperationalError as error:
+            # A store that is not writable is not cleared either.
+            if "readonly" not in str(error):
+                raise
+            return set()
+        return set(keys) - there
 
     def add_results(self, kind: str, rows: Mapping[str, dict[str, Any]]) -> None:
         """Keep rows in one transaction; a key that has a row already keeps the row it has."""
         if not rows:
             return
-        values = [(kind, key, _canonical(row)) for key, row in rows.items()]
+        now = int(time.time())
+        values = [(kind, key, _canonical(row), now) for key, row in rows.items()]
         with self._index() as index, index:
-            index.executemany("INSERT OR IGNORE INTO results VALUES (?, ?, ?)", values)
+            index.executemany(
+                "INSERT INTO results (kind, key, value, used_at) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT DO UPDATE SET used_at = excluded.used_at",
+                values,
+            )
+
+    def all_results(self, kinds: Sequence[str] = ()) -> Iterator[tuple[str, str, str, int]]:
+        """Every row, of some kinds or of all: kind, key, JSON text, time of its last use (seconds
+        since 1970)."""
+        where = f"WHERE kind IN ({','.join('?' * len(kinds))})" if kinds else ""
+        with self._index() as index:
+            yield from index.execute(
+                f"SELECT kind, key, value, used_at FROM results {where}", kinds
+            )
+
+    def forget_unused(self, rows: Iterable[tuple[str, str]], since: float) -> set[tuple[str, str]]:
+        """Remove rows (kind, key) that nobody has used since that time; those that went."""
+        delete = "DELETE FROM results WHERE kind = ? AND key = ? AND used_at < ?"
+        with self._index() as index, index:
+            return {
+                (kind, key)
+                for kind, key in rows
+                if index.execute(delete, [kind, key, since]).rowcount
+            }
 
     def forget_results(self, kind: str, keys: Iterable[str]) -> None:
         """Remove rows, so that their keys are computed again."""
@@ -135,10 +304,14 @@ class Store:
         version = table_version(frame)
         folder = self.folder("tables", name)
         file = folder / f"{version}.parquet"
-        if not file.exists():
+        if not self.keep(file):
             buffer = io.BytesIO()
             frame.reset_index(drop=True).to_parquet(buffer, index=False)
             write_atomic(file, buffer.getvalue())
+        before = self.table_version(name)
+        if before is not None:
+            # Who reads it now has asked for the current table a moment ago.
+            self.keep(folder / f"{before}.parquet")
         current = {"version": version, "rows": len(frame), "columns": list(map(str, frame.columns))}
         # Last, since it is what makes the new table visible.
         write_atomic(folder / "current.json", (json.dumps(current, indent=1) + "\n").encode())
@@ -148,7 +321,7 @@ class Store:
         """The current table, or that version of it. Raises TableMissing."""
         version = version or self.table_version(name)
         file = self.root / "tables" / name / f"{version}.parquet"
-        if version is None or not file.exists():
+        if version is None or not self.keep(file):
             which = f"version {version} of the table {name}" if version else f"the table {name}"
             raise TableMissing(
                 f"{self.root / 'tables' / name}: {which} is not there; "
@@ -197,6 +370,7 @@ def _prepare_index(connection: sqlite3.Connection, path: Path) -> None:
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                 connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(_SCHEMA)
+            _add_used_at(connection)
             connection.commit()
             return
         except sqlite3.OperationalError as error:
@@ -212,6 +386,16 @@ def _prepare_index(connection: sqlite3.Connection, path: Path) -> None:
                 f"{path}: is not a database ({error}); move it away, and the results that it held "
                 "are computed again"
             ) from error
+
+
+def _add_used_at(connection: sqlite3.Connection) -> None:
+    """Brings an index of the first form, which had no `used_at`, to the present one."""
+    columns = "SELECT count(*) FROM pragma_table_info('results') WHERE name = 'used_at'"
+    if connection.execute(columns).fetchone()[0]:
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    if not connection.execute(columns).fetchone()[0]:
+        connection.execute("ALTER TABLE results ADD COLUMN used_at INTEGER NOT NULL DEFAULT 0")
 
 
 def compute_missing(
@@ -230,7 +414,22 @@ def compute_missing(
     when `compute` fails or is stopped, so that what is done is never done again. `usable` tells
     whether a kept row still holds (its blob exists, say); those that do not are computed again.
     The rows come in the order of `keys`; a key that `compute` did not yield is left out.
+
+    A row about a blob names it: as `poster_id`, `image` or `blob`, or as its key. Then it goes with
+    the blob when nobody needs that any more (see `garbage`); a row that names none stays for ever.
     """
+    with store.lease():
+        return _compute_missing(store, kind, keys, compute, save_every, usable)
+
+
+def _compute_missing(
+    store: Store,
+    kind: str,
+    keys: Sequence[str],
+    compute: Callable[[list[str]], Iterator[tuple[str, dict[str, Any]]]],
+    save_every: int,
+    usable: Callable[[dict[str, Any]], bool] | None,
+) -> dict[str, dict[str, Any]]:
     wanted = list(dict.fromkeys(keys))
     present = store.results(kind, wanted)
     if usable is not None:
@@ -281,6 +480,8 @@ def table_version(frame: pd.DataFrame) -> str:
 
 
 def _cell(value: Any) -> Any:
+    if type(value) is str:  # most of them; tables of 100,000 rows come through here
+        return value
     if isinstance(value, np.ndarray):
         return [_cell(item) for item in value.tolist()]
     if isinstance(value, list | tuple):
@@ -300,9 +501,7 @@ def _cell(value: Any) -> Any:
 
 
 def _canonical(value: object) -> str:
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain
-    )
+    return _ENCODER.encode(value)
 
 
 def _plain(value: object) -> object:
@@ -315,6 +514,12 @@ def _plain(value: object) -> object:
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"a {type(value).__name__} has no canonical form; give text or numbers")
+
+
+# Made once: `json.dumps` with these arguments makes one a call, which costs more than encoding.
+_ENCODER = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain
+)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

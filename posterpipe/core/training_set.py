@@ -1,7 +1,8 @@
 """The training set: `training.csv` beside its images.
 
 What belongs here: which posters are trained on, with which words, and the folder that trainers
-read. What does not: captions (`captioner`) and training (`dreambooth`).
+read. What does not: captions (`captions`, `captioner`), how many tokens they have
+(`sampler.text_limit`) and training (`dreambooth`).
 
 The folder, complete as soon as it is there:
 
@@ -27,6 +28,7 @@ from pathlib import Path
 import pandas as pd
 
 from posterpipe.core.store import Store, fsync_folder, write_atomic
+from posterpipe.settings import DEFAULT_TEMPLATE
 
 COLUMNS = ["file_name", "caption", "poster_id", "image"]
 CSV_NAME = "training.csv"
@@ -40,17 +42,24 @@ class TrainingSetEmpty(Exception):
 
 
 def build_training_set(
-    store: Store, resized: pd.DataFrame, captions: pd.DataFrame
+    store: Store,
+    resized: pd.DataFrame,
+    captions: pd.DataFrame,
+    *,
+    template: str = DEFAULT_TEMPLATE,
+    trigger: str = "",
 ) -> tuple[pd.DataFrame, Path, str]:
     """The table, the folder and the version (sha256 of `training.csv`) of a training set.
 
     Of posters with both an image and a caption (tables of `resize_posters` and `caption_posters`,
     status `ok`), in the order of their poster_id. Columns of the table: file_name (relative to the
-    folder), caption, poster_id, image (blob). File names hold the hash of the pixels' PNG, so that
-    the version changes with any image or caption; posters that come to the same image are trained
-    on once. Raises TrainingSetEmpty.
+    folder), caption (as `training_caption` words it), poster_id, image (blob). File names hold the
+    hash of the pixels' PNG, so that the version changes with any image or caption; posters that
+    come to the same image are trained on once, with a person's caption if one of them has one.
+    Raises TrainingSetEmpty.
     """
     frame = _join(resized, captions)
+    frame["caption"] = [training_caption(text, template, trigger) for text in frame["caption"]]
     if frame.empty:
         raise TrainingSetEmpty(
             "No poster has both an image and a caption: look at the column `reason` of "
@@ -59,9 +68,17 @@ def build_training_set(
     text = csv_text(frame)
     version = hashlib.sha256(text.encode("utf-8")).hexdigest()
     folder = store.folder("training_sets") / version
-    if not _is_complete(folder, frame):
+    if not (store.keep(folder) and _is_complete(folder, frame)):
         _write(store, frame, text, folder)
     return frame, folder, version
+
+
+def training_caption(caption: str, template: str, trigger: str) -> str:
+    """A caption as it is trained on: the template (`CaptionerSettings.template`) filled, one line.
+
+    Trainers put a phrase in front of every caption, so that prompts can call the look by it.
+    """
+    return " ".join(template.format(trigger=trigger, caption=caption).split())
 
 
 def csv_text(frame: pd.DataFrame) -> str:
@@ -75,11 +92,13 @@ def csv_text(frame: pd.DataFrame) -> str:
 
 def _join(resized: pd.DataFrame, captions: pd.DataFrame) -> pd.DataFrame:
     images = resized.loc[resized["status"] == "ok", ["poster_id", "image"]]
-    words = captions.loc[captions["status"] == "ok", ["poster_id", "caption"]].copy()
+    words = captions.loc[captions["status"] == "ok", ["poster_id", "caption", "source"]].copy()
     # A line break inside a cell is legal CSV, and what many readers of it get wrong.
     words["caption"] = [" ".join(str(caption).split()) for caption in words["caption"]]
     frame = images.merge(words[words["caption"] != ""], on="poster_id", validate="one_to_one")
-    frame = frame.sort_values("poster_id").drop_duplicates("image").reset_index(drop=True)
+    # "human" sorts before "model": what a person wrote of one copy is true of the others.
+    frame = frame.sort_values(["source", "poster_id"]).drop_duplicates("image")
+    frame = frame.sort_values("poster_id").reset_index(drop=True)
     frame["file_name"] = [f"{IMAGES}/{image[:NAME_LENGTH]}.png" for image in frame["image"]]
     return frame[COLUMNS]
 

@@ -11,11 +11,15 @@ Tables (times are UTC; `run_id` names the Dagster run that wrote the row):
     dim_checkpoint      models that images were drawn with
     dim_metric          what a metric_id means
     fct_promotion       decisions about which checkpoint is served
+    fct_drawing         which run drew some pixels, key pixel_key
+    dim_environment     versions of code and packages, key environment_id
+    run_environment     which environments a run worked in
     current_generation  the images that the latest tables of generations name
     clip_scores         the view that most analysts read
 
-Rows are only ever added, and adding one twice changes nothing. The one exception is a row with
-status failed, which a later success replaces.
+Rows are only ever added, and adding one twice changes nothing. The exceptions are a row with status
+failed, which a later success replaces, and what is not known of a checkpoint (NULL), which is
+filled in when it is.
 """
 
 from __future__ import annotations
@@ -39,7 +43,9 @@ import pandas as pd
 
 from posterpipe.core.store import content_key, fsync_folder
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2 added fct_drawing, dim_environment and run_environment. Every version so far only added tables:
+files of an older one are brought up to date by creating what is missing."""
 
 BUSY_SECONDS = 120.0
 """How long to wait for another process that has the file open."""
@@ -119,6 +125,26 @@ CREATE TABLE IF NOT EXISTS fct_promotion (
 );
 CREATE TABLE IF NOT EXISTS current_generation (
     generation_key  VARCHAR NOT NULL
+);
+CREATE TABLE IF NOT EXISTS fct_drawing (
+    pixel_key       VARCHAR PRIMARY KEY,
+    run_id          VARCHAR NOT NULL,
+    environment_id  VARCHAR,
+    drawn_at        TIMESTAMP
+);
+CREATE TABLE IF NOT EXISTS dim_environment (
+    environment_id  VARCHAR PRIMARY KEY,
+    posterpipe      VARCHAR,
+    source          VARCHAR,
+    commit_id       VARCHAR,
+    python          VARCHAR,
+    platform        VARCHAR,
+    packages        VARCHAR
+);
+CREATE TABLE IF NOT EXISTS run_environment (
+    run_id          VARCHAR NOT NULL,
+    environment_id  VARCHAR NOT NULL,
+    PRIMARY KEY (run_id, environment_id)
 );
 """
 
@@ -338,6 +364,30 @@ def record_generations(
     insert(connection, "dim_prompt", prompts)
     insert(connection, "dim_checkpoint", checkpoints)
     insert(connection, "fct_image", images.drop_duplicates("generation_key"))
+
+
+def fill_checkpoints(connection: duckdb.DuckDBPyConnection, facts: pd.DataFrame) -> None:
+    """Fills in what dim_checkpoint does not know of its rows.
+
+    `facts`: checkpoint_id, base_model, training_set_version, settings (JSON), trained_at, run_id of
+    the training; ids that have no row are passed over. The run of a row that was written without
+    them is the one that met the checkpoint first, and is replaced by the one that trained it.
+    """
+    connection.register("facts", facts)
+    connection.execute(
+        """
+        UPDATE dim_checkpoint SET
+            base_model = facts.base_model,
+            training_set_version = facts.training_set_version,
+            settings = facts.settings,
+            trained_at = facts.trained_at,
+            run_id = facts.run_id
+        FROM facts
+        WHERE dim_checkpoint.checkpoint_id = facts.checkpoint_id
+          AND dim_checkpoint.training_set_version IS NULL
+        """
+    )
+    connection.unregister("facts")
 
 
 def replace_current(connection: duckdb.DuckDBPyConnection, generation_keys: Iterable[str]) -> None:

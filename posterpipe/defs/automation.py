@@ -1,24 +1,28 @@
-"""When assets are materialized: jobs, and which assets no longer match what they were made from.
+"""When assets are materialized: the policy of what follows by itself, its sensor, and jobs.
 
-What belongs here: code versions that follow the settings, jobs, staleness. What does not: the
-assets themselves.
+What belongs here: one policy for all assets, jobs for people and schedules. What does not: what is
+made from what (the assets), which assets are stale (`staleness`) and the net behind the policy
+(`sweep`), and the sensors that watch the outside world.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import dagster as dg
 
-from posterpipe.defs.resources import MODEL_FINGERPRINT, TABLE_VERSION, Deployment
-from posterpipe.settings import Settings
+Condition = dg.AutomationCondition
 
-DATA_VERSION = "dagster/data_version"
-INPUT_DATA_VERSION = "dagster/input_data_version/"
-CODE_VERSION = "dagster/code_version"
+ON_SCHEDULE = ("dreambooth_checkpoint",)
+"""Assets that cost hours and follow a schedule of their own: nothing here requests them."""
+
+LEVELS = 6
+"""How far up an asset looks for work that is not done; more than any chain of the graph has."""
+
+TICK_SECONDS = 15
+"""Seconds between two evaluations of the policy: 0.1 s of work each, and a change takes one tick
+for each asset of the chain below it."""
 
 refresh_dataset = dg.define_asset_job(
     "refresh_dataset",
@@ -43,136 +47,100 @@ everything = dg.define_asset_job(
 
 JOBS = (refresh_dataset, retrain, evaluate, everything)
 
-_BATCH = {"batch_size"}  # how many at once does not decide what comes out
 
-_REPORTING = {"log_every_steps", "save_every_steps", "keep_saves"}
+def rebuild_when_inputs_change() -> dg.AutomationCondition:
+    """Run an asset when what it is made from changed, and only then.
 
-_DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
-    "raw_posters": lambda s: [s.images.min_side, s.images.max_pixels],
-    "resized_posters": lambda s: [s.images.width, s.images.height, s.images.fit],
-    "poster_captions": lambda s: [s.captioner.model_dump(mode="json", exclude=_BATCH)],
-    "dreambooth_checkpoint": lambda s: [
-        s.base_model.model_dump(mode="json"),
-        s.training.model_dump(mode="json", exclude=_REPORTING),
-    ],
-    "base_generations": lambda s: [
-        s.base_model.model_dump(mode="json"),
-        s.sampler.model_dump(mode="json", exclude=_BATCH),
-    ],
-    "tuned_generations": lambda s: [s.sampler.model_dump(mode="json", exclude=_BATCH)],
-    "clip_scores": lambda s: [s.scorer.model_dump(mode="json", exclude=_BATCH)],
-}
-"""Settings that decide what is in an asset, by asset."""
+        due        = latch(input changed | code changed | missing | failed for the first time)
+        requested  = due & not in progress & nothing upstream busy
+                     & inputs there & their blocking checks passed
 
+    Why each term is there; the tests of this module show each at work:
 
-def with_settings_in_code_version(assets: Iterable[Any], settings: Settings) -> list[Any]:
-    """The assets with a code version that also changes with the settings that decide them.
+    - *input changed* is a change of data version, not an update: an input that was made again and
+      came out the same requests nothing, so a change goes no further than it reaches. A change
+      made by a run that holds this asset as well (a job for everything) is taken up in that run.
+    - *code changed* covers settings as well, which are part of the code version (`staleness`).
+    - *missing* starts what was never made, or was wiped.
+    - *failed for the first time* since the last change or success, in a run of this policy: one
+      retry. `execution_failed().newly_true()` alone retries for ever: a retry that a tick sees
+      running makes it false, so the next failure is newly true again. `~newly_requested` makes it
+      false once after each request, for runs that fail before a tick sees them. Runs of others
+      are left alone: a job that stops early fails for all assets it did not reach, and those that
+      are up to date need no run.
+    - The *latch* (`since`) keeps a change while the gates are shut: while this asset is made, for
+      hours perhaps, or while a check holds it back. A request opens the latch, unless something
+      changed since that request: `newly_requested` comes one tick late, and without `~due` it
+      would take away a change that landed in between. The price is at times a run that finds
+      everything done.
+    - *not in progress*: the change is taken up after the run, not by a second one beside it.
+    - *nothing upstream busy*: an asset with two inputs that come from one source runs once, when
+      both are there. It looks through all levels, since an input may be due before anything
+      between it and the source has started; but not past an asset that follows a schedule, since
+      what the base model draws need not wait for a training.
+    - *inputs there*: an asset whose input was never made cannot run.
+    - *blocking checks passed* on the latest materialization of each input, also when only the
+      check ran again.
 
-    A changed learning rate then makes the checkpoint stale just as changed code does, in the UI
-    and for automation.
+    What it cannot see: a change there and back between two ticks; a run of others that was to
+    take up a change and did not; what happens outside of Dagster. Those are for the stale sweep
+    (`sweep`).
     """
+    changed = (
+        Condition.any_deps_match(
+            Condition.data_version_changed() & ~Condition.executed_with_root_target()
+        ).with_label("input changed")
+        | Condition.code_version_changed()
+        | Condition.newly_missing()
+    )
+    requested = Condition.newly_requested().since(Condition.newly_updated())
+    failed = (Condition.execution_failed() & ~Condition.newly_requested()).newly_true()
+    first_failure = (failed & requested).since(changed | Condition.newly_updated()).newly_true()
+    due = changed | first_failure.with_label("failed for the first time")
+    return (
+        due.since(Condition.newly_requested() & ~due).with_label("due")
+        & ~Condition.in_progress()
+        & ~_anything_upstream(Condition.in_progress() | Condition.will_be_requested())
+        & ~Condition.any_deps_missing()
+        & Condition.all_deps_blocking_checks_passed()
+    ).with_label("rebuild when inputs change")
 
-    def spec_with_settings(spec: dg.AssetSpec) -> dg.AssetSpec:
-        deciding = _DECIDING.get(spec.key.to_user_string())
-        if deciding is None:
+
+def _anything_upstream(condition: dg.AutomationCondition) -> dg.AutomationCondition:
+    """True when the condition holds for an input, or further up without passing ON_SCHEDULE."""
+    scheduled = dg.AssetSelection.assets(*ON_SCHEDULE)
+    further = Condition.any_deps_match(condition).ignore(scheduled)
+    for _ in range(LEVELS - 2):
+        further = Condition.any_deps_match(condition | further).ignore(scheduled)
+    return (
+        Condition.any_deps_match(condition) | Condition.any_deps_match(further).ignore(scheduled)
+    ).with_label("anything upstream is busy")
+
+
+def with_policy(assets: Iterable[Any]) -> list[Any]:
+    """The assets with the policy, but for those without inputs and those with a schedule.
+
+    Assets without inputs read the outside world, and only a look at it tells whether it changed.
+    """
+    policy = rebuild_when_inputs_change()
+
+    def spec_with_policy(spec: dg.AssetSpec) -> dg.AssetSpec:
+        if not follows_its_inputs(spec):
             return spec
-        text = json.dumps(deciding(settings), sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return spec.replace_attributes(code_version=f"{spec.code_version}-{digest}")
+        return spec.replace_attributes(automation_condition=policy)
 
-    return list(dg.map_asset_specs(spec_with_settings, assets))
+    return list(dg.map_asset_specs(spec_with_policy, assets))
 
 
-def stale_assets(
-    specs: Iterable[dg.AssetSpec], instance: dg.DagsterInstance, deployment: Deployment
-) -> dict[dg.AssetKey, str]:
-    """Assets that do not match what they are made from, each with the reason in words.
-
-    Level-triggered: it compares what was recorded with what is there, whatever happened between.
-    An asset is stale when it was never made, when its code or settings changed, when an input has
-    another data version than the one that was used, when its model was replaced, or when what it
-    made is gone. Assets downstream of stale ones are judged by what is recorded now.
-    """
-    specs = list(specs)
-    latest = {spec.key: _latest(instance, spec.key) for spec in specs}
-    models = _Models(deployment)
-    reasons = {}
-    for spec in specs:
-        reason = _staleness(spec, latest, deployment, models)
-        if reason:
-            reasons[spec.key] = reason
-    return reasons
+def follows_its_inputs(spec: dg.AssetSpec) -> bool:
+    """Whether an asset is rebuilt by the policy."""
+    return bool(list(spec.deps)) and spec.key.path[-1] not in ON_SCHEDULE
 
 
-def _latest(instance: dg.DagsterInstance, key: dg.AssetKey) -> dg.AssetMaterialization | None:
-    record = instance.get_latest_materialization_event(key)
-    return record.asset_materialization if record else None
-
-
-def _staleness(
-    spec: dg.AssetSpec,
-    latest: Mapping[dg.AssetKey, dg.AssetMaterialization | None],
-    deployment: Deployment,
-    models: _Models,
-) -> str:
-    made = latest[spec.key]
-    if made is None:
-        return "never materialized"
-    tags = made.tags or {}
-    if spec.code_version and tags.get(CODE_VERSION) != spec.code_version:
-        return "its code or settings changed"
-    for dep in spec.deps:
-        upstream = latest.get(dep.asset_key)
-        now = (upstream.tags or {}).get(DATA_VERSION) if upstream else None
-        used = tags.get(INPUT_DATA_VERSION + dep.asset_key.to_user_string())
-        if now != used:
-            return f"{dep.asset_key.to_user_string()} changed"
-    model = made.metadata.get(MODEL_FINGERPRINT)
-    if model is not None and model.value != models.fingerprint(spec.key):
-        return "its model changed"
-    return _lost(spec.key, made, deployment)
-
-
-def _lost(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deployment) -> str:
-    """Why what was made is not there any more; "" when it is."""
-    name = key.path[-1]
-    files = {
-        "clip_scores": [deployment.warehouse_path],
-        "leaderboard": [deployment.warehouse_path],
-        "published_scores": [deployment.published_path],
-        "contact_sheet": [deployment.contact_sheet_path],
-    }.get(name, [])
-    version = made.metadata.get(TABLE_VERSION)
-    if version is not None and deployment.store.table_version(name) != version.value:
-        return "its table is gone or another one"
-    if name == "dreambooth_checkpoint":
-        path = made.metadata.get("path")
-        files = [deployment.store_root / str(path.value)] if path else []
-    gone = [file for file in files if not file.exists()]
-    return f"{gone[0]} is gone" if gone else ""
-
-
-class _Models:
-    """Fingerprints of the models as they are now, each read once."""
-
-    def __init__(self, deployment: Deployment) -> None:
-        settings = deployment.settings
-        self._root = settings.root
-        self._refs = {
-            "poster_captions": settings.captioner.model,
-            "dreambooth_checkpoint": settings.base_model,
-            "base_generations": settings.base_model,
-            "clip_scores": settings.scorer.model,
-        }
-        self._known: dict[str, str] = {}
-
-    def fingerprint(self, key: dg.AssetKey) -> str | None:
-        """Of the asset's model; None for an asset without one. Raises ModelMissing."""
-        from posterpipe.core.models import fingerprint
-
-        ref = self._refs.get(key.path[-1])
-        if ref is None:
-            return None
-        if ref.id not in self._known:
-            self._known[ref.id] = fingerprint(ref, self._root)
-        return self._known[ref.id]
+automation = dg.AutomationConditionSensorDefinition(
+    "automation",
+    target=dg.AssetSelection.all(),
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    minimum_interval_seconds=TICK_SECONDS,
+    description="Rebuilds what depends on something that changed; see each asset's condition.",
+)

@@ -1,101 +1,492 @@
 """What must hold before the next step is worth its cost.
 
-What belongs here: asset checks in Dagster's form: expected, actual, and the offenders by name. What
-does not: tests of the reports, which dbt has (`dbt_like_reports`).
+What belongs here: asset checks in Dagster's form: which asset, blocking or not, what a check
+protects and what to do when it fails. What does not: the numbers (`core.quality`), the limits
+(settings `checks`), tests of the reports, which dbt has (`dbt_like_reports`).
+
+The checks of one asset run in one step, since a step of its own costs each of them a process and
+several seconds. A blocking check stops what follows in its run, and automation, which counts any
+failure whatever its severity: so blocking checks fail only for what is worth a stop, and warnings
+do not block.
 """
 
-import json
+import datetime as dt
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from posterpipe.defs.generation import BASE_VARIANTS, TUNED_VARIANTS
-from posterpipe.defs.resources import Deployment, Table, rows, table_preview
+from posterpipe.defs.resources import Deployment, Table, table_preview
+from posterpipe.settings import Settings
+
+if TYPE_CHECKING:
+    from posterpipe.core.quality import Finding
+
+SEVERITY = "severity"
+"""Metadata entry of a check: as what it fails."""
+
+WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
 
 
-@dg.asset_check(asset="raw_posters", blocking=True)
-def enough_usable_posters(
-    deployment: dg.ResourceParam[Deployment], raw_posters: Table
-) -> dg.AssetCheckResult:
-    """There are at least `checks.min_posters` usable posters."""
-    needed = deployment.settings.checks.min_posters
-    usable = int((raw_posters["status"] == "ok").sum())
-    refused = raw_posters[raw_posters["status"] != "ok"]
-    return dg.AssetCheckResult(
-        passed=usable >= needed,
-        description=f"{usable} usable posters; at least {needed} are needed",
-        metadata={
-            "expected": needed,
-            "actual": usable,
-            "refused": table_preview(refused, ["source_name", "status", "reason"]),
+def _spec(
+    asset: str,
+    name: str,
+    description: str,
+    *,
+    severity: dg.AssetCheckSeverity,
+    blocking: bool = False,
+    reads: tuple[str, ...] = (),
+) -> dg.AssetCheckSpec:
+    return dg.AssetCheckSpec(
+        name,
+        asset=asset,
+        description=description,
+        blocking=blocking,
+        additional_deps=reads,
+        metadata={SEVERITY: severity.value},
+    )
+
+
+def _results(
+    context: dg.AssetCheckExecutionContext,
+    specs: list[dg.AssetCheckSpec],
+    findings: Mapping[str, Callable[[], "Finding"]],
+) -> Iterator[dg.AssetCheckResult]:
+    """The results of the checks that this step is to run, each made when it is its turn."""
+    for spec in specs:
+        if spec.key not in context.selected_asset_check_keys:
+            continue
+        finding = findings[spec.name]()
+        yield dg.AssetCheckResult(
+            passed=finding.passed,
+            check_name=spec.name,
+            severity=dg.AssetCheckSeverity(spec.metadata[SEVERITY]),
+            description=finding.description,
+            metadata={
+                "expected": finding.expected,
+                "actual": finding.actual,
+                "offenders": table_preview(finding.offenders),
+                "offending": len(finding.offenders),
+                **finding.numbers,
+            },
+        )
+
+
+# -- posters and their images ----------------------------------------------------------------------
+
+RAW_POSTERS = [
+    _spec(
+        "raw_posters",
+        "enough_usable_posters",
+        "A fine-tuning on fewer posters than `checks.min_posters` learns them by heart. When this "
+        "fails, put more into the landing folder or mend those that were refused; nothing that "
+        "follows runs until then.",
+        severity=ERROR,
+        blocking=True,
+    ),
+    _spec(
+        "raw_posters",
+        "few_rejected_files",
+        "Tells a delivery that went wrong from single bad files, which never stop the others. When "
+        "this warns, mend or remove the files as each reason says. Limit: "
+        "`checks.max_rejected_share`.",
+        severity=WARN,
+    ),
+    _spec(
+        "raw_posters",
+        "few_near_duplicates",
+        "What is in the set twice is learned twice. Near-duplicates are flagged, not dropped: when "
+        "this warns, look at the pairs and remove the worse poster of each. Limit: "
+        "`checks.max_near_duplicate_share`.",
+        severity=WARN,
+    ),
+]
+
+
+@dg.multi_asset_check(specs=RAW_POSTERS, can_subset=True)
+def raw_posters_checks(
+    context: dg.AssetCheckExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    raw_posters: Table,
+) -> Iterator[dg.AssetCheckResult]:
+    """The checks of `raw_posters`."""
+    from posterpipe.core import quality
+
+    limits = deployment.settings.checks
+    yield from _results(
+        context,
+        RAW_POSTERS,
+        {
+            "enough_usable_posters": lambda: quality.enough_posters(
+                raw_posters, limits.min_posters
+            ),
+            "few_rejected_files": lambda: quality.rejected_share(
+                raw_posters, limits.max_rejected_share
+            ),
+            "few_near_duplicates": lambda: quality.near_duplicates(
+                raw_posters, limits.max_near_duplicate_share
+            ),
         },
     )
 
 
-@dg.asset_check(asset="training_csv", blocking=True)
-def every_row_has_image_and_caption(
-    deployment: dg.ResourceParam[Deployment], training_csv: Table
-) -> dg.AssetCheckResult:
-    """Each row of training.csv names an image that is there, and has a caption."""
-    folders = deployment.store_root / "training_sets"
-    offenders = [
-        f"{row.file_name}: {'no caption' if not str(row.caption).strip() else 'no image'}"
-        for row in rows(training_csv)
-        if not str(row.caption).strip()
-        or not (folders / str(row.training_set) / str(row.file_name)).is_file()
-    ]
-    return dg.AssetCheckResult(
-        passed=not offenders,
-        description=f"{len(training_csv)} rows, {len(offenders)} without image or caption",
-        metadata={"expected": 0, "actual": len(offenders), "offenders": offenders[:50]},
-    )
+RESIZED_POSTERS = [
+    _spec(
+        "resized_posters",
+        "training_images_show_something",
+        "A black, white or one-coloured training image is a broken poster, and many of them are a "
+        "broken decoder: neither is worth captioning or training on. When this fails, export the "
+        "named posters again or remove them. Limit: `checks.max_blank_share`.",
+        severity=ERROR,
+        blocking=True,
+        reads=("raw_posters",),
+    ),
+]
 
 
-@dg.asset_check(asset="base_generations", additional_ins={"prompt_suite": dg.AssetIn()})
-def every_base_image_drawn(base_generations: Table, prompt_suite: Table) -> dg.AssetCheckResult:
-    """Every (variant, prompt, seed) of the base variants is there and was drawn."""
-    return _every_cell(base_generations, prompt_suite, BASE_VARIANTS)
+@dg.multi_asset_check(specs=RESIZED_POSTERS, can_subset=True)
+def resized_posters_checks(
+    context: dg.AssetCheckExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    resized_posters: Table,
+    raw_posters: Table,
+) -> Iterator[dg.AssetCheckResult]:
+    """The checks of `resized_posters`; each image is measured once."""
+    from posterpipe.core import quality
+
+    def blank_images() -> "Finding":
+        made = resized_posters.loc[resized_posters["status"] == "ok", "image"]
+        return quality.blank_training_images(
+            resized_posters,
+            quality.source_names(raw_posters),
+            quality.stored_statistics(deployment.store, made, deployment.progress(context)),
+            deployment.settings.checks.max_blank_share,
+        )
+
+    yield from _results(context, RESIZED_POSTERS, {"training_images_show_something": blank_images})
 
 
-@dg.asset_check(asset="tuned_generations", additional_ins={"prompt_suite": dg.AssetIn()})
-def every_tuned_image_drawn(tuned_generations: Table, prompt_suite: Table) -> dg.AssetCheckResult:
-    """Every (variant, prompt, seed) of the fine-tuned variants is there and was drawn."""
-    return _every_cell(tuned_generations, prompt_suite, TUNED_VARIANTS)
+# -- captions and the training set -----------------------------------------------------------------
+
+POSTER_CAPTIONS = [
+    _spec(
+        "poster_captions",
+        "captions_do_not_repeat",
+        "BLIP is known to say a phrase over and over, and the same of several posters; such "
+        "captions teach little. When this warns, write better ones for the named posters. Limits: "
+        "`checks.max_repeated_share` (word pairs of one caption) and `checks.max_shared_captions`.",
+        severity=WARN,
+        reads=("raw_posters",),
+    ),
+    _spec(
+        "poster_captions",
+        "captions_are_diverse",
+        "When nearly all posters have one caption, the captioner sees nothing, and a training "
+        "would be wasted. When this fails, look at the captioner and the training images. Limit: "
+        "`checks.min_distinct_captions`.",
+        severity=ERROR,
+        blocking=True,
+        reads=("raw_posters",),
+    ),
+]
 
 
-def _every_cell(generations: Table, suite: Table, variants: tuple[str, ...]) -> dg.AssetCheckResult:
-    expected = {
-        (variant, row.prompt_id, seed)
-        for row in rows(suite)
-        for seed in json.loads(row.seeds)
-        for variant in variants
-    }
-    drawn = generations[generations["status"] != "failed"]
-    missing = sorted(
-        expected - set(zip(drawn["variant"], drawn["prompt_id"], drawn["seed"], strict=True))
-    )
-    return dg.AssetCheckResult(
-        passed=not missing,
-        description=f"{len(expected) - len(missing)} of {len(expected)} images are there",
-        metadata={
-            "expected": len(expected),
-            "actual": len(expected) - len(missing),
-            "missing": [" ".join(map(str, cell)) for cell in missing[:50]],
+@dg.multi_asset_check(specs=POSTER_CAPTIONS, can_subset=True)
+def poster_captions_checks(
+    context: dg.AssetCheckExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    poster_captions: Table,
+    raw_posters: Table,
+) -> Iterator[dg.AssetCheckResult]:
+    """The checks of `poster_captions`."""
+    from posterpipe.core import quality
+
+    limits = deployment.settings.checks
+    names = quality.source_names(raw_posters)
+    yield from _results(
+        context,
+        POSTER_CAPTIONS,
+        {
+            "captions_do_not_repeat": lambda: quality.repeated_captions(
+                poster_captions,
+                names,
+                max_repeated_share=limits.max_repeated_share,
+                max_shared=limits.max_shared_captions,
+            ),
+            "captions_are_diverse": lambda: quality.caption_diversity(
+                poster_captions, names, limits.min_distinct_captions
+            ),
         },
     )
 
 
-@dg.asset_check(asset="clip_scores")
-def cosines_are_possible(clip_scores: Table) -> dg.AssetCheckResult:
-    """Every cosine is within -1 and 1, and exactly the images with status ok have one."""
-    cosine = clip_scores["clip_cosine"]
-    scored = clip_scores["status"] == "ok"
-    wrong = clip_scores[(scored != cosine.notna()) | (cosine.abs() > 1)]
-    return dg.AssetCheckResult(
-        passed=wrong.empty,
-        description=f"{len(wrong)} of {len(clip_scores)} scores are impossible",
-        metadata={
-            "lowest": float(cosine.min()) if cosine.notna().any() else None,
-            "highest": float(cosine.max()) if cosine.notna().any() else None,
-            "offenders": table_preview(wrong, ["variant", "prompt_id", "seed", "clip_cosine"]),
+TRAINING_CSV = [
+    _spec(
+        "training_csv",
+        "enough_training_rows",
+        "Posters may be lost between landing folder and training set: images that cannot be made, "
+        "captions that fail. When this fails, read the reasons in resized_posters and "
+        "poster_captions. Limit: `checks.min_posters`.",
+        severity=ERROR,
+        blocking=True,
+        reads=("raw_posters",),
+    ),
+    _spec(
+        "training_csv",
+        "every_row_has_image_and_caption",
+        "The trainer stops at a row without its image or caption, which is better known before a "
+        "GPU is taken. When this fails, someone changed the folder: materialize training_csv "
+        "again.",
+        severity=ERROR,
+        blocking=True,
+    ),
+    _spec(
+        "training_csv",
+        "captions_fit_the_text_encoder",
+        "Words beyond the text encoder's limit are cut by the trainer, as every Stable Diffusion "
+        "does: the training is sound but does not learn them, so this warns and does not block. "
+        "Shorten the named captions.",
+        severity=WARN,
+    ),
+    _spec(
+        "training_csv",
+        "no_poster_is_held_out",
+        "Scores on the holdout posters say how well a model does with what it has never seen; a "
+        "poster in both sets makes them worthless, and only a new training mends it. Compared by "
+        "bytes and by perceptual hash. When this fails, remove the poster from one of the folders. "
+        "Limit: `checks.holdout_distance`.",
+        severity=ERROR,
+        blocking=True,
+        reads=("raw_posters",),
+    ),
+]
+
+
+@dg.multi_asset_check(specs=TRAINING_CSV, can_subset=True)
+def training_csv_checks(
+    context: dg.AssetCheckExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    training_csv: Table,
+    raw_posters: Table,
+) -> Iterator[dg.AssetCheckResult]:
+    """The checks of `training_csv`; each holdout file is read once."""
+    from posterpipe.core import quality
+
+    settings = deployment.settings
+    limits = settings.checks
+
+    def long_captions() -> "Finding":
+        from posterpipe.core.models import locate
+        from posterpipe.core.sampler import text_limit
+
+        count_tokens, max_tokens = text_limit(locate(settings.base_model, settings.root))
+        return quality.long_captions(training_csv, count_tokens, max_tokens)
+
+    def held_out() -> "Finding":
+        holdout = quality.holdout_posters(
+            settings.path(settings.holdout),
+            settings.images,
+            deployment.store,
+            deployment.progress(context),
+        )
+        return quality.holdout_overlap(training_csv, raw_posters, holdout, limits.holdout_distance)
+
+    yield from _results(
+        context,
+        TRAINING_CSV,
+        {
+            "enough_training_rows": lambda: quality.enough_rows(
+                training_csv, raw_posters, limits.min_posters
+            ),
+            "every_row_has_image_and_caption": lambda: quality.incomplete_rows(
+                training_csv, deployment.store_root / "training_sets"
+            ),
+            "captions_fit_the_text_encoder": long_captions,
+            "no_poster_is_held_out": held_out,
         },
+    )
+
+
+# -- generations -----------------------------------------------------------------------------------
+
+_DRAWN = (
+    "Variants are compared pair by pair, so each must have drawn every prompt with every seed. "
+    "When this fails, mend what the reasons name and materialize the asset again: only the missing "
+    "images are drawn."
+)
+_SHOWING = (
+    "Black images and images of one colour come from overflowing numbers or a ruined model. Single "
+    "ones are blocked and get no score; when this warns, look at the training curve and at "
+    "`sampler.precision`. Limit: `checks.max_blocked_share`."
+)
+
+BASE_GENERATIONS = [
+    _spec(
+        "base_generations",
+        "every_base_image_drawn",
+        _DRAWN,
+        severity=ERROR,
+        reads=("prompt_suite",),
+    ),
+    _spec("base_generations", "base_images_show_something", _SHOWING, severity=WARN),
+]
+
+TUNED_GENERATIONS = [
+    _spec(
+        "tuned_generations",
+        "every_tuned_image_drawn",
+        _DRAWN,
+        severity=ERROR,
+        reads=("prompt_suite",),
+    ),
+    _spec("tuned_generations", "tuned_images_show_something", _SHOWING, severity=WARN),
+]
+
+
+@dg.multi_asset_check(specs=BASE_GENERATIONS, can_subset=True)
+def base_generations_checks(
+    context: dg.AssetCheckExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    base_generations: Table,
+    prompt_suite: Table,
+) -> Iterator[dg.AssetCheckResult]:
+    """The checks of `base_generations`."""
+    from posterpipe.core import quality
+
+    yield from _results(
+        context,
+        BASE_GENERATIONS,
+        {
+            "every_base_image_drawn": lambda: quality.missing_images(
+                base_generations, prompt_suite, BASE_VARIANTS
+            ),
+            "base_images_show_something": lambda: _blank_generations(
+                context, deployment, base_generations
+            ),
+        },
+    )
+
+
+@dg.multi_asset_check(specs=TUNED_GENERATIONS, can_subset=True)
+def tuned_generations_checks(
+    context: dg.AssetCheckExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    tuned_generations: Table,
+    prompt_suite: Table,
+) -> Iterator[dg.AssetCheckResult]:
+    """The checks of `tuned_generations`."""
+    from posterpipe.core import quality
+
+    yield from _results(
+        context,
+        TUNED_GENERATIONS,
+        {
+            "every_tuned_image_drawn": lambda: quality.missing_images(
+                tuned_generations, prompt_suite, TUNED_VARIANTS
+            ),
+            "tuned_images_show_something": lambda: _blank_generations(
+                context, deployment, tuned_generations
+            ),
+        },
+    )
+
+
+def _blank_generations(
+    context: dg.AssetCheckExecutionContext, deployment: Deployment, generations: Any
+) -> "Finding":
+    from posterpipe.core import quality
+
+    drawn = generations.loc[generations["status"] == "ok", "image"]
+    return quality.blank_generations(
+        generations,
+        quality.stored_statistics(deployment.store, drawn, deployment.progress(context)),
+        deployment.settings.checks.max_blocked_share,
+    )
+
+
+# -- scores ----------------------------------------------------------------------------------------
+
+CLIP_SCORES = [
+    _spec(
+        "clip_scores",
+        "cosines_are_possible",
+        "A cosine lies within -1 and 1, and exactly the images with status ok have one. When this "
+        "fails, the scorer is at fault, and no conclusion holds.",
+        severity=ERROR,
+    ),
+    _spec(
+        "clip_scores",
+        "scores_are_current",
+        "Every current image has its score, and no score is of a former image; how old they are is "
+        "told beside. Dagster's freshness policies know times only, and old scores of unchanged "
+        "images are right, so this compares, after each scoring and once a day. When it fails, "
+        "materialize clip_scores. Limits: `checks.max_scoring_delay_hours` and "
+        "`checks.max_score_age_days`.",
+        severity=ERROR,
+        reads=("base_generations", "tuned_generations"),
+    ),
+]
+
+
+@dg.multi_asset_check(specs=CLIP_SCORES, can_subset=True)
+def clip_scores_checks(
+    context: dg.AssetCheckExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    clip_scores: Table,
+    base_generations: Table,
+    tuned_generations: Table,
+) -> Iterator[dg.AssetCheckResult]:
+    """The checks of `clip_scores`."""
+    from posterpipe.core import quality
+
+    def freshness() -> "Finding":
+        import pandas as pd
+
+        limits = deployment.settings.checks
+        return quality.score_freshness(
+            clip_scores,
+            pd.concat([base_generations, tuned_generations], ignore_index=True),
+            drawn_at=max(
+                _materialized_at(context.instance, name)
+                for name in ("base_generations", "tuned_generations")
+            ),
+            scored_at=_materialized_at(context.instance, "clip_scores"),
+            now=dt.datetime.now(dt.UTC),
+            max_delay_hours=limits.max_scoring_delay_hours,
+            max_age_days=limits.max_score_age_days,
+        )
+
+    yield from _results(
+        context,
+        CLIP_SCORES,
+        {
+            "cosines_are_possible": lambda: quality.impossible_cosines(clip_scores),
+            "scores_are_current": freshness,
+        },
+    )
+
+
+def _materialized_at(instance: dg.DagsterInstance, name: str) -> dt.datetime:
+    """When an asset was last materialized; long ago where that is not on record."""
+    record = instance.get_latest_materialization_event(dg.AssetKey(name))
+    return dt.datetime.fromtimestamp(record.timestamp if record else 0, dt.UTC)
+
+
+def score_freshness_schedule(settings: Settings) -> dg.ScheduleDefinition:
+    """Runs `scores_are_current` on its own: stale scores would otherwise be noticed only by the run
+    that replaces them."""
+    key = dg.AssetCheckKey(dg.AssetKey("clip_scores"), "scores_are_current")
+    job = dg.define_asset_job(
+        "check_score_freshness",
+        dg.AssetSelection.checks(key),
+        description="Whether the scores are those of the current images, and how old they are.",
+    )
+    return dg.ScheduleDefinition(
+        name="score_freshness",
+        job=job,
+        cron_schedule=settings.checks.freshness_cron,
+        execution_timezone="UTC",
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description="Once a day: are the scores those of the current images?",
     )

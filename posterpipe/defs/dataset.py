@@ -1,14 +1,16 @@
-"""From posters to a training set: resized images, captions, the CSV.
+"""From posters to a training set: resized images, captions by people and by BLIP, the CSV.
 
-What belongs here: the three assets. What does not: pixels (`core.images`), BLIP (`core.captioner`)
-and the files of a training set (`core.training_set`).
+What belongs here: the four assets. What does not: pixels (`core.images`), what people wrote
+(`core.captions`), BLIP (`core.captioner`) and the files of a training set (`core.training_set`).
 """
 
 import dagster as dg
 
 from posterpipe.defs.resources import (
     MODEL_FINGERPRINT,
+    SOURCE_DIGEST,
     TABLES,
+    UNREAD,
     Deployment,
     Table,
     columns,
@@ -69,6 +71,57 @@ def resized_posters(
 
 @dg.asset(
     group_name="dataset",
+    kinds={"python", "csv"},
+    owners=["team:data"],
+    code_version="1",
+    io_manager_key=TABLES,
+    metadata=columns(
+        source_name="string: the poster, as in raw_posters; what the file says if there is none",
+        caption="string: what a person wrote",
+        origin="string: sidecar (a text file beside the poster) or captions.csv",
+        status="string: ok (at most once a poster) or rejected",
+        reason="string: file and line, why it does not count, and what to do",
+    ),
+)
+def human_captions(
+    context: dg.AssetExecutionContext, deployment: dg.ResourceParam[Deployment]
+) -> dg.Output[Table]:
+    """What people wrote about posters: text files beside them, and `data/captions.csv`.
+
+    A caption by a person wins over BLIP's and is never overwritten. Put `rocket.txt` beside
+    `rocket.png`, or a row `rocket.png,a red rocket` into the CSV (the setting `captions`; columns
+    file_name and caption). With neither the table is empty. Runs when one of these files, or the
+    list of posters, changed.
+    """
+    from posterpipe.core.arrivals import captions_digest
+    from posterpipe.core.captions import read_human_captions, unread_count
+    from posterpipe.core.listing import open_place
+
+    settings = deployment.settings
+    place = open_place(settings.landing, settings.root)
+    digest = captions_digest(place.entries(), settings.path(settings.captions))
+    table = read_human_captions(
+        place,
+        settings.path(settings.captions),
+        deployment.store,
+        deployment.progress(context),
+    )
+    unused = table[table["status"] != "ok"]
+    return table_output(
+        table,
+        {
+            **counts(table, "status"),
+            "captions": table_preview(table[table["status"] == "ok"]),
+            "not_used": table_preview(unused, ["source_name", "reason"]),
+            "file": dg.MetadataValue.path(settings.path(settings.captions)),
+            SOURCE_DIGEST: digest,
+            UNREAD: unread_count(table),
+        },
+    )
+
+
+@dg.asset(
+    group_name="dataset",
     kinds={"python", "huggingface"},
     owners=["team:data"],
     code_version="1",
@@ -77,33 +130,49 @@ def resized_posters(
     metadata=columns(
         poster_id="string: the poster",
         caption="string: what the poster shows, in words",
-        source="string: who wrote it; model is BLIP",
-        model="string: id or folder of the captioner",
-        revision="string: fingerprint of its weights",
+        source="string: who wrote it: model is BLIP, human a person",
+        model="string: id or folder of the captioner; empty for human",
+        revision="string: fingerprint of its weights; empty for human",
         status="string: ok or failed",
-        reason="string: why it failed, and what to do",
+        reason="string: why it failed, or what to look at, and what to do",
     ),
 )
 def poster_captions(
     context: dg.AssetExecutionContext,
     deployment: dg.ResourceParam[Deployment],
+    raw_posters: Table,
     resized_posters: Table,
+    human_captions: Table,
 ) -> dg.Output[Table]:
-    """A caption for each training image, written by BLIP in batches.
+    """A caption for each training image: a person's where there is one, else BLIP's.
 
-    Captions are what the fine-tuning learns each image under. Runs after `resized_posters`; an
-    image that this captioner has described before is not described again.
+    Captions are what the fine-tuning learns each image under. BLIP works in batches and describes
+    an image once; it is asked again only when the captioner or its settings change, and never for
+    a poster that a person described. Runs after the three tables that it reads.
     """
-    from posterpipe.core.captioner import caption_posters
+    from posterpipe.core.captioner import HUMAN, MODEL, caption_posters
+    from posterpipe.core.captions import captions_by_poster
     from posterpipe.core.models import fingerprint
 
     settings = deployment.settings
     store = deployment.store
     captions = caption_posters(
-        store, resized_posters, settings.captioner, settings.root, deployment.progress(context)
+        store,
+        resized_posters,
+        settings.captioner,
+        settings.root,
+        deployment.progress(context),
+        human=captions_by_poster(raw_posters, human_captions),
     )
     images = dict(zip(resized_posters["poster_id"], resized_posters["image"], strict=True))
     captioned = captions[captions["status"] == "ok"]
+    by_source = {MODEL: 0, HUMAN: 0, **counts(captions, "source")}
+    # Without captions by the model, another model changes nothing.
+    model = (
+        {MODEL_FINGERPRINT: fingerprint(settings.captioner.model, settings.root)}
+        if by_source[MODEL]
+        else {}
+    )
     return table_output(
         captions,
         {
@@ -114,8 +183,9 @@ def poster_captions(
                 ]
             ),
             "captions": table_preview(captions, ["caption", "source", "status", "reason"]),
-            **counts(captions, "source"),
-            MODEL_FINGERPRINT: fingerprint(settings.captioner.model, settings.root),
+            **by_source,
+            **model,
+            "to_look_at": int((captions["reason"] != "").sum()),
             "distinct_captions": int(captioned["caption"].nunique()),
             "mean_words": sum(len(text.split()) for text in captioned["caption"])
             / max(len(captioned), 1),
@@ -138,12 +208,21 @@ def training_csv(
     """The training set: `training.csv` with file_name and caption, beside its images.
 
     What the trainer reads, and what `datasets.load_dataset("imagefolder", data_dir=...)` reads as
-    well. Each version lies in a folder of its own, named by the hash of its CSV, and stays.
+    well. Captions are worded by the settings `captioner.template` and `captioner.trigger` here, so
+    another wording captions nothing again. Each version lies in a folder of its own, named by the
+    hash of its CSV, and stays.
     """
     from posterpipe.core.training_set import build_training_set
 
     store = deployment.store
-    table, folder, version = build_training_set(store, resized_posters, poster_captions)
+    captioner = deployment.settings.captioner
+    table, folder, version = build_training_set(
+        store,
+        resized_posters,
+        poster_captions,
+        template=captioner.template,
+        trigger=captioner.trigger,
+    )
     return table_output(
         table.assign(training_set=version),
         {
@@ -153,6 +232,8 @@ def training_csv(
             "training_csv": table_preview(table, ["file_name", "caption"]),
             "folder": dg.MetadataValue.path(folder),
             "training_set": version,
+            "template": captioner.template,
+            "trigger": captioner.trigger or "none",
         },
         data_version=version,
     )

@@ -12,6 +12,7 @@ import dagster as dg
 
 from posterpipe.defs.resources import (
     MODEL_FINGERPRINT,
+    SOURCE_DIGEST,
     TABLES,
     Deployment,
     Table,
@@ -65,12 +66,14 @@ _COLUMNS = columns(
 def prompt_suite(deployment: dg.ResourceParam[Deployment]) -> dg.Output[Table]:
     """The fixed questions that every model answers: prompts, scored texts, negatives, seeds.
 
-    Edit `data/prompt_suites/animated_movies.yaml` (or the setting `prompt_suite`) and materialize
-    this; a mistake is reported with file and line.
+    Edit `data/prompt_suites/animated_movies.yaml` (or the setting `prompt_suite`): the sensor
+    `arrivals` notices and materializes this. A mistake is reported with file and line.
     """
+    from posterpipe.core.arrivals import file_digest
     from posterpipe.core.prompts import load_suite, suite_table
 
     path = deployment.settings.path(deployment.settings.prompt_suite)
+    digest = file_digest(path)
     prompts = load_suite(path)
     table = suite_table(prompts)
     return table_output(
@@ -79,6 +82,7 @@ def prompt_suite(deployment: dg.ResourceParam[Deployment]) -> dg.Output[Table]:
             "prompts": table_preview(table),
             "images_a_variant": sum(len(prompt.seeds) for prompt in prompts),
             "file": dg.MetadataValue.path(path),
+            SOURCE_DIGEST: digest,
         },
     )
 
@@ -137,13 +141,23 @@ def tuned_generations(
     The study's last two variants. The noise of each image depends on its seed alone, so an image
     differs from the base model's only by what the fine-tuning changed.
     """
+    from posterpipe.core.provenance import require_checkpoint
+
     checkpoint = dreambooth_checkpoint.iloc[0]
+    folder = deployment.store_root / checkpoint["path"]
+    require_checkpoint(
+        deployment.store,
+        folder,
+        checkpoint_id=checkpoint["checkpoint_id"],
+        training_set=checkpoint["training_set"],
+        base_model=checkpoint["base_model"],
+    )
     return _generations(
         context,
         deployment,
         prompt_suite,
         TUNED_VARIANTS,
-        deployment.store_root / checkpoint["path"],
+        folder,
         checkpoint["checkpoint_id"],
         {"checkpoint_id": checkpoint["checkpoint_id"]},
     )

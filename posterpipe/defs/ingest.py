@@ -1,13 +1,15 @@
 """Posters as they arrive.
 
-What belongs here: the asset over the landing folder. What does not: judging and decoding files
-(`core.landing`).
+What belongs here: the asset over the landing folder or bucket. What does not: judging and decoding
+files (`core.landing`), and noticing that they arrived (`arrivals`).
 """
 
 import dagster as dg
 
 from posterpipe.defs.resources import (
+    SOURCE_DIGEST,
     TABLES,
+    UNREAD,
     Deployment,
     Table,
     columns,
@@ -32,8 +34,10 @@ from posterpipe.defs.resources import (
         format="string: what the content is, whatever the extension says",
         width="int: pixels, as stored",
         height="int: pixels, as stored",
+        perceptual_hash="string: 16 hex digits, alike for pictures that look alike; only where ok",
         status="string: ok, rejected or duplicate",
         reason="string: why it is not ok, and what to do",
+        near_duplicate_of="string: an earlier poster that it resembles; it is used all the same",
     ),
 )
 def raw_posters(
@@ -41,18 +45,23 @@ def raw_posters(
 ) -> dg.Output[Table]:
     """Every file of the landing folder, judged: usable, rejected (with the reason) or a duplicate.
 
-    Drop posters into the folder (`data/raw_posters/`, or the setting `landing`) and materialize
-    this. Usable posters are copied into the store under the hash of their bytes, so nothing later
-    depends on the folder; unchanged files are not read again.
+    Drop posters into the folder (`data/raw_posters/`, or the setting `landing`, which may also name
+    a bucket): the sensor `arrivals` notices and materializes this. Usable posters are copied into
+    the store under the hash of their bytes, so nothing later depends on the folder; unchanged files
+    are not read again. Posters that look like an earlier one are marked, and used all the same.
     """
-    from posterpipe.core.landing import scan
+    from posterpipe.core.landing import landing_digest, list_posters, scan
+    from posterpipe.core.listing import Folder, open_place
 
     settings = deployment.settings
     store = deployment.store
-    folder = settings.path(settings.landing)
-    posters = scan(folder, settings.images, store, deployment.progress(context))
+    place = open_place(settings.landing, settings.root)
+    entries = list_posters(place)
+    digest = landing_digest(entries, store)
+    posters = scan(place, settings.images, store, deployment.progress(context), entries=entries)
     usable = posters[posters["status"] == "ok"]
     refused = posters[posters["status"] != "ok"]
+    resembling = usable[usable["near_duplicate_of"] != ""]
     return table_output(
         posters,
         {
@@ -61,7 +70,13 @@ def raw_posters(
             ),
             **counts(posters, "status"),
             "refused": table_preview(refused, ["source_name", "status", "reason"]),
+            "near_duplicates": len(resembling),
+            "resembling": table_preview(resembling, ["source_name", "near_duplicate_of"]),
             "posters": table_preview(posters.drop(columns="poster_id")),
-            "folder": dg.MetadataValue.path(folder),
+            "folder": dg.MetadataValue.path(place.location)
+            if isinstance(place, Folder)
+            else dg.MetadataValue.text(place.location),
+            SOURCE_DIGEST: digest,
+            UNREAD: int(((refused["status"] == "rejected") & (refused["poster_id"] == "")).sum()),
         },
     )

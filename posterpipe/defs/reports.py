@@ -24,7 +24,6 @@ from dagster_dbt import (
     DagsterDbtTranslatorSettings,
     DbtCliResource,
     DbtProject,
-    dbt_assets,
 )
 from packaging.version import Version
 
@@ -104,14 +103,39 @@ class _Translator(DagsterDbtTranslator):
         return spec.replace_attributes(group_name="reports", owners=["team:analytics"])
 
 
+def dbt_specs(project: DbtProject) -> tuple[list[dg.AssetSpec], list[dg.AssetCheckSpec]]:
+    """Every model, seed and snapshot of the manifest as an asset, every test of one as a check.
+
+    The same as `dagster_dbt.dbt_assets` makes of everything. That asks dbt's selection engine what
+    everything is, whose import would be a quarter of the time that the code location takes to load.
+    """
+    manifest = json.loads(project.manifest_path.read_bytes())
+    translator = _Translator()
+    specs: list[dg.AssetSpec] = []
+    check_specs: list[dg.AssetCheckSpec] = []
+    for unique_id, node in manifest["nodes"].items():
+        ephemeral = node["config"].get("materialized") == "ephemeral"
+        if node["resource_type"] not in ("model", "seed", "snapshot") or ephemeral:
+            continue
+        spec = translator.get_asset_spec(manifest, unique_id, project)
+        specs.append(spec)
+        for child in manifest["child_map"].get(unique_id, []):
+            if child.startswith("test."):
+                # None for tests of several models, which belong to one of them.
+                check = translator.get_asset_check_spec(spec, manifest, child, project)
+                check_specs += [check] if check else []
+    return specs, check_specs
+
+
 def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
     """The dbt models as assets, their tests as checks."""
+    specs, check_specs = dbt_specs(project)
 
-    @dbt_assets(
+    @dg.multi_asset(
         name="dbt_models",
-        manifest=project.manifest_path,
-        project=project,
-        dagster_dbt_translator=_Translator(),
+        specs=specs,
+        check_specs=check_specs,
+        can_subset=True,
         pool="warehouse",
     )
     def models(

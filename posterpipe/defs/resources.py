@@ -38,6 +38,13 @@ TABLE_VERSION = "table_version"
 MODEL_FINGERPRINT = "model_fingerprint"
 """Metadata entry of a materialization: the model that it was made with."""
 
+SOURCE_DIGEST = "source_digest"
+"""Metadata entry of a root asset's materialization: digest of what it was made from (the listing of
+the posters, the content of a file), by which the arrivals sensor knows what was read already."""
+
+UNREAD = "unread"
+"""Metadata entry of a root asset's materialization: files that could not be read this time."""
+
 _ROWS_SHOWN = 100
 """Rows of a table in the UI; every one lies in the event log for ever."""
 
@@ -86,7 +93,9 @@ class Deployment:
 
         return Warehouse(self.warehouse_path)
 
-    def progress(self, context: dg.AssetExecutionContext) -> Progress:
+    def progress(
+        self, context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext
+    ) -> Progress:
         """Where this step reports how far it is."""
         from posterpipe.core.progress import LogProgress
 
@@ -94,19 +103,58 @@ class Deployment:
 
 
 class StoreIOManager(dg.IOManager):
-    """Keeps each asset's table in the store, under the asset's name."""
+    """Keeps each asset's table in the store, under the asset's name, and who made it from what."""
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
+        self._read: dict[str, dict[str, str]] = {}
+        """Versions of the tables that each step has read."""
 
     def handle_output(self, context: dg.OutputContext, obj: Any) -> None:
         """Write the table and make it the current one."""
-        version = self._deployment.store.write_table(context.asset_key.path[-1], obj)
+        from posterpipe.core.provenance import record_table
+
+        store = self._deployment.store
+        name = context.asset_key.path[-1]
+        version = store.write_table(name, obj)
+        record_table(
+            store,
+            name,
+            version,
+            run_id=context.run_id,
+            code_version=context.asset_spec.code_version or "",
+            inputs=self._read.get(context.step_key, {}),
+        )
         context.add_output_metadata({TABLE_VERSION: version})
 
     def load_input(self, context: dg.InputContext) -> Any:
         """The current table of the upstream asset. Raises TableMissing."""
-        return self._deployment.store.read_table(context.asset_key.path[-1])
+        store = self._deployment.store
+        name = context.asset_key.path[-1]
+        version = store.table_version(name)
+        table = store.read_table(name, version)
+        if version is not None:
+            self._read.setdefault(_step_key(context), {})[name] = version
+        return table
+
+
+def _step_key(context: dg.InputContext) -> str:
+    try:
+        return context.step_context.step.key
+    except dg.DagsterInvariantViolationError:
+        return ""  # read by hand, in no step
+
+
+def store_tables(deployment: Deployment) -> dg.IOManagerDefinition:
+    """The IO manager of a deployment. The steps that use it hold a lease on the store, so that
+    `posterpipe gc` leaves alone what they work with."""
+
+    @dg.io_manager
+    def tables() -> Iterator[StoreIOManager]:
+        with deployment.store.lease():
+            yield StoreIOManager(deployment)
+
+    return tables
 
 
 def table_output(

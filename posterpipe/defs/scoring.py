@@ -54,17 +54,21 @@ def clip_scores(
 
     from posterpipe.core.metrics.clip import score_generations
     from posterpipe.core.models import fingerprint
+    from posterpipe.core.provenance import environment
+    from posterpipe.core.trace import record_history
 
     settings = deployment.settings
+    generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
     scored = score_generations(
         deployment.store,
         deployment.warehouse,
-        pd.concat([base_generations, tuned_generations], ignore_index=True),
+        generations,
         settings.scorer,
         settings.root,
         deployment.progress(context),
         run_id=context.run.run_id,
     )
+    record_history(deployment.store, deployment.warehouse, generations, run_id=context.run.run_id)
     scores = scored.scores
     means = scores.groupby("variant", sort=False)["clip_cosine"]
     summary = means.agg(images="size", mean="mean", deviation="std").reset_index()
@@ -81,5 +85,20 @@ def clip_scores(
             "metric": scored.metric_id,
             MODEL_FINGERPRINT: fingerprint(settings.scorer.model, settings.root),
             "warehouse": dg.MetadataValue.path(deployment.warehouse_path),
+            "trace": _how_to_trace(scores),
+            "environment": dg.MetadataValue.json(environment()),
         },
+    )
+
+
+def _how_to_trace(scores: Table) -> dg.MarkdownMetadataValue:
+    """The commands that tell where the first score of each variant comes from."""
+    firsts = scores.drop_duplicates("variant")
+    lines = [
+        f"- {row.variant}, {row.prompt_id}, seed {row.seed}: "
+        f"`posterpipe trace {row.generation_key[:16]}`"
+        for row in rows(firsts)
+    ]
+    return dg.MetadataValue.md(
+        "\n".join(["Where a score comes from, down to the posters:", "", *lines])
     )

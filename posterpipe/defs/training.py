@@ -1,17 +1,21 @@
 """Fine-tuning, in a process of its own.
 
-What belongs here: the checkpoint asset, and how the training process's reports reach the run. What
-does not: the training (`core.dreambooth`) and that process (`defs.training_worker`).
+What belongs here: the class images and the checkpoint as assets, the training settings as Dagster's
+launchpad shows them, and how the training process's reports reach the run. What does not: the
+training (`core.dreambooth`) and that process (`defs.training_worker`).
 """
 
 import json
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import dagster as dg
 from dagster._core.errors import DagsterPipesExecutionError  # not exported
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from posterpipe.defs.resources import (
     MODEL_FINGERPRINT,
@@ -19,24 +23,139 @@ from posterpipe.defs.resources import (
     Deployment,
     Table,
     columns,
+    rows,
     table_output,
+    thumbnails,
 )
+from posterpipe.settings import SettingsError, TrainingSettings
 
 WORKER = "posterpipe.defs.training_worker"
 """Module of the training process."""
+
+_BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
 
 
 class TrainingFailed(Exception):
     """The training process ended without a checkpoint. The message is what it said last."""
 
 
+def launchpad_fields() -> dict[str, dg.Field]:
+    """A config field for each training setting, with its description, bounds and default.
+
+    None has a default of its own: what a run leaves out is as the deployment's profile says.
+    """
+    return {
+        name: dg.Field(
+            _config_type(name, field.annotation),
+            is_required=False,
+            description=_described(field),
+        )
+        for name, field in TrainingSettings.model_fields.items()
+    }
+
+
+def _config_type(name: str, annotation: Any) -> Any:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _config_type(name, arguments[0])
+    if origin is Literal:
+        values = [dg.EnumValue(value) for value in arguments]
+        return dg.Enum(f"training_{name}", values)
+    if origin in (Union, types.UnionType):
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return dg.Noneable(_config_type(name, inner))
+    if origin is tuple:
+        return dg.Array(_config_type(name, arguments[0]))
+    return annotation
+
+
+def _described(field: FieldInfo) -> str:
+    limits = [
+        f"{words} {getattr(limit, bound):g}"
+        for limit in field.metadata
+        for bound, words in _BOUNDS
+        if getattr(limit, bound, None) is not None
+    ]
+    bounds = f" ({', '.join(limits)})" if limits else ""
+    default = "none" if field.default in (None, ()) else field.default
+    return f"{field.description}{bounds}. Default: {default}, unless the profile says otherwise."
+
+
+def training_settings(base: TrainingSettings, overrides: Mapping[str, Any]) -> TrainingSettings:
+    """The deployment's settings with what a run was launched with. Raises SettingsError."""
+    try:
+        return TrainingSettings(**{**base.model_dump(), **overrides})
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc']) or 'training'}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise SettingsError(f"config of dreambooth_checkpoint: {problems}; correct it") from error
+
+
 @dg.asset(
     group_name="training",
-    kinds={"python", "pytorch", "huggingface"},
+    kinds={"python", "huggingface"},
     owners=["team:ml"],
     code_version="1",
     io_manager_key=TABLES,
     pool="gpu",
+    metadata=columns(
+        file_name="string: the image inside the folder of the set",
+        caption="string: the class prompt",
+        poster_id="string: key of everything that decides its pixels",
+        image="string: sha256 of the PNG in the store",
+        class_set="string: version of the set",
+    ),
+)
+def class_images(
+    context: dg.AssetExecutionContext, deployment: dg.ResourceParam[Deployment]
+) -> dg.Output[Table]:
+    """What the base model draws of the class prompt, to be trained on beside the posters.
+
+    Prior preservation keeps the fine-tuned model from forgetting what else belongs to the class.
+    Off by default, and then this table is empty; switch it on with `training.prior_preservation`.
+    Drawn once for each prompt, base model and sampler, then taken from the store.
+    """
+    from posterpipe.core.class_images import build_class_images
+    from posterpipe.core.models import fingerprint, locate
+
+    settings = deployment.settings
+    store = deployment.store
+    model_dir, model_id = Path(), ""
+    if settings.training.prior_preservation:  # else no model is needed, nor looked for
+        model_dir = locate(settings.base_model, settings.root)
+        model_id = fingerprint(settings.base_model, settings.root)
+    table, folder, version = build_class_images(
+        store,
+        model_dir,
+        model_id,
+        settings,
+        deployment.progress(context),
+        run_id=context.run.run_id,
+    )
+    images = [(store.path(row.image, ".png"), str(row.caption)) for row in rows(table)]
+    return table_output(
+        table.assign(class_set=version),
+        {
+            "contact_sheet": thumbnails(images),
+            "prior_preservation": settings.training.prior_preservation,
+            "class_prompt": settings.training.class_prompt,
+            **({"folder": dg.MetadataValue.path(folder)} if folder else {}),
+        },
+        data_version=version or "off",
+    )
+
+
+@dg.asset(
+    group_name="training",
+    kinds={"python", "pytorch", "huggingface"},
+    owners=["team:ml"],
+    code_version="2",
+    io_manager_key=TABLES,
+    pool="gpu",
+    deps=[class_images],
+    config_schema=launchpad_fields(),
     metadata=columns(
         checkpoint_id="string: hash of training set, base model, settings and trainer version",
         path="string: the diffusers directory, inside the store",
@@ -55,29 +174,56 @@ def dreambooth_checkpoint(
 
     The step that costs a GPU, hours with the real models. It runs under `accelerate launch` in a
     process of its own and goes on from its last save after an interruption. A checkpoint is named
-    by everything that decides it: one that exists is used, not trained again.
+    by everything that decides it: one that exists is used, not trained again. While it trains, the
+    loss on the held-out posters shows whether it still learns or only remembers. A run can be
+    launched with other settings in its config.
     """
     import pandas as pd
 
+    from posterpipe.core.class_images import build_class_images
     from posterpipe.core.dreambooth.config import RunConfig, Versions, checkpoint_id
+    from posterpipe.core.holdout_set import build_holdout_set
     from posterpipe.core.models import fingerprint, locate
 
     settings = deployment.settings
+    overrides = dict(context.op_execution_context.op_config or {})
+    training = training_settings(settings.training, overrides)
+    settings = settings.model_copy(update={"training": training})
     store = deployment.store
+    progress = deployment.progress(context)
+    base_model = locate(settings.base_model, settings.root)
+    base_version = fingerprint(settings.base_model, settings.root)
+    training_set = str(training_csv["training_set"].iloc[0])
+    # Both are in the store already, or made now: a run may ask for other class images than the
+    # asset's, and the holdout folder is read as it is today.
+    _, class_set, class_version = build_class_images(
+        store, base_model, base_version, settings, progress, run_id=context.run.run_id
+    )
+    holdout_set, holdout_version = None, ""
+    if training.holdout_every_steps is not None:
+        holdout_set, holdout_version = build_holdout_set(store, settings, progress)
     versions = Versions(
-        training_set=str(training_csv["training_set"].iloc[0]),
-        base_model=fingerprint(settings.base_model, settings.root),
+        training_set=training_set,
+        base_model=base_version,
+        class_set=class_version,
+        holdout_set=holdout_version,
     )
 
     def run_config(name: str) -> RunConfig:
         return RunConfig(
-            base_model=locate(settings.base_model, settings.root),
-            training_set=store.root / "training_sets" / versions.training_set,
+            base_model=base_model,
+            base_model_name=settings.base_model.id,
+            training_set=store.root / "training_sets" / training_set,
+            class_set=class_set,
+            holdout_set=holdout_set,
             output_dir=store.root / "checkpoints" / name,
             work_dir=store.root / "training" / name,
+            cache_dir=store.root / "training" / "cache",
             width=settings.images.width,
             height=settings.images.height,
-            training=settings.training,
+            buckets=str(settings.images.fit) == "bucket",
+            training=training,
+            sampler=settings.sampler,
             versions=versions,
         )
 
@@ -88,7 +234,8 @@ def dreambooth_checkpoint(
     if reused:
         context.log.info(f"{config.output_dir} exists: nothing to train")
     else:
-        _train(context, deployment, config.to_toml(config.work_dir / "run.toml"))
+        config_file = config.to_toml(config.work_dir / "run.toml")
+        _train(context, deployment, config_file, training.max_train_steps)
     record = json.loads(record_file.read_text("utf-8"))
     row = {
         "checkpoint_id": name,
@@ -107,20 +254,23 @@ def dreambooth_checkpoint(
             "reused": reused,
             "training_set": versions.training_set,
             "images": len(training_csv),
+            "launched_with": dg.MetadataValue.json(overrides),
             MODEL_FINGERPRINT: versions.base_model,
         },
         data_version=name,
     )
 
 
-def _train(context: dg.AssetExecutionContext, deployment: Deployment, config_file: Path) -> None:
+def _train(
+    context: dg.AssetExecutionContext, deployment: Deployment, config_file: Path, steps: int
+) -> None:
     import torch
 
     from posterpipe.core.dreambooth.launch import launch_command
 
     gpus = torch.cuda.device_count()
     reader = _Reports()
-    with reader.shown_by(deployment, context):
+    with reader.shown_by(deployment, context, steps):
         try:
             dg.PipesSubprocessClient(message_reader=reader).run(
                 context=context,
@@ -134,20 +284,34 @@ def _train(context: dg.AssetExecutionContext, deployment: Deployment, config_fil
 
 
 def _metadata(checkpoint: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """What the UI shows and plots from run to run."""
     from posterpipe.core.gallery import markdown_image
 
+    last = record["reports"][-1]
     metadata: dict[str, Any] = {
         "steps": int(record["steps"]),
+        "ended_by": str(record["ended_by"]),
         "final_loss": float(record["final_loss"]),
-        "steps_per_second": record["steps"] / max(record["seconds"], 1e-9),
+        "steps_per_second": last["step"] / max(record["seconds"], 1e-9),
         "seconds": float(record["seconds"]),
+        "memory_gib": float(last["memory_gib"]),
         "packages": dg.MetadataValue.json(record["packages"]),
         "settings": dg.MetadataValue.json(record["settings"]),
         "directory": dg.MetadataValue.path(checkpoint),
+        "card": dg.MetadataValue.path(checkpoint / "README.md"),
     }
-    curve = checkpoint / "loss.png"
-    if curve.exists():
-        metadata["loss_curve"] = dg.MetadataValue.md(markdown_image(curve, "loss over the steps"))
+    if record["holdout"]:
+        losses = [measured["loss"] for measured in record["holdout"]]
+        metadata["holdout_loss_at_start"] = float(losses[0])
+        metadata["holdout_loss_lowest"] = float(min(losses))
+        metadata["holdout_loss_at_end"] = float(losses[-1])
+    pictures = {
+        "loss_curve": ("loss.png", "loss and held-out loss over the steps"),
+        "samples": ("samples.png", "samples while training: prompts by steps"),
+    }
+    for entry, (file_name, alt) in pictures.items():
+        if (checkpoint / file_name).exists():
+            metadata[entry] = dg.MetadataValue.md(markdown_image(checkpoint / file_name, alt))
     return metadata
 
 
@@ -164,15 +328,21 @@ class _Reports(dg.PipesTempFileMessageReader):
         self._show: Callable[[dict[str, Any]], None] = lambda report: None
 
     @contextmanager
-    def shown_by(self, deployment: Deployment, context: dg.AssetExecutionContext) -> Iterator[None]:
-        """While inside, reports advance a task of the deployment's progress."""
-        total = deployment.settings.training.max_train_steps
+    def shown_by(
+        self, deployment: Deployment, context: dg.AssetExecutionContext, steps: int
+    ) -> Iterator[None]:
+        """While inside, reports advance a task of `steps` steps of the deployment's progress."""
         done = 0
-        with deployment.progress(context).task("train", total, "steps") as tick:
+        with deployment.progress(context).task("train", steps, "steps") as tick:
 
             def show(report: dict[str, Any]) -> None:
                 nonlocal done
-                tick(report["step"] - done, loss=report["smoothed_loss"], lr=report["lr"])
+                numbers = {"loss": report["smoothed_loss"], "lr": report["lr"]}
+                if report.get("holdout_loss") is not None:
+                    numbers["held-out"] = report["holdout_loss"]
+                if report.get("memory_gib") is not None:
+                    numbers["GiB"] = report["memory_gib"]
+                tick(report["step"] - done, **numbers)
                 done = report["step"]
 
             self._show = show

@@ -72,8 +72,9 @@ def _metadata(result: TrainResult) -> dict[str, Any]:
     return {
         "checkpoint_id": {"raw_value": result.checkpoint_id, "type": "text"},
         "checkpoint": {"raw_value": str(result.output_dir), "type": "path"},
-        "metrics": {"raw_value": str(result.metrics_csv), "type": "path"},
+        "metrics": {"raw_value": str(result.metrics), "type": "path"},
         "steps": {"raw_value": result.steps, "type": "int"},
+        "ended_by": {"raw_value": result.ended_by, "type": "text"},
         "resumed_from_step": {"raw_value": result.resumed_from, "type": "int"},
         "final_loss": {"raw_value": result.final_loss, "type": "float"},
         "steps_per_second": {"raw_value": speed, "type": "float"},

@@ -25,9 +25,10 @@ LIMITS = (
 )
 
 HISTORY = {
-    "base": "These weights come from several sittings of that command: the VAE's and the first two "
-    "fifths of the base's steps ran under bf16, and the latter with other loss weights and fewer "
-    "plain drawings. A rerun gives others.",
+    "base": "These weights come from several sittings of that command. The VAE's first 6,530 steps "
+    "ran with AdamW alone and under bf16, and all but its last 2,600 steps without scale "
+    "equivariance and with less KL; the U-Net's first 2,658 steps saw the latents of the VAE of "
+    "that time. A rerun gives others.",
     "scorer": "These weights come from two sittings of that command, the first of 473 steps under "
     "bf16. A rerun gives others.",
 }
@@ -99,11 +100,15 @@ def _recipe(stage: str, logs: Path) -> str:
     """One line on how a stage was trained, from its log."""
     log = _log(stage, logs)
     last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
-    images = last["step"] * STAGES[stage].batch
+    recipe = STAGES[stage]
+    images = last["step"] * recipe.batch
+    optimizer = f"AdamW at {recipe.peak_lr:g}"
+    if recipe.muon_lr:
+        optimizer = f"Muon at {recipe.muon_lr:g} for inner weights and {optimizer} for the others"
     return (
-        f"- `{stage}`: {last['step']:,} steps of {STAGES[stage].batch} images ({images:,} images, "
-        f"{last['seconds'] / 60:.0f} minutes), AdamW at {STAGES[stage].peak_lr:g}, warmup and "
-        f"cosine decay, seed {STAGES[stage].seed}"
+        f"- `{stage}`: {last['step']:,} steps of {recipe.batch} images ({images:,} images, "
+        f"{last['seconds'] / 60:.0f} minutes), {optimizer}, warmup and cosine decay, "
+        f"seed {recipe.seed}"
     )
 
 

@@ -123,6 +123,14 @@ def varied_caption(scene: Scene, rng: np.random.Generator) -> str:
     return visible_caption(scene) if choice < 0.85 else describe(scene)
 
 
+def base_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """What the base model is told of a scene. Plain drawings are at times called what posters are
+    called: the base then understands such prompts, and only the posters can teach their style."""
+    if scene.style == "plain" and rng.random() < 0.45:
+        scene = replace(scene, style="poster")
+    return varied_caption(scene, rng)
+
+
 def soften(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     """Half of the batches lose sharpness or gain noise, as images from a small VAE do, so that a
     model that judges drawings does not stumble over generated ones."""
@@ -507,7 +515,7 @@ class BaseStage(Stage):
             scenes = self.scenes[start : start + 1000]
             pixels = to_pixels(scenes, architectures.WIDTH, architectures.HEIGHT)
             latents.append(encode(self.vae, pixels, self.device).half())
-            texts = [varied_caption(scene, rng) for scene in scenes for _ in range(self.wordings)]
+            texts = [base_caption(scene, rng) for scene in scenes for _ in range(self.wordings)]
             hidden.append(self._embed(texts).half().unflatten(0, (len(scenes), self.wordings)))
             print(f"base: encoded {start + len(scenes)} of {self.pool}", flush=True)
         pool = torch.cat(latents) * self.vae.config.scaling_factor, torch.cat(hidden)

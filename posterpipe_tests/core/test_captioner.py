@@ -1,8 +1,10 @@
-"""Captions: batched, the same every time, and never made twice."""
+"""Captions: batched, the same every time, never made twice, and never in a person's place."""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -10,12 +12,22 @@ import pytest
 from PIL import Image
 
 from posterpipe.core import captioner as module
-from posterpipe.core.captioner import COLUMNS, Captioner, caption_posters
+from posterpipe.core.captioner import (
+    COLUMNS,
+    Captioner,
+    Description,
+    caption_posters,
+    usable_precision,
+)
+from posterpipe.core.captions import HumanCaption
 from posterpipe.core.images import png_bytes
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.store import Store
 from posterpipe.settings import CaptionerSettings, ModelRef
 from posterpipe_tests.core.tiny_blip import WORDS, build_tiny_blip
+
+if TYPE_CHECKING:
+    import torch
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +37,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-SETTINGS = CaptionerSettings(model=ModelRef(id="captioner"), batch_size=2, max_new_tokens=8)
+SETTINGS = CaptionerSettings(
+    model=ModelRef(id="captioner"), batch_size=2, max_new_tokens=8, precision="fp32"
+)
 
 
 @pytest.fixture
@@ -47,7 +61,8 @@ def resized(store: Store, seeds: range) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["poster_id", "image"]).assign(status="ok")
 
 
-def test_captions_are_those_of_plain_transformers(root: Path) -> None:
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_captions_are_those_of_plain_transformers(root: Path, num_beams: int) -> None:
     from transformers import AutoTokenizer, BlipForConditionalGeneration
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
@@ -60,10 +75,13 @@ def test_captions_are_those_of_plain_transformers(root: Path) -> None:
     for image in images:
         pixel_values = processor(images=image, return_tensors="pt").pixel_values
         tokens = model.generate(
-            pixel_values=pixel_values, num_beams=3, max_new_tokens=8, no_repeat_ngram_size=3
+            pixel_values=pixel_values,
+            num_beams=num_beams,
+            max_new_tokens=8,
+            no_repeat_ngram_size=3,
         )
         expected.append(tokenizer.decode(tokens[0], skip_special_tokens=True))
-    captions = Captioner(SETTINGS, root)(images)
+    captions = Captioner(SETTINGS.model_copy(update={"num_beams": num_beams}), root)(images)
     assert captions == expected
     assert len(set(captions)) > 1
     assert {word for caption in captions for word in caption.split()} <= {*WORDS}
@@ -76,6 +94,25 @@ def test_weights_kept_in_fp16_run_in_the_precision_of_the_settings(root: Path) -
     half = Captioner(SETTINGS.model_copy(update={"precision": "bf16"}), root)
     assert half.model.dtype == torch.bfloat16
     assert len(half([picture(0)])) == 1
+
+
+def test_the_precision_is_one_that_the_device_is_good_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for has_amx, has_bf16, expected in (
+        (True, True, ("bf16", "bf16")),
+        (False, False, ("fp32", "fp16")),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_amx: has)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda has=has_bf16, including_emulation=True: has
+        )
+        assert (usable_precision("auto", cpu), usable_precision("auto", gpu)) == expected
+    assert usable_precision("auto", torch.device("mps")) == "fp32"
+    assert usable_precision("fp16", cpu) == "fp32"
+    assert usable_precision("fp16", gpu) == "fp16"
+    assert usable_precision("bf16", cpu) == "bf16"
 
 
 def test_images_of_different_sizes_in_one_batch(root: Path) -> None:
@@ -106,21 +143,158 @@ def test_only_new_images_are_captioned_and_otherwise_no_model_is_loaded(
     sizes: list[int] = []
 
     class Counting(Captioner):
-        def __call__(self, images: list[Image.Image]) -> list[str]:
-            sizes.append(len(images))
-            return super().__call__(images)
+        def describe(self, pixels: torch.Tensor) -> list[Description]:
+            sizes.append(len(pixels))
+            return super().describe(pixels)
 
     monkeypatch.setattr(module, "Captioner", Counting)
     first = caption_posters(store, resized(store, range(4)), SETTINGS, root)
     assert sizes == [1]
 
-    def must_not_load(settings: CaptionerSettings, root: Path) -> None:
-        raise AssertionError("loaded")
-
     monkeypatch.setattr(module, "Captioner", must_not_load)
     other_batches = SETTINGS.model_copy(update={"batch_size": 3})
     again = caption_posters(store, resized(store, range(4)), other_batches, root)
     pd.testing.assert_frame_equal(first, again)
+
+
+def must_not_load(settings: CaptionerSettings, root: Path) -> None:
+    raise AssertionError("loaded")
+
+
+@pytest.fixture
+def described(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the batches that any captioner of the test describes."""
+    sizes: list[int] = []
+
+    class Counting(Captioner):
+        def describe(self, pixels: torch.Tensor) -> list[Description]:
+            sizes.append(len(pixels))
+            return super().describe(pixels)
+
+    monkeypatch.setattr(module, "Captioner", Counting)
+    return sizes
+
+
+def test_what_a_person_wrote_is_taken_and_the_model_not_asked(
+    root: Path, store: Store, described: list[int]
+) -> None:
+    human = {f"{1:064}": HumanCaption("by hand", "look"), "of no poster here": HumanCaption("x")}
+    captions = caption_posters(store, resized(store, range(3)), SETTINGS, root, human=human)
+    assert described == [2]
+    assert captions["source"].tolist() == ["model", "human", "model"]
+    row = captions.iloc[1]
+    assert (row["caption"], row["status"], row["reason"]) == ("by hand", "ok", "look")
+    assert (row["model"], row["revision"]) == ("", "")
+
+
+def test_another_captioner_describes_all_but_what_people_wrote(
+    root: Path, store: Store, described: list[int]
+) -> None:
+    table = resized(store, range(4))
+    human = {f"{2:064}": HumanCaption("by hand")}
+    before = caption_posters(store, table, SETTINGS, root, human=human)
+    other = SETTINGS.model_copy(update={"max_new_tokens": 2, "batch_size": 8})
+    after = caption_posters(store, table, other, root, human=human)
+    assert described == [2, 1, 3]
+    same = before["caption"] == after["caption"]
+    assert same.tolist() == [False, False, True, False]
+
+
+def test_a_changed_human_caption_touches_its_row_alone_and_asks_no_model(
+    root: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = resized(store, range(3))
+    plain = caption_posters(store, table, SETTINGS, root)
+    monkeypatch.setattr(module, "Captioner", must_not_load)
+    for text in ("first words", "other words"):
+        human = {f"{1:064}": HumanCaption(text)}
+        captions = caption_posters(store, table, SETTINGS, root, human=human)
+        assert captions["caption"].tolist() == [plain["caption"][0], text, plain["caption"][2]]
+        pd.testing.assert_frame_equal(captions.drop(1), plain.drop(1))
+    # Taken away again: what the model had said is still known.
+    pd.testing.assert_frame_equal(caption_posters(store, table, SETTINGS, root, human={}), plain)
+
+
+def test_where_people_wrote_everything_no_model_is_needed(store: Store, tmp_path: Path) -> None:
+    human = {f"{0:064}": HumanCaption("by hand")}
+    table = resized(store, range(1))
+    missing = SETTINGS.model_copy(update={"model": ModelRef(id="models/none/here")})
+    captions = caption_posters(store, table, missing, tmp_path, human=human)
+    assert captions["caption"].tolist() == ["by hand"]
+
+
+def test_a_caption_that_reached_its_limit_says_so(root: Path, store: Store) -> None:
+    table = resized(store, range(2))
+    brief = SETTINGS.model_copy(update={"max_new_tokens": 1})
+    captions = caption_posters(store, table, brief, root)
+    assert set(captions["status"]) == {"ok"}
+    assert all("captioner.max_new_tokens = 1" in reason for reason in captions["reason"])
+
+
+def test_a_caption_that_ended_by_itself_is_not_called_cut(root: Path) -> None:
+    import torch
+
+    captioner = Captioner(SETTINGS, root)
+    # A bias on the end token makes the model stop at once, whatever it sees.
+    end = captioner.model.config.text_config.sep_token_id
+    with torch.no_grad():
+        captioner.model.text_decoder.cls.predictions.decoder.bias[end] += 1e4
+    pixels = torch.stack([captioner.pixels(picture(0))])
+    assert captioner.describe(pixels) == [Description("", cut=False)]
+
+
+def test_a_batch_that_does_not_fit_is_halved(
+    root: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = resized(store, range(5))
+    expected = caption_posters(store, table, SETTINGS, root)
+    sizes: list[int] = []
+
+    class Small(Captioner):
+        def describe(self, pixels: torch.Tensor) -> list[Description]:
+            sizes.append(len(pixels))
+            if len(pixels) > 2:
+                raise RuntimeError("can't allocate memory")
+            return super().describe(pixels)
+
+    monkeypatch.setattr(module, "Captioner", Small)
+    other = Store(store.root / "other")
+    resized(other, range(5))
+    wide = SETTINGS.model_copy(update={"batch_size": 5})
+    captions = caption_posters(other, table, wide, root)
+    assert sizes == [5, 2, 3, 1, 2]
+    pd.testing.assert_frame_equal(captions, expected)
+
+
+def test_images_are_decoded_beside_the_model(
+    root: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[str] = set()
+    ahead: list[int] = []
+    decoded = 0
+
+    class Watched(Captioner):
+        def pixels(self, image: Image.Image) -> torch.Tensor:
+            nonlocal decoded
+            threads.add(threading.current_thread().name)
+            pixels = super().pixels(image)
+            decoded += 1
+            return pixels
+
+        def describe(self, pixels: torch.Tensor) -> list[Description]:
+            # More images than this batch holds come while it is being described.
+            deadline = threading.Event()
+            for _ in range(200):
+                if decoded > 2:
+                    break
+                deadline.wait(0.05)
+            ahead.append(decoded)
+            return super().describe(pixels)
+
+    monkeypatch.setattr(module, "Captioner", Watched)
+    caption_posters(store, resized(store, range(6)), SETTINGS, root)
+    assert threading.main_thread().name not in threads
+    assert ahead[0] > 2
 
 
 def test_posters_of_the_same_pixels_share_a_caption(root: Path, store: Store) -> None:

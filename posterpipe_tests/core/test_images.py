@@ -6,23 +6,29 @@ import functools
 import hashlib
 import io
 import struct
+import threading
+import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageDraw, ImageFont
 
 from posterpipe.core.images import (
     ImageRejected,
     TooManyPixels,
+    decode,
+    hash_distance,
     open_image,
+    perceptual_hash,
     png_bytes,
     prepare,
     resize_key,
     resize_posters,
 )
+from posterpipe.core.parallel import cores
 from posterpipe.core.store import Store
 from posterpipe.settings import ImageSettings
 
@@ -66,12 +72,80 @@ def png_bomb(width: int, height: int) -> bytes:
     )
 
 
+def psnr(ours: Image.Image, theirs: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB; 99 for equal images."""
+    error = np.mean((np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)) ** 2)
+    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def resized_by_the_thesis(data: bytes, size: tuple[int, int]) -> Image.Image:
+    """Every pixel decoded, then LANCZOS."""
+    return Image.open(io.BytesIO(data)).convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
 def test_stretch_is_what_the_thesis_does() -> None:
-    poster = Image.open(RAW_POSTERS / "star_sailor.png")
-    expected = poster.convert("RGB").resize((64, 96), Image.Resampling.LANCZOS)
-    result = prepare((RAW_POSTERS / "star_sailor.png").read_bytes(), SETTINGS)
-    assert result.mode == "RGB"
-    assert result.tobytes() == expected.tobytes()
+    settings = SETTINGS.model_copy(update={"width": 304, "height": 456})
+    for name in ("star_sailor.png", "barley_roadster.jpg"):
+        data = (RAW_POSTERS / name).read_bytes()
+        result = prepare(data, settings)
+        assert result.mode == "RGB"
+        # Less than twice the training size: nothing is skipped.
+        assert result.tobytes() == resized_by_the_thesis(data, (304, 456)).tobytes()
+
+
+@pytest.mark.parametrize("width", [257, 350, 513, 777, 1025])
+@pytest.mark.parametrize(("content", "least"), [("poster", 45.0), ("grain", 40.0), ("print", 32.0)])
+def test_shrinking_in_two_steps_is_as_good_as_in_one(
+    content: str, least: float, width: int
+) -> None:
+    size = (width, width * 3 // 2)
+    poster = Image.open(RAW_POSTERS / "star_sailor.png").convert("RGB")
+    poster = poster.resize(size, Image.Resampling.LANCZOS)
+    if content == "grain":
+        grain = np.random.default_rng(0).normal(0, 20, (size[1], size[0], 1))
+        poster = Image.fromarray(np.clip(np.asarray(poster) + grain, 0, 255).astype(np.uint8))
+    elif content == "print":
+        poster = Image.new("RGB", size, "white")
+        pen, font = ImageDraw.Draw(poster), ImageFont.load_default(14)
+        for line in range(0, size[1], 18):
+            pen.text((5, line), "The quick brown fox 0123456789 " * 4, fill="black", font=font)
+    settings = SETTINGS.model_copy(update={"width": 128, "height": 192})
+    for data in (encoded(poster, "JPEG", quality=90), encoded(poster)):
+        expected = resized_by_the_thesis(data, (128, 192))
+        assert psnr(prepare(data, settings), expected) >= least
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad", "crop", "bucket"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_jpeg_decoded_in_part_has_its_whole_picture(fit: str, orientation: int) -> None:
+    # 1037 and 771 are no multiples of 2, 4 or 8: the last decoded pixels are only partly picture.
+    image = Image.open(RAW_POSTERS / "star_sailor.png").convert("RGB").resize((1037, 771))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    settings = SETTINGS.model_copy(update={"fit": fit, "bucket_step": 8})
+    result = prepare(encoded(image, "JPEG", quality=95, exif=exif), settings)
+    # A PNG is never decoded in part.
+    expected = prepare(encoded(image, "PNG", exif=exif), settings)
+    assert result.size == expected.size
+    assert psnr(result, expected) >= 35
+
+
+def test_a_jpeg_far_above_the_training_size_is_decoded_in_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoded: list[tuple[int, int]] = []
+
+    def noting(image: Image.Image) -> None:
+        decode(image)
+        decoded.append(image.size)
+
+    monkeypatch.setattr("posterpipe.core.images.decode", noting)
+    for width in (127, 128, 255, 256, 600, 2000):
+        prepare(encoded(halves(size=(width, 2000)), "JPEG"), SETTINGS)
+    assert decoded == [
+        *((127, 2000), (128, 2000), (255, 2000)),
+        *((128, 1000), (150, 500), (250, 250)),
+    ]
 
 
 def test_pad_keeps_the_whole_poster_and_its_proportions() -> None:
@@ -322,3 +396,100 @@ def test_png_bytes_depend_on_pixels_alone() -> None:
     image.info["icc_profile"] = b"something"
     image.info["dpi"] = (72, 72)
     assert png_bytes(image) == png_bytes(halves())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (64, 96)])
+def test_png_bytes_hold_the_pixels_and_stay_small(size: tuple[int, int]) -> None:
+    poster = Image.open(RAW_POSTERS / "star_sailor.png").convert("RGB").resize(size)
+    data = png_bytes(poster)
+    image = Image.open(io.BytesIO(data))
+    image.verify()  # checksums included
+    assert Image.open(io.BytesIO(data)).tobytes() == poster.tobytes()
+    assert len(data) < 1.25 * len(encoded(poster))
+
+
+def test_of_many_posters_one_a_core_is_decoded_at_a_time(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, now, most = threading.Lock(), 0, 0
+
+    def slow(data: bytes, settings: ImageSettings) -> Image.Image:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.01)
+        image = prepare(data, settings)
+        with lock:
+            now -= 1
+        return image
+
+    monkeypatch.setattr("posterpipe.core.images.prepare", slow)
+    ids = [store.put(encoded(halves(size=(70 + number, 96)))) for number in range(24)]
+    assert set(resize_posters(store, posters(*ids), SETTINGS)["status"]) == {"ok"}
+    assert 1 <= most <= cores()
+
+
+def test_the_same_posters_give_the_same_images(tmp_path: Path) -> None:
+    tables = []
+    for name in ("first", "second"):
+        store = Store(tmp_path / name)
+        ids = [store.put(path.read_bytes()) for path in sorted(RAW_POSTERS.iterdir())[:8]]
+        tables.append(resize_posters(store, posters(*ids), SETTINGS))
+    assert tables[0].equals(tables[1])
+
+
+# -- perceptual hashes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("star_sailor.png", "93e63a29e431e693"),
+        ("barley_roadster.jpg", "bd83c2c03f3ec26c"),
+        ("copper_liftoff.png", "9b3b3a94944e6565"),
+    ],
+)
+def test_the_perceptual_hash_is_that_of_imagehash(name: str, expected: str) -> None:
+    # Expected: `imagehash.phash` of ImageHash 4.3.2.
+    with Image.open(RAW_POSTERS / name) as image:
+        assert perceptual_hash(image) == expected
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "CMYK"])
+@pytest.mark.parametrize("size", [(300, 450), (1250, 1875)])
+def test_size_mode_and_quality_hardly_change_the_perceptual_hash(
+    mode: str, size: tuple[int, int]
+) -> None:
+    poster = Image.open(RAW_POSTERS / "star_sailor.png").convert("RGB")
+    changed = poster.resize(size, Image.Resampling.LANCZOS).convert(mode)
+    assert hash_distance(perceptual_hash(poster), perceptual_hash(changed)) <= 4
+    worse = Image.open(io.BytesIO(encoded(poster.resize(size), "JPEG", quality=40)))
+    assert hash_distance(perceptual_hash(poster), perceptual_hash(worse)) <= 4
+
+
+def test_a_photo_hashes_as_it_is_shown() -> None:
+    poster = Image.open(RAW_POSTERS / "star_sailor.png").convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = poster.transpose(Image.Transpose.ROTATE_90)
+    photo = Image.open(io.BytesIO(encoded(stored, exif=exif)))
+    assert hash_distance(perceptual_hash(photo), perceptual_hash(poster)) <= 2
+    assert hash_distance(perceptual_hash(stored), perceptual_hash(poster)) > 16
+
+
+def test_different_posters_have_different_perceptual_hashes() -> None:
+    hashes = []
+    for path in sorted(RAW_POSTERS.iterdir())[:20]:
+        with Image.open(path) as image:
+            hashes.append(perceptual_hash(image))
+    distances = [hash_distance(a, b) for n, a in enumerate(hashes) for b in hashes[:n]]
+    assert min(distances) > 4
+    assert 24 <= np.median(distances) <= 40
+    assert hash_distance("0" * 16, "f" * 16) == 64
+
+
+def test_plain_pictures_hash_alike() -> None:
+    teal = perceptual_hash(Image.new("RGB", (64, 96), "teal"))
+    assert teal == perceptual_hash(Image.new("RGB", (640, 960), "pink"))
+    assert len(teal) == 16

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from io import BufferedReader
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from posterpipe.core import landing
-from posterpipe.core.landing import LandingEmpty, scan
+from posterpipe.core.images import hash_distance
+from posterpipe.core.landing import LandingEmpty, landing_digest, rehash, scan
+from posterpipe.core.listing import Bucket, Entry, Folder
 from posterpipe.core.store import Store
 from posterpipe.settings import ImageSettings
 from posterpipe_tests.core.test_images import png_bomb
@@ -74,7 +82,7 @@ def test_bad_files_become_rows_with_reasons_and_the_rest_is_processed(
     table = scan(folder, LIMITS, store)
     assert list(table.columns) == [
         *("poster_id", "source_name", "size_bytes", "format", "width", "height"),
-        *("status", "reason"),
+        *("perceptual_hash", "status", "reason", "near_duplicate_of"),
     ]
     expected = {
         "good.png": "",
@@ -153,15 +161,30 @@ def test_names_that_are_no_utf8_can_be_kept(folder: Path, store: Store) -> None:
 
 @pytest.fixture
 def inspected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were opened."""
     names: list[str] = []
-    inspect = landing._inspect
+    opening = Folder._open
 
-    def counting(path: Path, limits: ImageSettings, store: Store | None) -> dict:
-        names.append(path.name)
-        return inspect(path, limits, store)
+    def counting(place: Folder, entry: Entry) -> AbstractContextManager[BufferedReader]:
+        names.append(entry.name)
+        return opening(place, entry)
 
-    monkeypatch.setattr(landing, "_inspect", counting)
+    monkeypatch.setattr(Folder, "_open", counting)
     return names
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Sizes of the images that were decoded."""
+    sizes: list[tuple[int, int]] = []
+    decode = landing.decode
+
+    def counting(image: Image.Image) -> None:
+        sizes.append(image.size)
+        decode(image)
+
+    monkeypatch.setattr(landing, "decode", counting)
+    return sizes
 
 
 def test_unchanged_files_are_not_read_again(
@@ -221,3 +244,239 @@ def test_a_file_that_is_too_large_is_refused(
     assert found["status"] == "rejected"
     assert "bytes are more than 10" in found["reason"]
     assert len(found["poster_id"]) == 64
+
+
+def test_a_file_that_moved_or_was_touched_is_hashed_but_not_decoded_again(
+    folder: Path, store: Store, inspected: list[str], decoded: list[tuple[int, int]]
+) -> None:
+    poster(folder / "a.png")
+    (folder / "bad.png").write_text("text")
+    before = scan(folder, LIMITS, store)
+    inspected.clear()
+    decoded.clear()
+    (folder / "nested").mkdir()
+    (folder / "a.png").rename(folder / "nested" / "b.png")
+    os.utime(folder / "bad.png", ns=(1, 1))
+    after = scan(folder, LIMITS, store)
+    assert sorted(inspected) == ["bad.png", "nested/b.png"]
+    assert decoded == []
+    renamed = before.replace({"source_name": {"a.png": "nested/b.png"}})
+    assert after.sort_values("poster_id").to_dict("records") == renamed.sort_values(
+        "poster_id"
+    ).to_dict("records")
+
+
+def test_what_is_taken_away_is_gone_from_the_table_and_comes_back_unread(
+    folder: Path, store: Store, inspected: list[str], tmp_path: Path
+) -> None:
+    for name, colour in [("a.png", "red"), ("b.png", "green"), ("c.png", "blue")]:
+        poster(folder / name, colour=colour)
+    before = scan(folder, LIMITS, store)
+    (folder / "b.png").rename(tmp_path / "kept.png")
+    inspected.clear()
+    without = scan(folder, LIMITS, store)
+    assert without["source_name"].tolist() == ["a.png", "c.png"]
+    (tmp_path / "kept.png").rename(folder / "b.png")
+    assert scan(folder, LIMITS, store).equals(before)
+    assert inspected == []
+
+
+def test_the_first_of_equal_posters_takes_over_when_the_other_goes(
+    folder: Path, store: Store
+) -> None:
+    data = poster(folder / "a.png").read_bytes()
+    (folder / "b.png").write_bytes(data)
+    both = scan(folder, LIMITS, store)
+    assert row(both, "b.png")["status"] == "duplicate"
+    assert row(both, "b.png")["perceptual_hash"] == ""
+    (folder / "a.png").unlink()
+    assert row(scan(folder, LIMITS, store), "b.png")["status"] == "ok"
+
+
+def test_an_older_file_put_in_place_of_a_listed_one_is_not_taken_for_it(
+    folder: Path, store: Store, tmp_path: Path
+) -> None:
+    poster(folder / "a.png", colour="red")
+    place = Folder(folder)
+    entries = place.entries()
+    (folder / "a.png").rename(tmp_path / "kept.png")
+    poster(folder / "a.png", colour="blue")
+    found = row(scan(place, LIMITS, store, entries=entries), "a.png")
+    assert found["status"] == "rejected"
+    assert "changed while it was read" in found["reason"]
+    os.replace(tmp_path / "kept.png", folder / "a.png")
+    red = row(scan(place, LIMITS, store), "a.png")
+    assert (red["status"], red["reason"]) == ("ok", "")
+    assert Image.open(store.path(red["poster_id"])).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_links_to_folders_are_rows_with_a_reason(folder: Path, tmp_path: Path) -> None:
+    poster(tmp_path / "elsewhere" / "a.png")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    poster(folder / "b.png")
+    table = scan(folder, LIMITS)
+    assert table["source_name"].tolist() == ["b.png", "link", "loop"]
+    assert table["status"].tolist() == ["ok", "rejected", "rejected"]
+    assert "copy the folder here" in row(table, "link")["reason"]
+
+
+# -- near-duplicates ------------------------------------------------------------------------------
+
+
+def drawing(seed: int, size: tuple[int, int] = (200, 300)) -> Image.Image:
+    """A picture with structure of its own, alike at any size."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def test_near_duplicates_name_the_earlier_poster_and_stay_usable(
+    folder: Path, store: Store
+) -> None:
+    drawing(1).save(folder / "a.png")
+    drawing(2).save(folder / "b.png")
+    drawing(1, (120, 180)).save(folder / "c smaller.jpg", quality=80)
+    table = scan(folder, LIMITS, store)
+    assert table["status"].tolist() == ["ok"] * 3
+    assert table["near_duplicate_of"].tolist() == ["", "", "a.png"]
+    assert table["perceptual_hash"].str.fullmatch("[0-9a-f]{16}").all()
+    a, b, c = table["perceptual_hash"]
+    assert hash_distance(a, c) <= LIMITS.near_duplicate_distance < hash_distance(a, b)
+    # When the earlier one goes, nothing is resembled any more.
+    (folder / "a.png").unlink()
+    assert scan(folder, LIMITS, store)["near_duplicate_of"].tolist() == ["", ""]
+
+
+def test_the_starter_posters_do_not_resemble_each_other(store: Store) -> None:
+    assert set(scan(RAW_POSTERS, LIMITS, store)["near_duplicate_of"]) == {""}
+
+
+# -- digest and rehash ----------------------------------------------------------------------------
+
+
+def digest(folder: Path, store: Store) -> str:
+    return landing_digest(Folder(folder).entries(), store)
+
+
+def test_the_digest_changes_with_posters_and_not_with_what_lies_beside_them(
+    folder: Path, store: Store
+) -> None:
+    poster(folder / "a.png")
+    first = digest(folder, store)
+    (folder / "a.txt").write_text("a caption")
+    assert digest(folder, store) == first
+    poster(folder / "b.png")
+    assert digest(folder, store) != first
+    (folder / "b.png").unlink()
+    assert digest(folder, store) == first
+
+
+def test_a_rehash_finds_what_changed_unnoticed_and_the_next_scan_reads_it(
+    folder: Path, store: Store, inspected: list[str]
+) -> None:
+    path = poster(folder / "a.bmp", colour="red")
+    poster(folder / "b.bmp", colour="green")
+    scan(folder, LIMITS, store)
+    poster(folder / "new.bmp", colour="yellow")
+    stats, before = path.stat(), digest(folder, store)
+    data = bytearray(path.read_bytes())
+    data[-3:] = b"\xff\x00\x00"
+    with open(path, "r+b") as file:  # in place: the same inode and size
+        file.write(data)
+    os.utime(path, ns=(stats.st_atime_ns, stats.st_mtime_ns))
+    assert digest(folder, store) == before
+
+    found = rehash(Folder(folder), store)
+    assert (found.same, found.changed, found.new, found.unreadable) == (
+        *(1, ["a.bmp"], ["new.bmp"]),
+        [],
+    )
+    assert digest(folder, store) != before
+    inspected.clear()
+    table = scan(folder, LIMITS, store)
+    assert inspected == ["a.bmp", "new.bmp"]
+    assert store.path(row(table, "a.bmp")["poster_id"]).read_bytes() == bytes(data)
+    after = digest(folder, store)
+    assert rehash(Folder(folder), store).same == 3
+    assert digest(folder, store) == after
+
+
+# -- buckets --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket() -> Iterator[Bucket]:
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    files.pipe("/posters/2026/.keep", b"")
+    yield Bucket("memory://posters")
+    files.rm("/posters", recursive=True)
+
+
+def upload(name: str, data: bytes) -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").pipe(f"/posters/{name}", data)
+
+
+def test_a_bucket_gives_the_table_of_the_same_folder(
+    bucket: Bucket, folder: Path, store: Store
+) -> None:
+    drawing(1).save(folder / "a.png")
+    (folder / "2026").mkdir()
+    drawing(2).save(folder / "2026" / "b c.jpg")
+    shutil.copyfile(folder / "a.png", folder / "copy.png")
+    (folder / "bad.png").write_text("text")
+    (folder / "a.txt").write_text("a caption")
+    for path in folder.rglob("*.*"):
+        upload(path.relative_to(folder).as_posix(), path.read_bytes())
+    local, remote = scan(folder, LIMITS, Store(store.root / "local")), scan(bucket, LIMITS, store)
+    assert remote.equals(local)
+    assert remote["status"].tolist() == ["ok", "ok", "rejected", "duplicate"]
+
+
+def test_objects_of_a_bucket_are_fetched_once_and_at_the_same_time(
+    bucket: Bucket, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(6):
+        buffer = io.BytesIO()
+        drawing(number).save(buffer, "PNG")
+        upload(f"{number}.png", buffer.getvalue())
+    # Each fetch waits for the others: one after the other would never end.
+    together = threading.Barrier(6, timeout=60)
+    read = Bucket.read
+
+    def waiting(place: Bucket, entry: Entry) -> bytes:
+        together.wait()
+        return read(place, entry)
+
+    monkeypatch.setattr(Bucket, "read", waiting)
+    first = scan(bucket, LIMITS, store)
+    assert first["status"].tolist() == ["ok"] * 6
+
+    def must_not_run(place: Bucket, entry: Entry) -> bytes:
+        raise AssertionError("fetched again")
+
+    monkeypatch.setattr(Bucket, "read", must_not_run)
+    assert scan(Bucket("memory://posters"), LIMITS, store).equals(first)
+
+
+def test_an_object_that_was_replaced_since_it_was_listed_is_read_later(
+    bucket: Bucket, store: Store
+) -> None:
+    buffer = io.BytesIO()
+    drawing(1).save(buffer, "PNG")
+    upload("a.png", buffer.getvalue())
+    entries = bucket.entries()
+    upload("a.png", buffer.getvalue() + b"more")
+    found = row(scan(bucket, LIMITS, store, entries=entries), "a.png")
+    assert "changed while it was read" in found["reason"]
+    assert row(scan(bucket, LIMITS, store), "a.png")["status"] == "ok"
+
+
+def test_an_empty_bucket_is_an_error_with_a_remedy(store: Store) -> None:
+    with pytest.raises(
+        LandingEmpty, match=r"memory://nothing/here: no posters.*POSTERPIPE_LANDING"
+    ):
+        scan("memory://nothing/here", LIMITS, store)

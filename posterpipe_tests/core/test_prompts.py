@@ -62,6 +62,30 @@ def test_the_table_and_back(tmp_path: Path) -> None:
     assert list(suite_table([]).columns) == list(table.columns)
 
 
+def test_a_prompt_may_ask_for_a_delayed_negative(tmp_path: Path) -> None:
+    text = GOOD.replace("  negative: busy, cluttered", "  negative: busy\n  negative_from: 0.4")
+    text = text.replace('    negative: ""', "    negative: dogs\n    negative_from: 0.75")
+    prompts = load_suite(write(tmp_path, text))
+    assert [prompt.negative_from for prompt in prompts] == [0.4, 0.75]
+    assert suite_prompts(suite_table(prompts)) == prompts
+    some = [prompts[0], Prompt("cat", "a cat", "a cat: black", "", "", (3,))]
+    assert suite_prompts(suite_table(some)) == some
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [("0", "above 0 and below 1"), ("1", "above 0"), ("soon", "'soon'"), ("true", "True")],
+)
+def test_a_delay_is_a_share_of_the_steps(tmp_path: Path, value: str, what: str) -> None:
+    with pytest.raises(PromptSuiteError, match=what):
+        load_suite(write(tmp_path, one(negative_from=value)))
+
+
+def test_a_delay_without_a_negative_prompt_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(PromptSuiteError, match="delays a negative prompt, and there is none"):
+        load_suite(write(tmp_path, one(negative='""', negative_from="0.4")))
+
+
 def one(**changes: str | None) -> str:
     """A suite of one prompt; its fields are on lines 2 to 7, in this order."""
     fields = {"id": "a", "prompt": "p", "score_text": "s", "negative": "n", "title": "T"}

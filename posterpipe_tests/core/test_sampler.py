@@ -17,10 +17,13 @@ from posterpipe.core.progress import NoProgress
 from posterpipe.core.prompts import Prompt, PromptSuiteError, load_suite, suite_table
 from posterpipe.core.sampler import (
     COLUMNS,
+    DELAYED_VARIANTS,
+    LORA_WEIGHTS,
     VARIANTS,
     ImageRequest,
     Sampler,
     SamplerError,
+    best_batch_size,
     blocked_reason,
     generate,
     initial_latents,
@@ -188,6 +191,136 @@ def test_a_batch_that_does_not_fit_is_halved(
         assert abs(pixels(one) - pixels(other)).max() <= 1
 
 
+def test_a_delayed_negative_prompt_acts_from_its_step_on(model_dir: Path) -> None:
+    """Against the pipeline of diffusers, whose callback changes the texts between steps."""
+    import torch
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    settings = SETTINGS.model_copy(update={"num_inference_steps": 5})
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        model_dir, torch_dtype=torch.float32, safety_checker=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="linspace", lambda_min_clipped=-5.1
+    )
+    _, busy = pipeline.encode_prompt("a red rocket", "cpu", 1, True, negative_prompt="busy")
+
+    def after_step(_: object, step: int, __: object, tensors: dict) -> dict:
+        embeds = tensors["prompt_embeds"].clone()
+        if step + 1 >= 2:  # two of five steps are 0.4
+            embeds[0] = busy[0]
+        return {"prompt_embeds": embeds}
+
+    expected = pipeline(
+        "a red rocket",
+        negative_prompt="",
+        latents=initial_latents([1], (12, TINY_HEIGHT // 8, TINY_WIDTH // 8)),
+        height=TINY_HEIGHT,
+        width=TINY_WIDTH,
+        num_inference_steps=5,
+        guidance_scale=SETTINGS.guidance_scale,
+        callback_on_step_end=after_step,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    ).images[0]
+    sampler = Sampler(model_dir, settings, model_id="tiny")
+    delayed, at_once, never = sampler(
+        [
+            ImageRequest("a red rocket", "busy", 1, negative_from=0.4),
+            ImageRequest("a red rocket", "busy", 1),
+            ImageRequest("a red rocket", "", 1),
+        ]
+    )
+    assert abs(pixels(delayed) - pixels(expected)).max() <= 1
+    assert (pixels(delayed) != pixels(at_once)).any() and (pixels(delayed) != pixels(never)).any()
+
+
+def test_the_batch_is_doubled_while_it_pays() -> None:
+    import torch
+
+    def falling(size: int) -> float:  # a second to start, a tenth an image
+        return 1 + 0.1 * size
+
+    assert best_batch_size(falling, 64) == 64 and best_batch_size(falling, 10) == 8
+    assert best_batch_size(lambda size: float(size), 64) == 1
+
+    def little_memory(size: int) -> float:
+        if size > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return falling(size)
+
+    assert best_batch_size(little_memory, 64) == 4
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        best_batch_size(lambda size: _raise(RuntimeError("no such kernel")), 64)
+
+
+def _raise(error: Exception) -> float:
+    raise error
+
+
+def test_a_batch_found_by_trial_draws_the_same_images(model_dir: Path) -> None:
+    sampler = Sampler(model_dir, with_batch(0), model_id="tiny")
+    images = sampler(REQUESTS)
+    assert sampler.batch_size in (1, 2, 4)
+    for one, other in zip(
+        images, Sampler(model_dir, SETTINGS, model_id="t")(REQUESTS), strict=True
+    ):
+        assert abs(pixels(one) - pixels(other)).max() <= 1
+
+
+def test_layout_and_slicing_change_no_image(model_dir: Path) -> None:
+    plain = Sampler(model_dir, SETTINGS, model_id="tiny")(REQUESTS)
+    for changes in ({"channels_last": False, "vae_slicing": True}, {"vae_slicing": False}):
+        settings = SETTINGS.model_copy(update=changes)
+        other = Sampler(model_dir, settings, model_id="tiny")(REQUESTS)
+        for one, another in zip(plain, other, strict=True):
+            assert abs(pixels(one) - pixels(another)).max() <= 1
+        assert pixel_key("m", REQUESTS[0], settings) == pixel_key("m", REQUESTS[0], SETTINGS)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_draws_the_same_images(model_dir: Path) -> None:
+    settings = SETTINGS.model_copy(update={"compile": True})
+    compiled = Sampler(model_dir, settings, model_id="tiny")(REQUESTS)
+    for one, other in zip(
+        compiled, Sampler(model_dir, SETTINGS, model_id="tiny")(REQUESTS), strict=True
+    ):
+        assert abs(pixels(one) - pixels(other)).max() <= 1
+
+
+def test_lora_weights_are_added_to_their_model(model_dir: Path, tmp_path: Path) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        model_dir, torch_dtype=torch.float32, safety_checker=None
+    )
+    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]))
+    with torch.no_grad():
+        for name, parameter in pipeline.unet.named_parameters():
+            if "lora" in name:
+                parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(len(name)))
+    state = get_peft_model_state_dict(pipeline.unet)
+    folder = tmp_path / "lora"
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=state)
+    assert (folder / LORA_WEIGHTS).is_file()
+    pipeline.unet.fuse_lora()
+    pipeline.unet.unload_lora()
+    merged = tmp_path / "merged"
+    pipeline.save_pretrained(merged, safe_serialization=True)
+
+    ours = Sampler(folder, SETTINGS, model_id="tiny", base_dir=model_dir)(REQUESTS[:3])
+    whole = Sampler(merged, SETTINGS, model_id="tiny")(REQUESTS[:3])
+    base = Sampler(model_dir, SETTINGS, model_id="tiny")(REQUESTS[:3])
+    for one, other, without in zip(ours, whole, base, strict=True):
+        assert abs(pixels(one) - pixels(other)).max() <= 1
+        assert abs(pixels(one) - pixels(without)).max() > 1
+    with pytest.raises(ModelMissing, match="LoRA weights alone draw nothing"):
+        Sampler(folder, SETTINGS, model_id="tiny")
+
+
 def test_a_missing_model_is_named_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ModelMissing, match=r"nowhere.*model_index\.json.*materialize"):
         Sampler(tmp_path / "nowhere", SETTINGS, model_id="x")
@@ -268,6 +401,31 @@ def test_an_empty_negative_prompt_changes_nothing_and_a_real_one_does(
     assert table.image["rocket", 1, "sd"] != table.image["rocket", 1, "sd_negative"]
     assert table.negative_prompt["rocket", 1, "sd"] == ""
     assert table.negative_prompt["rocket", 1, "sd_negative"] == "busy"
+
+
+def test_a_suite_may_hold_delayed_variants(store: Store, model_dir: Path) -> None:
+    delayed = Prompt("rocket", "a red rocket", "a rocket", "busy", "Orbit", (1, 2), 0.5)
+    variants = ("sd", "sd_negative", DELAYED_VARIANTS[0])
+    table = drawn(store, model_dir, [delayed, SUITE[1]], variants)
+    assert table.variant.tolist().count("sd_negative_delayed") == 2  # the cat asks for none
+    by_cell = table.set_index(["prompt_id", "seed", "variant"])
+    images = {by_cell.image["rocket", 1, variant] for variant in variants}
+    assert len(images) == 3
+    late = table[table["variant"] == "sd_negative_delayed"].iloc[0]
+    assert late.negative_prompt == "busy" and json.loads(late.settings)["negative_from"] == 0.5
+    with Image.open(store.root / str(late.image_path)) as image:
+        assert "Negative from: 0.5" in image.info["parameters"]
+    plain = drawn(store, model_dir, SUITE, variants)
+    assert set(plain.pixel_key) < set(table.pixel_key) and len(plain) == 6
+
+
+def test_a_setting_delays_every_negative_prompt(store: Store, model_dir: Path) -> None:
+    late = SETTINGS.model_copy(update={"negative_from": 0.5})
+    first = drawn(store, model_dir).set_index(["prompt_id", "seed", "variant"])
+    second = drawn(store, model_dir, settings=late).set_index(["prompt_id", "seed", "variant"])
+    assert first.image["rocket", 1, "sd"] == second.image["rocket", 1, "sd"]
+    cell = ("rocket", 1, "sd_negative")
+    assert first.image[cell] != second.image[cell]
 
 
 def test_only_what_is_missing_is_drawn(
@@ -395,3 +553,43 @@ def test_fp16_without_a_gpu_is_fp32_and_recorded_as_such(
 def test_an_unknown_variant_is_refused(store: Store, model_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"\['lora'\]; choose from sd, sd_negative"):
         drawn(store, model_dir, variants=("lora",))
+
+
+_KILLED = """
+import sys
+from pathlib import Path
+from posterpipe.core.progress import NoProgress
+from posterpipe.core.sampler import Sampler, generate
+from posterpipe.core.store import Store
+from posterpipe_tests.core.test_sampler import SETTINGS, SUITE, VARIANTS
+import os, signal
+calls = 0
+call = Sampler.__call__
+def dies(self, requests, on_step=None):
+    global calls
+    calls += 1
+    if calls == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call(self, requests, on_step)
+Sampler.__call__ = dies
+generate(Store(Path(sys.argv[1])), SUITE, VARIANTS[:2], Path(sys.argv[2]), "tiny1", SETTINGS,
+         NoProgress(), run_id="run")
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_and_equals_the_uninterrupted_one(
+    store: Store, model_dir: Path, tmp_path: Path
+) -> None:
+    import signal
+    import subprocess
+    import sys
+
+    ended = subprocess.run([sys.executable, "-c", _KILLED, str(store.root), str(model_dir)])
+    assert ended.returncode == -signal.SIGKILL
+    uninterrupted = drawn(Store(tmp_path / "other"), model_dir)
+    resumed = drawn(store, model_dir)
+    assert table_version(resumed) == table_version(uninterrupted)
+    for path in set(resumed.image_path):
+        mine, theirs = store.root / str(path), tmp_path / "other" / str(path)
+        assert mine.read_bytes() == theirs.read_bytes()

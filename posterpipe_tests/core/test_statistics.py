@@ -1,4 +1,4 @@
-"""Estimates against values computed by hand and against scipy."""
+"""Estimates against values computed by hand, and by simulation against a truth that is known."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ import pandas as pd
 import pytest
 
 from posterpipe.core.statistics import (
+    CONTRASTS,
+    DESIGN,
     bootstrap_interval,
+    effect,
+    effects,
+    exchanged_prompts,
+    hedges_g,
+    holm,
     leaderboard,
     mean_interval,
     paired_difference,
+    sign_flip_p,
+    smallest_detectable,
     student_quantile,
+    wilson_interval,
 )
 
 Row = tuple[str, str, int, float | None]
@@ -75,13 +85,186 @@ def test_the_interval_is_students_where_values_are_normal() -> None:
     assert bootstrap_interval(values) == (low, high)
 
 
-def test_intervals_cover_the_truth() -> None:
+def study(
+    rng: np.random.Generator,
+    *,
+    tuned: float = 0.0,
+    negative: float = 0.0,
+    both: float = 0.0,
+    prompts: int = 24,
+    seeds: int = 4,
+) -> pd.DataFrame:
+    """Scores as a study gives them: prompts differ, seeds differ, effects differ by prompt."""
+    level = rng.normal(0.25, 0.03, prompts)
+    noise = rng.normal(0, 0.01, (prompts, seeds))
+    rows: list[Row] = []
+    for variant, (is_tuned, is_negative) in DESIGN.items():
+        shift = tuned * is_tuned + negative * is_negative + both * (is_tuned and is_negative)
+        by_prompt = level + shift + rng.normal(0, 0.008, prompts)
+        values = by_prompt[:, None] + noise + rng.normal(0, 0.015, (prompts, seeds))
+        rows += [
+            (variant, f"p{prompt}", 10 * prompt + seed, values[prompt, seed])
+            for prompt in range(prompts)
+            for seed in range(seeds)
+        ]
+    return table(rows)
+
+
+def test_intervals_cover_the_truth_in_95_of_100_studies() -> None:
     rng = np.random.default_rng(0)
     covered = 0
-    for _ in range(400):
-        low, high = bootstrap_interval(rng.normal(0, 1, 24), resamples=1000)
-        covered += low <= 0 <= high
-    assert 0.92 <= covered / 400 <= 0.98
+    for _ in range(1000):
+        # What `study` gives once seeds are averaged, for the difference of two variants.
+        spread = math.sqrt(2 * 0.008**2 + 2 * 0.015**2 / 4)
+        low, high = bootstrap_interval(0.02 + rng.normal(0, spread, 24), resamples=1000)
+        covered += low <= 0.02 <= high
+    assert 930 <= covered <= 970
+
+
+def test_intervals_of_skewed_differences_cover_the_truth_too() -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(1000):
+        low, high = bootstrap_interval(rng.gamma(4, 0.01, 40), resamples=1000)
+        covered += low <= 0.04 <= high
+    assert 920 <= covered <= 970
+
+
+@pytest.mark.slow
+def test_intervals_of_whole_studies_cover_the_truth() -> None:
+    rng = np.random.default_rng(2)
+    covered = {name: 0 for name in CONTRASTS}
+    truth = {"tuned": 0.035, "negative": 0.02, "interaction": 0.01, "both": 0.05}
+    for _ in range(1000):
+        found = effects(study(rng, tuned=0.03, negative=0.015, both=0.01), contrasts={
+            name: CONTRASTS[name] for name in truth
+        })  # fmt: skip
+        for name, low, high in zip(found.contrast, found.low, found.high, strict=True):
+            covered[name] += int(low <= truth[name] <= high)
+    assert all(930 <= covered[name] <= 970 for name in truth)
+
+
+def test_a_planted_effect_is_found_and_told_from_the_others() -> None:
+    found = effects(study(np.random.default_rng(3), tuned=0.03, negative=0.0)).set_index("contrast")
+    assert list(found.index) == list(CONTRASTS)
+    tuned, negative = found.loc["tuned"], found.loc["negative"]
+    assert tuned.low <= 0.03 <= tuned.high and tuned.low > 0 and tuned.p_value < 0.001
+    assert tuned.win_rate > 0.9 and tuned.win_low > 0.5 and tuned.effect_size > 1
+    assert negative.low <= 0 <= negative.high and negative.p_value > 0.05
+    assert found.loc["interaction"].low <= 0 <= found.loc["interaction"].high
+    assert (tuned.prompts, tuned.pairs) == (24, 96)
+
+
+def test_an_interaction_is_what_the_negative_prompt_does_more_for_the_tuned_model() -> None:
+    rng = np.random.default_rng(4)
+    found = effects(study(rng, negative=0.01, both=0.03)).set_index("contrast")
+    interaction = found.loc["interaction"]
+    by_hand = found.loc["negative on tuned"].estimate - found.loc["negative on base"].estimate
+    assert interaction.estimate == pytest.approx(by_hand)
+    assert 0 < interaction.low <= 0.03 <= interaction.high
+
+
+def test_without_an_effect_one_study_in_twenty_is_fooled() -> None:
+    rng = np.random.default_rng(5)
+    weights = {"tuned without negative": CONTRASTS["tuned without negative"]}
+    fooled = 0
+    for _ in range(200):
+        differences = rng.normal(0, 0.012, 12)
+        fooled += sign_flip_p(differences) < 0.05
+    assert 2 <= fooled <= 20
+    quiet = effects(study(rng), contrasts=weights).iloc[0]
+    assert quiet.low < quiet.estimate < quiet.high
+
+
+def test_the_smallest_detectable_difference_is_found_four_times_in_five() -> None:
+    rng = np.random.default_rng(6)
+    n, spread = 24, 0.02
+    needed = smallest_detectable(np.tile([-spread, spread], n // 2) * math.sqrt((n - 1) / n))
+    assert needed == pytest.approx((2.069 + 0.858) * spread / math.sqrt(n), rel=1e-3)
+    found = 0
+    for _ in range(1000):
+        low, _ = bootstrap_interval(needed + rng.normal(0, spread, n), resamples=500)
+        found += low > 0
+    assert 760 <= found <= 850
+
+
+def test_an_exchanged_prompt_shows_no_effect() -> None:
+    """The negative control: images follow their own prompt, the tuned model's more closely."""
+    rng = np.random.default_rng(7)
+    prompts = [f"p{index}" for index in range(24)]
+
+    def unit(vectors: np.ndarray) -> np.ndarray:
+        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+    texts = dict(zip(prompts, unit(rng.normal(size=(24, 64))), strict=True))
+    other = exchanged_prompts(prompts)
+    own_rows: list[Row] = []
+    control_rows: list[Row] = []
+    for variant, follows in {"sd": 0.2, "dreambooth": 0.5}.items():
+        for prompt in prompts:
+            for seed in range(4):
+                image = unit(follows * texts[prompt] + 0.7 * unit(rng.normal(size=64)))
+                own_rows.append((variant, prompt, seed, float(image @ texts[prompt])))
+                control_rows.append((variant, prompt, seed, float(image @ texts[other[prompt]])))
+    weights = CONTRASTS["tuned without negative"]
+    seen = effect(table(own_rows), "tuned", weights)
+    control = effect(table(control_rows), "tuned", weights)
+    assert seen.low > 0.1 and seen.p_value < 0.001
+    assert control.low < 0 < control.high and control.p_value > 0.05
+
+
+def test_every_prompt_is_exchanged_for_another_one() -> None:
+    names = [f"p{index}" for index in range(9)]
+    other = exchanged_prompts(names)
+    assert sorted(other) == sorted(other.values()) == sorted(names)
+    assert all(own != theirs for own, theirs in other.items())
+    assert exchanged_prompts(names[::-1]) == other
+    assert exchanged_prompts(["a", "b"]) == {"a": "b", "b": "a"}
+    with pytest.raises(ValueError, match="two prompts or more"):
+        exchanged_prompts(["a", "a"])
+
+
+def test_an_effect_by_hand() -> None:
+    # Cells a1 +0.20, a2 0, b1 +0.05; b2 has no pair. Prompts: a +0.10, b +0.05.
+    found = effect(SMALL, "tuned", {"sd": -1, "dreambooth": 1})
+    assert (found.estimate, found.prompts, found.pairs) == (pytest.approx(0.075), 2, 3)
+    assert found.p_value == 0.5  # of ++, +-, -+, --, two are as far from 0
+    assert found.win_rate == 1.0
+    assert effects(SMALL).contrast.tolist() == ["tuned without negative"]
+
+
+def test_sign_flips_give_the_exact_p_value_for_few_and_nearly_so_for_many() -> None:
+    assert sign_flip_p(np.array([1.0, 1.0, 1.0, 1.0])) == 2 / 16
+    assert sign_flip_p(np.array([3.0, -1.0, 2.0])) == 4 / 8  # sums 6, 4, 2, 0 and their opposites
+    assert sign_flip_p(np.zeros(5)) == 1.0
+    assert math.isnan(sign_flip_p(np.array([0.4])))
+    values = np.random.default_rng(8).normal(0.5, 1, 13)
+    exact = np.mean(
+        [
+            abs(sum(v if bits >> i & 1 else -v for i, v in enumerate(values)))
+            >= abs(values.sum()) - 1e-12
+            for bits in range(2**13)
+        ]
+    )
+    assert sign_flip_p(values) == pytest.approx(exact, abs=0.02)
+    assert sign_flip_p(values) == sign_flip_p(values)
+
+
+def test_holm_corrects_from_the_smallest_on() -> None:
+    # 0.01 * 3, 0.02 * 2, then 0.03 * 1, which may not fall below the one before.
+    assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    corrected = holm([0.01, math.nan])
+    assert corrected[0] == 0.01 and math.isnan(corrected[1])
+
+
+def test_effect_sizes_and_shares_by_hand() -> None:
+    # Mean 2, deviation 1, correction 1 - 3/7.
+    assert hedges_g(np.array([1.0, 2.0, 3.0])) == pytest.approx(2 * (1 - 3 / 7))
+    assert hedges_g(np.zeros(4)) == 0 and hedges_g(np.ones(4)) == math.inf
+    low, high = wilson_interval(8, 10)
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    assert all(math.isnan(bound) for bound in wilson_interval(0, 0))
 
 
 def test_too_little_gives_no_interval() -> None:

@@ -6,8 +6,10 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
@@ -45,11 +47,41 @@ def test_bytes_lie_under_their_sha256_with_their_suffix(store: Store) -> None:
     assert not store.has(blob)
 
 
-def test_bytes_that_are_there_are_not_written_again(store: Store) -> None:
+def test_bytes_that_are_there_are_not_written_again_but_marked_as_used(store: Store) -> None:
     path = store.path(store.put(b"poster"))
+    inode = path.stat().st_ino
     os.utime(path, (1, 1))
     store.put(b"poster")
-    assert path.stat().st_mtime == 1
+    assert path.stat().st_ino == inode
+    assert time.time() - path.stat().st_mtime < 60
+
+
+def test_whoever_asks_for_something_counts_as_its_user(store: Store) -> None:
+    path = store.path(store.put(b"poster"))
+    version = store.write_table("posters", FRAME)
+    parquet = store.root / "tables" / "posters" / f"{version}.parquet"
+    for asked, ask in [
+        (path, lambda: store.has(path.name)),
+        (parquet, lambda: store.read_table("posters")),
+        (parquet, lambda: store.write_table("posters", FRAME)),
+    ]:
+        os.utime(asked, (1, 1))
+        ask()
+        assert time.time() - asked.stat().st_mtime < 60
+
+
+def test_a_table_that_is_replaced_was_in_use_until_now(store: Store) -> None:
+    old = store.write_table("posters", FRAME)
+    parquet = store.root / "tables" / "posters" / f"{old}.parquet"
+    os.utime(parquet, (1, 1))
+    store.write_table("posters", FRAME.head(1))
+    assert time.time() - parquet.stat().st_mtime < 60
+
+
+def test_what_is_gone_cannot_be_kept(store: Store) -> None:
+    path = store.path(store.put(b"poster"))
+    path.unlink()
+    assert not store.keep(path)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(
@@ -91,6 +123,91 @@ def test_more_keys_than_sqlite_takes_in_one_statement(store: Store) -> None:
     rows = {f"{n:05}": {"n": n} for n in range(2500)}
     store.add_results("k", rows)
     assert store.results("k", rows) == rows
+
+
+def used_at(store: Store) -> dict[str, int]:
+    return {key: at for _, key, _, at in store.all_results()}
+
+
+def age_rows(store: Store, at: int = 1) -> None:
+    with closing(sqlite3.connect(store.root / "index.sqlite")) as index, index:
+        index.execute("UPDATE results SET used_at = ?", [at])
+
+
+def test_reading_and_adding_results_marks_them_as_used(store: Store) -> None:
+    store.add_results("k", {"a": {"n": 1}, "b": {"n": 2}, "c": {"n": 3}})
+    age_rows(store)
+    store.results("k", ["a"])
+    store.add_results("k", {"b": {"n": 9}})
+    found = used_at(store)
+    assert time.time() - min(found["a"], found["b"]) < 60
+    assert found["c"] == 1
+    assert store.results("k", ["b"]) == {"b": {"n": 2}}
+
+
+def test_only_what_was_not_used_since_is_forgotten(store: Store) -> None:
+    store.add_results("k", {"old": {}, "new": {}})
+    age_rows(store)
+    store.results("k", ["new"])
+    wanted = [("k", "old"), ("k", "new"), ("k", "never there")]
+    assert store.forget_unused(wanted, time.time() - 60) == {("k", "old")}
+    assert list(store.results("k", ["old", "new"])) == ["new"]
+
+
+def test_an_index_of_the_first_form_is_brought_up_to_date(store: Store) -> None:
+    with closing(sqlite3.connect(store.root / "index.sqlite")) as index, index:
+        index.execute(
+            "CREATE TABLE results (kind TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, "
+            "PRIMARY KEY (kind, key)) WITHOUT ROWID"
+        )
+        index.execute("INSERT INTO results VALUES ('k', 'a', '{\"n\":1}')")
+    assert used_at(store) == {"a": 0}
+    workers = [FORK.Process(target=_write_results, args=(store.root, n)) for n in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0] * 3
+    assert store.results("k", ["a"]) == {"a": {"n": 1}}
+    assert used_at(store)["a"] > 0
+
+
+# -- leases --------------------------------------------------------------------------------------
+
+
+def test_a_lease_lives_as_long_as_the_work(store: Store) -> None:
+    assert store.live_leases() == []
+    with store.lease(), store.lease():
+        begun = store.live_leases()
+        assert len(begun) == 2
+        assert all(abs(time.time() - moment) < 60 for moment in begun)
+    assert store.live_leases() == []
+    assert list((store.root / "leases").iterdir()) == []
+
+
+def _hold_lease(root: Path) -> None:
+    with Store(root).lease():
+        time.sleep(600)
+
+
+def test_a_killed_process_leaves_no_lease_behind(store: Store) -> None:
+    worker = FORK.Process(target=_hold_lease, args=(store.root,))
+    worker.start()
+    deadline = time.monotonic() + 30
+    while not store.live_leases() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert store.live_leases()
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    worker.join()
+    assert store.live_leases() == []
+    assert list((store.root / "leases").iterdir()) == []
+
+
+def test_work_holds_a_lease(store: Store) -> None:
+    def compute(keys: list[str]) -> Iterator[tuple[str, dict]]:
+        yield keys[0], {"leases": len(store.live_leases())}
+
+    assert compute_missing(store, "k", ["a"], compute) == {"a": {"leases": 1}}
 
 
 def test_an_index_that_is_no_database_says_what_to_do(store: Store) -> None:

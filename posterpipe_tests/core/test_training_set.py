@@ -14,7 +14,13 @@ from PIL import Image
 from posterpipe.core import training_set
 from posterpipe.core.images import png_bytes
 from posterpipe.core.store import Store
-from posterpipe.core.training_set import COLUMNS, TrainingSetEmpty, build_training_set
+from posterpipe.core.training_set import (
+    COLUMNS,
+    TrainingSetEmpty,
+    build_training_set,
+    training_caption,
+)
+from posterpipe.settings import DEFAULT_TEMPLATE
 
 CAPTIONS = ['a red rocket, titled "Go"', "a blue\ncastle ", "eine gelbe Tür"]
 
@@ -31,7 +37,7 @@ def tables(store: Store, captions: list[str] = CAPTIONS) -> tuple[pd.DataFrame, 
         blob = store.put(png_bytes(image), ".png")
         rows.append({"poster_id": f"{number:064}", "image": blob, "caption": caption})
     frame = pd.DataFrame(rows, columns=["poster_id", "image", "caption"]).assign(status="ok")
-    return frame.drop(columns="caption"), frame.drop(columns="image")
+    return frame.drop(columns="caption"), frame.drop(columns="image").assign(source="model")
 
 
 def test_the_csv_lies_beside_its_images_and_gives_the_version(store: Store) -> None:
@@ -93,6 +99,43 @@ def test_posters_that_come_to_the_same_image_are_trained_on_once(store: Store) -
     resized["image"] = resized["image"][0]
     frame, _, _ = build_training_set(store, resized, captions)
     assert frame["caption"].tolist() == [CAPTIONS[0]]
+
+
+def test_of_copies_of_an_image_the_one_that_a_person_described_is_taken(store: Store) -> None:
+    resized, captions = tables(store)
+    resized["image"] = resized["image"][0]
+    captions.loc[2, "source"] = "human"
+    frame, _, _ = build_training_set(store, resized, captions)
+    assert frame["caption"].tolist() == [CAPTIONS[2]]
+
+
+def test_captions_are_worded_by_the_template_and_nothing_else_changes(store: Store) -> None:
+    resized, captions = tables(store)
+    plain, _, version = build_training_set(store, resized, captions)
+    frame, folder, worded = build_training_set(
+        store, resized, captions, template="{trigger}, {caption}", trigger="in  our style"
+    )
+    assert worded != version
+    assert frame["caption"].tolist() == [f"in our style, {text}" for text in plain["caption"]]
+    pd.testing.assert_frame_equal(frame.drop(columns="caption"), plain.drop(columns="caption"))
+    with open(folder / "training.csv", encoding="utf-8", newline="") as file:
+        assert [row["caption"] for row in csv.DictReader(file)] == frame["caption"].tolist()
+    assert build_training_set(store, resized, captions)[2] == version
+
+
+@pytest.mark.parametrize(
+    ("template", "trigger", "expected"),
+    [
+        (DEFAULT_TEMPLATE, "", "a {red} rocket"),
+        (DEFAULT_TEMPLATE, "sks poster:", "sks poster: a {red} rocket"),
+        ("{trigger}, {caption}", "{caption}", "{caption}, a {red} rocket"),
+        ("{{x}} {caption}", "", "{x} a {red} rocket"),
+    ],
+)
+def test_braces_in_captions_and_triggers_are_text(
+    template: str, trigger: str, expected: str
+) -> None:
+    assert training_caption("a {red} rocket", template, trigger) == expected
 
 
 def test_nothing_to_train_on_is_an_error_with_a_remedy(store: Store) -> None:

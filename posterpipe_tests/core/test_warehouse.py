@@ -16,11 +16,13 @@ import pandas as pd
 import pytest
 
 from posterpipe.core.warehouse import (
+    SCHEMA_VERSION,
     PublishError,
     Warehouse,
     WarehouseBusy,
     WarehouseError,
     WarehouseMissing,
+    fill_checkpoints,
     insert,
     publish,
     record_generations,
@@ -209,6 +211,43 @@ def test_a_newer_schema_is_refused(warehouse: Warehouse) -> None:
         connection.execute("INSERT INTO schema_version VALUES (99)")
     with pytest.raises(WarehouseError, match="newer posterpipe"), warehouse.write():
         pass
+
+
+def test_a_file_of_the_first_schema_is_brought_up_to_date(warehouse: Warehouse) -> None:
+    warehouse.path.parent.mkdir(parents=True)
+    script = Path(__file__).with_name("warehouse_v1.sql").read_text("utf-8")
+    with duckdb.connect(str(warehouse.path)) as connection:
+        connection.execute(script)
+        frame = pd.DataFrame(GENERATIONS)
+        record_generations(connection, frame, run_id="run", recorded_at=NOW)
+        insert(connection, "fct_score", pd.DataFrame(SCORES).astype({"value": "float64"}))
+        replace_current(connection, frame.generation_key)
+    before = everything(warehouse)
+    assert before["fct_score"]
+    fill(warehouse)
+    assert everything(warehouse) == before
+    with warehouse.write() as connection:
+        drawing = {"pixel_key": "pixels g1", "run_id": "run", "environment_id": "e"}
+        insert(connection, "fct_drawing", pd.DataFrame([drawing]))
+        facts = {
+            "checkpoint_id": "tuned1", "base_model": "base1", "training_set_version": "t",
+            "settings": "{}", "trained_at": NOW, "run_id": "training",
+        }  # fmt: skip
+        fill_checkpoints(connection, pd.DataFrame([facts]))
+        fill_checkpoints(connection, pd.DataFrame([{**facts, "base_model": "another"}]))
+    with warehouse.read() as connection:
+        drawn = connection.execute("SELECT pixel_key, drawn_at FROM fct_drawing").fetchall()
+        trained = connection.execute(
+            "SELECT checkpoint_id, base_model, run_id FROM dim_checkpoint ORDER BY ALL"
+        ).fetchall()
+        version = connection.execute("SELECT max(version) FROM schema_version").fetchall()
+    assert drawn == [("pixels g1", None)]
+    assert trained == [("base1", None, "run"), ("tuned1", "base1", "training")]
+    assert version == [(SCHEMA_VERSION,)]
+    published = warehouse.path.with_name("published.duckdb")
+    publish(warehouse.path, published)
+    with duckdb.connect(str(published), read_only=True) as connection:
+        assert connection.execute("SELECT count(*) FROM clip_scores").fetchall() == [(4,)]
 
 
 HOLDER = """

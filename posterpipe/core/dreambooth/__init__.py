@@ -6,12 +6,19 @@ here every image brings its own caption, as in the study that posterpipe rebuild
 Read `train` from top to bottom; it leans on small modules:
 
 - `config`: what one run is told, and the id of what it makes. Imports no torch.
-- `data`: the training set, cached latents, and every random number as a function of its position.
+- `base_model`: the parts of the base model.
+- `data`: a training set on disk.
+- `latents`, `texts`: images and captions as the U-Net reads them, computed once (`cache`).
+- `draws`: every random number as a function of its position, pure functions.
 - `objective`: noising, targets and loss weights, pure functions.
+- `batches`: from positions to what goes through the U-Net.
 - `schedule`: the learning rate, a pure function.
+- `optimizers`, `lora`: what moves the weights, and which.
+- `holdout`, `samples`: watching the model while it learns.
 - `saves`: crash-safe saves from which a run goes on exactly.
-- `checkpoint`: reading the base model, writing the finished diffusers directory.
+- `guards`: the lock, the signal to stop, memory that runs out.
 - `reports`: what a run says while it works, and its curves.
+- `checkpoint`, `card`: the finished diffusers directory, and its description.
 - `launch`: the command line that runs it in a process of its own.
 
 By hand: `python -m posterpipe.core.dreambooth --config run.toml`, or the same under

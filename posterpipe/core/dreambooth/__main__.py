@@ -40,8 +40,8 @@ def main() -> int:
         print(f"training: {error}", file=sys.stderr)
         return 1
     say(
-        f"finished: {result.steps} steps, smoothed loss {result.final_loss:.4f}, checkpoint "
-        f"{result.checkpoint_id} in {result.output_dir}"
+        f"finished: {result.steps} steps ({result.ended_by}), smoothed loss "
+        f"{result.final_loss:.4f}, checkpoint {result.checkpoint_id} in {result.output_dir}"
     )
     return 0
 
@@ -66,7 +66,10 @@ class _Reporter:
         if self._tick is None:
             task = BarProgress().task("training", report.total, "steps")
             self._tick = self._stack.enter_context(task)
-        self._tick(report.step - self._step, loss=report.smoothed_loss, rate=report.lr)
+        shown = {"loss": report.smoothed_loss, "rate": report.lr, "GiB": report.memory_gib}
+        if report.holdout_loss is not None:
+            shown["held-out"] = report.holdout_loss
+        self._tick(report.step - self._step, **shown)
         self._step = report.step
 
 

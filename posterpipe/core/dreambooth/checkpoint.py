@@ -1,7 +1,7 @@
-"""Model directories: what is read at the start of a run, and what is left at its end.
+"""The finished model: a complete diffusers directory with its record, curves and card.
 
-What belongs here: checking and loading the parts of the base model, writing the finished diffusers
-directory. What does not: where models come from (`models`), saves during a run (`saves`).
+What belongs here: writing and recognising finished checkpoints. What does not: the base model
+(`base_model`), saves during a run (`saves`), the words of the card (`card`).
 """
 
 from __future__ import annotations
@@ -10,118 +10,39 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from diffusers.models import AutoencoderKL, UNet2DConditionModel
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from safetensors import safe_open
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
 
+from posterpipe.core.dreambooth.base_model import disk_dtype, load_text_encoder, load_unet
+from posterpipe.core.dreambooth.card import CARD_NAME, write_card
 from posterpipe.core.dreambooth.config import MODEL_PARTS, TRAINER_VERSION, RunConfig, Versions
-from posterpipe.core.dreambooth.errors import BaseModelError, TrainingError
+from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.dreambooth.lora import lora_deltas, write_lora
 from posterpipe.core.dreambooth.reports import (
     METRICS_NAME,
     PICTURE_NAME,
+    HoldoutLoss,
+    Journal,
     StepReport,
     TrainResult,
-    draw_loss,
+    draw_curves,
     write_metrics,
 )
+from posterpipe.core.dreambooth.samples import SAMPLES_NAME, draw_grid
 from posterpipe.core.dreambooth.saves import sync_path, sync_tree
 
 RECORD_NAME = "posterpipe.json"
-_PACKAGES = ("posterpipe", "torch", "diffusers", "transformers", "accelerate", "bitsandbytes")
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+_PACKAGES = (
+    "posterpipe", "torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "peft",
+)  # fmt: skip
 _PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.h5", "*.onnx*")
-
-Part = TypeVar("Part")
-
-
-def check_base_model(folder: Path) -> None:
-    """Raises BaseModelError unless `folder` looks like a Stable Diffusion 1.x or 2.x."""
-    remedy = "name the directory of a Stable Diffusion 1.x or 2.x in diffusers' layout"
-    if not folder.is_dir():
-        raise BaseModelError(f"{folder}: there is no such directory; {remedy} as base_model")
-    if not (folder / "model_index.json").is_file():
-        raise BaseModelError(f"{folder}: it has no model_index.json; {remedy} as base_model")
-    absent = [part for part in MODEL_PARTS if not (folder / part).is_dir()]
-    if absent:
-        raise BaseModelError(f"{folder}: it has no {', '.join(absent)}; {remedy} as base_model")
-
-
-def load_vae(folder: Path) -> AutoencoderKL:
-    """The VAE in fp32, in evaluation mode."""
-    variant = _variant(folder / "vae")
-    vae = _load(
-        folder / "vae",
-        lambda path: AutoencoderKL.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, variant=variant
-        ),
-    )
-    return vae.eval().requires_grad_(False)
-
-
-def load_unet(folder: Path) -> UNet2DConditionModel:
-    """The U-Net in fp32, whatever precision is on disk."""
-    variant = _variant(folder / "unet")
-    return _load(
-        folder / "unet",
-        lambda path: UNet2DConditionModel.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, variant=variant
-        ),
-    )
-
-
-def load_text_encoder(folder: Path) -> CLIPTextModel:
-    """The text encoder in fp32, whatever precision is on disk."""
-    variant = _variant(folder / "text_encoder")
-    return _load(
-        folder / "text_encoder",
-        lambda path: CLIPTextModel.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, variant=variant
-        ),
-    )
-
-
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer."""
-    return _load(folder / "tokenizer", CLIPTokenizer.from_pretrained)
-
-
-def load_noise_schedule(folder: Path) -> DDPMScheduler:
-    """The noise schedule and prediction type, from whatever scheduler the directory names."""
-    return _load(folder / "scheduler", DDPMScheduler.from_pretrained)
-
-
-def _load(path: Path, load: Callable[[Path], Part]) -> Part:
-    try:
-        return load(path)
-    except Exception as error:  # diffusers and transformers raise whatever their readers raise
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BaseModelError(
-            f"{path}: cannot be loaded ({first_line}); safetensors and their config.json are "
-            "needed, get the model again"
-        ) from error
-
-
-def _variant(folder: Path) -> str | None:
-    """None for plain weights, "fp16" where only those are there."""
-    plain = list(folder.glob("*model.safetensors")) + list(folder.glob("*model.safetensors.index*"))
-    half = list(folder.glob("*.fp16*.safetensors"))
-    return "fp16" if half and not plain else None
-
-
-def disk_dtype(folder: Path) -> torch.dtype:
-    """fp16 when the U-Net on disk is in fp16, else fp32: the finished model is as its base."""
-    for path in sorted((folder / "unet").glob("*.safetensors")):
-        with safe_open(path, framework="pt") as weights:
-            first = next(iter(weights.keys()), None)
-            if first is not None and weights.get_slice(first).get_dtype() == "F16":
-                return torch.float16
-            return torch.float32
-    return torch.float32
+_LOADERS = {"unet": load_unet, "text_encoder": load_text_encoder}
 
 
 def write_checkpoint(
@@ -129,38 +50,45 @@ def write_checkpoint(
     versions: Versions,
     run: str,
     *,
-    unet: UNet2DConditionModel,
-    text_encoder: CLIPTextModel | None,
-    reports: Sequence[StepReport],
-    seconds: float,
+    trained: Mapping[str, nn.Module],
+    journal: Journal,
+    steps: int,
 ) -> None:
     """Writes the finished directory under a temporary name and renames it to `output_dir`.
 
-    The models are cast in place to the base's precision. `text_encoder` is None when it was not
-    trained: it and all other parts are then the base's own files.
+    trained: models by the name of their folder, cast in place to the precision of the base's
+    files; all other parts are the base's own files. With LoRA their merged weights are written, so
+    that whatever reads Stable Diffusion reads this, and beside them the small file that diffusers
+    loads on top of the base model. steps: after which the weights are as they are; journal.ended_by
+    tells why no more were made.
     """
     final = config.output_dir
     final.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in final.parent.glob(f".{final.name}.*.tmp"):
         shutil.rmtree(abandoned)
     temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
-    dtype = disk_dtype(config.base_model)
-    trained: dict[str, Any] = {"unet": unet}
-    if text_encoder is not None:
-        trained["text_encoder"] = text_encoder
     for part in MODEL_PARTS:
-        if part in trained:
-            model = trained[part].to(device="cpu", dtype=dtype)
-            model.save_pretrained(temporary / part, safe_serialization=True)
-            _forget_origin(temporary / part / "config.json")
-        else:
+        if part not in trained:
             ignore = shutil.ignore_patterns(*_PICKLES)
             shutil.copytree(config.base_model / part, temporary / part, ignore=ignore)
-    _write_json(temporary / "model_index.json", _model_index(config.base_model))
-    write_metrics(temporary / METRICS_NAME, reports)
-    draw_loss(temporary / PICTURE_NAME, reports)
-    record = _record(config, versions, run, reports, seconds)
-    _write_json(temporary / RECORD_NAME, record)
+    if config.training.method == "lora":
+        write_lora(temporary, trained, config.training)
+    for name, model in trained.items():
+        if config.training.method == "lora":
+            model = _merged(name, config.base_model, lora_deltas(model))
+        _write_model(model, temporary / name, disk_dtype(config.base_model))
+    if config.training.zero_terminal_snr:
+        _schedule_ends_in_noise(temporary / SCHEDULER_CONFIG)
+    write_json(temporary / "model_index.json", _model_index(config.base_model))
+    write_metrics(temporary / METRICS_NAME, journal)
+    draw_curves(temporary / PICTURE_NAME, journal)
+    samples = config.work_dir / SAMPLES_NAME
+    if samples.is_dir():
+        shutil.copytree(samples, temporary / SAMPLES_NAME)
+        draw_grid(temporary / f"{SAMPLES_NAME}.png", temporary / SAMPLES_NAME)
+    record = _record(config, versions, run, journal, steps)
+    write_json(temporary / RECORD_NAME, record)
+    write_card(temporary / CARD_NAME, config, record)
     _share(temporary)
     sync_tree(temporary)
     os.replace(temporary, final)
@@ -185,7 +113,9 @@ def read_result(config: RunConfig, run: str) -> TrainResult | None:
                 final_loss=record["final_loss"],
                 seconds=record["seconds"],
                 resumed_from=0,
+                ended_by=record["ended_by"],
                 reports=tuple(StepReport(**report) for report in record["reports"]),
+                holdout=tuple(HoldoutLoss(**loss) for loss in record["holdout"]),
             )
         found = f"the checkpoint {record['checkpoint_id']}, and this run makes {run}"
     except (OSError, ValueError, KeyError, TypeError):
@@ -193,28 +123,50 @@ def read_result(config: RunConfig, run: str) -> TrainResult | None:
     raise TrainingError(f"{config.output_dir}: it holds {found}; remove it or change output_dir")
 
 
+@torch.no_grad()
+def _merged(name: str, base_model: Path, deltas: Mapping[str, Tensor]) -> nn.Module:
+    """The base model's own weights, in fp32, with what LoRA adds to them."""
+    model: nn.Module = _LOADERS[name](base_model)
+    for key, delta in deltas.items():
+        model.get_parameter(key).add_(delta)
+    return model
+
+
+def _write_model(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    model = model.to(device="cpu", dtype=dtype).to(memory_format=torch.contiguous_format)
+    model.save_pretrained(folder, safe_serialization=True)
+    _forget_origin(folder / "config.json")
+
+
+def _schedule_ends_in_noise(path: Path) -> None:
+    # Samplers then begin where training began, as arXiv:2305.08891 asks.
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.update(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    write_json(path, config)
+
+
 def _record(
-    config: RunConfig,
-    versions: Versions,
-    run: str,
-    reports: Sequence[StepReport],
-    seconds: float,
+    config: RunConfig, versions: Versions, run: str, journal: Journal, steps: int
 ) -> dict[str, Any]:
     return {
         "checkpoint_id": run,
         "training_set": versions.training_set,
+        "class_set": versions.class_set,
+        "holdout_set": versions.holdout_set,
         "base_model": versions.base_model,
-        "base_model_name": config.base_model.name,
+        "base_model_name": config.base_model_name or config.base_model.name,
         "trainer": TRAINER_VERSION,
         "width": config.width,
         "height": config.height,
         "settings": config.training.model_dump(mode="json"),
         "packages": {name: _package_version(name) for name in _PACKAGES},
-        "steps": config.training.max_train_steps,
-        "final_loss": reports[-1].smoothed_loss,
-        "last_loss": reports[-1].loss,
-        "seconds": seconds,
-        "reports": [vars(report) for report in reports],
+        "steps": steps,
+        "ended_by": journal.ended_by,
+        "final_loss": journal.reports[-1].smoothed_loss,
+        "last_loss": journal.reports[-1].loss,
+        "seconds": journal.seconds,
+        "reports": [asdict(report) for report in journal.reports],
+        "holdout": [asdict(loss) for loss in journal.holdout],
     }
 
 
@@ -229,7 +181,7 @@ def _forget_origin(config: Path) -> None:
     """Takes out the path of this machine from which the model was loaded."""
     values = json.loads(config.read_text(encoding="utf-8"))
     values.pop("_name_or_path", None)
-    _write_json(config, values)
+    write_json(config, values)
 
 
 def _model_index(base_model: Path) -> dict[str, Any]:
@@ -241,7 +193,8 @@ def _model_index(base_model: Path) -> dict[str, Any]:
     return {**index, "requires_safety_checker": False}
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes readable JSON with a fixed order of keys."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

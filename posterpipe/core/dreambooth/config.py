@@ -19,17 +19,30 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from posterpipe.core.dreambooth.errors import TrainingError
-from posterpipe.settings import TrainingSettings
+from posterpipe.settings import SamplerSettings, TrainingSettings
 
-TRAINER_VERSION = "1"
+TRAINER_VERSION = "2"
 """Raised when the same config would give other weights, so that old checkpoints keep their id."""
 
 CSV_NAME = "training.csv"
 MODEL_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 """The folders of a Stable Diffusion directory that decide what is trained."""
 
-# Settings that change what a run says and keeps, but no weight.
-_WITHOUT_EFFECT = {"log_every_steps", "save_every_steps", "keep_saves"}
+WITHOUT_EFFECT = frozenset(
+    {
+        "log_every_steps",
+        "save_every_steps",
+        "keep_saves",
+        "sample_every_steps",
+        "sample_prompts",
+        "sample_seed",
+        "halve_batch_on_out_of_memory",
+    }
+)
+"""Settings that change what a run says and keeps, but no weight."""
+
+_OF_EARLY_STOP = {"holdout_every_steps", "holdout_timesteps", "early_stop_min_gain"}
+_OF_THE_PRIOR = {"prior_loss_weight", "class_prompt", "class_image_count"}
 
 
 class Versions(BaseModel):
@@ -39,27 +52,56 @@ class Versions(BaseModel):
 
     training_set: str = Field(description="version of the training set, such as its CSV's hash")
     base_model: str = Field(description="fingerprint of the base model's weights and configs")
+    class_set: str = Field("", description='the same of the class images; "" without')
+    holdout_set: str = Field("", description='the same of the held-out posters; "" without')
 
 
 class RunConfig(BaseModel):
     """Everything one training run is told. Frozen; relative paths start in the current directory.
 
-    `work_dir` belongs to this run alone: it holds the saves from which a killed run goes on, and
-    the cached latents. `output_dir` appears, complete, when the run has finished.
+    `work_dir` belongs to this run alone: it holds the saves from which a killed run goes on.
+    `cache_dir` may be shared by all runs. `output_dir` appears, complete, when the run has
+    finished.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     base_model: Path = Field(description="diffusers directory of a Stable Diffusion 1.x or 2.x")
+    base_model_name: str = Field("", description="shown in the card; not given: the folder")
     training_set: Path = Field(description="folder with training.csv and its images")
+    class_set: Path | None = Field(
+        None, description="the same with class images, needed for prior_preservation"
+    )
+    holdout_set: Path | None = Field(
+        None, description="the same with posters never trained on, for the held-out loss"
+    )
     output_dir: Path = Field(description="where the finished diffusers directory appears")
-    work_dir: Path = Field(description="saves and cached latents of this run")
+    work_dir: Path = Field(description="saves and samples of this run")
+    cache_dir: Path | None = Field(
+        None, description="latents and text embeddings; `cache` in work_dir when not given"
+    )
     width: int = Field(ge=8, multiple_of=8, description="pixels of the training images")
     height: int = Field(ge=8, multiple_of=8, description="pixels of the training images")
+    buckets: bool = Field(
+        False, description="images may differ in size (aspect-ratio buckets), in multiples of 8"
+    )
     training: TrainingSettings = TrainingSettings()
+    sampler: SamplerSettings = Field(
+        SamplerSettings(), description="how the samples are drawn; its size and batch are not used"
+    )
     versions: Versions | None = Field(
         None, description="versions of the inputs; measured from the files when not given"
     )
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height in pixels that every training image must have; None for buckets."""
+        return None if self.buckets else (self.width, self.height)
+
+    @property
+    def cache(self) -> Path:
+        """The folder of latents and text embeddings."""
+        return self.cache_dir or self.work_dir / "cache"
 
     def to_toml(self, path: Path) -> Path:
         """Writes the config, atomically, and returns `path`; `from_toml` reads it back equal."""
@@ -98,17 +140,27 @@ def checkpoint_id(config: RunConfig, versions: Versions) -> str:
     """The id of the checkpoint that this run makes: 16 hex digits.
 
     A hash of everything that decides a weight: the training set, the base model, the image size,
-    the training settings and the trainer's version. Paths, and settings that only change what is
-    logged or kept, are not in it.
+    the training settings and the trainer's version; the class images with prior preservation, the
+    held-out posters with early stopping. Paths, and settings that only change what is logged or
+    kept, are not in it.
     """
-    settings = config.training.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
-    parts = {
+    training = config.training
+    unused = set(WITHOUT_EFFECT)
+    parts: dict[str, object] = {
         "training_set": versions.training_set,
         "base_model": versions.base_model,
-        "size": [config.width, config.height],
-        "training": settings,
+        "size": [config.width, config.height, config.buckets],
         "trainer": TRAINER_VERSION,
     }
+    if training.prior_preservation:
+        parts["class_set"] = versions.class_set
+    else:
+        unused |= _OF_THE_PRIOR
+    if training.early_stop_patience is not None:
+        parts["holdout_set"] = versions.holdout_set
+    else:
+        unused |= _OF_EARLY_STOP
+    parts["training"] = training.model_dump(mode="json", exclude=unused)
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -116,9 +168,15 @@ def checkpoint_id(config: RunConfig, versions: Versions) -> str:
 def measure_versions(config: RunConfig) -> Versions:
     """The versions of the inputs from their bytes, for runs that were not told them."""
     return Versions(
-        training_set=hash_files(config.training_set, "*"),
+        training_set=_hash_set(config.training_set),
         base_model=hash_files(config.base_model, *(f"{part}/*" for part in MODEL_PARTS)),
+        class_set=_hash_set(config.class_set),
+        holdout_set=_hash_set(config.holdout_set),
     )
+
+
+def _hash_set(folder: Path | None) -> str:
+    return "" if folder is None else hash_files(folder, "*", "*/*")
 
 
 def hash_files(folder: Path, *patterns: str) -> str:
@@ -145,6 +203,6 @@ def _toml_lines(values: Mapping[str, Any], table: str = "") -> list[str]:
     return lines
 
 
-def _toml_scalar(value: str | int | float | bool) -> str:
-    # JSON's scalars are TOML's, but for DEL, which TOML wants escaped.
+def _toml_scalar(value: str | int | float | bool | list) -> str:
+    # JSON's scalars and lists are TOML's, but for DEL, which TOML wants escaped.
     return re.sub("\x7f", r"\\u007f", json.dumps(value, ensure_ascii=False))

@@ -29,6 +29,17 @@ def prediction_type(name: str) -> PredictionType:
     return cast(PredictionType, name)
 
 
+def zero_terminal_snr(alphas_bar: Tensor) -> Tensor:
+    """The noise schedule stretched so that its last step holds no signal.
+
+    sqrt(alpha_bar) is shifted until its last value is 0 and scaled until its first is as before
+    (Lin et al. 2024, arXiv:2305.08891, algorithm 1). alphas_bar: float (timesteps,), falling.
+    """
+    roots = alphas_bar.double().sqrt()
+    stretched = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    return stretched.square().to(alphas_bar.dtype)
+
+
 def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (Ho et al. 2020, eq. 4).
 

@@ -1,21 +1,21 @@
 """What a training run says while it works, and the curves it leaves.
 
-What belongs here: a step's report and its words, the result, metrics.csv, the loss picture. What
-does not: when reports are made (`train`), bars and logs (`progress`, the Dagster layer).
+What belongs here: a step's report and its words, everything a run has seen so far, the result,
+metrics.parquet, the curves. What does not: when reports are made (`train`), bars and logs
+(`progress`, the Dagster layer).
 """
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from posterpipe.core.progress import duration
 
-METRICS_NAME = "metrics.csv"
+METRICS_NAME = "metrics.parquet"
 PICTURE_NAME = "loss.png"
-_METRICS = ("step", "loss", "smoothed_loss", "lr", "steps_per_second")
 
 # The smoothed loss forgets half of what it knew in about 35 steps: long enough to see through the
 # noise of random timesteps, short enough to see a trend within a run of hundreds of steps.
@@ -27,15 +27,20 @@ class StepReport:
     """Where a run stands after `step` of `total` optimizer steps.
 
     loss: mean over the steps since the report before. smoothed_loss: moving average over about 50
-    steps. lr: the U-Net's learning rate in this step. seconds_left: at this run's mean speed.
-    memory_gib: peak of the accelerator's memory, of the process's on CPU.
+    steps. holdout_loss: as last measured, None before. lr, text_encoder_lr: learning rates in this
+    step; None for a text encoder that is not trained. grad_norm: of this step's gradients before
+    they are clipped. seconds_left: at this run's mean speed. memory_gib: peak of the accelerator's
+    memory, of the process's on CPU.
     """
 
     step: int
     total: int
     loss: float
     smoothed_loss: float
+    holdout_loss: float | None
     lr: float
+    text_encoder_lr: float | None
+    grad_norm: float
     steps_per_second: float
     seconds_left: float
     memory_gib: float
@@ -46,18 +51,29 @@ class StepReport:
             if self.steps_per_second >= 0.1
             else f"{duration(1 / max(self.steps_per_second, 1e-9))} a step"
         )
+        holdout = "" if self.holdout_loss is None else f", held-out {self.holdout_loss:.4f}"
+        text = "" if self.text_encoder_lr is None else f" (text {self.text_encoder_lr:.2e})"
         left = f", about {duration(self.seconds_left)} left" if self.step < self.total else ""
         return (
             f"step {self.step} of {self.total}: loss {self.loss:.4f}, smoothed "
-            f"{self.smoothed_loss:.4f}, learning rate {self.lr:.2e}, {speed}{left}, "
+            f"{self.smoothed_loss:.4f}{holdout}, learning rate {self.lr:.2e}{text}, {speed}{left}, "
             f"{self.memory_gib:.1f} GiB"
         )
 
 
 @dataclass(frozen=True)
+class HoldoutLoss:
+    """Mean squared error on the held-out posters after `step` optimizer steps."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
 class TrainResult:
-    """A finished run. `resumed_from`: the step of the save it went on from, 0 for none;
-    `seconds`: time spent on optimizer steps, over all its processes."""
+    """A finished run. `steps`: after how many the weights are as they are; `ended_by`: why there
+    are no more (max_train_steps, early_stop or time_limit); `resumed_from`: the step of the save it
+    went on from, 0 for none; `seconds`: time spent on optimizer steps, over all its processes."""
 
     output_dir: Path
     checkpoint_id: str
@@ -65,16 +81,18 @@ class TrainResult:
     final_loss: float
     seconds: float
     resumed_from: int
+    ended_by: str
     reports: tuple[StepReport, ...]
+    holdout: tuple[HoldoutLoss, ...]
 
     @property
-    def metrics_csv(self) -> Path:
-        """step, loss, smoothed_loss, lr, steps_per_second: one row a report."""
+    def metrics(self) -> Path:
+        """One row a report, see `write_metrics`."""
         return self.output_dir / METRICS_NAME
 
     @property
     def loss_picture(self) -> Path:
-        """The loss and the learning rate over the steps, a PNG."""
+        """The losses and the learning rate over the steps, a PNG."""
         return self.output_dir / PICTURE_NAME
 
 
@@ -93,32 +111,91 @@ class SmoothedLoss:
         return self.total / self.weight
 
 
-def write_metrics(path: Path, reports: Sequence[StepReport]) -> None:
-    """Writes step, loss, smoothed_loss, lr, steps_per_second as CSV with a heading."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _METRICS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(report) for report in reports)
+@dataclass
+class Journal:
+    """Everything a run has seen so far; it goes into each save. `seconds` of training, over all
+    processes; `loss_sum` and `loss_steps` since the last report; `ended_by`: why no more steps are
+    made, "" while there are."""
+
+    seconds: float = 0.0
+    reports: list[StepReport] = field(default_factory=list)
+    holdout: list[HoldoutLoss] = field(default_factory=list)
+    smoothed: SmoothedLoss = field(default_factory=SmoothedLoss)
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    ended_by: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; `from_json` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Journal:
+        """A journal as it was when it was saved."""
+        return cls(
+            seconds=values["seconds"],
+            reports=[StepReport(**row) for row in values["reports"]],
+            holdout=[HoldoutLoss(**row) for row in values["holdout"]],
+            smoothed=SmoothedLoss(**values["smoothed"]),
+            loss_sum=values["loss_sum"],
+            loss_steps=values["loss_steps"],
+            ended_by=values["ended_by"],
+        )
 
 
-def draw_loss(path: Path, reports: Sequence[StepReport]) -> None:
-    """Draws the loss, its moving average and the learning rate over the steps as a PNG."""
+def write_metrics(path: Path, journal: Journal) -> None:
+    """Writes one row a report or measurement, by step, as Parquet.
+
+    Columns: step, loss, smoothed_loss, holdout_loss, lr, text_encoder_lr, grad_norm,
+    steps_per_second, memory_gib; what was not measured at a step is null.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    names = ("loss", "smoothed_loss", "holdout_loss", "lr", "text_encoder_lr", "grad_norm",
+             "steps_per_second", "memory_gib")  # fmt: skip
+    rows: dict[int, dict[str, Any]] = {}
+    for report in journal.reports:
+        # Its held-out loss may be older than the report; the measurements below tell when.
+        rows[report.step] = {**asdict(report), "holdout_loss": None}
+    for measured in journal.holdout:
+        rows.setdefault(measured.step, {})["holdout_loss"] = measured.loss
+    schema = pyarrow.schema(
+        [("step", pyarrow.int64()), *((name, pyarrow.float64()) for name in names)]
+    )
+    table = [{"step": step} | {n: rows[step].get(n) for n in names} for step in sorted(rows)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table, schema=schema), path)
+
+
+def draw_curves(path: Path, journal: Journal) -> None:
+    """Draws the loss, its moving average, the held-out loss and the learning rate as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     loss = figure.subplots()
-    steps = [r.step for r in reports]
-    loss.plot(steps, [r.loss for r in reports], color="#9db4d3", lw=1, label="loss")
-    smoothed = [r.smoothed_loss for r in reports]
+    steps = [r.step for r in journal.reports]
+    loss.plot(steps, [r.loss for r in journal.reports], color="#9db4d3", lw=1, label="loss")
+    smoothed = [r.smoothed_loss for r in journal.reports]
     loss.plot(steps, smoothed, color="#1f4e8c", lw=2, label="loss, smoothed")
+    if journal.holdout:
+        loss.plot(
+            [h.step for h in journal.holdout],
+            [h.loss for h in journal.holdout],
+            color="#2f8f6b",
+            lw=2,
+            marker="o",
+            ms=4,
+            label="held-out loss",
+        )
     loss.set_xlabel("optimizer step")
     loss.set_ylabel("mean squared error")
     loss.set_ylim(bottom=0)
     loss.grid(alpha=0.25)
     rate = loss.twinx()
-    rate.plot(steps, [r.lr for r in reports], color="#c8793a", lw=1, ls="--", label="learning rate")
+    rates = [r.lr for r in journal.reports]
+    rate.plot(steps, rates, color="#c8793a", lw=1, ls="--", label="learning rate")
     rate.set_ylabel("learning rate")
     rate.set_ylim(bottom=0)
     lines = [*loss.get_lines(), *rate.get_lines()]

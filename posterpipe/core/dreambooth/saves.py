@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -167,14 +166,3 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "tensor" in packed:
         return tensors[packed["tensor"]]
     return {key: unpack(item, tensors) for key, item in packed["pairs"]}
-
-
-def restore_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Gives each state the memory layout of its parameter, as it had before it was saved: 8-bit
-    Adam works on the bytes in their order."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for name, value in optimizer.state[parameter].items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    laid = torch.empty_like(parameter, dtype=value.dtype)
-                    optimizer.state[parameter][name] = laid.copy_(value)

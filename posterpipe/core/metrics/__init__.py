@@ -5,5 +5,7 @@ and called on batches; its `metric_id` names the encoder, its weights, the prepr
 version, so that a changed metric is a new column of results and never mixes with the old one.
 What does not: the tables the numbers go to (`warehouse`) and what they add up to (`statistics`).
 
-`clip` is the similarity of image and prompt.
+`base` is what all share and `encoders` what makes embeddings; `clip` is the similarity of image and
+prompt, `fidelity` that of images and posters with copies, `diversity` that of the images of one
+prompt, `legibility` whether the title can be read, `pickscore` what people would choose.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from posterpipe.core.dreambooth.config import RunConfig
-from posterpipe.settings import TrainingSettings
+from posterpipe.settings import SamplerSettings, TrainingSettings
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
 
 CAPTIONS = (
@@ -34,15 +34,27 @@ def training_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_training_set(tmp_path_factory.mktemp("sets") / "five")
 
 
-def write_training_set(folder: Path) -> Path:
-    """training.csv and five pictures of 32x48 random pixels."""
+@pytest.fixture(scope="session")
+def other_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures other than those of `training_set`: held-out posters, or class images."""
+    return write_training_set(tmp_path_factory.mktemp("sets") / "other", seed=6)
+
+
+def write_training_set(
+    folder: Path,
+    *,
+    seed: int = 5,
+    sizes: Sequence[tuple[int, int]] = ((TINY_WIDTH, TINY_HEIGHT),) * len(CAPTIONS),
+) -> Path:
+    """training.csv and pictures of random pixels, of so many pixels in width and height."""
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(seed)
     with open(folder / "training.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["file_name", "caption"])
-        for number, caption in enumerate(CAPTIONS):
-            pixels = rng.integers(0, 256, (TINY_HEIGHT, TINY_WIDTH, 3), dtype=np.uint8)
+        for number, (width, height) in enumerate(sizes):
+            caption = CAPTIONS[number % len(CAPTIONS)]
+            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{number:04d}.png")
             rows.writerow([f"{number:04d}.png", caption])
     return folder
@@ -76,6 +88,7 @@ def make_config(tmp_path: Path, base_model: Path, training_set: Path) -> MakeCon
             "width": TINY_WIDTH,
             "height": TINY_HEIGHT,
             "training": TrainingSettings(**settings),
+            "sampler": SamplerSettings(num_inference_steps=2),
             **(parts or {}),
         }
         return RunConfig(**values)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from posterpipe.core.dreambooth.config import (
 )
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.launch import launch_command
+from posterpipe.settings import TrainingSettings, default_root
 from posterpipe_tests.core.dreambooth.conftest import MakeConfig, write_training_set
 
 VERSIONS = Versions(training_set="set", base_model="base")
@@ -21,7 +23,11 @@ VERSIONS = Versions(training_set="set", base_model="base")
 def test_toml_gives_the_same_config_back(make_config: MakeConfig, tmp_path: Path) -> None:
     odd = tmp_path / 'a "quoted" folder with \u00fc, \\ and \x7f'
     config = make_config(
-        parts={"work_dir": odd, "versions": VERSIONS}, learning_rate=1e-6, snr_gamma=5.0, seed=-3
+        parts={"work_dir": odd, "versions": VERSIONS},
+        learning_rate=1e-6,
+        snr_gamma=5.0,
+        seed=-3,
+        sample_prompts=('a "cat"', "a \u00fc"),
     )
     path = config.to_toml(tmp_path / "new" / "run.toml")
     assert RunConfig.from_toml(path) == config
@@ -45,6 +51,19 @@ def test_a_wrong_config_names_the_file_and_the_key(tmp_path: Path, text: str, wo
     assert "run.toml" in str(caught.value) and words in str(caught.value)
 
 
+def test_the_config_in_the_guide_is_one(tmp_path: Path) -> None:
+    guide = (default_root() / "docs" / "training.md").read_text("utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", guide, re.S)
+    path = tmp_path / "run.toml"
+    path.write_text(block)
+    config = RunConfig.from_toml(path)
+    assert config.training.train_batch_size == 8
+    # Whatever it says about settings is about settings that there are.
+    table = guide.split("| you want |")[1].split("## ")[0]
+    named = {name.split(" ")[0] for name in re.findall(r"`([a-z_]+(?: =[^`]*)?)`", table)}
+    assert named - {"sd21", "class_images"} <= set(TrainingSettings.model_fields)
+
+
 def test_a_missing_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"none\.toml.*cannot be read"):
         RunConfig.from_toml(tmp_path / "none.toml")
@@ -54,6 +73,9 @@ def test_the_id_follows_what_decides_a_weight_and_nothing_else(make_config: Make
     plain = checkpoint_id(make_config(), VERSIONS)
     assert checkpoint_id(make_config("elsewhere"), VERSIONS) == plain
     assert checkpoint_id(make_config(log_every_steps=7, save_every_steps=9), VERSIONS) == plain
+    assert (
+        checkpoint_id(make_config(sample_every_steps=7, sample_prompts=("a",)), VERSIONS) == plain
+    )
     others = [
         checkpoint_id(make_config(seed=1), VERSIONS),
         checkpoint_id(make_config(learning_rate=2e-3), VERSIONS),
@@ -62,6 +84,22 @@ def test_the_id_follows_what_decides_a_weight_and_nothing_else(make_config: Make
         checkpoint_id(make_config(), VERSIONS.model_copy(update={"base_model": "new"})),
     ]
     assert len({plain, *others}) == 6
+
+
+def test_class_images_and_held_out_posters_count_only_where_they_decide(
+    make_config: MakeConfig,
+) -> None:
+    other = VERSIONS.model_copy(update={"class_set": "other", "holdout_set": "other"})
+    assert checkpoint_id(make_config(), other) == checkpoint_id(make_config(), VERSIONS)
+    assert checkpoint_id(make_config(holdout_every_steps=7), VERSIONS) == checkpoint_id(
+        make_config(class_prompt="a cat"), VERSIONS
+    )
+    for settings in ({"prior_preservation": True}, {"early_stop_patience": 2}):
+        config = make_config(**settings)
+        assert checkpoint_id(config, other) != checkpoint_id(config, VERSIONS)
+    assert checkpoint_id(make_config(early_stop_patience=2), VERSIONS) != checkpoint_id(
+        make_config(early_stop_patience=2, holdout_every_steps=7), VERSIONS
+    )
 
 
 def test_versions_are_measured_from_the_bytes(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from posterpipe.core.dreambooth import saves
+from posterpipe.core.dreambooth.checkpoint import RECORD_NAME
 from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.train import train
 from posterpipe_tests.core.dreambooth.conftest import MakeConfig
 
 STEPS = 24
+
+SHORT: dict[str, Any] = {
+    "max_train_steps": 6,
+    "save_every_steps": 2,
+    "keep_saves": 2,
+    "train_batch_size": 1,
+    "ema_decay": 0.9,
+    "caption_dropout": 0.3,
+    "optimizer": "adamw_8bit",
+}
 
 
 @contextmanager
@@ -65,6 +82,122 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+# -- processes that a server forks after it has imported everything: quick to start ---------------
+
+
+def in_process(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=target, args=(torch.get_num_threads(), *arguments))
+    process.start()
+    return process
+
+
+def run_to_the_end(threads: int, config: RunConfig) -> None:
+    torch.set_num_threads(threads)
+    train(config)
+
+
+def die_after_step(threads: int, config: RunConfig, step: int) -> None:
+    torch.set_num_threads(threads)
+
+    def report(row: StepReport) -> None:
+        if row.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(config, report)
+
+
+def die_in_line_of_a_save(threads: int, config: RunConfig, save: int, line: int) -> None:
+    """Dies before the `line`-th line that is run while the `save`-th save is written."""
+    torch.set_num_threads(threads)
+    written = 0
+
+    def write_save(*arguments: Any, **keywords: Any) -> Path:
+        nonlocal written
+        written += 1
+        if written < save:
+            return original(*arguments, **keywords)
+        left = line
+
+        def trace(frame: FrameType, event: str, argument: Any) -> Any:
+            nonlocal left
+            if frame.f_code.co_filename != saves.__file__:
+                return None
+            left -= event == "line"
+            if left <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            return original(*arguments, **keywords)
+        finally:
+            sys.settrace(None)
+
+    from posterpipe.core.dreambooth import train as module
+
+    original, module.write_save = module.write_save, write_save  # type: ignore[assignment]
+    train(config)
+
+
+def finished(process: BaseProcess) -> int | None:
+    process.join(timeout=300)
+    return process.exitcode
+
+
+@pytest.fixture
+def uninterrupted(make_config: MakeConfig) -> RunConfig:
+    config = make_config("whole", **SHORT)
+    assert finished(in_process(run_to_the_end, config)) == 0
+    return config
+
+
+def assert_ends_like(config: RunConfig, whole: RunConfig) -> None:
+    assert finished(in_process(run_to_the_end, config)) == 0
+    assert same_bits(weights(config), weights(whole))
+    assert not (config.work_dir / "saves").exists()
+    assert [path.name for path in config.output_dir.parent.glob(".*.tmp")] == []
+
+
+@pytest.mark.slow
+def test_killed_after_any_step_a_run_ends_with_the_same_bits(
+    make_config: MakeConfig, uninterrupted: RunConfig
+) -> None:
+    for step in range(1, 7):
+        config = make_config(f"killed-{step}", **SHORT)
+        assert finished(in_process(die_after_step, config, step)) == -signal.SIGKILL
+        assert not config.output_dir.exists()
+        assert_ends_like(config, uninterrupted)
+
+
+@pytest.mark.slow
+def test_killed_in_any_line_of_a_save_a_run_ends_with_the_same_bits(
+    make_config: MakeConfig, uninterrupted: RunConfig
+) -> None:
+    # The second save has one before it to fall back to; the third also removes the first. Every
+    # 7th line, until one is reached that no save has: then the run goes through.
+    for save in (2, 3):
+        line, code = 1, None
+        while code != 0:
+            config = make_config(f"save-{save}-line-{line}", **SHORT)
+            code = finished(in_process(die_in_line_of_a_save, config, save, line))
+            assert code in (0, -signal.SIGKILL)
+            assert_ends_like(config, uninterrupted)
+            line += 7
+        assert line > 30
+
+
+def test_killed_while_saving_a_run_ends_with_the_same_bits(
+    make_config: MakeConfig, uninterrupted: RunConfig
+) -> None:
+    config = make_config("killed", **SHORT)
+    assert finished(in_process(die_in_line_of_a_save, config, 2, 12)) == -signal.SIGKILL
+    names = sorted(path.name for path in (config.work_dir / "saves").iterdir())
+    assert names[-1] == "step-00000002" and names[0].startswith(".step-00000004")
+    assert_ends_like(config, uninterrupted)
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(make_config: MakeConfig) -> None:
     settings = {"max_train_steps": STEPS, "save_every_steps": 3, "mixed_precision": "bf16"}
     whole = make_config("whole", **settings)
@@ -86,6 +219,34 @@ def test_a_killed_run_goes_on_to_the_same_bits(make_config: MakeConfig) -> None:
     ]
 
 
+def test_a_run_killed_before_its_model_was_written_only_writes_it(
+    make_config: MakeConfig, other_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"holdout_set": other_set}
+    settings: dict[str, Any] = {
+        "max_train_steps": 40,
+        "learning_rate": 0.05,
+        "holdout_every_steps": 1,
+        "early_stop_patience": 2,
+    }
+    whole = train(make_config("whole", parts=parts, **settings))
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    config = make_config("cut", parts=parts, **settings)
+    monkeypatch.setattr("posterpipe.core.dreambooth.checkpoint.write_card", full)
+    with pytest.raises(OSError, match="No space"):
+        train(config)
+    monkeypatch.undo()
+    assert not config.output_dir.exists()
+    steps: list[int] = []
+    result = train(config, lambda report: steps.append(report.step))
+    assert steps == []
+    assert (result.steps, result.ended_by) == (whole.steps, "early_stop")
+    assert [m.loss for m in result.holdout] == [m.loss for m in whole.holdout]
+
+
 def test_sigterm_saves_and_ends_with_a_sentence(make_config: MakeConfig) -> None:
     config = make_config(max_train_steps=5000, save_every_steps=5000)
     with started(by_hand(config)) as process:
@@ -94,17 +255,41 @@ def test_sigterm_saves_and_ends_with_a_sentence(make_config: MakeConfig) -> None
         rest = process.communicate(timeout=60)[0]
     assert process.returncode == 1
     assert "training: asked to stop: saved at step" in rest and "Traceback" not in rest
-    saves = list((config.work_dir / "saves").iterdir())
-    assert len(saves) == 1 and (saves[0] / "manifest.json").exists()
+    kept = list((config.work_dir / "saves").iterdir())
+    assert len(kept) == 1 and (kept[0] / "manifest.json").exists()
+
+
+def test_a_full_disk_leaves_the_saves_before_and_says_so(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from posterpipe.core.dreambooth.errors import TrainingError
+
+    config = make_config(max_train_steps=4, save_every_steps=1)
+    original, written = saves.save_file, 0
+
+    def save_file(*arguments: Any, **keywords: Any) -> None:
+        nonlocal written
+        written += 1
+        if written > 9:
+            raise OSError(28, "No space left on device")
+        original(*arguments, **keywords)
+
+    monkeypatch.setattr(saves, "save_file", save_file)
+    with pytest.raises(TrainingError, match=r"the save of step 3 could not be written \(No space"):
+        train(config)
+    monkeypatch.undo()
+    assert train(config).resumed_from == 2
+    assert (config.output_dir / RECORD_NAME).exists()
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_work_of_one(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, other_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"max_train_steps": 3, "train_text_encoder": True}
-    one = make_config("one", train_batch_size=4, **settings)
-    two = make_config("two", train_batch_size=2, **settings)
+    settings = {"max_train_steps": 3, "train_text_encoder": True, "holdout_every_steps": 3}
+    parts = {"holdout_set": other_set}
+    one = make_config("one", parts=parts, train_batch_size=4, **settings)
+    two = make_config("two", parts=parts, train_batch_size=2, **settings)
     alone = train(one)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -116,4 +301,7 @@ def test_two_processes_share_the_work_of_one(
     together = train(two)
     assert [r.loss for r in together.reports] == pytest.approx(
         [r.loss for r in alone.reports], abs=1e-5
+    )
+    assert [m.loss for m in together.holdout] == pytest.approx(
+        [m.loss for m in alone.holdout], abs=1e-5
     )

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from hypothesis import given
+from hypothesis import strategies as st
 
 from posterpipe.core.dreambooth import objective
 from posterpipe.core.dreambooth.errors import BaseModelError
@@ -76,3 +78,48 @@ def test_an_unknown_prediction_type_is_refused_by_name() -> None:
     assert objective.prediction_type("v_prediction") == "v_prediction"
     with pytest.raises(BaseModelError, match="'sample'"):
         objective.prediction_type("sample")
+
+
+def test_zero_terminal_snr_by_hand() -> None:
+    # sqrt: 0.9, 0.6, 0.3 -> minus 0.3, times 0.9 / 0.6: 0.9, 0.45, 0.
+    rescaled = objective.zero_terminal_snr(torch.tensor([0.81, 0.36, 0.09]))
+    torch.testing.assert_close(rescaled, torch.tensor([0.81, 0.2025, 0.0]))
+
+
+def test_zero_terminal_snr_is_the_schedule_that_samplers_then_use() -> None:
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    plain = DDPMScheduler(**betas)
+    peer = DDPMScheduler(**betas, rescale_betas_zero_snr=True)
+    ours = objective.zero_terminal_snr(plain.alphas_cumprod)
+    torch.testing.assert_close(ours, peer.alphas_cumprod, rtol=0, atol=1e-6)
+    assert ours[-1] == 0 and ours[0] == plain.alphas_cumprod[0]
+    # Twice is once.
+    torch.testing.assert_close(objective.zero_terminal_snr(ours), ours)
+
+
+ALPHA_BAR = st.floats(1e-4, 1 - 1e-4)
+
+
+@given(ALPHA_BAR, ALPHA_BAR, st.floats(0.5, 20))
+def test_weights_are_finite_and_never_above_one_and_fall_with_less_noise(
+    a: float, b: float, gamma: float
+) -> None:
+    low, high = torch.tensor([min(a, b)]), torch.tensor([max(a, b)])
+    kinds: tuple[objective.PredictionType, ...] = ("epsilon", "v_prediction")
+    for kind in kinds:
+        weight = objective.min_snr_weights(kind, high, gamma)
+        assert 0 <= weight.item() <= 1
+    noisier = objective.min_snr_weights("epsilon", low, gamma)
+    assert noisier >= objective.min_snr_weights("epsilon", high, gamma)
+
+
+@given(ALPHA_BAR)
+def test_the_two_targets_hold_the_same_error_up_to_the_signal(alpha_bar: float) -> None:
+    # An error d in the noise is an error d / sqrt(alpha_bar) in v, for the same noisy input: with
+    # x_t fixed, v = (noise - sqrt(1 - a) x_t) / sqrt(a).
+    latents, noise, a = samples(alpha_bar)
+    noisy = objective.add_noise(latents, noise, a)
+    wanted = objective.target("v_prediction", latents, noise, a)
+    root = a.view(-1, 1, 1, 1)
+    by_noise = (noise - (1 - root).sqrt() * noisy) / root.sqrt()
+    torch.testing.assert_close(by_noise, wanted, rtol=1e-3, atol=1e-2 / alpha_bar**0.5 * 1e-2)

@@ -14,18 +14,18 @@ from posterpipe.core.metrics.clip import (
     ClipTextSimilarity,
     Scored,
     clip_t_id,
-    letterbox,
+    control_scores,
     score_generations,
 )
+from posterpipe.core.metrics.encoders import letterbox
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.sampler import COLUMNS, generation_key
 from posterpipe.core.store import Store, table_version
 from posterpipe.core.warehouse import Warehouse
 from posterpipe.settings import ModelRef, ScorerSettings
-from posterpipe_tests.models import build_tiny_tokenizer
+from posterpipe_tests.core.metrics.tiny import build_tiny_clip, some_images
 
-SIDE = 32
 TEXTS = [
     "a minimalist film poster of a red rocket",
     "a blue cat",
@@ -33,43 +33,6 @@ TEXTS = [
     "the centre " * 60,
     "",
 ]
-
-
-def build_tiny_clip(folder: Path, *, whole_processor: bool = False) -> Path:
-    """Writes a random CLIP for 32x32 images; the processor in one file or in the older two."""
-    import torch
-    from transformers import (
-        CLIPConfig,
-        CLIPImageProcessorPil,
-        CLIPModel,
-        CLIPProcessor,
-    )
-
-    tokenizer = build_tiny_tokenizer()
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    shape |= {"num_attention_heads": 2, "projection_dim": 16}
-    text = {
-        **shape,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": tokenizer.model_max_length,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = {**shape, "image_size": SIDE, "patch_size": 8}
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-    model.half().save_pretrained(folder)
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
-    )
-    if whole_processor:
-        CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
-    else:
-        images.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +46,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scorer(**changes: object) -> ScorerSettings:
     values = {"model": ModelRef(id="models/scorer", revision=None), "batch_size": 2, **changes}
     return ScorerSettings(**values)
-
-
-def some_images(count: int = 5) -> list[Image.Image]:
-    rng = np.random.default_rng(1)
-    small = [Image.fromarray(rng.integers(0, 256, (6, 4, 3), dtype=np.uint8)) for _ in range(count)]
-    sizes = [(64, 96), (64, 96), (90, 40), (33, 33), (512, 700)]
-    return [image.resize(size) for image, size in zip(small, sizes, strict=False)]
 
 
 def plain_cosines(
@@ -300,25 +256,63 @@ def test_nothing_new_loads_no_model_and_changes_nothing(
     assert again.added == 3 and table_version(again.scores) == table_version(first.scores)
 
 
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images were encoded, call by call."""
+    seen: list[int] = []
+    call = ClipTextSimilarity.image_features
+
+    def spy(self: ClipTextSimilarity, images: list[Image.Image]) -> np.ndarray:
+        seen.append(len(images))
+        return call(self, images)
+
+    monkeypatch.setattr(ClipTextSimilarity, "image_features", spy)
+    return seen
+
+
 def test_only_new_images_are_scored(
-    store: Store, warehouse: Warehouse, root: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, warehouse: Warehouse, root: Path, encoded: list[int]
 ) -> None:
     score(store, warehouse, generations(store, ("ok", "ok")), root)
-    seen: list[int] = []
-    call = ClipTextSimilarity.__call__
-
-    def spy(self: ClipTextSimilarity, images: list[Image.Image], texts: list[str]) -> np.ndarray:
-        seen.append(len(images))
-        return call(self, images, texts)
-
-    monkeypatch.setattr(ClipTextSimilarity, "__call__", spy)
+    encoded.clear()
     scored = score(store, warehouse, generations(store, ("ok", "ok", "ok")), root)
-    assert seen == [1] and scored.added == 1 and scored.scores.clip_cosine.notna().all()
+    assert encoded == [1] and scored.added == 1 and scored.scores.clip_cosine.notna().all()
     padded = score(store, warehouse, generations(store, ("ok",)), root, scorer(preprocessing="pad"))
     assert padded.added == 1
     with warehouse.read() as connection:
         rows = connection.execute("SELECT count(*) FROM fct_score").fetchall()
     assert rows == [(4,)]
+
+
+def test_a_new_text_encodes_no_image(
+    store: Store, warehouse: Warehouse, root: Path, encoded: list[int]
+) -> None:
+    table = generations(store, ("ok", "ok"))
+    score(store, warehouse, table, root)
+    encoded.clear()
+    reworded = table.assign(
+        score_text=["a green whale", "a whale"], generation_key=["reworded 1", "reworded 2"]
+    )
+    scored = score(store, warehouse, reworded, root)
+    assert encoded == [] and scored.added == 2
+    expected = plain_cosines(
+        root / "models" / "scorer", some_images()[:2], ["a green whale", "a whale"]
+    )
+    np.testing.assert_allclose(scored.scores.clip_cosine, expected, atol=1e-4)
+
+
+def test_the_negative_control_asks_for_the_text_of_another_prompt(
+    store: Store, warehouse: Warehouse, root: Path, encoded: list[int]
+) -> None:
+    table = generations(store, ("ok", "ok", "blocked"))
+    score(store, warehouse, table, root)
+    encoded.clear()
+    other = {"p0": TEXTS[1], "p1": TEXTS[0], "p2": TEXTS[1]}
+    control = control_scores(store, table, other, scorer(), root, NoProgress())
+    expected = plain_cosines(root / "models" / "scorer", some_images()[:2], [TEXTS[1], TEXTS[0]])
+    np.testing.assert_allclose(control.value[:2], expected, atol=1e-4)
+    assert control.status.tolist() == ["ok", "ok", "blocked"] and encoded == []
+    assert list(control.generation_key) == list(table.generation_key)
 
 
 def test_an_image_that_cannot_be_read_is_a_row_and_heals(
@@ -331,7 +325,7 @@ def test_an_image_that_cannot_be_read_is_a_row_and_heals(
     torn.write_bytes(kept[: len(kept) // 2])
     scored = score(store, warehouse, table, root)
     assert list(scored.scores.status) == ["failed", "failed", "ok"]
-    assert scored.scores.reason.str.contains("materialize the generations again")[:2].all()
+    assert scored.scores.reason.str.contains("materialize the assets that make it")[:2].all()
     torn.write_bytes(kept)
     healed = score(store, warehouse, generations(store, ("ok", "ok", "ok")), root)
     assert list(healed.scores.status) == ["ok", "ok", "ok"]

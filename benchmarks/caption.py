@@ -1,0 +1,299 @@
+"""`caption`: posters into captions, against the loop that the thesis ran, one poster at a time.
+
+Both sides open the same JPEG posters of 1400x2100 pixels and give each a caption with the same
+model and the same beam search (3 beams, no trigram twice, 20 tokens, about what BLIP says of a
+picture). The model has BLIP's size and random weights, which never end a caption early, so both
+sides always decode all 20 tokens. The peer computes in fp32, as the thesis did, on a GPU in our
+precision as well; we in the precision that `captioner.precision: auto` chooses. They take turns,
+block by block, so that noise meets both alike; loading the model is not counted.
+
+Captions are compared: `caption.same` is the share of posters for which both sides chose the same
+words, and `caption.score_loss` by how much less likely (nats a token, in fp32) ours are on average.
+
+`python -m benchmarks.caption --device cuda` runs BLIP-large on a GPU; `--posters` sets how many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.rows import Row, merge
+from posterpipe.core.captioner import Captioner, caption_files
+from posterpipe.core.models import torch_dtype
+from posterpipe.settings import CaptionerSettings, ModelRef
+
+POSTER_SIZE = (1400, 2100)
+TOKENS = 20
+BEAMS = 3
+NGRAM = 3
+VOCABULARY = 30524
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Dimensions of a BLIP: its vision tower and its text decoder."""
+
+    name: str
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    image_size: int = 384
+    text_width: int = 768
+    text_layers: int = 12
+    text_heads: int = 12
+    words: int = VOCABULARY
+
+
+BASE = Size("base", 768, 12, 12)
+LARGE = Size("large", 1024, 24, 16)
+TINY = Size("tiny", 32, 2, 2, image_size=32, text_width=32, text_layers=2, text_heads=2, words=200)
+"""For trying the benchmark itself."""
+
+
+def run() -> list[Row]:
+    """On the CPU; where there is a GPU, BLIP-large on it as well."""
+    rows = measure(BASE, "cpu", posters=24, batch_size=8)
+    if torch.cuda.is_available():
+        rows += measure(LARGE, "cuda", posters=256, batch_size=64)
+    return rows
+
+
+def measure(size: Size, device: str, *, posters: int, batch_size: int) -> list[Row]:
+    """Both sides on the same posters; `batch_size` is also the length of a turn."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = build_model(folder / "blip", size)
+        paths = draw_posters(folder / "posters", posters)
+        return _measure(model, paths, torch.device(device), batch_size)
+
+
+def _measure(
+    model: Path, paths: Sequence[Path], device: torch.device, batch_size: int
+) -> list[Row]:
+    settings = CaptionerSettings(
+        model=ModelRef(id=str(model)),
+        batch_size=batch_size,
+        num_beams=BEAMS,
+        max_new_tokens=TOKENS,
+        no_repeat_ngram_size=NGRAM,
+    )
+    captioner = Captioner(settings, model.parent, device)
+    one_by_one = OneByOne(model, device, torch.float32)
+    peers = {"fp32": one_by_one}
+    if device.type == "cuda":
+        peers[captioner.precision] = OneByOne(model, device, torch_dtype(captioner.precision))
+    sides: dict[str, Any] = {
+        "ours": lambda block: [row["caption"] for row in caption_files(captioner, block)],
+        **{name: peer.captions for name, peer in peers.items()},
+    }
+    for side in sides.values():
+        side(paths[:batch_size] if side is sides["ours"] else paths[:2])  # not counted
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    captions: dict[str, list[str]] = {name: [] for name in sides}
+    for start in range(0, len(paths), batch_size):
+        block = paths[start : start + batch_size]
+        for name, side in sides.items():
+            started = time.perf_counter()
+            captions[name] += side(block)
+            _wait_for(device)
+            seconds[name].append((time.perf_counter() - started) / len(block))
+    each = {name: statistics.median(values) for name, values in seconds.items()}
+    topic = "caption" if device.type == "cpu" else "caption_gpu"
+    required = "peer / ours at least 2.5" if device.type == "cpu" else ""
+    rows = []
+    for name in peers:
+        rows.append(
+            Row(
+                topic if name == "fp32" else f"{topic}.same_precision",
+                f"s an image ({captioner.precision})",
+                _rounded(each["ours"]),
+                _rounded(each[name]),
+                f"one by one, {name}",
+                round(each[name] / each["ours"], 2),
+                required,
+            )
+        )
+    same = [ours == theirs for ours, theirs in zip(captions["ours"], captions["fp32"], strict=True)]
+    losses = [
+        one_by_one.score(path, theirs) - one_by_one.score(path, ours)
+        for path, ours, theirs, equal in zip(
+            paths, captions["ours"], captions["fp32"], same, strict=True
+        )
+        if not equal
+    ]
+    exact = captioner.precision == "fp32"
+    rows += [
+        Row(f"{topic}.images_per_second", "images/s", _rounded(1 / each["ours"])),
+        Row(
+            f"{topic}.same",
+            f"of 1 ({len(set(captions['fp32']))} distinct captions)",
+            round(sum(same) / len(same), 3),
+            required="at least 0.95, in fp32" if exact else "",
+        ),
+        Row(
+            f"{topic}.score_loss",
+            "nats a token",
+            round(sum(losses) / len(same), 4),
+            required="at most 0.02",
+        ),
+    ]
+    return rows
+
+
+class OneByOne:
+    """The thesis's loop: open a poster, processor, generate, next poster."""
+
+    def __init__(self, model: Path, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import BertTokenizer, BlipForConditionalGeneration
+        from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+        self.processor = BlipImageProcessorPil.from_pretrained(model)
+        self.tokenizer = BertTokenizer.from_pretrained(model)
+        self.device, self.dtype = device, dtype
+        self.model: Any = BlipForConditionalGeneration.from_pretrained(model, dtype=dtype)
+        self.model.eval().to(device)
+
+    def captions(self, paths: Sequence[Path]) -> list[str]:
+        """A caption for each poster."""
+        return [self.caption(path) for path in paths]
+
+    def caption(self, path: Path) -> str:
+        """The caption of one poster."""
+        tokens = self.model.generate(
+            pixel_values=self._pixels(path),
+            num_beams=BEAMS,
+            max_new_tokens=TOKENS,
+            no_repeat_ngram_size=NGRAM,
+        )
+        return str(self.tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+    def score(self, path: Path, caption: str) -> float:
+        """Mean log-likelihood of a caption's words under this model, in nats a token."""
+        words = self.tokenizer(caption, add_special_tokens=False).input_ids
+        ids = torch.tensor([[self.model.config.text_config.bos_token_id, *words]])
+        ids = ids.to(self.device)
+        with torch.inference_mode():
+            image_embeds = self.model.vision_model(pixel_values=self._pixels(path))[0]
+            logits = self.model.text_decoder(ids, encoder_hidden_states=image_embeds).logits
+        likely = logits[0, :-1].float().log_softmax(-1)
+        return float(likely.gather(-1, ids[0, 1:, None]).mean())
+
+    def _pixels(self, path: Path) -> torch.Tensor:
+        with Image.open(path) as image:
+            inputs = self.processor(images=image.convert("RGB"), return_tensors="pt")
+        pixels: torch.Tensor = inputs.pixel_values
+        return pixels.to(self.device, self.dtype)
+
+
+def build_model(folder: Path, size: Size) -> Path:
+    """Random weights of BLIP's classes in that size, with a vocabulary of made-up words."""
+    from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    words = [*SPECIALS, *(f"w{number}" for number in range(size.words - len(SPECIALS)))]
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    ids = {word: tokenizer.convert_tokens_to_ids(word) for word in SPECIALS}
+    config = BlipConfig(
+        text_config={
+            "hidden_size": size.text_width,
+            "intermediate_size": 4 * size.text_width,
+            "projection_dim": size.text_width,
+            "num_hidden_layers": size.text_layers,
+            "num_attention_heads": size.text_heads,
+            "hidden_act": "gelu",
+            "vocab_size": size.words,
+            "encoder_hidden_size": size.vision_width,
+            "max_position_embeddings": 512,
+            # Wide enough that words differ in likelihood, as they do for a trained model.
+            "initializer_range": 1.4 / size.text_width**0.5,
+            "bos_token_id": ids["[DEC]"],
+            "eos_token_id": ids["[SEP]"],
+            "sep_token_id": ids["[SEP]"],
+            "pad_token_id": ids["[PAD]"],
+        },
+        vision_config={
+            "hidden_size": size.vision_width,
+            "intermediate_size": 4 * size.vision_width,
+            "projection_dim": size.text_width,
+            "num_hidden_layers": size.vision_layers,
+            "num_attention_heads": size.vision_heads,
+            "image_size": size.image_size,
+            "patch_size": 16 if size.image_size > 100 else 8,
+            "initializer_range": 1 / size.vision_width**0.5,
+        },
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BlipForConditionalGeneration(config)
+    with torch.no_grad():
+        # Never the end token, so that every caption has all its tokens on both sides.
+        model.text_decoder.cls.predictions.decoder.bias[ids["[SEP]"]] = -1e4
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    BlipImageProcessorPil(
+        size={"height": size.image_size, "width": size.image_size}
+    ).save_pretrained(folder)
+    return folder
+
+
+def draw_posters(folder: Path, count: int) -> list[Path]:
+    """JPEG files of soft coloured shapes, each another one."""
+    folder.mkdir()
+    paths = []
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 6, 3), np.uint8))
+        path = folder / f"{number:04}.jpg"
+        coarse.resize(POSTER_SIZE, Image.Resampling.BICUBIC).save(path, quality=90)
+        paths.append(path)
+    return paths
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def main() -> None:
+    """One size on one device, filed with this machine's results."""
+    from benchmarks.__main__ import show
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", choices=("tiny", "base", "large"))
+    parser.add_argument("--posters", type=int)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--keep", action="store_true", help="file the results")
+    options = parser.parse_args()
+    gpu = options.device == "cuda"
+    sizes = {size.name: size for size in (TINY, BASE, LARGE)}
+    rows = measure(
+        sizes[options.size or ("large" if gpu else "base")],
+        options.device,
+        posters=options.posters or (256 if gpu else 24),
+        batch_size=options.batch_size or (64 if gpu else 8),
+    )
+    if options.keep:
+        merge(rows)
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()

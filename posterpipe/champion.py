@@ -1,0 +1,89 @@
+"""What `posterpipe champion` does: shows which checkpoint is served, pins one, rolls back.
+
+What belongs here: what the command prints and writes. What does not: the rules (`core.gate`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import getpass
+from collections.abc import Callable
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from posterpipe.core import gate
+from posterpipe.core.evidence import read_decisions, write_decisions
+from posterpipe.core.models import fingerprint
+from posterpipe.core.warehouse import Warehouse
+from posterpipe.defs.resources import Deployment
+from posterpipe.settings import load_settings
+
+SHOWN = 20
+"""Decisions that are listed, the latest ones."""
+
+
+def show() -> None:
+    """Print the champion and the latest decisions."""
+    warehouse, base = _opened()
+    decisions = read_decisions(warehouse)
+    console = Console(highlight=False)
+    served = gate.champion_of(decisions, base)
+    what = "the base model" if served == base else "a fine-tuned checkpoint"
+    pinned = ", pinned" if gate.pinned(decisions) else ""
+    console.print(f"Served: {served} ({what}{pinned})")
+    if decisions.empty:
+        console.print("No checkpoint has been judged yet: materialize the asset `champion`.")
+        return
+    table = Table("when", "checkpoint", "decision", "by", "why", box=SIMPLE_HEAD)
+    for row in decisions.tail(SHOWN).itertuples(index=False):
+        when = f"{row.decided_at:%Y-%m-%d %H:%M}"
+        table.add_row(when, str(row.checkpoint_id)[:12], str(row.decision), str(row.decided_by),
+                      str(row.reason))  # fmt: skip
+    console.print(table)
+
+
+def pin(checkpoint: str, why: str, who: str | None) -> None:
+    """Serve `checkpoint` (its id or the beginning of it) until it is unpinned."""
+
+    def row(decisions: pd.DataFrame, base: str, who: str, now: dt.datetime) -> pd.DataFrame:
+        known = {base, *decisions["checkpoint_id"].astype(str)}
+        matching = sorted(name for name in known if name.startswith(checkpoint))
+        if len(matching) > 1:
+            raise gate.GateError(
+                f"{checkpoint} begins several checkpoints: {', '.join(matching)}; write more of it"
+            )
+        chosen = matching[0] if matching else checkpoint
+        return gate.pin(decisions, chosen, base, who=who, why=why, decided_at=now)
+
+    _decide(row, who)
+
+
+def unpin(why: str, who: str | None) -> None:
+    """Give the choice back to the gate."""
+    _decide(lambda d, b, w, now: gate.unpin(d, b, who=w, why=why, decided_at=now), who)
+
+
+def rollback(why: str, who: str | None) -> None:
+    """Serve the champion before the present one."""
+    _decide(lambda d, b, w, now: gate.rollback(d, b, who=w, why=why, decided_at=now), who)
+
+
+def _decide(
+    row: Callable[[pd.DataFrame, str, str, dt.datetime], pd.DataFrame], who: str | None
+) -> None:
+    warehouse, base = _opened()
+    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+    write_decisions(warehouse, row(read_decisions(warehouse), base, who or getpass.getuser(), now))
+    served = gate.champion_of(read_decisions(warehouse), base)
+    Console(highlight=False).print(
+        f"Served: {served}. Materialize the asset `champion` so that everything shows it."
+    )
+
+
+def _opened() -> tuple[Warehouse, str]:
+    settings = load_settings()
+    deployment = Deployment(settings)
+    return deployment.warehouse, fingerprint(settings.base_model, settings.root)

@@ -1,0 +1,571 @@
+"""Captions by people: sidecars beside the posters, and `captions.csv`.
+
+What belongs here: reading them, saying which of several counts, giving them to posters, and writing
+one from a page. What does not: captions by the model (`captioner`) and how captions are worded for
+training (`training_set`).
+
+A sidecar is a text file beside its poster: `rocket.png.txt`, or `rocket.txt` for every poster of
+that stem. `captions.csv` has the columns file_name (path inside the landing folder) and caption;
+other columns are left alone. A sidecar wins over a row of the CSV, the longer name over the shorter
+one, an earlier row over a later one.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pandas as pd
+
+from posterpipe.core.landing import EXTENSIONS
+from posterpipe.core.listing import Entry, Folder, Place, SourceChanged, source_name
+from posterpipe.core.parallel import parallel_map
+from posterpipe.core.progress import NoProgress, Progress
+from posterpipe.core.store import Store, compute_missing, content_key, write_atomic
+
+COLUMNS = ["source_name", "caption", "origin", "status", "reason"]
+
+SIDECAR, CSV = "sidecar", "captions.csv"
+"""Values of the column `origin`."""
+
+MAX_CHARACTERS = 2_000
+"""Longer texts are no captions: what models read, 77 tokens, is about 400 characters."""
+
+MAX_BYTES = 20_000
+"""Text files above this are not read."""
+
+READ_VERSION = 1
+"""Raise it when sidecars are read otherwise: each is then read again."""
+
+_ATTEMPTS = 20
+
+_CHANGED, _UNREADABLE = "changed while it was read", "cannot be read"
+
+
+class CaptionRejected(ValueError):
+    """A text that can be no caption, or a poster that is not there. The message says why."""
+
+
+class CaptionsFileError(Exception):
+    """`captions.csv` cannot be used. The message names file and line, and says what to do."""
+
+
+class CaptionConflict(Exception):
+    """Someone else changed the caption meanwhile; nothing was written.
+
+    `current` is the caption by a person as it is now, None where there is none any more.
+    """
+
+    def __init__(self, name: str, current: str | None) -> None:
+        self.current = current
+        now = f"it is now {current!r}" if current is not None else "it is gone"
+        super().__init__(
+            f"{name}: the caption was changed meanwhile, and {now}; look at it and save again"
+        )
+
+
+@dataclass(frozen=True)
+class HumanCaption:
+    """The caption of a poster; `note` tells of others that it wins over, else ""."""
+
+    caption: str
+    note: str = ""
+
+
+def clean_caption(text: str) -> str:
+    """One line in Unicode's composed form, spaces collapsed. Raises CaptionRejected."""
+    caption = " ".join(unicodedata.normalize("NFC", text).split())
+    if not caption:
+        raise CaptionRejected("no words in it; write the caption")
+    if len(caption) > MAX_CHARACTERS:
+        raise CaptionRejected(
+            f"{len(caption)} characters are more than {MAX_CHARACTERS}; a caption is a sentence"
+        )
+    if any(unicodedata.category(character) == "Cc" for character in caption):
+        raise CaptionRejected("control characters in it; save it as plain text")
+    return caption
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def read_human_captions(
+    place: Place, csv_path: Path, store: Store | None = None, progress: Progress | None = None
+) -> pd.DataFrame:
+    """Every caption by people: a row each, sorted by source_name, the one that counts last.
+
+    Columns: source_name (of the poster, relative to `place`; what the file says where there is no
+    such poster), caption, origin (`sidecar` or `captions.csv`), status (`ok`, at most once for a
+    source_name, or `rejected`), reason ("" for ok). With neither sidecars nor CSV the table is
+    empty. With a `store`, a sidecar that did not change since is not read again.
+
+    Raises CaptionsFileError when the CSV as a whole cannot be read, and PlaceMissing: captions that
+    cannot be seen are not taken for captions that were removed.
+    """
+    posters, texts = _split(place.entries())
+    claims: dict[str, list[_Claim]] = {}
+    sidecars = _sidecar_claims(place, posters, texts, store, progress or NoProgress())
+    for name, claim in [*sidecars, *_csv_claims(csv_path, posters)]:
+        claims.setdefault(name, []).append(claim)
+    rows = [row for name in sorted(claims) for row in _rows(name, claims[name])]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def unread_count(table: pd.DataFrame) -> int:
+    """How many sidecars of the table above could not be read, which may pass by itself."""
+    problem = table["reason"].astype(str).str
+    unread = problem.contains(f": {_CHANGED}") | problem.contains(f": {_UNREADABLE}")
+    return int((unread & (table["origin"] == SIDECAR)).sum())
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """A caption that some file gives a poster; `where` names the file, `problem` why it is none."""
+
+    origin: str
+    where: str
+    caption: str
+    problem: str = ""
+
+
+def _rows(name: str, claims: Sequence[_Claim]) -> list[dict[str, str]]:
+    winner = _winner(claims)
+    rows = []
+    for claim in claims:
+        if claim is winner:
+            continue
+        reason = f"{claim.where}: {claim.problem}"
+        if winner and not claim.problem:
+            if claim.caption == winner.caption:
+                continue
+            reason = f"{claim.where}: another caption than {winner.where}, which counts; keep one"
+        rows.append(_row(name, claim, "rejected", reason))
+    return rows + ([_row(name, winner, "ok", "")] if winner else [])
+
+
+def _row(name: str, claim: _Claim, status: str, reason: str) -> dict[str, str]:
+    values = (name, claim.caption, claim.origin, status, reason)
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def _winner(claims: Iterable[_Claim]) -> _Claim | None:
+    return next((claim for claim in claims if not claim.problem), None)
+
+
+def _split(entries: Iterable[Entry]) -> tuple[list[str], dict[str, Entry]]:
+    """Names of the posters, and the text files by their name without `.txt`, composed."""
+    posters: list[str] = []
+    texts: dict[str, Entry] = {}
+    for entry in entries:
+        name = source_name(entry)
+        if entry.problem:
+            continue
+        if name.lower().endswith(".txt"):
+            texts.setdefault(_composed(name[:-4]), entry)
+        elif PurePosixPath(name).suffix.lower() in EXTENSIONS:
+            posters.append(name)
+    return posters, texts
+
+
+def _composed(name: str) -> str:
+    """macOS hands out file names decomposed, while people type them composed."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _candidates(poster: str, texts: Mapping[str, Entry]) -> list[Entry]:
+    """The sidecars of a poster, the one that counts first."""
+    name = _composed(poster)
+    stem = name[: -len(PurePosixPath(name).suffix)]
+    return [texts[key] for key in (name, stem) if key in texts]
+
+
+def _sidecar_claims(
+    place: Place,
+    posters: Sequence[str],
+    texts: Mapping[str, Entry],
+    store: Store | None,
+    progress: Progress,
+) -> Iterator[tuple[str, _Claim]]:
+    facts = _read_sidecars(place, list(texts.values()), store, progress)
+    claims = {
+        name: _Claim(SIDECAR, name, fact["caption"], fact["problem"])
+        for name, fact in facts.items()
+    }
+    lonely = set(claims)
+    for poster in posters:
+        for entry in _candidates(poster, texts):
+            lonely.discard(source_name(entry))
+            yield poster, claims[source_name(entry)]
+    for name in sorted(lonely):
+        problem = "no poster of that name beside it; name it after its poster, or move it away"
+        yield name, _Claim(SIDECAR, name, "", problem)
+
+
+def _read_sidecars(
+    place: Place, entries: Sequence[Entry], store: Store | None, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """By name: caption, problem, and whether the problem may pass by itself (`transient`)."""
+    by_key = {
+        content_key(
+            "sidecar", READ_VERSION, place.key(entry), entry.size, entry.mtime_ns, entry.identity
+        ): entry
+        for entry in entries
+    }
+
+    def compute(keys: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        with progress.task("read captions", len(keys), "files") as tick:
+            read = parallel_map(
+                lambda key: _read_sidecar(place, by_key[key]), keys, threads=place.threads
+            )
+            for key, fact in zip(keys, read, strict=True):
+                yield key, fact
+                tick()
+
+    if store is None:
+        facts = dict(compute(list(by_key)))
+    else:
+        facts = compute_missing(
+            store, "sidecar", list(by_key), compute, usable=lambda fact: not fact["transient"]
+        )
+    return {source_name(by_key[key]): fact for key, fact in facts.items()}
+
+
+def _read_sidecar(place: Place, entry: Entry) -> dict[str, Any]:
+    fact: dict[str, Any] = {"caption": "", "problem": "", "transient": False}
+    if entry.size > MAX_BYTES:
+        problem = f"{entry.size} bytes are more than {MAX_BYTES}; a caption is a sentence"
+        return {**fact, "problem": problem}
+    try:
+        text, _ = _decode(place.read(entry))
+        return {**fact, "caption": clean_caption(text)}
+    except CaptionRejected as error:
+        return {**fact, "problem": str(error)}
+    except UnicodeDecodeError:
+        return {**fact, "problem": "not UTF-8; save it as UTF-8"}
+    except SourceChanged:
+        problem = f"{_CHANGED}; materialize human_captions again"
+        return {**fact, "problem": problem, "transient": True}
+    except OSError as error:
+        problem = f"{_UNREADABLE} ({error.strerror or error}); make it readable"
+        return {**fact, "problem": problem, "transient": True}
+
+
+def _decode(data: bytes) -> tuple[str, str]:
+    """The text and the encoding that gives the same bytes back. Raises UnicodeDecodeError."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16"), "utf-16"  # what some editors call "Unicode"
+    encoding = "utf-8-sig" if data.startswith(codecs.BOM_UTF8) else "utf-8"
+    return data.decode(encoding), encoding
+
+
+# -- captions.csv ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One record of the CSV: the line on which it starts (from 1), as it is written, its cells."""
+
+    line: int
+    raw: str
+    cells: list[str]
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """The whole CSV; the heading is the first of the records that are not blank."""
+
+    records: list[_Record]
+    encoding: str
+    width: int
+    name_column: int
+    caption_column: int
+
+    def rows(self) -> list[_Record]:
+        """The records below the heading."""
+        return [record for record in self.records if record.cells][1:]
+
+    def name(self, record: _Record) -> str:
+        """The file name that a record gives, "" for none."""
+        return record.cells[self.name_column] if len(record.cells) > self.name_column else ""
+
+
+def _csv_claims(path: Path, posters: Sequence[str]) -> Iterator[tuple[str, _Claim]]:
+    data = _read_bytes(path)
+    if data is None:
+        return
+    sheet = _parse(path, data)
+    names = _Names(posters)
+    for record in sheet.rows():
+        where = f"{path.name}, line {record.line}"
+        written = sheet.name(record)
+        poster = names.find(written)
+        caption, problem = "", ""
+        if len(record.cells) > sheet.width:
+            problem = (
+                f"{len(record.cells)} cells below {sheet.width} headings; put a caption with "
+                "commas into double quotes"
+            )
+        elif not written.strip():
+            problem = "no file_name; write which poster it describes"
+        elif len(record.cells) <= sheet.caption_column:
+            problem = "no caption; write it or delete the line"
+        else:
+            try:
+                caption = clean_caption(record.cells[sheet.caption_column])
+            except CaptionRejected as error:
+                problem = str(error)
+        if poster is None and not problem:
+            problem = f"no poster of that name{names.hint(written)}"
+        yield poster or written.strip(), _Claim(CSV, where, caption, problem)
+
+
+class _Names:
+    """Names of posters, found as people type them."""
+
+    def __init__(self, posters: Sequence[str]) -> None:
+        self._exact = frozenset(posters)
+        self._composed = {_composed(name): name for name in posters}
+        self._loose = {name.casefold(): poster for name, poster in self._composed.items()}
+        self._last = {PurePosixPath(name).name: name for name in posters}
+
+    def find(self, written: str) -> str | None:
+        """The poster of that name; spaces around it, `./` and `\\` for `/` are allowed."""
+        if written in self._exact:
+            return written
+        plain = _composed(written.strip())
+        path = plain.replace("\\", "/").removeprefix("./")
+        return self._composed.get(plain) or self._composed.get(path)
+
+    def hint(self, written: str) -> str:
+        """What may have been meant, for the end of a sentence."""
+        plain = _composed(written.strip())
+        meant = self._loose.get(plain.casefold()) or self._last.get(PurePosixPath(plain).name)
+        return f"; is it {meant}?" if meant else "; correct it, or put the poster in"
+
+
+def _read_bytes(path: Path) -> bytes | None:
+    """The bytes of the CSV, None where there is none. Raises CaptionsFileError."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CaptionsFileError(
+            f"{path}: cannot be read ({error.strerror}); make it a readable file, or set "
+            "POSTERPIPE_CAPTIONS to another one"
+        ) from error
+
+
+def _parse(path: Path, data: bytes) -> _Sheet:
+    """Raises CaptionsFileError where the file is no such CSV."""
+    try:
+        text, encoding = _decode(data)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise CaptionsFileError(f"{path}:{line}: not UTF-8; save it as CSV in UTF-8") from error
+    records = _records(path, text)
+    heading = next((record for record in records if record.cells), None)
+    wanted = "the first line must name the columns: file_name,caption"
+    if heading is None:
+        raise CaptionsFileError(f"{path}:1: empty; {wanted}")
+    names = [cell.strip().casefold() for cell in heading.cells]
+    if names.count("file_name") != 1 or names.count("caption") != 1:
+        separated = ", separated by commas" if any(mark in names[0] for mark in ";\t|") else ""
+        raise CaptionsFileError(
+            f"{path}:{heading.line}: its columns are {', '.join(heading.cells)}; "
+            f"{wanted}{separated}"
+        )
+    columns = (names.index("file_name"), names.index("caption"))
+    return _Sheet(records, encoding, len(names), *columns)
+
+
+def _records(path: Path, text: str) -> list[_Record]:
+    # Not str.splitlines: it also splits at characters that are no line ends in a CSV.
+    lines = list(io.StringIO(text, newline=""))
+    reader = csv.reader(lines, strict=True)
+    records = []
+    start = 0
+    try:
+        for cells in reader:
+            blank = not any(cell.strip() for cell in cells)
+            raw = "".join(lines[start : reader.line_num])
+            records.append(_Record(start + 1, raw, [] if blank else cells))
+            start = reader.line_num
+    except csv.Error as error:
+        raise CaptionsFileError(
+            f"{path}:{start + 1}: {error}; put cells with commas or quotes into double quotes, and "
+            "write quotes inside them twice"
+        ) from error
+    return records
+
+
+# -- posters --------------------------------------------------------------------------------------
+
+
+def captions_by_poster(posters: pd.DataFrame, human: pd.DataFrame) -> dict[str, HumanCaption]:
+    """The caption that a person gave each poster, by poster_id.
+
+    `posters`: the table of `landing.scan`; `human`: that of `read_human_captions`. A poster that
+    lies in the folder under several names has the caption of any of them; where they differ, that
+    of the first name, with a note.
+    """
+    accepted = human[human["status"] == "ok"]
+    captions = dict(zip(accepted["source_name"], accepted["caption"], strict=True))
+    usable = posters[posters["status"].isin(["ok", "duplicate"]) & (posters["poster_id"] != "")]
+    given: dict[str, list[tuple[str, str]]] = {}
+    for name, poster_id in sorted(zip(usable["source_name"], usable["poster_id"], strict=True)):
+        if name in captions:
+            given.setdefault(poster_id, []).append((name, captions[name]))
+    found = {}
+    for poster_id, named in given.items():
+        first, caption = named[0]
+        others = [name for name, other in named if other != caption]
+        note = (
+            f"the caption of {first}; {', '.join(others)}, the same poster, has another"
+            if others
+            else ""
+        )
+        found[poster_id] = HumanCaption(caption, note)
+    return found
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+def write_human_caption(
+    place: Place, csv_path: Path, name: str, caption: str, *, seen: str | None
+) -> Path:
+    """Give the poster `name` a caption by a person; the file that was written.
+
+    `name`: the poster's source_name. `seen`: the caption by a person that the writer had before
+    their eyes, None where there was none; when it is another by now, CaptionConflict is raised and
+    nothing changes. The caption goes where the one that counts stands, else into the CSV, which is
+    created when missing; everything else in it stays as it is, byte for byte. Writers of this
+    program wait for each other; one that saves with an editor in the same instant is noticed too.
+
+    Raises CaptionRejected (unknown poster, no caption), CaptionsFileError and PlaceMissing.
+    """
+    caption = clean_caption(caption)
+    csv_path = csv_path.resolve()
+    csv_path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(csv_path.parent):
+        for _ in range(_ATTEMPTS):
+            path = _try_write(place, csv_path, name, caption, seen)
+            if path is not None:
+                return path
+    raise CaptionsFileError(f"{csv_path}: another program keeps writing it; close it there")
+
+
+def _try_write(
+    place: Place, csv_path: Path, name: str, caption: str, seen: str | None
+) -> Path | None:
+    """The file written; None where it was changed between reading and writing."""
+    posters, texts = _split(place.entries())
+    if name not in posters:
+        raise CaptionRejected(f"{name}: no poster of that name in {place.location}")
+    sidecars = _candidates(name, texts)
+    facts = _read_sidecars(place, sidecars, None, NoProgress())
+    sidecar = next((e for e in sidecars if not facts[source_name(e)]["problem"]), None)
+    before = _read_bytes(csv_path)
+    if sidecar is None:
+        row = _winner(claim for poster, claim in _csv_claims(csv_path, posters) if poster == name)
+        current = row.caption if row else None
+    else:
+        current = facts[source_name(sidecar)]["caption"]
+    if current != seen:
+        raise CaptionConflict(name, current)
+    if sidecar is None:
+        after = _with_row(csv_path, before, _Names(posters), name, caption)
+        return csv_path if _replace(csv_path, before, after) else None
+    if not isinstance(place, Folder):
+        raise CaptionRejected(
+            f"{name}: its caption lies beside it in {place.location}; change {sidecar.name} there"
+        )
+    owners = [poster for poster in posters if sidecar in _candidates(poster, texts)]
+    if len(owners) > 1:
+        # The shorter name speaks for other posters as well; they keep it.
+        path = Path(place.location) / f"{name}.txt"
+        return path if _replace(path, _read_bytes(path), f"{caption}\n".encode()) else None
+    path = Path(place.location) / sidecar.name
+    try:
+        old = place.read(sidecar)
+    except SourceChanged:
+        return None
+    _, encoding = _decode(old)
+    return path if _replace(path, old, f"{caption}\n".encode(encoding)) else None
+
+
+def _with_row(path: Path, data: bytes | None, names: _Names, name: str, caption: str) -> bytes:
+    """The CSV with the caption of that poster in its first row for it, or in a row at the end."""
+    if data is None or not data.strip():
+        heading = _Record(1, "file_name,caption\n", ["file_name", "caption"])
+        sheet = _Sheet([heading], "utf-8", 2, 0, 1)
+    else:
+        sheet = _parse(path, data)
+    line_end = "\r\n" if "\r\n" in sheet.records[0].raw else "\n"
+    parts = []
+    done = False
+    rows = {record.line for record in sheet.rows()}
+    for record in sheet.records:
+        # A row with too many cells does not tell where its caption ends: it stays, and is said.
+        fits = record.line in rows and len(record.cells) <= sheet.width
+        if not done and fits and names.find(sheet.name(record)) == name:
+            parts.append(_line(sheet, record.cells, name, caption, line_end))
+            done = True
+        else:
+            parts.append(record.raw)
+    if not done:
+        if not parts[-1].endswith(("\n", "\r")):
+            parts.append(line_end)
+        parts.append(_line(sheet, [], name, caption, line_end))
+    return "".join(parts).encode(sheet.encoding)
+
+
+def _line(sheet: _Sheet, cells: Sequence[str], name: str, caption: str, line_end: str) -> str:
+    filled = [*cells, *[""] * (sheet.width - len(cells))]
+    filled[sheet.name_column] = filled[sheet.name_column] or name
+    filled[sheet.caption_column] = caption
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator=line_end).writerow(filled)
+    return buffer.getvalue()
+
+
+def _replace(path: Path, before: bytes | None, after: bytes) -> bool:
+    """Write the file unless it is not any more what was read."""
+    try:
+        now = path.read_bytes() if path.exists() else None
+        if now != before:
+            return False
+        mode = path.stat().st_mode & 0o777 if now is not None else None
+        write_atomic(path, after)
+        if mode is not None:
+            os.chmod(path, mode)
+    except OSError as error:
+        raise CaptionsFileError(
+            f"{path}: cannot be written ({error.strerror}); make it writable"
+        ) from error
+    return True
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer at a time, among processes and threads; the lock ends with its holder."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: `_replace` still notices most of what another one wrote
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)  # the folder itself, so that no lock file lies about
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

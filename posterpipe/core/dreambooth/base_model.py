@@ -1,0 +1,107 @@
+"""The base model: checking its directory and loading its parts.
+
+What belongs here: everything that is read from the base model. What does not: where models come
+from (`core.models`), the finished model (`checkpoint`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from safetensors import safe_open
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from posterpipe.core.dreambooth.config import MODEL_PARTS
+from posterpipe.core.dreambooth.errors import BaseModelError
+
+Part = TypeVar("Part")
+
+
+def check_base_model(folder: Path) -> None:
+    """Raises BaseModelError unless `folder` looks like a Stable Diffusion 1.x or 2.x."""
+    remedy = "name the directory of a Stable Diffusion 1.x or 2.x in diffusers' layout"
+    if not folder.is_dir():
+        raise BaseModelError(f"{folder}: there is no such directory; {remedy} as base_model")
+    if not (folder / "model_index.json").is_file():
+        raise BaseModelError(f"{folder}: it has no model_index.json; {remedy} as base_model")
+    absent = [part for part in MODEL_PARTS if not (folder / part).is_dir()]
+    if absent:
+        raise BaseModelError(f"{folder}: it has no {', '.join(absent)}; {remedy} as base_model")
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    """The VAE in fp32, in evaluation mode."""
+    variant = _variant(folder / "vae")
+    vae = _load(
+        folder / "vae",
+        lambda path: AutoencoderKL.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, variant=variant
+        ),
+    )
+    return vae.eval().requires_grad_(False)
+
+
+def load_unet(folder: Path) -> UNet2DConditionModel:
+    """The U-Net in fp32, whatever precision is on disk."""
+    variant = _variant(folder / "unet")
+    return _load(
+        folder / "unet",
+        lambda path: UNet2DConditionModel.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, variant=variant
+        ),
+    )
+
+
+def load_text_encoder(folder: Path) -> CLIPTextModel:
+    """The text encoder in fp32, whatever precision is on disk."""
+    variant = _variant(folder / "text_encoder")
+    return _load(
+        folder / "text_encoder",
+        lambda path: CLIPTextModel.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, variant=variant
+        ),
+    )
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer."""
+    return _load(folder / "tokenizer", CLIPTokenizer.from_pretrained)
+
+
+def load_noise_schedule(folder: Path) -> DDPMScheduler:
+    """The noise schedule and prediction type, from whatever scheduler the directory names."""
+    return _load(folder / "scheduler", DDPMScheduler.from_pretrained)
+
+
+def _load(path: Path, load: Callable[[Path], Part]) -> Part:
+    try:
+        return load(path)
+    except Exception as error:  # diffusers and transformers raise whatever their readers raise
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BaseModelError(
+            f"{path}: cannot be loaded ({first_line}); safetensors and their config.json are "
+            "needed, get the model again"
+        ) from error
+
+
+def _variant(folder: Path) -> str | None:
+    """None for plain weights, "fp16" where only those are there."""
+    plain = list(folder.glob("*model.safetensors")) + list(folder.glob("*model.safetensors.index*"))
+    half = list(folder.glob("*.fp16*.safetensors"))
+    return "fp16" if half and not plain else None
+
+
+def disk_dtype(folder: Path) -> torch.dtype:
+    """fp16 when the U-Net on disk is in fp16, else fp32: the finished model is as its base."""
+    for path in sorted((folder / "unet").glob("*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            first = next(iter(weights.keys()), None)
+            if first is not None and weights.get_slice(first).get_dtype() == "F16":
+                return torch.float16
+            return torch.float32
+    return torch.float32

@@ -1,0 +1,47 @@
+"""The loss on posters that are never trained on.
+
+What belongs here: measuring it at fixed noise and timesteps, and judging when it stopped falling.
+What does not: how the questions are made (`batches.fixed_batches`).
+
+The training loss jumps with the random timesteps and falls also where a model only learns its
+posters by heart. This one asks the same questions each time, so its curve is smooth, and it rises
+when the model overfits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from posterpipe.core.dreambooth.batches import Batch
+
+
+@torch.no_grad()
+def holdout_loss(
+    batches: Sequence[Batch], errors_of: Callable[[Batch], Tensor], *, process: int, processes: int
+) -> Tensor:
+    """This process's share of the mean squared error; over all processes they add up to it.
+
+    errors_of: a batch on the CPU -> float32 (batch,), each sample's squared error.
+    """
+    total = torch.zeros(())
+    for batch in batches[process::processes]:
+        total = total + (errors_of(batch).cpu() * batch.weights).sum()
+    return total
+
+
+def lowest(losses: Sequence[float], min_gain: float) -> int:
+    """Index of the last loss that was lower than all before it by the share `min_gain`; -1 for
+    no losses."""
+    best, index = float("inf"), -1
+    for place, loss in enumerate(losses):
+        if index < 0 or loss < best * (1 - min_gain):
+            best, index = loss, place
+    return index
+
+
+def stopped_falling(losses: Sequence[float], *, patience: int, min_gain: float) -> bool:
+    """Whether the last `patience` losses (at least one) brought no new lowest one."""
+    return len(losses) - 1 - lowest(losses, min_gain) >= patience

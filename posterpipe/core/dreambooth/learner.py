@@ -1,0 +1,233 @@
+"""The models in training, with everything that changes while they train.
+
+What belongs here: models, optimizer, scaler and moving average as one thing that takes batches in,
+is saved and restored. What does not: what comes when (`train`), the formulas (`objective`), files
+(`saves`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from posterpipe.core.dreambooth import objective
+from posterpipe.core.dreambooth.base_model import load_text_encoder, load_unet
+from posterpipe.core.dreambooth.batches import Batch
+from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.lora import add_lora
+from posterpipe.core.dreambooth.optimizers import InMemoryOrder, MovingAverage, make_optimizer
+from posterpipe.core.dreambooth.saves import Save, pack, unpack
+from posterpipe.core.dreambooth.texts import FrozenTexts, Tokens, TrainedTexts, encoder_key
+from posterpipe.core.models import torch_dtype
+
+TextsOf = Callable[[Sequence[str]], Tensor]
+"""Captions in, the text encoder's hidden states out."""
+
+
+class Learner:
+    """The U-Net, and the text encoder if it is trained, in training.
+
+    texts: all captions that will be asked for, as far as they are known. Trained weights are fp32
+    whatever the run's precision; autocast and the gradients' scaler are used here openly rather
+    than through accelerate, which knows the device and the other processes.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        texts: Collection[str],
+        log: Callable[[str], None],
+    ) -> None:
+        self.settings = settings = config.training
+        self.device = device = accelerator.device
+        self._dtype = torch_dtype(settings.mixed_precision)
+        self._accelerator = accelerator
+        if self._dtype == torch.float16 and device.type == "cpu":
+            log("fp16 on a CPU is slow; training.mixed_precision = bf16 or fp32 is quicker there")
+
+        # ---- models
+        self._unet = unet = load_unet(config.base_model)
+        self.models: dict[str, nn.Module] = {"unet": unet}
+        """By the name of their folder; those that are trained."""
+        self.peak_rates = [settings.learning_rate]
+        if settings.train_text_encoder:
+            self.models["text_encoder"] = load_text_encoder(config.base_model)
+            rate = settings.text_encoder_learning_rate or settings.learning_rate
+            self.peak_rates.append(rate)
+        if settings.method == "lora":
+            torch.manual_seed(settings.seed)  # its matrices begin at random
+            add_lora(self.models, settings, self._dtype)
+        self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        unet.to(memory_format=self._layout)
+        # Has an effect on GPUs only: shapes hardly change, so the quickest way is looked for once.
+        torch.backends.cudnn.benchmark = True
+        for model in self.models.values():
+            model.to(device).train()
+        if settings.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+            if "text_encoder" in self.models:
+                # Non-reentrant: with LoRA nothing that goes into a block has a gradient.
+                cast(Any, self.models["text_encoder"]).gradient_checkpointing_enable(
+                    gradient_checkpointing_kwargs={"use_reentrant": False}
+                )
+
+        # ---- what moves them
+        self.named = {
+            name: {key: p for key, p in model.named_parameters() if p.requires_grad}
+            for name, model in self.models.items()
+        }
+        groups = [list(group.values()) for group in self.named.values()]
+        self.parameters = [parameter for group in groups for parameter in group]
+        self._in_order = InMemoryOrder(groups)
+        self._optimizer = make_optimizer(settings, self._in_order.groups)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self._dtype == torch.float16)
+        self._average: MovingAverage | None = None
+        if settings.ema_decay is not None:
+            self._average = MovingAverage(self.parameters, settings.ema_decay)
+        # For several processes: copies that average their gradients. For one: the same models.
+        self._copies = [accelerator.prepare_model(model) for model in self.models.values()]
+        self._predict = torch.compile(self._copies[0]) if settings.compile else self._copies[0]
+
+        # ---- captions as hidden states: through the encoder each time while it is trained, once
+        # each when its answers can no longer change
+        tokens_of = Tokens(config.base_model)
+        self._frozen_texts = FrozenTexts(
+            lambda: (
+                self.models.get("text_encoder") or load_text_encoder(config.base_model).to(device)
+            ),
+            tokens_of,
+            device,
+            self._dtype,
+        )
+        self._trained_texts = TrainedTexts(self._copies[-1], tokens_of, device)
+        # Measured and drawn with the models themselves: copies and compiled ones are for training.
+        self._texts_now: TextsOf = self._frozen_texts
+        if settings.train_text_encoder:
+            self._texts_now = TrainedTexts(self.models["text_encoder"], tokens_of, device)
+        elif not settings.caption_shuffling:
+            with accelerator.main_process_first():
+                key = encoder_key(config.base_model)
+                self._frozen_texts.learn(sorted({"", *texts}), config.cache, key, log=log)
+
+    # -- learning ---------------------------------------------------------------------------------
+
+    def trains_text_encoder(self, step: int) -> bool:
+        """Whether the text encoder learns in this step."""
+        stop = self.settings.text_encoder_stop_step
+        return self.settings.train_text_encoder and (stop is None or step < stop)
+
+    def add_gradients(self, step: int, batches: Sequence[Batch]) -> Tensor:
+        """Adds up the gradients of a step's batches; its loss, a float32 () on the device."""
+        texts_of = self._trained_texts if self.trains_text_encoder(step) else self._frozen_texts
+        loss = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches, start=1):
+            with contextlib.ExitStack() as stack:
+                if number < len(batches):  # between processes, gradients travel with the last one
+                    for copy in self._copies:
+                        stack.enter_context(self._accelerator.no_sync(copy))
+                on_device = batch.to(self.device, self._layout)
+                errors = self._errors(on_device, self._predict, texts_of)
+                part = (errors * on_device.weights).sum()
+                self._scaler.scale(part).backward()
+            loss += part.detach()
+        return loss
+
+    def forget_gradients(self) -> None:
+        """Leaves the gradients that were added up."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._in_order.forget_gradients()
+
+    def make_step(self, step: int, rates: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Moves the weights. The gradients' norm before clipping, and whether it may be used;
+        both () on the device, since reading them would make it wait."""
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._in_order.take_gradients()
+        self._scaler.unscale_(self._optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self.forget_gradients()
+        if self._average is not None:
+            self._average.update(step)
+        # With a scaler, gradients overflow now and then, and it leaves the step out.
+        return norm, torch.isfinite(norm) | self._scaler.is_enabled()
+
+    def _errors(self, batch: Batch, predict: Callable[..., Any], texts_of: TextsOf) -> Tensor:
+        with self._autocast():
+            embeds = texts_of(batch.texts)
+            prediction = predict(batch.noisy, batch.timesteps, embeds, return_dict=False)[0]
+        return objective.squared_errors(prediction, batch.wanted)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def as_finished(self) -> Iterator[None]:
+        """While inside, the models are as they would be left if the run ended now."""
+        for model in self.models.values():
+            model.eval()
+        with torch.no_grad(), self._averaged():
+            yield
+        for model in self.models.values():
+            model.train()
+
+    def errors_of(self, batch: Batch) -> Tensor:
+        """float32 (batch,): each sample's squared error now."""
+        return self._errors(batch.to(self.device, self._layout), self._unet, self._texts_now)
+
+    def predict(self, latents: Tensor, timestep: Tensor, texts: Sequence[str]) -> Tensor:
+        """What the U-Net predicts now, in the shape of the latents (batch, channels, h, w)."""
+        with self._autocast():
+            return self._unet(latents, timestep, self._texts_now(texts), return_dict=False)[0]
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        return self._average.applied() if self._average else contextlib.nullcontext()
+
+    # -- saving -----------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
+        """Tensors by file and name, and JSON values; `restore` is the inverse."""
+        optimizer, tensors = pack(self._optimizer.state_dict())
+        average = self._average.average if self._average else []
+        return (
+            {
+                **self.named,
+                "optimizer": tensors,
+                "average": {str(place): value for place, value in enumerate(average)},
+            },
+            {"optimizer": optimizer, "scaler": self._scaler.state_dict()},
+        )
+
+    @torch.no_grad()
+    def restore(self, saved: Save) -> None:
+        """Takes up what was saved."""
+        self.restore_weights(saved)
+        state = unpack(saved.state["optimizer"], saved.tensors("optimizer"))
+        self._optimizer.load_state_dict(state)
+        self._scaler.load_state_dict(saved.state["scaler"])
+        if self._average is not None:
+            averages = saved.tensors("average")
+            for place, value in enumerate(self._average.average):
+                value.copy_(averages[str(place)])
+
+    @torch.no_grad()
+    def restore_weights(self, saved: Save) -> None:
+        """Copies saved weights into the parameters, whose memory layout stays."""
+        for name, group in self.named.items():
+            tensors = saved.tensors(name)
+            for key, parameter in group.items():
+                parameter.copy_(tensors[key])
+
+    def finish(self) -> None:
+        """Leaves the weights as the finished model has them."""
+        if self._average is not None:
+            self._average.copy_to_parameters()

@@ -1,0 +1,111 @@
+"""Images drawn while training, always from the same prompts and noise.
+
+What belongs here: drawing them with the models as they are now, and the grid over the steps. What
+does not: the prompt suite's images, which `core.sampler` draws from finished models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from diffusers.models import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from posterpipe.core.gallery import grid
+from posterpipe.core.sampler import initial_latents, make_scheduler
+from posterpipe.settings import SamplerSettings
+
+SAMPLES_NAME = "samples"
+PROMPTS_NAME = "prompts.txt"
+DEFAULT_PROMPTS = 4
+"""Captions of the training set that are drawn when no prompts are given."""
+
+_CELL = (128, 192)
+_COLUMNS_AT_MOST = 12
+
+
+class SampleDrawer:
+    """Draws sample images of a model in training.
+
+    folder: where the images go, one a step and prompt. base_model: its noise schedule is used.
+    seed: of the first prompt's noise; each next one counts one up. shape: (channels, height/8,
+    width/8) of the latents.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        base_model: Path,
+        load_vae: Callable[[], AutoencoderKL],
+        settings: SamplerSettings,
+        *,
+        prompts: Sequence[str],
+        seed: int,
+        shape: tuple[int, int, int],
+        zero_terminal_snr: bool,
+    ) -> None:
+        self.prompts = [" ".join(prompt.split()) for prompt in prompts]
+        self._folder = folder
+        self._base_model = base_model
+        self._load_vae = load_vae
+        self._settings = settings
+        self._seed = seed
+        self._shape = shape
+        self._zero_terminal_snr = zero_terminal_snr
+
+    @torch.no_grad()
+    def draw(self, step: int, predict: Callable[[Tensor, Tensor, Sequence[str]], Tensor]) -> None:
+        """Draws all prompts one by one and writes them.
+
+        predict: latents float32 (2, *shape), timestep and two texts -> what the U-Net predicts, in
+        the shape of the latents.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / PROMPTS_NAME).write_text("\n".join(self.prompts) + "\n", "utf-8")
+        vae = self._load_vae()
+        for number, prompt in enumerate(self.prompts):
+            latents = self._denoise(prompt, self._seed + number, predict, vae.device)
+            pixels = vae.decode(latents / vae.config["scaling_factor"], return_dict=False)[0][0]
+            shown = ((pixels.nan_to_num(-1.0) / 2 + 0.5).clamp(0, 1) * 255).round()
+            image = Image.fromarray(shown.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+            image.save(self._folder / f"step-{step:08d}-{number}.png")
+
+    def _denoise(
+        self,
+        prompt: str,
+        seed: int,
+        predict: Callable[[Tensor, Tensor, Sequence[str]], Tensor],
+        device: torch.device,
+    ) -> Tensor:
+        """Classifier-free guidance (Ho & Salimans 2022) with the empty prompt."""
+        scheduler = make_scheduler(
+            self._base_model, self._settings.scheduler, zero_terminal_snr=self._zero_terminal_snr
+        )
+        scheduler.set_timesteps(self._settings.num_inference_steps, device=device)
+        latents = initial_latents([seed], self._shape).to(device) * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            x = scheduler.scale_model_input(latents, timestep)
+            without, wanted = predict(torch.cat([x, x]), timestep, ["", prompt]).float().chunk(2)
+            predicted = without + self._settings.guidance_scale * (wanted - without)
+            latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
+        return latents
+
+
+def draw_grid(path: Path, folder: Path) -> None:
+    """One picture of all samples in `folder`: a row a prompt, a column a step; of many steps, some
+    spread evenly."""
+    prompts = (folder / PROMPTS_NAME).read_text("utf-8").splitlines()
+    steps = sorted({int(file.name.split("-")[1]) for file in folder.glob("step-*.png")})
+    if len(steps) > _COLUMNS_AT_MOST:
+        last = _COLUMNS_AT_MOST - 1
+        steps = [steps[round(n * (len(steps) - 1) / last)] for n in range(_COLUMNS_AT_MOST)]
+    rows = [f"{number + 1}. {prompt}" for number, prompt in enumerate(prompts)]
+    cells = {
+        (row, f"step {step}"): folder / f"step-{step:08d}-{number}.png"
+        for number, row in enumerate(rows)
+        for step in steps
+    }
+    grid(rows, [f"step {step}" for step in steps], dict(cells), cell=_CELL).save(path)

@@ -1,0 +1,225 @@
+"""All evidence about generations beside CLIP-T, and the gate's decision on it.
+
+What belongs here: which sets of posters images are compared with, running every metric over a table
+of generations, and reading from it what the gate asks. What does not: the metrics themselves
+(`metrics`), the rules of the decision (`gate`), assets (`defs.evidence`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from posterpipe.core.gate import DECISION_COLUMNS, Decision, decide, decision_row, gather
+from posterpipe.core.images import resize_posters
+from posterpipe.core.metrics.base import SCORE_COLUMNS, Metric, record_scores
+from posterpipe.core.metrics.clip import clip_t_id, clip_t_metric, clip_t_scores
+from posterpipe.core.metrics.diversity import measure_diversity
+from posterpipe.core.metrics.fidelity import (
+    CopyCalibration,
+    Posters,
+    compare_with_posters,
+    evidence_encoders,
+)
+from posterpipe.core.metrics.pickscore import (
+    measure_pickscore,
+    pickscore_metric,
+    pickscore_settings,
+)
+from posterpipe.core.progress import Progress
+from posterpipe.core.quality import holdout_posters
+from posterpipe.core.store import Store
+from posterpipe.core.warehouse import Warehouse, insert
+from posterpipe.settings import GateSettings, Settings
+
+EVIDENCE_COLUMNS = (
+    "generation_key", "variant", "prompt_id", "seed", "checkpoint_id", "metric_id", "metric",
+    "role", "value", "status", "reason", "nearest_poster", "copied",
+)  # fmt: skip
+"""Columns of the table of evidence: one row a generation and metric. `role` is what the gate reads
+it for (clip, fidelity, diversity, preference, copies) or "". In rows with the role copies,
+`nearest_poster` is the content hash of the nearest training image and `copied` says whether
+similarity or perceptual hash is that of a copy."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What all metrics gave for a table of generations."""
+
+    metrics: list[Metric]
+    table: pd.DataFrame
+    """EVIDENCE_COLUMNS."""
+    nearest: pd.DataFrame
+    """See `fidelity.Fidelity.nearest`."""
+    calibrations: dict[str, CopyCalibration]
+    """By encoder id."""
+
+
+def posters_of(store: Store, name: str, images: pd.DataFrame) -> Posters:
+    """The set behind a table with the column `image` (blobs in the store): training.csv's, say."""
+    usable = images[images["status"] == "ok"] if "status" in images else images
+    blobs = sorted({str(blob) for blob in usable["image"] if blob})
+    return Posters(name, {blob: store.path(blob, ".png") for blob in blobs})
+
+
+def held_out(store: Store, settings: Settings, progress: Progress) -> Posters:
+    """The holdout posters, resized like those trained on; those resized before are not again."""
+    found = holdout_posters(settings.path(settings.holdout), settings.images, store, progress)
+    return posters_of(store, "holdout", resize_posters(store, found, settings.images, progress))
+
+
+def measure(
+    store: Store,
+    warehouse: Warehouse,
+    generations: pd.DataFrame,
+    training: Posters,
+    holdout: Posters,
+    settings: Settings,
+    progress: Progress,
+    *,
+    run_id: str,
+) -> Evidence:
+    """Every metric but legibility for a table of generations (`sampler.COLUMNS`), into the
+    warehouse.
+
+    CLIP-T with crop and with pad, similarity to holdout and training posters with the overfit gap,
+    nearest training poster and copies, diversity, and PickScore where it is configured. Images are
+    encoded once an encoder, whatever is asked of them. Raises ModelMissing and WarehouseBusy.
+    """
+    root = settings.root
+    metrics: list[Metric] = []
+    scores: list[pd.DataFrame] = []
+    for preprocessing in ("crop", "pad"):
+        scorer = settings.scorer.model_copy(update={"preprocessing": preprocessing})
+        metrics.append(clip_t_metric(scorer, root))
+        scores.append(clip_t_scores(store, generations, scorer, root, progress))
+    encoders = evidence_encoders(settings.evidence, settings.scorer.model)
+    fidelity = compare_with_posters(
+        store, generations, training, holdout, encoders, root, progress,
+        alarm=settings.evidence.copy_alarm,
+    )  # fmt: skip
+    metrics += fidelity.metrics
+    scores.append(fidelity.scores)
+    diversities = []
+    for encoder in encoders:
+        metric, values = measure_diversity(store, generations, encoder, root, progress)
+        diversities.append(metric.metric_id)
+        metrics.append(metric)
+        scores.append(values)
+    preference = _preference(store, warehouse, generations, settings, progress)
+    if preference is not None:
+        metrics.append(preference[0])
+        scores.append(preference[1])
+    everything = pd.concat(scores, ignore_index=True)
+    record_scores(warehouse, generations, metrics, everything, run_id=run_id)
+    roles = {
+        clip_t_id(settings.scorer, root): "clip",
+        fidelity.metrics[0].metric_id: "fidelity",
+        fidelity.metrics[3].metric_id: "copies",
+        diversities[0]: "diversity",
+    }
+    if preference is not None:
+        roles[preference[0].metric_id] = "preference"
+    table = _evidence_table(generations, metrics, everything, fidelity.nearest, roles)
+    return Evidence(metrics, table, fidelity.nearest, fidelity.calibrations)
+
+
+def _evidence_table(
+    generations: pd.DataFrame,
+    metrics: list[Metric],
+    scores: pd.DataFrame,
+    nearest: pd.DataFrame,
+    roles: Mapping[str, str],
+) -> pd.DataFrame:
+    places = generations[["generation_key", "variant", "prompt_id", "seed", "checkpoint_id"]]
+    table = places.merge(scores, on="generation_key")
+    table["metric"] = table["metric_id"].map({m.metric_id: m.name for m in metrics})
+    table["role"] = table["metric_id"].map(dict(roles)).fillna("")
+    # The first encoder is the one that the gate reads.
+    first = nearest.drop_duplicates("generation_key").set_index("generation_key")
+    copies = table["role"] == "copies"
+    keys = table["generation_key"].where(copies)
+    table["nearest_poster"] = keys.map(first["nearest_poster"]).fillna("")
+    table["copied"] = keys.map(first["copied"]).astype("boolean")
+    order = {metric.metric_id: place for place, metric in enumerate(metrics)}
+    table = table.sort_values("metric_id", key=lambda ids: ids.map(order), kind="stable")
+    return table[list(EVIDENCE_COLUMNS)].reset_index(drop=True)
+
+
+def _preference(
+    store: Store,
+    warehouse: Warehouse,
+    generations: pd.DataFrame,
+    settings: Settings,
+    progress: Progress,
+) -> tuple[Metric, pd.DataFrame] | None:
+    """PickScore; 4 GB of weights are loaded only for images that have none yet."""
+    encoder = pickscore_settings(settings.evidence)
+    if encoder is None:
+        return None
+    metric = pickscore_metric(encoder, settings.root)
+    known = warehouse.scores(metric.metric_id, generations["generation_key"])
+    new = generations[~generations["generation_key"].isin(known["generation_key"])]
+    measured = measure_pickscore(store, new, settings.evidence, settings.root, progress)
+    assert measured is not None, "it is configured"
+    old = known.assign(metric_id=metric.metric_id)[list(SCORE_COLUMNS)]
+    return metric, pd.concat([old, measured[1]], ignore_index=True) if len(old) else measured[1]
+
+
+def read_decisions(warehouse: Warehouse) -> pd.DataFrame:
+    """All decisions so far, rows of fct_promotion in their order; none before the first write."""
+    if not warehouse.path.exists():
+        return pd.DataFrame(columns=list(DECISION_COLUMNS))
+    with warehouse.read() as connection:
+        return connection.execute(
+            f"SELECT {', '.join(DECISION_COLUMNS)} FROM fct_promotion ORDER BY decided_at"
+        ).df()
+
+
+def write_decisions(warehouse: Warehouse, rows: pd.DataFrame) -> None:
+    """Adds rows of fct_promotion."""
+    with warehouse.write() as connection:
+        insert(connection, "fct_promotion", rows)
+
+
+def judge(
+    warehouse: Warehouse,
+    generations: pd.DataFrame,
+    evidence: pd.DataFrame,
+    *,
+    challenger: str,
+    champion: str,
+    settings: GateSettings,
+    run_id: str,
+) -> Decision:
+    """The gate's decision about a challenger, written into the warehouse.
+
+    `generations` (`sampler.COLUMNS`) and `evidence` (EVIDENCE_COLUMNS) cover both checkpoints. The
+    same decision as last time is no new row. Raises WarehouseBusy.
+    """
+    roles = evidence[evidence["role"] != ""].drop_duplicates("role")
+    metric_of = dict(zip(roles["role"], roles["metric_id"], strict=True))
+    compared = evidence[(evidence["role"] == "copies") & evidence["copied"].notna()]
+    decision = decide(
+        gather(
+            generations,
+            evidence,
+            dict(zip(compared["generation_key"], compared["copied"].astype(bool), strict=True)),
+            challenger=challenger,
+            champion=champion,
+            clip=metric_of["clip"],
+            fidelity=metric_of["fidelity"],
+            diversity=metric_of["diversity"],
+            preference=metric_of.get("preference"),
+            settings=settings,
+        ),
+        settings,
+    )
+    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+    row = decision_row(decision, read_decisions(warehouse), decided_at=now, run_id=run_id)
+    if len(row):
+        write_decisions(warehouse, row)
+    return decision

@@ -1,0 +1,507 @@
+"""The gate: whether a new checkpoint takes the place of the one that is served.
+
+What belongs here: the decision as a pure function of the evidence, the evidence as one of tables of
+scores, and who is champion as one of all decisions so far. What does not: measuring (`metrics`),
+estimating (`statistics`) and keeping decisions (`warehouse`: fct_promotion).
+
+A challenger is promoted when every check passes, rejected when one fails, and otherwise held: the
+evidence is too thin, or not complete. A check that compares fails only when its whole interval says
+so, and passes only when its whole interval does; so chance alone neither promotes nor rejects. The
+first champion is the base model. People may pin a checkpoint, or roll back to an earlier champion;
+the gate then goes on deciding, but what is served stays until the pin is taken away.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import pandas as pd
+
+from posterpipe.core.statistics import Effect, effect_of
+from posterpipe.core.store import content_key
+from posterpipe.settings import GateSettings
+
+Verdict = Literal["promote", "hold", "reject"]
+Outcome = Literal["pass", "fail", "open"]
+
+GATE = "gate"
+"""`decided_by` of decisions that no person took."""
+
+DECISION_COLUMNS = (
+    "decision_id", "decided_at", "checkpoint_id", "champion_before", "decision", "reason",
+    "numbers", "decided_by", "run_id",
+)  # fmt: skip
+"""Columns of fct_promotion."""
+
+
+class GateError(ValueError):
+    """What a person asked of the gate cannot be done. The message says what can."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One condition of promotion."""
+
+    name: str
+    outcome: Outcome
+    """`open`: the evidence does not say."""
+    value: float
+    """The measured number; NaN where nothing could be measured."""
+    low: float
+    high: float
+    """Its interval; NaN where it has none."""
+    limit: float
+    """What it is held against."""
+    reason: str
+    """In words, with the numbers."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known about a challenger, beside the champion it would replace.
+
+    Differences are challenger minus champion, on the same prompts and seeds.
+    """
+
+    challenger: str
+    """checkpoint_id."""
+    champion: str
+    expected: int
+    """Cells (with negative prompt or without, prompt, seed) that the challenger was asked for."""
+    missing: int
+    """Of these, cells that were not drawn, or were drawn and lack a score."""
+    blocked: int
+    """Of these, images that are black or of one colour."""
+    copies: int
+    """Images that count as copies of a training poster."""
+    compared: int
+    """Images that were compared with the training posters."""
+    clip: Effect
+    """Difference of CLIP-T."""
+    fidelity: Effect
+    """Difference of the similarity to the holdout posters."""
+    diversity: Effect
+    """Challenger minus the share of the champion's diversity that must remain."""
+    preference: Effect | None = None
+    """Difference of PickScore, where it is measured."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate says, with every number and reason."""
+
+    verdict: Verdict
+    reason: str
+    """What decided, in one line."""
+    checks: tuple[Check, ...]
+    evidence: Evidence
+
+
+def decide(evidence: Evidence, settings: GateSettings) -> Decision:
+    """Whether the challenger is promoted. A pure function: same evidence, same decision."""
+    checks = (
+        _complete(evidence),
+        _blocked(evidence, settings),
+        _copying(evidence, settings),
+        _not_inferior(evidence, settings),
+        _faithful(evidence),
+        _diverse(evidence, settings),
+    )
+    failed = [check for check in checks if check.outcome == "fail"]
+    undecided = [check for check in checks if check.outcome == "open"]
+    if failed:
+        return Decision("reject", _told(failed), checks, evidence)
+    if undecided:
+        return Decision("hold", _told(undecided), checks, evidence)
+    return Decision("promote", "every check passed", checks, evidence)
+
+
+def _told(checks: Sequence[Check]) -> str:
+    return "; ".join(f"{check.name}: {check.reason}" for check in checks)
+
+
+def _complete(evidence: Evidence) -> Check:
+    outcome: Outcome = "pass" if evidence.expected and not evidence.missing else "open"
+    reason = f"{evidence.expected - evidence.missing} of {evidence.expected} cells have a score"
+    if outcome == "open":
+        reason += "; materialize the generations and scores again"
+    share = evidence.missing / evidence.expected if evidence.expected else math.nan
+    return Check("complete", outcome, share, math.nan, math.nan, 0.0, reason)
+
+
+def _blocked(evidence: Evidence, settings: GateSettings) -> Check:
+    limit = settings.blocked_limit
+    share = evidence.blocked / evidence.expected if evidence.expected else math.nan
+    outcome: Outcome = "open" if math.isnan(share) else "pass" if share <= limit else "fail"
+    reason = (
+        f"{evidence.blocked} of {evidence.expected} images are black or of one colour, "
+        f"at most {limit:.0%} may be"
+    )
+    return Check("blocked images", outcome, share, math.nan, math.nan, limit, reason)
+
+
+def _copying(evidence: Evidence, settings: GateSettings) -> Check:
+    limit = settings.copy_limit
+    if not evidence.compared:
+        reason = "no image could be compared with the training posters"
+        return Check("copies", "open", math.nan, math.nan, math.nan, limit, reason)
+    share = evidence.copies / evidence.compared
+    # No interval here: handing out people's posters is worse than keeping the older model.
+    outcome: Outcome = "pass" if share <= limit else "fail"
+    reason = (
+        f"{evidence.copies} of {evidence.compared} images are as near to a training poster as no "
+        f"new poster is, at most {limit:.0%} may be"
+    )
+    return Check("copies", outcome, share, math.nan, math.nan, limit, reason)
+
+
+def _not_inferior(evidence: Evidence, settings: GateSettings) -> Check:
+    clip, limit = evidence.clip, -settings.clip_margin
+    outcome = _against(clip, limit)
+    how = {
+        "pass": "not lower than",
+        "fail": "lower than the champion's by more than",
+        "open": "may be lower than the champion's by more than",
+    }[outcome]
+    tail = "the champion's less the margin of" if outcome == "pass" else "the margin of"
+    reason = f"difference {_interval(clip)}: {how} {tail} {settings.clip_margin:g}"
+    return Check("CLIP-T", outcome, clip.estimate, clip.low, clip.high, limit, reason)
+
+
+def _faithful(evidence: Evidence) -> Check:
+    fidelity, preference = evidence.fidelity, evidence.preference
+    outcome = _against(fidelity, 0.0)
+    if outcome == "pass" and fidelity.low == 0:
+        outcome = "open"  # as good is not better
+    reason = (
+        f"similarity to holdout posters {_interval(fidelity)}: "
+        + {
+            "pass": "higher than the champion's",
+            "fail": "lower than the champion's",
+            "open": "not surely higher than the champion's",
+        }[outcome]
+    )
+    if preference is not None:
+        preferred = preference.win_low > 0.5
+        if preferred:
+            outcome = "pass"
+        reason += (
+            f"; preferred for {preference.win_rate:.0%} of the prompts "
+            f"({preference.win_low:.0%} to {preference.win_high:.0%})"
+        )
+    return Check("fidelity", outcome, fidelity.estimate, fidelity.low, fidelity.high, 0.0, reason)
+
+
+def _diverse(evidence: Evidence, settings: GateSettings) -> Check:
+    kept = evidence.diversity
+    outcome = _against(kept, 0.0)
+    share = f"{settings.diversity_kept:.0%} of the champion's diversity"
+    reason = (
+        f"difference to {share} {_interval(kept)}: "
+        + {
+            "pass": "kept",
+            "fail": "lost, the images of a prompt are too much alike",
+            "open": "not surely kept",
+        }[outcome]
+    )
+    return Check("diversity", outcome, kept.estimate, kept.low, kept.high, 0.0, reason)
+
+
+def _against(effect: Effect, limit: float) -> Outcome:
+    if math.isnan(effect.low) or math.isnan(effect.high):
+        return "open"
+    if effect.low >= limit:
+        return "pass"
+    return "fail" if effect.high < limit else "open"
+
+
+def _interval(effect: Effect) -> str:
+    if math.isnan(effect.estimate):
+        return "unknown"
+    return (
+        f"{effect.estimate:+.4f} ({effect.low:+.4f} to {effect.high:+.4f}, "
+        f"{effect.prompts} prompts)"
+    )
+
+
+# --- evidence from tables -----------------------------------------------------------------------
+
+
+def gather(
+    generations: pd.DataFrame,
+    scores: pd.DataFrame,
+    copied: Mapping[str, bool],
+    *,
+    challenger: str,
+    champion: str,
+    clip: str,
+    fidelity: str,
+    diversity: str,
+    preference: str | None = None,
+    settings: GateSettings,
+) -> Evidence:
+    """The evidence about a challenger.
+
+    `generations`: rows of both checkpoints, of one suite and one setting of the sampler, as of
+    `sampler.COLUMNS` (generation_key, variant, prompt_id, seed, checkpoint_id, status).
+    `scores`: long, as of `metrics.base.SCORE_COLUMNS`; `clip`, `fidelity`, `diversity` and
+    `preference` are the metric_ids to read. `copied`: whether an image counts as a copy, by
+    generation_key; images that are not in it were not compared. Raises ValueError where a cell of a
+    checkpoint is there twice.
+    """
+    own = _cells(generations, challenger)
+    other = _cells(generations, champion)
+    # What the champion was asked, the challenger has to answer as well.
+    expected = own.index.union(other.index)
+    answered = own.reindex(expected)
+    metrics = [clip, fidelity, diversity, *([preference] if preference else [])]
+    by_metric = {name: scores[scores["metric_id"] == name] for name in metrics}
+    values = {
+        name: rows.set_index("generation_key")["value"].astype(float)
+        for name, rows in by_metric.items()
+    }
+    drawn = answered[answered["status"] == "ok"]
+    scored = pd.Series(True, index=drawn.index)
+    for name in metrics:
+        scored &= drawn["generation_key"].map(values[name]).notna()
+    blocked = int((answered["status"] == "blocked").sum())
+    known = [copied[key] for key in drawn["generation_key"] if key in copied]
+
+    def difference(name: str, share: float = 1.0) -> Effect:
+        ours = own["generation_key"].map(values[name]).astype(float)
+        theirs = other["generation_key"].map(values[name]).astype(float)
+        cells = (ours - share * theirs).dropna().rename("difference")
+        return effect_of(name, cells.reset_index())
+
+    return Evidence(
+        challenger=challenger,
+        champion=champion,
+        expected=len(expected),
+        missing=len(expected) - blocked - int(scored.sum()),
+        blocked=blocked,
+        copies=sum(known),
+        compared=len(known),
+        clip=difference(clip),
+        fidelity=difference(fidelity),
+        diversity=difference(diversity, settings.diversity_kept),
+        preference=difference(preference) if preference else None,
+    )
+
+
+def _cells(generations: pd.DataFrame, checkpoint: str) -> pd.DataFrame:
+    """Rows of a checkpoint by (arm, prompt_id, seed): the arm is the variant without the model."""
+    own = generations[generations["checkpoint_id"] == checkpoint]
+    arm = own["variant"].str.replace("^(sd|dreambooth)", "", regex=True)
+    cells = own.assign(arm=arm).set_index(["arm", "prompt_id", "seed"])
+    if cells.index.has_duplicates:
+        twice = cells.index[cells.index.duplicated()][0]
+        raise ValueError(
+            f"the checkpoint {checkpoint} has the prompt {twice[1]} with seed {twice[2]} twice; "
+            "give generations of one suite and one setting of the sampler"
+        )
+    return cells
+
+
+# --- decisions and the champion -----------------------------------------------------------------
+
+
+def decision_row(
+    decision: Decision,
+    decisions: pd.DataFrame,
+    *,
+    decided_at: dt.datetime,
+    run_id: str | None = None,
+) -> pd.DataFrame:
+    """The row of fct_promotion (DECISION_COLUMNS) of a decision of the gate; times in UTC.
+
+    No row where the latest decision about this challenger is the same one, with the same numbers,
+    against the same champion (`decisions`: all rows so far): a step that runs again decides nothing
+    new.
+    """
+    evidence = decision.evidence
+    numbers = {
+        "checks": [asdict(check) for check in decision.checks],
+        "expected": evidence.expected,
+        "missing": evidence.missing,
+        "blocked": evidence.blocked,
+        "copies": evidence.copies,
+        "compared": evidence.compared,
+    }
+    row = _row(
+        checkpoint=evidence.challenger,
+        before=evidence.champion,
+        verdict=decision.verdict,
+        reason=decision.reason,
+        numbers=numbers,
+        decided_by=GATE,
+        decided_at=decided_at,
+        run_id=run_id,
+    )
+    own = _ordered(decisions)
+    own = own[(own["decided_by"] == GATE) & (own["checkpoint_id"] == evidence.challenger)]
+    compared = ["champion_before", "decision", "numbers"]
+    if len(own) and own.iloc[-1][compared].tolist() == row.iloc[0][compared].tolist():
+        return row.iloc[:0]
+    return row
+
+
+def champion_of(decisions: pd.DataFrame, base_model: str) -> str:
+    """The checkpoint that is served after all these decisions (rows of fct_promotion).
+
+    The base model before any. A pinned one until the pin is taken away; then the checkpoint that
+    the gate promoted last. A checkpoint that the gate rejected since is not served.
+    """
+    champion, pinned = _state(decisions, base_model)
+    return pinned or champion
+
+
+def pinned(decisions: pd.DataFrame) -> str | None:
+    """The checkpoint that a person has pinned, or None."""
+    return _state(decisions, "")[1]
+
+
+def pin(
+    decisions: pd.DataFrame,
+    checkpoint: str,
+    base_model: str,
+    *,
+    who: str,
+    why: str,
+    decided_at: dt.datetime,
+) -> pd.DataFrame:
+    """The row that makes `checkpoint` the one that is served, until `unpin`.
+
+    Only what has been champion, the base model or what the gate holds may be pinned. Raises
+    GateError for a checkpoint that is rejected or not known, and without a name or reason.
+    """
+    _named(who, why)
+    latest = _latest(decisions)
+    if latest.get(checkpoint) == "reject":
+        raise GateError(
+            f"the gate rejected the checkpoint {checkpoint}, and what is rejected is never served; "
+            "pin another one, or change POSTERPIPE_GATE__* and materialize `champion` again"
+        )
+    if checkpoint != base_model and checkpoint not in latest:
+        known = ", ".join([base_model, *(key for key, how in latest.items() if how != "reject")])
+        raise GateError(f"the gate has not seen the checkpoint {checkpoint}; choose from {known}")
+    return _row(
+        checkpoint=checkpoint,
+        before=champion_of(decisions, base_model),
+        verdict="promote",
+        reason=why,
+        numbers={"pinned": True},
+        decided_by=who,
+        decided_at=decided_at,
+    )
+
+
+def unpin(
+    decisions: pd.DataFrame, base_model: str, *, who: str, why: str, decided_at: dt.datetime
+) -> pd.DataFrame:
+    """The row that gives the choice back to the gate. Raises GateError where nothing is pinned."""
+    _named(who, why)
+    champion, now = _state(decisions, base_model)
+    if now is None:
+        raise GateError("no checkpoint is pinned: the gate decides already")
+    return _row(
+        checkpoint=champion,
+        before=now,
+        verdict="promote",
+        reason=why,
+        numbers={"pinned": False},
+        decided_by=who,
+        decided_at=decided_at,
+    )
+
+
+def rollback(
+    decisions: pd.DataFrame, base_model: str, *, who: str, why: str, decided_at: dt.datetime
+) -> pd.DataFrame:
+    """The row that pins the champion before the present one. Raises GateError where none was."""
+    served = [base_model]
+    for end in range(1, len(decisions) + 1):
+        now = champion_of(_ordered(decisions).iloc[:end], base_model)
+        if now != served[-1]:
+            served.append(now)
+    latest = _latest(decisions)
+    earlier = [name for name in served[:-1] if latest.get(name) != "reject"]
+    if not earlier:
+        raise GateError(f"{served[-1]} is the first champion: there is none to go back to")
+    return pin(decisions, earlier[-1], base_model, who=who, why=why, decided_at=decided_at)
+
+
+def _state(decisions: pd.DataFrame, base_model: str) -> tuple[str, str | None]:
+    """The champion by the gate, and what is pinned."""
+    promoted: list[str] = [base_model]
+    now: str | None = None
+    rejected: set[str] = set()
+    for row in _ordered(decisions).itertuples(index=False):
+        checkpoint = str(row.checkpoint_id)
+        if row.decided_by != GATE:
+            now = checkpoint if json.loads(str(row.numbers))["pinned"] else None
+        elif row.decision == "promote":
+            rejected.discard(checkpoint)
+            promoted.append(checkpoint)
+        elif row.decision == "reject":
+            rejected.add(checkpoint)
+            if now == checkpoint:
+                now = None
+    return next(name for name in reversed(promoted) if name not in rejected), now
+
+
+def _latest(decisions: pd.DataFrame) -> dict[str, str]:
+    """The gate's latest verdict by checkpoint."""
+    own = _ordered(decisions)
+    own = own[own["decided_by"] == GATE]
+    return dict(zip(own["checkpoint_id"].astype(str), own["decision"].astype(str), strict=True))
+
+
+def _ordered(decisions: pd.DataFrame) -> pd.DataFrame:
+    return decisions.sort_values("decided_at", kind="stable")
+
+
+def _named(who: str, why: str) -> None:
+    if not who.strip() or not why.strip():
+        raise GateError("say who decides and why: both are kept in the log")
+
+
+def _row(
+    *,
+    checkpoint: str,
+    before: str,
+    verdict: Verdict,
+    reason: str,
+    numbers: Mapping[str, Any],
+    decided_by: str,
+    decided_at: dt.datetime,
+    run_id: str | None = None,
+) -> pd.DataFrame:
+    told = json.dumps(_finite(numbers), sort_keys=True)
+    values = {
+        "decision_id": content_key(checkpoint, before, verdict, told, decided_by, decided_at),
+        "decided_at": decided_at,
+        "checkpoint_id": checkpoint,
+        "champion_before": before,
+        "decision": verdict,
+        "reason": reason,
+        "numbers": told,
+        "decided_by": decided_by,
+        "run_id": run_id,
+    }
+    return pd.DataFrame([values], columns=list(DECISION_COLUMNS))
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,356 @@
+"""What lies in a folder or bucket, and whether it is still the same.
+
+What belongs here: listing a local folder or a bucket URL, the digest of a listing, reading one file
+of it. What does not: which files are posters (`landing`) and what follows when a listing changed
+(`arrivals`).
+
+A bucket is anything that fsspec opens by URL: `s3://`, `gs://`, `abfs://`, `memory://`. Its
+options (endpoint, anonymous access) come from fsspec's own configuration, such as the variable
+`FSSPEC_S3_ENDPOINT_URL`; credentials from where each provider's tools keep them.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from posterpipe.core.parallel import cores
+
+FETCHES = 32
+"""Objects of a bucket fetched at the same time: they wait for the network, not for a core."""
+
+_ETAGS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "version_id")
+_TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
+
+
+class PlaceMissing(Exception):
+    """A folder or bucket cannot be listed. The message names it and says what to do."""
+
+
+class SourceChanged(Exception):
+    """A file is not the one that was listed any more, or changed while it was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file of a listing. As long as nothing here changes, its bytes are taken as unchanged."""
+
+    name: str
+    """Path inside the place, posix. Bytes that are no UTF-8 are kept as surrogates."""
+    size: int
+    """Bytes."""
+    mtime_ns: int
+    """Last change, nanoseconds since 1970; 0 where the place does not tell."""
+    identity: str
+    """Inode number, or ETag or version of an object."""
+    mode: int = 0
+    """Permission bits of a local file: one that becomes readable is another listing."""
+    problem: str = ""
+    """Why a folder could not be entered; "" for files."""
+
+
+class Place(ABC):
+    """A folder or bucket with files in it."""
+
+    location: str
+    """Absolute path or URL, for people."""
+    threads: int
+    """How many files are worth reading at the same time."""
+
+    @abstractmethod
+    def entries(self) -> list[Entry]:
+        """All files, nested ones included, sorted by name; hidden ones are left out.
+
+        Raises PlaceMissing.
+        """
+
+    @abstractmethod
+    def read(self, entry: Entry) -> bytes:
+        """The bytes of a file. Raises SourceChanged, and OSError where it cannot be read."""
+
+    @abstractmethod
+    def sha256(self, entry: Entry) -> str:
+        """Hash (hex) of a file of any size, in constant memory. Raises as `read`."""
+
+    @abstractmethod
+    def key(self, entry: Entry) -> str:
+        """Where the file is, as text without surrogates: equal for no two files anywhere."""
+
+
+def open_place(location: Path | str | Place, root: Path | None = None) -> Place:
+    """The folder or bucket at `location`; relative paths start at `root` (default: where we are).
+
+    A `file://` URL is a local folder. Nothing is opened yet.
+    """
+    if isinstance(location, Place):
+        return location
+    text = str(location)
+    if text.startswith("file://"):
+        return Folder(Path(unquote(urlsplit(text).path)))
+    if is_url(location):
+        return Bucket(text)
+    return Folder((root or Path.cwd()) / location)
+
+
+def is_url(location: Path | str) -> bool:
+    """Whether a setting names a bucket by URL, not a folder."""
+    return isinstance(location, str) and "://" in location
+
+
+def listing_digest(entries: Iterable[Entry]) -> str:
+    """sha256 (hex) of a sorted listing: the same as long as no entry of it changes."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        # Names hold no NUL, so no two listings give the same text.
+        fields = (entry.name, entry.size, entry.mtime_ns, entry.identity, entry.mode)
+        line = "\0".join(map(str, fields)) + f"\0{entry.problem}\0"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def source_name(entry: Entry) -> str:
+    """A file's name as tables keep it: bytes that are no UTF-8 replaced by `\\N{REPLACEMENT
+    CHARACTER}`."""
+    return entry.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+class Folder(Place):
+    """A local folder. Links to files are followed, links to folders are not: they may run in
+    circles."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.location = str(self.path)
+        self.threads = cores()
+
+    def entries(self) -> list[Entry]:
+        """See `Place.entries`. A nested folder that cannot be entered is a problem's entry."""
+        if not self.path.is_dir():
+            raise PlaceMissing(
+                f"{self.path}: this folder of posters is not there; create it and put posters in, "
+                "or set POSTERPIPE_LANDING to another folder"
+            )
+        try:
+            found = list(self._walk("", self.location))
+        except OSError as error:
+            raise PlaceMissing(
+                f"{self.path}: cannot be listed ({error.strerror}); make it readable"
+            ) from error
+        found.sort(key=lambda entry: entry.name)
+        return found
+
+    def _walk(self, prefix: str, folder: str) -> Iterator[Entry]:
+        with os.scandir(folder) as items:
+            listed = [item for item in items if not item.name.startswith(".")]
+        for item in listed:
+            name = prefix + item.name
+            try:
+                if item.is_dir(follow_symlinks=False):
+                    yield from self._nested(name, item.path)
+                elif _leads_to_folder(item):
+                    reason = "a link to a folder, which is not followed; copy the folder here"
+                    yield Entry(name, 0, 0, "", problem=reason)
+                else:
+                    stats = _stat(item)
+                    if stats is not None:
+                        yield _local_entry(name, stats)
+            except FileNotFoundError:
+                continue  # taken away since it was listed
+
+    def _nested(self, name: str, path: str) -> Iterator[Entry]:
+        try:
+            yield from self._walk(f"{name}/", path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            reason = f"this folder cannot be listed ({error.strerror}); make it readable"
+            yield Entry(name, 0, 0, "", problem=reason)
+
+    def read(self, entry: Entry) -> bytes:
+        """See `Place.read`."""
+        with self._open(entry) as file:
+            return file.read()
+
+    def sha256(self, entry: Entry) -> str:
+        """See `Place.sha256`."""
+        with self._open(entry) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def key(self, entry: Entry) -> str:
+        """See `Place.key`."""
+        return os.fsencode(os.path.join(self.location, entry.name)).hex()
+
+    @contextmanager
+    def _open(self, entry: Entry) -> Iterator[BufferedReader]:
+        path = os.path.join(self.location, entry.name)
+        # A pipe that took the file's place must not make us wait for a writer.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NONBLOCK)) as file:
+            self._compare(entry, file)
+            yield file
+            self._compare(entry, file)
+
+    def _compare(self, entry: Entry, file: BufferedReader) -> None:
+        now = _local_entry(entry.name, os.fstat(file.fileno()))
+        if (now.size, now.mtime_ns, now.identity) != (entry.size, entry.mtime_ns, entry.identity):
+            raise SourceChanged(f"{os.path.join(self.location, entry.name)} changed")
+
+
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has none
+
+
+def _leads_to_folder(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:
+        return False  # links in a circle, or through a folder that may not be entered
+
+
+def _stat(item: os.DirEntry[str]) -> os.stat_result | None:
+    """Of a file or a link to one; None for pipes, sockets and devices."""
+    try:
+        stats = item.stat()
+    except OSError:
+        if not item.is_symlink():
+            raise
+        stats = item.stat(follow_symlinks=False)  # a link to nowhere: said when it is read
+    regular = stat.S_ISREG(stats.st_mode) or stat.S_ISLNK(stats.st_mode)
+    return stats if regular else None
+
+
+def _local_entry(name: str, stats: os.stat_result) -> Entry:
+    mode = stat.S_IMODE(stats.st_mode)
+    return Entry(name, stats.st_size, stats.st_mtime_ns, str(stats.st_ino), mode)
+
+
+class Bucket(Place):
+    """Objects below a URL, as fsspec lists them."""
+
+    def __init__(self, url: str) -> None:
+        self.location = url
+        self.threads = FETCHES
+        self._opened: tuple[Any, str] | None = None
+
+    def entries(self) -> list[Entry]:
+        """See `Place.entries`."""
+        files, base = self._filesystem()
+        try:
+            found = files.find(base, detail=True)
+        except FileNotFoundError:
+            found = {}
+        except Exception as error:  # each provider has its own
+            raise PlaceMissing(
+                f"{self.location}: cannot be listed ({type(error).__name__}: {error}); check the "
+                "address, the network and the credentials, or set POSTERPIPE_LANDING to another "
+                "folder or URL"
+            ) from error
+        entries = []
+        for path, info in found.items():
+            name = path[len(base) :].lstrip("/") if path.startswith(base) else path
+            hidden = any(part.startswith(".") for part in name.split("/"))
+            # Objects whose name ends in / stand for folders.
+            if name and not hidden and not name.endswith("/") and info.get("type") == "file":
+                entries.append(_remote_entry(name, info))
+        entries.sort(key=lambda entry: entry.name)
+        return entries
+
+    def read(self, entry: Entry) -> bytes:
+        """See `Place.read`."""
+        files, path = self._object(entry)
+        data: bytes = _os_errors(files.cat_file, path)
+        self._compare(entry, files, path)
+        if len(data) != entry.size:
+            raise SourceChanged(f"{self.location}: {entry.name} changed")
+        return data
+
+    def sha256(self, entry: Entry) -> str:
+        """See `Place.sha256`."""
+        files, path = self._object(entry)
+
+        def hashed() -> str:
+            digest = hashlib.sha256()
+            with files.open(path, "rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+            return digest.hexdigest()
+
+        value: str = _os_errors(hashed)
+        self._compare(entry, files, path)
+        return value
+
+    def key(self, entry: Entry) -> str:
+        """See `Place.key`."""
+        return f"{self.location.rstrip('/')}/{entry.name}"
+
+    def _filesystem(self) -> tuple[Any, str]:
+        if self._opened is None:
+            from fsspec.core import url_to_fs
+
+            try:
+                # Its cache of listings would hide what arrives.
+                files, base = url_to_fs(self.location, use_listings_cache=False)
+            except ImportError as error:
+                raise PlaceMissing(
+                    f"{self.location}: {error}; `pip install 'posterpipe[cloud]'` brings S3 and "
+                    "Google Cloud Storage"
+                ) from error
+            except ValueError as error:
+                raise PlaceMissing(
+                    f"{self.location}: {error}; set POSTERPIPE_LANDING to a folder, or a URL such "
+                    "as s3://bucket/posters"
+                ) from error
+            self._opened = files, str(base).rstrip("/")
+        return self._opened
+
+    def _object(self, entry: Entry) -> tuple[Any, str]:
+        files, base = self._filesystem()
+        return files, f"{base}/{entry.name}"
+
+    def _compare(self, entry: Entry, files: Any, path: str) -> None:
+        now = _remote_entry(entry.name, _os_errors(files.info, path))
+        # Listings and single objects may tell times to different digits: the ETag comes first.
+        same = now.identity == entry.identity if entry.identity else now.mtime_ns == entry.mtime_ns
+        if now.size != entry.size or not same:
+            raise SourceChanged(f"{self.location}: {entry.name} changed")
+
+
+def _os_errors(function: Any, *arguments: Any) -> Any:
+    """The function's value; whatever a provider raises becomes an OSError."""
+    try:
+        return function(*arguments)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _remote_entry(name: str, info: Mapping[str, Any]) -> Entry:
+    identity = next((str(info[field]).strip('"') for field in _ETAGS if info.get(field)), "")
+    changed = next((info[field] for field in _TIMES if info.get(field)), None)
+    return Entry(name, int(info.get("size") or 0), _nanoseconds(changed), identity)
+
+
+def _nanoseconds(moment: Any) -> int:
+    """A time as providers tell it (datetime, ISO text or seconds), to the microsecond; 0 for none.
+
+    One provider may tell the same time in two of these forms, and floats hold no nanoseconds.
+    """
+    if isinstance(moment, str):
+        try:
+            moment = dt.datetime.fromisoformat(moment)
+        except ValueError:
+            return 0
+    if isinstance(moment, dt.datetime):
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=dt.UTC)
+        moment = moment.timestamp()
+    return round(moment * 1_000_000) * 1_000 if isinstance(moment, int | float) else 0

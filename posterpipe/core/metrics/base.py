@@ -1,0 +1,119 @@
+"""What all metrics share: the description of one, long rows of scores, and writing them.
+
+What belongs here: `Metric`, the form of a table of scores, and the one way scores reach the
+warehouse. What does not: any number (each family has its module) and encoders (`encoders`).
+
+A table of scores is long: one row a generation and metric, with the columns generation_key,
+metric_id, value (float64, NaN unless ok), status (ok, blocked or failed), reason. A metric whose
+value depends on more than image and prompt (the holdout posters, say) carries a digest of that in
+its id, so that rows of one id are always comparable and never have to change.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from posterpipe.core.models import fingerprint
+from posterpipe.core.store import Store, content_key
+from posterpipe.core.warehouse import Warehouse, insert, record_generations, replace_current
+from posterpipe.settings import ScorerSettings
+
+SCORE_COLUMNS = ("generation_key", "metric_id", "value", "status", "reason")
+
+DIGEST_LENGTH = 8
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric_id means: one row of `dim_metric`."""
+
+    metric_id: str
+    name: str
+    """What it is called whatever its encoder: `CLIP-T`, `CLIP-I holdout`, `title exact`."""
+    encoder: str
+    """Id of the model, or "" where none is asked."""
+    revision: str
+    preprocessing: str
+    version: int
+    description: str
+    """In words, with unit and range."""
+
+
+def encoder_metric(
+    metric_id: str, name: str, settings: ScorerSettings, root: Path, version: int, description: str
+) -> Metric:
+    """A metric that stands on one encoder."""
+    return Metric(
+        metric_id=metric_id,
+        name=name,
+        encoder=settings.model.id,
+        revision=settings.model.revision or fingerprint(settings.model, root),
+        preprocessing=settings.preprocessing,
+        version=version,
+        description=description,
+    )
+
+
+def digest(values: Iterable[object]) -> str:
+    """8 hex digits of what a metric is measured against, whatever the order."""
+    return content_key(sorted(map(str, values)))[:DIGEST_LENGTH]
+
+
+def image_files(store: Store, blobs: Iterable[str], suffix: str = ".png") -> dict[str, Path]:
+    """The files of images by their hashes."""
+    return {str(blob): store.path(str(blob), suffix) for blob in blobs if blob}
+
+
+def score_rows(
+    generations: pd.DataFrame,
+    metric_id: str,
+    values: Mapping[str, float],
+    failures: Mapping[str, str],
+) -> pd.DataFrame:
+    """The scores (SCORE_COLUMNS) of a table of generations, in its order.
+
+    `values` and `failures` (reasons) go by generation_key. A generation that is not ok keeps its
+    own status and reason and has no value; one that is ok and has no finite value has failed.
+    """
+    rows: list[tuple[str, str, float, str, str]] = []
+    for row in generations.itertuples(index=False):
+        key = str(row.generation_key)
+        value = float(values.get(key, np.nan))
+        if row.status != "ok":
+            rows.append((key, metric_id, np.nan, str(row.status), str(row.reason)))
+        elif np.isfinite(value):
+            rows.append((key, metric_id, value, "ok", ""))
+        else:
+            reason = failures.get(key, "the metric gave no finite number")
+            rows.append((key, metric_id, np.nan, "failed", reason))
+    return pd.DataFrame(rows, columns=list(SCORE_COLUMNS)).astype({"value": "float64"})
+
+
+def record_scores(
+    warehouse: Warehouse,
+    generations: pd.DataFrame,
+    metrics: Sequence[Metric],
+    scores: pd.DataFrame,
+    *,
+    run_id: str,
+    make_current: bool = False,
+) -> None:
+    """Adds scores (SCORE_COLUMNS) with their images, prompts, checkpoints and metrics, at once.
+
+    Rows that are there stay as they are, but a success replaces a failure. `make_current` makes
+    `generations` the images that reports are about. Raises WarehouseBusy.
+    """
+    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+    described = pd.DataFrame([asdict(metric) for metric in metrics])
+    with warehouse.write() as connection:
+        record_generations(connection, generations, run_id=run_id, recorded_at=now)
+        insert(connection, "dim_metric", described.assign(first_seen_at=now))
+        insert(connection, "fct_score", scores.assign(scored_at=now, run_id=run_id))
+        if make_current:
+            replace_current(connection, generations["generation_key"])

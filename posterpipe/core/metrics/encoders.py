@@ -1,0 +1,322 @@
+"""Encoders: images and texts into vectors, and keeping the images' vectors in the store.
+
+What belongs here: the CLIP and DINO encoders that metrics share, their ids, and the store of image
+embeddings. What does not: what is computed from embeddings (`clip`, `fidelity`, `diversity`,
+`pickscore`).
+
+An image is encoded once by an encoder. Its embedding lies in the store under the image's hash and
+the encoder's id, so that a new score text, title, reference poster or metric encodes no image
+again. Features are cast to float32 before they are brought to length 1.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from posterpipe.core.models import (
+    ModelMissing,
+    best_device,
+    fingerprint,
+    locate,
+    quiet_hub,
+    torch_dtype,
+)
+from posterpipe.core.progress import Progress
+from posterpipe.core.store import Store, compute_missing
+from posterpipe.settings import ScorerSettings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ENCODER_VERSION = 1
+"""Raised when the same weights and preprocessing would give other embeddings."""
+
+_KEPT_TEXTS = 4096
+
+
+def encoder_id(settings: ScorerSettings, root: Path) -> str:
+    """`<preprocessing>.<model>.<fingerprint>`, with the precision where it is not fp32.
+
+    E.g. `pad.dinov2-base.77b1c03f`. It is the part of a metric's id that names its encoder. Loads
+    nothing heavy. Raises ModelMissing when the model is a directory that is not there.
+    """
+    model = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(settings.model.id).name)
+    name = f"{settings.preprocessing}.{model}.{fingerprint(settings.model, root)[:8]}"
+    return name if settings.precision == "fp32" else f"{name}.{settings.precision}"
+
+
+class ImageEncoder(Protocol):
+    """What makes embeddings of images. Made once, called on batches."""
+
+    def image_features(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Image embeddings of length 1, float32 (batch, dimension)."""
+        ...
+
+
+def image_encoder(settings: ScorerSettings, root: Path) -> ImageEncoder:
+    """The encoder of a model, by the `model_type` of its config: CLIP, DINO or DINOv2.
+
+    Raises ModelMissing when the model is not there, or is of another kind.
+    """
+    folder = locate(settings.model, root)
+    try:
+        kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
+    except (OSError, ValueError) as error:
+        raise ModelMissing(
+            f"{folder / 'config.json'}: cannot be read ({error}); copy the model again"
+        ) from error
+    if kind == "clip":
+        return ClipEncoder(settings, root)
+    if kind in ("vit", "dinov2", "dinov2_with_registers"):
+        return DinoEncoder(settings, root)
+    raise ModelMissing(
+        f"{folder}: a model of the kind {kind!r} cannot encode images here; name a CLIP, DINO or "
+        "DINOv2 model in POSTERPIPE_EVIDENCE__IMAGE_ENCODERS"
+    )
+
+
+class _Encoder:
+    """What both kinds share: device, precision, batches, letterboxing."""
+
+    model: Any
+    image_processor: Any
+    dimension: int
+
+    def __init__(self, settings: ScorerSettings, root: Path) -> None:
+        from transformers.utils import logging as transformers_logging
+
+        quiet_hub()
+        transformers_logging.disable_progress_bar()
+        self.settings = settings
+        self.encoder_id = encoder_id(settings, root)
+        self.folder = locate(settings.model, root)
+        self.device: torch.device = best_device()
+        # On a GPU the weights themselves are short; on a CPU autocast keeps the norms exact.
+        self.dtype = torch_dtype(settings.precision if self.device.type != "cpu" else "fp32")
+
+    def image_features(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Image embeddings of length 1, float32 (batch, dimension)."""
+        size = self.settings.batch_size
+        parts = [self._images(images[i : i + size]) for i in range(0, len(images), size)]
+        return np.concatenate([np.zeros((0, self.dimension), np.float32), *parts])
+
+    def _images(self, images: Sequence[Image.Image]) -> np.ndarray:
+        import torch
+
+        rgb = [image.convert("RGB") for image in images]
+        if self.settings.preprocessing == "pad":
+            mean = np.round(np.asarray(self.image_processor.image_mean) * 255).astype(int)
+            rgb = [letterbox(image, (int(mean[0]), int(mean[1]), int(mean[2]))) for image in rgb]
+        pixels = self.image_processor(rgb, return_tensors="pt").pixel_values
+        with torch.inference_mode(), self._autocast():
+            return unit(self._forward(pixels.to(self.device, self.dtype)))
+
+    def _forward(self, pixels: Tensor) -> Tensor:
+        """Features (batch, dimension) of normalised pixels (batch, 3, height, width)."""
+        raise NotImplementedError
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        import torch
+
+        if self.device.type == "cpu" and self.settings.precision == "bf16":
+            return torch.autocast("cpu", torch.bfloat16)
+        return nullcontext()
+
+    def _load(self, cls: Any, folder: Path | None = None, **arguments: Any) -> Any:
+        """`from_pretrained`, its failures in words."""
+        from safetensors import SafetensorError
+
+        folder = folder or self.folder
+        try:
+            return cls.from_pretrained(folder, **arguments)
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ModelMissing(
+                f"{folder}: the model cannot be loaded ({reason}); copy it again, or name another "
+                "one: POSTERPIPE_SCORER__MODEL__ID for the score, POSTERPIPE_EVIDENCE__* for the "
+                "other metrics"
+            ) from error
+
+    def _load_weights(self, cls: Any, **arguments: Any) -> Any:
+        model = self._load(cls, dtype=self.dtype, use_safetensors=True, **arguments)
+        return model.requires_grad_(False).eval().to(self.device)
+
+
+class ClipEncoder(_Encoder):
+    """Both towers of a CLIP. Made once, called on batches.
+
+    Equals `CLIPModel` with `CLIPProcessor` (its PIL form) of transformers. `crop` is CLIP's own
+    preprocessing: the shorter side to the encoder's size, then the square in the middle, which cuts
+    a third of a poster's height away; `pad` puts the whole image on a square of CLIP's mean colour.
+    `processor`: a directory whose tokenizer and image processor serve, where it is not the model's.
+    Raises ModelMissing.
+    """
+
+    def __init__(
+        self, settings: ScorerSettings, root: Path, *, processor: Path | None = None
+    ) -> None:
+        import transformers
+
+        super().__init__(settings, root)
+        self.tokenizer: Any = self._load(transformers.CLIPTokenizer, processor)
+        # The PIL form by name: torchvision's resize gives other pixels.
+        self.image_processor = self._load(transformers.CLIPImageProcessorPil, processor)
+        self.model = self._load_weights(transformers.CLIPModel)
+        self.dimension = int(self.model.config.projection_dim)
+        self.max_tokens = min(
+            int(self.tokenizer.model_max_length),
+            int(self.model.config.text_config.max_position_embeddings),
+        )
+        self._texts: dict[str, np.ndarray] = {}
+
+    def text_features(self, texts: Sequence[str]) -> np.ndarray:
+        """Text embeddings of length 1, float32 (batch, dimension); each text is encoded once."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        if len(self._texts) + len(new) > _KEPT_TEXTS:
+            self._texts.clear()
+            new = list(dict.fromkeys(texts))
+        size = self.settings.batch_size
+        for start in range(0, len(new), size):
+            part = new[start : start + size]
+            self._texts.update(zip(part, self._encode(part), strict=True))
+        nothing = np.zeros((0, self.dimension), np.float32)
+        return np.stack([self._texts[text] for text in texts]) if texts else nothing
+
+    def _forward(self, pixels: Tensor) -> Tensor:
+        return projected(self.model.get_image_features(pixel_values=pixels))
+
+    def _encode(self, texts: list[str]) -> np.ndarray:
+        import torch
+
+        # The tokenizer cuts long texts, since it keeps the end token, which CLIP reads.
+        tokens = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(self.device)
+        with torch.inference_mode(), self._autocast():
+            return unit(
+                projected(
+                    self.model.get_text_features(
+                        input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+                    )
+                )
+            )
+
+
+class DinoEncoder(_Encoder):
+    """The class token of a DINO (Caron et al. 2021) or DINOv2 (Oquab et al. 2023).
+
+    Self-supervised features tell one object from another where CLIP's see only "a rocket", which
+    is why Ruiz et al. (2023) measure DreamBooth's subject fidelity with them. `crop` is the model's
+    own preprocessing, `pad` as for CLIP. Raises ModelMissing.
+    """
+
+    def __init__(self, settings: ScorerSettings, root: Path) -> None:
+        import transformers
+
+        super().__init__(settings, root)
+        self.image_processor = self._load(transformers.AutoImageProcessor, backend="pil")
+        self.model = self._load_weights(transformers.AutoModel)
+        self.dimension = int(self.model.config.hidden_size)
+
+    def _forward(self, pixels: Tensor) -> Tensor:
+        return self.model(pixel_values=pixels).last_hidden_state[:, 0]
+
+
+def letterbox(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The whole image in the middle of a square of its longer side, RGB."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def projected(features: Any) -> Tensor:
+    """The projected features; transformers 5 wraps them in an output."""
+    return getattr(features, "pooler_output", features)
+
+
+def unit(features: Tensor) -> np.ndarray:
+    """Features of length 1, float32 (batch, dimension): cast first, so that nothing is lost."""
+    vectors = features.float()
+    return (vectors / vectors.norm(dim=-1, keepdim=True)).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of images by their keys."""
+
+    vectors: dict[str, np.ndarray]
+    """float32 (dimension,), of length 1."""
+    unreadable: dict[str, str]
+    """Why an image has none."""
+
+    def rows(self, keys: Sequence[str]) -> np.ndarray:
+        """float32 (len(keys), dimension). Raises KeyError for a key without an embedding."""
+        return np.stack([self.vectors[key] for key in keys]) if keys else np.zeros((0, 0), "f4")
+
+
+def kept_embeddings(
+    store: Store,
+    settings: ScorerSettings,
+    root: Path,
+    images: Mapping[str, Path],
+    progress: Progress,
+    *,
+    encoder: ImageEncoder | None = None,
+) -> Embeddings:
+    """Embeddings of `images` (content hash to file): those the store has, the others made now.
+
+    The model is loaded only if something is missing; give `encoder` where one is loaded already.
+    Embeddings are kept as they come, so that a kill loses little. An image that cannot be read, or
+    that gives no finite number, is named with the reason. Raises ModelMissing.
+    """
+    kind = f"embedding.{encoder_id(settings, root)}.v{ENCODER_VERSION}"
+    unreadable: dict[str, str] = {}
+
+    def compute(missing: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        worker = encoder or image_encoder(settings, root)
+        with progress.task(f"Encoding {len(missing)} images", len(missing), "images") as tick:
+            for start in range(0, len(missing), settings.batch_size):
+                batch = missing[start : start + settings.batch_size]
+                opened: dict[str, Image.Image] = {}
+                for key in batch:
+                    try:
+                        with Image.open(images[key]) as image:
+                            opened[key] = image.convert("RGB")
+                    except (OSError, SyntaxError) as error:  # Pillow's word for a broken PNG
+                        unreadable[key] = (
+                            f"{images[key]}: cannot be read ({error}); materialize the assets "
+                            "that make it again"
+                        )
+                vectors = worker.image_features(list(opened.values()))
+                for key, vector in zip(opened, vectors, strict=True):
+                    if np.isfinite(vector).all():
+                        yield key, {"vector": _packed(vector)}
+                    else:
+                        unreadable[key] = "the encoder gave no finite number"
+                tick(len(batch))
+
+    rows = compute_missing(store, kind, list(images), compute, save_every=settings.batch_size)
+    return Embeddings(
+        vectors={key: _unpacked(row["vector"]) for key, row in rows.items()},
+        unreadable={key: reason for key, reason in unreadable.items() if key not in rows},
+    )
+
+
+def _packed(vector: np.ndarray) -> str:
+    return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode("ascii")
+
+
+def _unpacked(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32)

@@ -1,0 +1,404 @@
+"""Fidelity: whether images are like the film posters they should be like, and not copies of them.
+
+What belongs here: similarity to the holdout and to the training posters, the overfit gap, and copy
+detection with its calibration. What does not: the encoders (`encoders`), how far images of one
+prompt differ (`diversity`), what a checkpoint's numbers mean for it (`gate`).
+
+As in DreamBooth's evaluation (Ruiz et al. 2023), similarity to a set of posters is the mean cosine
+between the embeddings of an image and of each poster. A model that has learnt the style comes as
+near to posters it has never seen (holdout) as to those it was trained on; the difference is the
+overfit gap. How near is too near to one training poster is not guessed: posters of the holdout set
+are no copies, and how near they come to the training posters is the yardstick.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from posterpipe.core.images import hash_distance, perceptual_hash
+from posterpipe.core.metrics.base import Metric, digest, encoder_metric, score_rows
+from posterpipe.core.metrics.encoders import Embeddings, encoder_id, kept_embeddings
+from posterpipe.core.parallel import parallel_map
+from posterpipe.core.progress import Progress
+from posterpipe.core.statistics import student_quantile
+from posterpipe.core.store import Store, compute_missing
+from posterpipe.settings import EvidenceSettings, ModelRef, ScorerSettings
+
+FIDELITY_VERSION = 1
+"""Raised when the same embeddings would give other numbers."""
+
+HASH_VERSION = 1
+
+UNRELATED_BITS = 10
+"""Perceptual hashes that differ in more of their 64 bits say that pictures are different ones
+(Zauner 2010 finds 0.1 to 0.2 of the bits for altered copies); a calibration may only lower this."""
+
+_SHORTFALL = 1e-7
+"""Keeps a cosine of 1 from an infinite place on the scale of calibration: float32 rounding."""
+
+
+@dataclass(frozen=True)
+class Posters:
+    """A set of posters that images are compared with."""
+
+    name: str
+    """`holdout` or `training`."""
+    files: Mapping[str, Path]
+    """Content hash of each image, and where it lies."""
+
+    @property
+    def digest(self) -> str:
+        """8 hex digits of which images they are."""
+        return digest(self.files)
+
+
+class SetSimilarity:
+    """Mean cosine between an image and every poster of a set. Made once, called on batches.
+
+    `posters`: embeddings of length 1, float32 (posters, dimension), at least one.
+    """
+
+    def __init__(self, posters: np.ndarray) -> None:
+        # The mean of the cosines is the cosine-like product with the mean of the embeddings.
+        self._mean = posters.mean(axis=0, dtype=np.float64)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """float64 (batch,) in -1..1, of embeddings of length 1, float32 (batch, dimension)."""
+        return np.clip(images @ self._mean, -1.0, 1.0)
+
+
+class NearestPoster:
+    """The poster that an image is nearest to. Made once, called on batches.
+
+    `posters`: embeddings of length 1, float32 (posters, dimension), at least one.
+    """
+
+    def __init__(self, posters: np.ndarray) -> None:
+        self._posters = np.asarray(posters, dtype=np.float64)
+
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cosine with the nearest poster, float64 (batch,), and its index, int (batch,)."""
+        similarities = np.clip(images @ self._posters.T, -1.0, 1.0)
+        nearest = similarities.argmax(axis=1)
+        return similarities[np.arange(len(images)), nearest], nearest
+
+
+@dataclass(frozen=True)
+class CopyCalibration:
+    """How near posters that are no copies come to a training poster, and what is nearer than that.
+
+    Similarities are brought to a scale without bounds, -log(1 - cosine), on which they are roughly
+    normal, and the bound is that of a prediction interval: of posters that are no copies, a share
+    of `alarm` at most lies above it. With fewer than three posters nothing can be said.
+    """
+
+    similarities: tuple[float, ...]
+    """Cosines of each holdout poster with its nearest training poster."""
+    alarm: float
+
+    @property
+    def threshold(self) -> float:
+        """The cosine from which an image counts as a copy; 1 is never exceeded, NaN: not known."""
+        places = _open_scale(np.asarray(self.similarities, dtype=float))
+        n = len(places)
+        if n < 3:
+            return math.nan
+        spread = places.std(ddof=1) * math.sqrt(1 + 1 / n)
+        bound = places.mean() + student_quantile(1 - self.alarm, n - 1) * spread
+        return float(1 - math.exp(-bound))
+
+    def is_copy(self, similarities: np.ndarray) -> np.ndarray:
+        """bool (batch,): above the threshold."""
+        # What equals its poster in all float32 tells is one, however wide the holdout set spreads.
+        same = np.asarray(similarities) >= 1 - 1e-6
+        threshold = self.threshold
+        return same if math.isnan(threshold) else same | (np.asarray(similarities) > threshold)
+
+
+def _open_scale(cosines: np.ndarray) -> np.ndarray:
+    return -np.log(np.maximum(1 - cosines, _SHORTFALL))
+
+
+def hash_threshold(distances: Sequence[int]) -> int:
+    """Bits up to which a perceptual hash counts as a copy's, given holdout-versus-training ones.
+
+    One bit less than the nearest poster that is no copy, and never more than UNRELATED_BITS.
+    """
+    return min([UNRELATED_BITS, *(distance - 1 for distance in distances)])
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What comparing generations with posters gave."""
+
+    metrics: list[Metric]
+    scores: pd.DataFrame
+    """SCORE_COLUMNS: long, for the warehouse."""
+    nearest: pd.DataFrame
+    """One row a generation that is ok: generation_key, encoder_id, nearest_poster (content hash of
+    the training image), similarity, similarity_threshold, hash_poster, hash_distance (bits),
+    hash_threshold, copied (either says so)."""
+    calibrations: dict[str, CopyCalibration]
+    """By encoder id."""
+
+
+def evidence_encoders(evidence: EvidenceSettings, scorer: ModelRef) -> list[ScorerSettings]:
+    """The encoders behind similarities between images: those configured, else the scorer's."""
+    return [
+        ScorerSettings(
+            model=model,
+            batch_size=evidence.batch_size,
+            preprocessing=evidence.preprocessing,
+            precision=evidence.precision,
+        )
+        for model in evidence.image_encoders or (scorer,)
+    ]
+
+
+def compare_with_posters(
+    store: Store,
+    generations: pd.DataFrame,
+    training: Posters,
+    holdout: Posters,
+    encoders: Sequence[ScorerSettings],
+    root: Path,
+    progress: Progress,
+    *,
+    alarm: float,
+) -> Fidelity:
+    """Similarities, overfit gap, nearest training poster and copies, for every generation.
+
+    `generations` as of `sampler.COLUMNS`; posters in the form in which they were trained on, so
+    that a shape is not mistaken for a style. Only embeddings and hashes that the store lacks are
+    computed. A poster that cannot be read is left out of its set; with no readable one in either
+    set, every row has failed with the reason. Raises ModelMissing.
+    """
+    drawn = generations[generations["status"] == "ok"]
+    files = {str(r.image): store.root / str(r.image_path) for r in drawn.itertuples(index=False)}
+    everything = {**files, **training.files, **holdout.files}
+    hashes = _hashes(store, everything, progress)
+    metrics: list[Metric] = []
+    scores: list[pd.DataFrame] = []
+    nearest: list[pd.DataFrame] = []
+    calibrations: dict[str, CopyCalibration] = {}
+    for settings in encoders:
+        embeddings = kept_embeddings(store, settings, root, everything, progress)
+        measured = _Measured(settings, root, embeddings, training, holdout, alarm)
+        for key, metric in measured.measures.items():
+            metrics.append(metric)
+            values, failures = measured.values(key, drawn)
+            scores.append(score_rows(generations, metric.metric_id, values, failures))
+        calibrations[measured.encoder] = measured.calibration
+        nearest.append(measured.nearest(drawn, hashes))
+    hash_metric = _hash_metric(training)
+    metrics.append(hash_metric)
+    distances = _hash_distances(drawn, hashes, training)
+    unreadable = {str(key): "the image cannot be read" for key in drawn["generation_key"]}
+    scores.append(score_rows(generations, hash_metric.metric_id, distances, unreadable))
+    return Fidelity(
+        metrics,
+        pd.concat(scores, ignore_index=True),
+        pd.concat(nearest, ignore_index=True),
+        calibrations,
+    )
+
+
+class _Measured:
+    """One encoder's numbers."""
+
+    def __init__(
+        self,
+        settings: ScorerSettings,
+        root: Path,
+        embeddings: Embeddings,
+        training: Posters,
+        holdout: Posters,
+        alarm: float,
+    ) -> None:
+        self.embeddings = embeddings
+        self.encoder = encoder_id(settings, root)
+        self.training = training
+        self.holdout = holdout
+        self.seen = [key for key in training.files if key in embeddings.vectors]
+        self.unseen = [key for key in holdout.files if key in embeddings.vectors]
+        self.measures = _measures(settings, root, training, holdout)
+        self.calibration = CopyCalibration((), alarm)
+        if self.seen and self.unseen:
+            similarities, _ = self._nearest(embeddings.rows(self.unseen))
+            self.calibration = CopyCalibration(tuple(map(float, similarities)), alarm)
+
+    def values(self, metric: str, drawn: pd.DataFrame) -> tuple[dict[str, float], dict[str, str]]:
+        """Values and reasons of failure by generation_key, of a key of `measures`."""
+        needed = {"holdout": [self.unseen], "gap": [self.seen, self.unseen]}
+        if not all(needed.get(metric, [self.seen])):
+            reason = "no readable poster to compare with; materialize the posters' assets"
+            return {}, {str(key): reason for key in drawn["generation_key"]}
+        ready, failures = self._ready(drawn)
+        if ready.empty:
+            return {}, failures
+        images = self.embeddings.rows(ready["image"].astype(str).tolist())
+        compute = {
+            "holdout": lambda: self._similarity(self.unseen, images),
+            "training": lambda: self._similarity(self.seen, images),
+            "gap": lambda: (
+                self._similarity(self.seen, images) - self._similarity(self.unseen, images)
+            ),
+            "nearest": lambda: self._nearest(images)[0],
+        }
+        keys = ready["generation_key"].astype(str)
+        return dict(zip(keys, compute[metric]().tolist(), strict=True)), failures
+
+    def nearest(self, drawn: pd.DataFrame, hashes: Mapping[str, str]) -> pd.DataFrame:
+        """See `Fidelity.nearest`."""
+        columns = ["generation_key", "encoder_id", "nearest_poster", "similarity",
+                   "similarity_threshold", "hash_poster", "hash_distance", "hash_threshold",
+                   "copied"]  # fmt: skip
+        ready, _ = self._ready(drawn)
+        if ready.empty or not self.seen:
+            return pd.DataFrame(columns=columns)
+        similarities, indices = self._nearest(
+            self.embeddings.rows(ready["image"].astype(str).tolist())
+        )
+        copied = self.calibration.is_copy(similarities)
+        hash_bound = hash_threshold(_poster_distances(self.training, self.holdout, hashes))
+        rows = []
+        for row, similarity, index, near in zip(
+            ready.itertuples(index=False), similarities, indices, copied, strict=True
+        ):
+            twin, bits = _nearest_hash(hashes.get(str(row.image)), self.training, hashes)
+            rows.append(
+                (
+                    str(row.generation_key), self.encoder, self.seen[int(index)],
+                    float(similarity), self.calibration.threshold, twin, bits, hash_bound,
+                    bool(near or (bits is not None and bits <= hash_bound)),
+                )
+            )  # fmt: skip
+        return pd.DataFrame(rows, columns=columns)
+
+    def _ready(self, drawn: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
+        known = drawn["image"].isin(self.embeddings.vectors.keys())
+        failures = {
+            str(row.generation_key): self.embeddings.unreadable.get(str(row.image), "not encoded")
+            for row in drawn[~known].itertuples(index=False)
+        }
+        return drawn[known], failures
+
+    def _similarity(self, posters: Sequence[str], images: np.ndarray) -> np.ndarray:
+        return SetSimilarity(self.embeddings.rows(posters))(images)
+
+    def _nearest(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return NearestPoster(self.embeddings.rows(self.seen))(images)
+
+
+def _measures(
+    settings: ScorerSettings, root: Path, training: Posters, holdout: Posters
+) -> dict[str, Metric]:
+    """The metrics of one encoder."""
+    encoder = encoder_id(settings, root)
+    kind = "DINO" if "dino" in encoder.lower() else "CLIP-I"
+    both = digest([training.digest, holdout.digest])
+    told = {
+        "holdout": (
+            f"similarity.holdout.{holdout.digest}",
+            "holdout",
+            "mean cosine with posters that were never trained on, -1 to 1",
+        ),
+        "training": (
+            f"similarity.training.{training.digest}",
+            "training",
+            "mean cosine with the posters trained on, -1 to 1",
+        ),
+        "gap": (
+            f"overfit_gap.{both}",
+            "overfit gap",
+            "similarity to training posters less that to holdout posters, -2 to 2; 0 is ideal",
+        ),
+        "nearest": (
+            f"nearest.training.{training.digest}",
+            "nearest training poster",
+            "cosine with the nearest poster trained on, -1 to 1",
+        ),
+    }
+    return {
+        key: encoder_metric(
+            f"{start}.{encoder}.v{FIDELITY_VERSION}", f"{kind} {name}", settings, root,
+            FIDELITY_VERSION, description,
+        )
+        for key, (start, name, description) in told.items()
+    }  # fmt: skip
+
+
+# --- perceptual hashes --------------------------------------------------------------------------
+
+
+def _hash_metric(training: Posters) -> Metric:
+    return Metric(
+        metric_id=f"phash.training.{training.digest}.v{HASH_VERSION}",
+        name="perceptual hash distance",
+        encoder="",
+        revision="",
+        preprocessing="32x32 grey",
+        version=HASH_VERSION,
+        description="bits of 64 in which the perceptual hash differs from the nearest training "
+        "poster's; 0 is the same picture, about 32 an unrelated one",
+    )
+
+
+def _hashes(store: Store, files: Mapping[str, Path], progress: Progress) -> dict[str, str]:
+    """Perceptual hashes by content hash; an image that cannot be read has none."""
+
+    def one(key: str) -> tuple[str, str]:
+        try:
+            with Image.open(files[key]) as image:
+                return key, perceptual_hash(image)
+        except (OSError, SyntaxError, ValueError):
+            return key, ""
+
+    def compute(missing: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        with progress.task("Hashing images", len(missing), "images") as tick:
+            for key, value in parallel_map(one, missing):
+                tick()
+                if value:
+                    yield key, {"hash": value}
+
+    kind = f"phash.v{HASH_VERSION}"
+    rows = compute_missing(store, kind, list(files), compute, save_every=256)
+    return {key: row["hash"] for key, row in rows.items()}
+
+
+def _nearest_hash(
+    own: str | None, posters: Posters, hashes: Mapping[str, str]
+) -> tuple[str, int | None]:
+    """The poster whose perceptual hash is nearest, and the bits between; "" and None without."""
+    if own is None:
+        return "", None
+    known = [(hash_distance(own, hashes[key]), key) for key in posters.files if key in hashes]
+    if not known:
+        return "", None
+    bits, key = min(known)
+    return key, bits
+
+
+def _poster_distances(training: Posters, holdout: Posters, hashes: Mapping[str, str]) -> list[int]:
+    """Bits between each holdout poster and its nearest training poster."""
+    found = [_nearest_hash(hashes.get(key), training, hashes)[1] for key in holdout.files]
+    return [bits for bits in found if bits is not None]
+
+
+def _hash_distances(
+    drawn: pd.DataFrame, hashes: Mapping[str, str], training: Posters
+) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for row in drawn.itertuples(index=False):
+        _, bits = _nearest_hash(hashes.get(str(row.image)), training, hashes)
+        if bits is not None:
+            values[str(row.generation_key)] = float(bits)
+    return values

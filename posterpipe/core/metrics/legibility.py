@@ -1,0 +1,254 @@
+"""Legibility: whether a reader finds the title on the poster.
+
+What belongs here: reading images (OCR), keeping what was read, and how far that is from the title.
+What does not: setting titles in type (`typography`).
+
+The reader is PP-OCRv6 small as RapidOCR packs it, a real pretrained OCR whose weights lie in the
+package. What it reads is compared without regard to capitals, signs and spaces, since a title is
+set in capitals and broken into lines as the design asks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from posterpipe.core.metrics.base import Metric, score_rows
+from posterpipe.core.progress import Progress
+from posterpipe.core.store import Store, compute_missing
+
+LEGIBILITY_VERSION = 1
+"""Raised when the same reading would give other numbers."""
+
+READER_VERSION = 1
+"""Raised when the same weights would read otherwise."""
+
+_LEAST_SIDE = 736
+"""Pixels to which smaller images are enlarged: what the detector was trained to see."""
+
+_MODELS = ("PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx")
+
+_LONGEST_RUN = 4
+"""Lines that a title may be spread over."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of text that was read."""
+
+    text: str
+    confidence: float
+    """0 to 1."""
+    box: tuple[float, float, float, float]
+    """Left, top, right, bottom as shares of width and height."""
+
+
+class TitleReader:
+    """Reads all text on images. Made once, called on batches; needs no network."""
+
+    def __init__(self, *, threads: int = 0) -> None:
+        """`threads`: of one image's reading; 0 is all cores."""
+        from rapidocr import RapidOCR
+
+        self.reader_id = reader_id()
+        engine = "EngineConfig.onnxruntime"
+        self._engine: Any = RapidOCR(
+            params={
+                "Global.log_level": "critical",
+                # Posters stand upright: a classifier of upside-down lines could only err.
+                "Global.use_cls": False,
+                f"{engine}.intra_op_num_threads": threads or -1,
+                f"{engine}.inter_op_num_threads": 1,
+            }
+        )
+
+    def __call__(self, images: Sequence[Image.Image]) -> list[list[Line]]:
+        """The lines of each image, from top to bottom and from left to right."""
+        return [self._read(image) for image in images]
+
+    def _read(self, image: Image.Image) -> list[Line]:
+        rgb = image.convert("RGB")
+        if min(rgb.size) < _LEAST_SIDE:
+            factor = _LEAST_SIDE / min(rgb.size)
+            size = (round(rgb.width * factor), round(rgb.height * factor))
+            rgb = rgb.resize(size, Image.Resampling.BICUBIC)
+        result = self._engine(np.ascontiguousarray(np.asarray(rgb)[:, :, ::-1]))  # BGR, as OpenCV
+        if result.txts is None or result.boxes is None:
+            return []
+        lines = []
+        for text, score, corners in zip(result.txts, result.scores, result.boxes, strict=True):
+            xs = np.asarray(corners)[:, 0] / rgb.width
+            ys = np.asarray(corners)[:, 1] / rgb.height
+            box = (float(xs.min()), float(ys.min()), float(xs.max()), float(ys.max()))
+            lines.append(Line(str(text), float(score), box))
+        return _in_reading_order(lines)
+
+
+@lru_cache(maxsize=1)
+def reader_id() -> str:
+    """`rapidocr-<version>.<hash of the weights>`: names reader and weights; loads neither."""
+    import rapidocr
+
+    folder = Path(rapidocr.__file__).parent / "models"
+    digest = hashlib.sha256()
+    for name in _MODELS:
+        with open(folder / name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"rapidocr-{installed_version('rapidocr')}.{digest.hexdigest()[:8]}"
+
+
+def _in_reading_order(lines: list[Line]) -> list[Line]:
+    """From top to bottom; pieces whose middles lie on one height from left to right."""
+    rows: list[list[Line]] = []
+    for line in sorted(lines, key=lambda line: (line.box[1] + line.box[3]) / 2):
+        middle = (line.box[1] + line.box[3]) / 2
+        if rows and rows[-1][0].box[1] < middle < rows[-1][0].box[3]:
+            rows[-1].append(line)
+        else:
+            rows.append([line])
+    return [line for row in rows for line in sorted(row, key=lambda line: line.box[0])]
+
+
+def plain(text: str) -> str:
+    """A text as it is compared: compatibility forms and capitals folded, letters and digits only.
+
+    Marks stay where they make other letters (й, が), and go where Latin ones carry accents, which
+    small lettering loses.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    kept: list[str] = []
+    for sign in unicodedata.normalize("NFD", folded):
+        kind = unicodedata.category(sign)[0]
+        accent = kind == "M" and bool(kept) and kept[-1].isascii()
+        if kind in "LN" or (kind == "M" and not accent):
+            kept.append(sign)
+    return unicodedata.normalize("NFC", "".join(kept))
+
+
+def edit_distance(read: str, title: str) -> float:
+    """Normalised edit distance of two texts in their plain form, 0 (equal) to 1.
+
+    Levenshtein's distance over the length of the longer text.
+    """
+    from rapidfuzz.distance import Levenshtein
+
+    return float(Levenshtein.normalized_distance(plain(read), plain(title)))
+
+
+def title_distance(lines: Sequence[str], title: str) -> float:
+    """Distance of a title from where it is read best, 0 (it stands there) to 1 (nothing like it).
+
+    Lines come in reading order; the title may be one of them or run over up to four that follow
+    each other, so that credits and other lines do not count against it. Raises ValueError for a
+    title without letters or digits.
+    """
+    if not plain(title):
+        raise ValueError(f"the title {title!r} has no letters to read; give one that has")
+    best = 1.0
+    for start in range(len(lines)):
+        for stop in range(start + 1, min(start + _LONGEST_RUN, len(lines)) + 1):
+            best = min(best, edit_distance("".join(lines[start:stop]), title))
+    return best
+
+
+def legibility_metrics(where: str) -> tuple[Metric, Metric]:
+    """Edit distance and exact match. `where`: `drawn` for images as the model drew them, `set` for
+    those with the title set in type."""
+    told = {"drawn": "as the model drew it", "set": "with the title set in type"}[where]
+    tail = f"{where}.{reader_id()}.v{LEGIBILITY_VERSION}"
+    shared = {
+        "encoder": "PP-OCRv6 small",
+        "revision": reader_id(),
+        "preprocessing": f"enlarged to {_LEAST_SIDE} pixels",
+        "version": LEGIBILITY_VERSION,
+    }
+    return (
+        Metric(
+            metric_id=f"title_distance.{tail}",
+            name=f"title edit distance, {where}",
+            description=f"normalised edit distance of what is read {told} from the expected title, "
+            "0 to 1; 0 is the title",
+            **shared,  # type: ignore[arg-type]
+        ),
+        Metric(
+            metric_id=f"title_exact.{tail}",
+            name=f"title exact, {where}",
+            description=f"1 where the expected title is read {told}, else 0",
+            **shared,  # type: ignore[arg-type]
+        ),
+    )
+
+
+def measure_legibility(
+    store: Store, images: pd.DataFrame, where: str, progress: Progress
+) -> tuple[list[Metric], pd.DataFrame, pd.DataFrame]:
+    """The metrics, their scores (SCORE_COLUMNS), and what was read.
+
+    `images` has the columns generation_key, image (content hash), image_path (in the store), title,
+    status and reason: the table of generations, or of titled posters. Rows without a title have no
+    score. What was read has one row a scored image: generation_key, title, read (lines, joined by
+    " / "), distance, exact. Readings are kept, so that another title reads no image again.
+    """
+    distance_metric, exact_metric = metrics = legibility_metrics(where)
+    titled = images[images["title"].map(lambda title: bool(plain(str(title))))]
+    drawn = titled[titled["status"] == "ok"]
+    files = {str(r.image): store.root / str(r.image_path) for r in drawn.itertuples(index=False)}
+    read, unreadable = _readings(store, files, progress)
+    distances: dict[str, float] = {}
+    failures: dict[str, str] = {}
+    rows = []
+    for row in drawn.itertuples(index=False):
+        key, image, title = str(row.generation_key), str(row.image), str(row.title)
+        if image not in read:
+            failures[key] = unreadable.get(image, "not read")
+            continue
+        distances[key] = title_distance(read[image], title)
+        rows.append((key, title, " / ".join(read[image]), distances[key], distances[key] == 0))
+    exact = {key: float(value == 0) for key, value in distances.items()}
+    scores = pd.concat(
+        [
+            score_rows(titled, distance_metric.metric_id, distances, failures),
+            score_rows(titled, exact_metric.metric_id, exact, failures),
+        ],
+        ignore_index=True,
+    )
+    columns = ["generation_key", "title", "read", "distance", "exact"]
+    return list(metrics), scores, pd.DataFrame(rows, columns=columns)
+
+
+def _readings(
+    store: Store, files: dict[str, Path], progress: Progress
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Lines by content hash, and why an image has none."""
+    unreadable: dict[str, str] = {}
+
+    def compute(missing: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        reader = TitleReader()
+        with progress.task(f"Reading {len(missing)} images", len(missing), "images") as tick:
+            for key in missing:
+                try:
+                    with Image.open(files[key]) as image:
+                        image.load()
+                        (lines,) = reader([image])
+                except (OSError, SyntaxError) as error:
+                    unreadable[key] = (
+                        f"{files[key]}: cannot be read ({error}); materialize the assets that "
+                        "make it again"
+                    )
+                else:
+                    yield key, {"lines": [[line.text, line.confidence] for line in lines]}
+                tick()
+
+    kind = f"ocr.{reader_id()}.v{READER_VERSION}"
+    rows = compute_missing(store, kind, list(files), compute)
+    return {key: [str(text) for text, _ in row["lines"]] for key, row in rows.items()}, unreadable

@@ -1,0 +1,227 @@
+"""Noticing what arrives from outside: posters, captions by people, prompts.
+
+What belongs here: the sensor that requests the assets without inputs. What does not: deciding
+whether something is due (`core.arrivals`), what follows below (`automation`, `retraining`).
+"""
+
+import json
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import dagster as dg
+from dagster import DagsterRunStatus
+
+from posterpipe.defs.resources import SOURCE_DIGEST, UNREAD, Deployment
+from posterpipe.settings import Settings
+
+if TYPE_CHECKING:
+    from posterpipe.core.arrivals import LastRead, Memory, Source
+
+ROOTS = ("raw_posters", "human_captions", "prompt_suite")
+"""Assets that read the outside world."""
+
+ROOT_TAG = "posterpipe/arrived"
+"""Tag of the runs that the sensor requests: for which asset."""
+
+STATE_TAG = "posterpipe/arrived_state"
+"""The same: from which source, after which materialization."""
+
+DIGEST_TAG = "posterpipe/arrived_digest"
+"""The same: digest of the source when it was requested."""
+
+REASON_TAG = "posterpipe/reason"
+"""Tag of requested runs: why, in words."""
+
+ATTEMPTS = 2
+"""How often an asset is tried on the same source: a failed run is tried once more."""
+
+UNFINISHED = [
+    DagsterRunStatus.NOT_STARTED,
+    DagsterRunStatus.QUEUED,
+    DagsterRunStatus.STARTING,
+    DagsterRunStatus.STARTED,
+    DagsterRunStatus.CANCELING,
+    DagsterRunStatus.SUSPENDED,
+]
+
+
+def sensors(settings: Settings) -> tuple[dg.SensorDefinition, ...]:
+    """The sensors of this module, as often as the settings say."""
+
+    @dg.sensor(
+        name="arrivals",
+        target=dg.AssetSelection.assets(*ROOTS),
+        minimum_interval_seconds=settings.automation.sensor_interval_seconds,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Looks at the posters, at captions by people (text files beside them, and the "
+        "CSV) and at the prompt suite, and requests the asset whose source changed. Waits for "
+        "files that are still being written. Says in its skip reason what it saw.",
+    )
+    def arrivals(
+        context: dg.SensorEvaluationContext, deployment: dg.ResourceParam[Deployment]
+    ) -> dg.SensorResult:
+        return look(context, deployment)
+
+    return (arrivals,)
+
+
+def look(context: dg.SensorEvaluationContext, deployment: Deployment) -> dg.SensorResult:
+    """One look at everything outside: what to request, or why nothing.
+
+    The cursor holds the digests that were seen. A run key holds the digest of the source, what was
+    made from it last, and how often that failed.
+    """
+    from posterpipe.core.arrivals import Memory, decide
+
+    now = time.time()
+    settings = deployment.settings.automation
+    memories = _memories(context.cursor)
+    listing = _Listing(deployment, now)
+    requests = []
+    reasons = []
+    seen = {}
+    for name in ROOTS:
+        root = _Root(name, context.instance)
+        source = listing.source(name)
+        last = root.last_read()
+        new = name == "raw_posters" and last.at > 0 and source.digest not in last.digests
+        change = listing.change() if new and not source.problem else ""
+        memory = memories.get(name, Memory())
+        decision = decide(source, last, memory, settings, now, change)
+        seen[name] = asdict(decision.memory)
+        reason = decision.reason
+        if decision.due:
+            request, obstacle = root.request(source.digest, reason)
+            if request:
+                context.log.info(f"{name}: {reason}")
+                requests.append(request)
+                continue
+            reason += f", but {obstacle}"
+        reasons.append(f"{name}: {reason}")
+    return dg.SensorResult(
+        run_requests=requests,
+        skip_reason=None if requests else "; ".join(reasons),
+        cursor=json.dumps(seen),
+    )
+
+
+def _memories(cursor: str | None) -> dict[str, "Memory"]:
+    from posterpipe.core.arrivals import Memory
+
+    try:
+        return {name: Memory(**memory) for name, memory in json.loads(cursor or "{}").items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}  # of another version; it only tells how long was waited
+
+
+class _Listing:
+    """What lies outside at one moment."""
+
+    def __init__(self, deployment: Deployment, now: float) -> None:
+        from posterpipe.core.listing import Bucket, PlaceMissing, open_place
+
+        self._deployment = deployment
+        self._now = now
+        place = open_place(deployment.settings.landing, deployment.settings.root)
+        self._location = place.location
+        self._whole = isinstance(place, Bucket)
+        self._problem = ""
+        try:
+            self._entries = place.entries()
+        except PlaceMissing as error:
+            self._entries, self._problem = [], str(error)
+
+    def source(self, name: str) -> "Source":
+        """The source of a root asset."""
+        from posterpipe.core.arrivals import (
+            Source,
+            captions_source,
+            file_source,
+            posters_source,
+        )
+
+        settings = self._deployment.settings
+        automation, now = settings.automation, self._now
+        try:
+            if name == "prompt_suite":
+                return file_source(settings.path(settings.prompt_suite), automation, now)
+            if self._problem:
+                return Source("", "", problem=self._problem)
+            if name == "human_captions":
+                csv_path = settings.path(settings.captions)
+                return captions_source(self._entries, csv_path, automation, now, whole=self._whole)
+            store = self._deployment.store
+            return posters_source(
+                self._entries, store, self._location, automation, now, whole=self._whole
+            )
+        except OSError as error:
+            problem = f"{error.filename}: cannot be read ({error.strerror}); make it readable"
+            return Source("", "", problem=problem)
+
+    def change(self) -> str:
+        """What is new about the posters, in words."""
+        from posterpipe.core.arrivals import describe_change
+        from posterpipe.core.store import TableMissing
+
+        try:
+            table = self._deployment.store.read_table("raw_posters")
+        except TableMissing:
+            return ""
+        known = dict(zip(table["source_name"], table["size_bytes"], strict=True))
+        return describe_change(self._entries, known)
+
+
+class _Root:
+    """What the instance knows of a root asset."""
+
+    def __init__(self, name: str, instance: dg.DagsterInstance) -> None:
+        self._name = name
+        self._instance = instance
+        records = instance.fetch_materializations(dg.AssetKey(name), limit=1).records
+        self._made = records[0] if records else None
+
+    def last_read(self) -> "LastRead":
+        """From which source it was made last.
+
+        Two digests count: the one that the step recorded, and the one under which its run was
+        requested. They differ where the step sees other inode numbers than the sensor, as
+        containers do, and by the first alone it would then be requested for ever.
+        """
+        from posterpipe.core.arrivals import LastRead
+
+        if self._made is None:
+            return LastRead()
+        made = self._made.asset_materialization
+        run = self._instance.get_run_by_id(self._made.run_id)
+        recorded = made.metadata.get(SOURCE_DIGEST) if made else None
+        unread = made.metadata.get(UNREAD) if made else None
+        digests = [recorded and recorded.value, run and run.tags.get(DIGEST_TAG)]
+        return LastRead(
+            frozenset(str(digest) for digest in digests if digest),
+            self._made.timestamp,
+            int(str(unread.value)) if unread else 0,
+        )
+
+    def request(self, digest: str, reason: str) -> tuple[dg.RunRequest | None, str]:
+        """The run that reads the source, or what stands in its way."""
+        under_way = dg.RunsFilter(tags={ROOT_TAG: self._name}, statuses=UNFINISHED)
+        if self._instance.get_runs(under_way, limit=1):
+            return None, "a run for it is under way"
+        made_at = self._made.storage_id if self._made else 0
+        state = f"{self._name}-{digest[:16]}-{made_at}"
+        tried = self._instance.get_runs(dg.RunsFilter(tags={STATE_TAG: state}))
+        if any(run.status == DagsterRunStatus.CANCELED for run in tried):
+            return None, "its run was canceled: materialize it, or change something"
+        failed = [run.run_id[:8] for run in tried if run.status == DagsterRunStatus.FAILURE]
+        if len(failed) >= ATTEMPTS:
+            runs = ", ".join(failed)
+            return None, f"it failed {len(failed)} times (runs {runs}): mend it and materialize it"
+        tags = {
+            ROOT_TAG: self._name,
+            STATE_TAG: state,
+            DIGEST_TAG: digest,
+            REASON_TAG: reason,
+        }
+        run_key = f"{state}-{len(failed)}"
+        return dg.RunRequest(run_key, asset_selection=[dg.AssetKey(self._name)], tags=tags), ""

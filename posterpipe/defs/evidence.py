@@ -1,0 +1,353 @@
+"""Evidence that a sceptic believes, and the checkpoint that is served because of it.
+
+What belongs here: titles set in type, the metrics beside CLIP-T, and the gate, as assets. What does
+not: how anything is measured or decided (`core.evidence`, `core.metrics`, `core.gate`,
+`core.typography`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+
+from posterpipe.defs.resources import (
+    TABLES,
+    Deployment,
+    Table,
+    columns,
+    counts,
+    rows,
+    table_output,
+    table_preview,
+    thumbnails,
+)
+
+_GENERATION = columns(
+    generation_key="string: the image and what it is scored against",
+    variant="string: of the base model sd..., of a tuned one dreambooth...",
+    checkpoint_id="string: the champion",
+    status="string: ok, blocked (black or constant) or failed",
+)
+
+
+@dg.asset(
+    group_name="generation",
+    kinds={"python", "huggingface"},
+    owners=["team:ml"],
+    code_version="1",
+    io_manager_key=TABLES,
+    pool="gpu",
+    metadata=_GENERATION,
+)
+def champion_generations(
+    context: dg.AssetExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    prompt_suite: Table,
+    base_generations: Table,
+    tuned_generations: Table,
+) -> dg.Output[Table]:
+    """What the present champion draws for the suite: what a new checkpoint has to beat.
+
+    Drawn anew only when the suite or the sampler changed since; the base model's and the newest
+    checkpoint's images are there already.
+    """
+    from posterpipe.core.evidence import read_decisions
+    from posterpipe.core.gate import champion_of
+    from posterpipe.core.prompts import suite_prompts
+    from posterpipe.core.sampler import DELAYED_VARIANTS, TUNED_VARIANTS, generate
+
+    base = str(base_generations["checkpoint_id"].iloc[0])
+    champion = champion_of(read_decisions(deployment.warehouse), base)
+    known = {base: base_generations}
+    if len(tuned_generations):
+        known[str(tuned_generations["checkpoint_id"].iloc[0])] = tuned_generations
+    table = known.get(champion)
+    if table is None:
+        table = generate(
+            deployment.store,
+            suite_prompts(prompt_suite),
+            (*TUNED_VARIANTS, DELAYED_VARIANTS[1]),
+            deployment.store_root / "checkpoints" / champion,
+            champion,
+            deployment.settings.sampler,
+            deployment.progress(context),
+            run_id=context.run.run_id,
+        )
+    return table_output(table, {"champion": champion, **counts(table, "status")})
+
+
+@dg.asset(
+    group_name="generation",
+    kinds={"python", "pillow"},
+    owners=["team:ml"],
+    code_version="1",
+    io_manager_key=TABLES,
+    metadata=columns(
+        generation_key="string: the image that was lettered",
+        untitled_image="string: sha256 of the PNG without the title",
+        title="string: what was set",
+        image="string: sha256 of the titled PNG in the store",
+        image_path="string: its path inside the store",
+        style="string: type style",
+        lines="string: JSON list",
+        cap_height="int: pixels",
+        contrast="float: the least of letters and ground, 1 to 21",
+        scrim="bool: whether the ground had to be helped",
+        covered="float: share of the main object below the letters, 0 to 1",
+        status="string: ok, blocked or failed",
+        reason="string: why it is not ok",
+    ),
+)
+def titled_posters(
+    context: dg.AssetExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    base_generations: Table,
+    tuned_generations: Table,
+) -> dg.Output[Table]:
+    """Every generated poster with its title set in type.
+
+    Models of this size draw shapes like letters and no words. Scores are always taken of the images
+    before this step, since CLIP reads.
+    """
+    import pandas as pd
+
+    from posterpipe.core.typography import set_titles
+
+    generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
+    titled = set_titles(
+        deployment.store, generations, deployment.settings.lettering, deployment.progress(context)
+    )
+    done = titled[titled["status"] == "ok"]
+    firsts = done.drop_duplicates("title")
+    return table_output(
+        titled,
+        {
+            "contact_sheet": thumbnails(
+                [(deployment.store_root / row.image_path, row.title) for row in rows(firsts)]
+            ),
+            **counts(titled, "status"),
+            "least_contrast": float(done["contrast"].min()) if len(done) else None,
+            "with_scrim": int(done["scrim"].sum()),
+            "not_set": table_preview(titled[titled["status"] != "ok"], ["title", "reason"]),
+        },
+    )
+
+
+@dg.asset(
+    group_name="scoring",
+    kinds={"python", "huggingface", "duckdb"},
+    owners=["team:ml"],
+    code_version="1",
+    io_manager_key=TABLES,
+    pool="warehouse",
+    deps=["clip_scores"],
+    metadata=columns(
+        generation_key="string: the image and what it is scored against",
+        metric_id="string: encoder, preprocessing, posters compared with, version",
+        metric="string: its name",
+        role="string: what the gate reads it for",
+        value="float: empty without a score",
+        status="string: ok, blocked or failed",
+        reason="string: why it is not ok",
+        nearest_poster="string: sha256 of the nearest training image",
+        copied="bool: whether it counts as a copy of it",
+    ),
+)
+def fidelity_scores(
+    context: dg.AssetExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    training_csv: Table,
+    base_generations: Table,
+    tuned_generations: Table,
+    champion_generations: Table,
+) -> dg.Output[Table]:
+    """Whether images are like film posters the model never saw, not copies, and not all alike.
+
+    CLIP-T with crop and pad, similarity to holdout and training posters and their difference (the
+    overfit gap), the nearest training poster, diversity within a prompt, and PickScore where it is
+    configured. An image is encoded once an encoder; new posters or metrics encode it no second
+    time.
+    """
+    import pandas as pd
+
+    from posterpipe.core.evidence import held_out, measure, posters_of
+
+    store = deployment.store
+    progress = deployment.progress(context)
+    generations = pd.concat(
+        [base_generations, tuned_generations, champion_generations], ignore_index=True
+    ).drop_duplicates("generation_key", ignore_index=True)
+    evidence = measure(
+        store,
+        deployment.warehouse,
+        generations,
+        posters_of(store, "training", training_csv),
+        held_out(store, deployment.settings, progress),
+        deployment.settings,
+        progress,
+        run_id=context.run.run_id,
+    )
+    table = evidence.table
+    means = table.groupby(["metric", "variant"], sort=False)["value"]
+    summary = means.agg(images="size", mean="mean", deviation="std").reset_index()
+    copied = evidence.nearest[evidence.nearest["copied"].astype(bool)]
+    return table_output(
+        table,
+        {
+            "by_variant": table_preview(summary),
+            "copies": len(copied),
+            "copied": table_preview(copied),
+            "thresholds": table_preview(
+                pd.DataFrame(
+                    [
+                        (name, calibration.threshold, len(calibration.similarities))
+                        for name, calibration in evidence.calibrations.items()
+                    ],
+                    columns=["encoder", "copy_from_cosine", "holdout_posters"],
+                )
+            ),
+            **counts(table, "status"),
+        },
+    )
+
+
+@dg.asset(
+    group_name="scoring",
+    kinds={"python", "duckdb"},
+    owners=["team:ml"],
+    code_version="1",
+    io_manager_key=TABLES,
+    pool="warehouse",
+    deps=["clip_scores"],
+    metadata=columns(
+        generation_key="string: the image",
+        lettering="string: drawn by the model, or set in type",
+        title="string: what should be read",
+        read="string: what was read, line by line",
+        distance="float: normalised edit distance, 0 (the title) to 1",
+        exact="bool: whether the title was read exactly",
+    ),
+)
+def legibility_scores(
+    context: dg.AssetExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    base_generations: Table,
+    tuned_generations: Table,
+    titled_posters: Table,
+) -> dg.Output[Table]:
+    """Whether a real OCR reads the title, as the model drew it and as it was set in type."""
+    import pandas as pd
+
+    from posterpipe.core.metrics.base import record_scores
+    from posterpipe.core.metrics.legibility import measure_legibility
+
+    generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
+    readings = []
+    for where, images in (("drawn", generations), ("set", titled_posters)):
+        metrics, scores, read = measure_legibility(
+            deployment.store, images, where, deployment.progress(context)
+        )
+        record_scores(deployment.warehouse, generations, metrics, scores, run_id=context.run.run_id)
+        readings.append(read.assign(lettering=where))
+    table = pd.concat(readings, ignore_index=True)
+    shares = table.groupby("lettering")["exact"].mean()
+    return table_output(
+        table,
+        {
+            **{f"exact_{name}": float(share) for name, share in shares.items()},
+            "misread": table_preview(
+                table[(table["lettering"] == "set") & ~table["exact"].astype(bool)]
+            ),
+        },
+    )
+
+
+@dg.asset(
+    group_name="scoring",
+    kinds={"python", "duckdb"},
+    owners=["team:ml"],
+    code_version="1",
+    io_manager_key=TABLES,
+    pool="warehouse",
+    metadata=columns(
+        checkpoint_id="string: the checkpoint that is served",
+        path="string: its directory, inside the store; empty for the base model",
+        kind="string: base or tuned",
+        pinned="bool: a person chose it",
+        challenger="string: the checkpoint that was judged",
+        decision="string: promote, hold or reject",
+        reason="string: what decided",
+    ),
+)
+def champion(
+    context: dg.AssetExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    base_generations: Table,
+    tuned_generations: Table,
+    champion_generations: Table,
+    fidelity_scores: Table,
+) -> dg.Output[Table]:
+    """The checkpoint that is served: the one that the gate accepted last, or that a person pinned.
+
+    A new checkpoint is promoted when it follows prompts no worse, is nearer to film posters it
+    never saw, copies none that it saw, still varies, draws no black images, and lacks no cell of
+    the suite. Every decision is a row of `fct_promotion` with its numbers and reasons.
+    `posterpipe champion` shows, pins and rolls back.
+    """
+    import pandas as pd
+
+    from posterpipe.core.evidence import judge, read_decisions
+    from posterpipe.core.gate import champion_of, pinned
+
+    warehouse = deployment.warehouse
+    base = str(base_generations["checkpoint_id"].iloc[0])
+    before = str(champion_generations["checkpoint_id"].iloc[0])
+    challenger = str(tuned_generations["checkpoint_id"].iloc[0])
+    told: dict[str, Any] = {"challenger": challenger, "decision": "", "reason": "it is served"}
+    checks: Mapping[str, Any] = {}
+    if challenger != before:
+        generations = pd.concat([tuned_generations, champion_generations], ignore_index=True)
+        decision = judge(
+            warehouse,
+            generations,
+            fidelity_scores,
+            challenger=challenger,
+            champion=before,
+            settings=deployment.settings.gate,
+            run_id=context.run.run_id,
+        )
+        told |= {"decision": decision.verdict, "reason": decision.reason}
+        checks = {
+            "checks": table_preview(
+                pd.DataFrame(
+                    [(c.name, c.outcome, c.value, c.low, c.high, c.limit, c.reason)
+                     for c in decision.checks],
+                    columns=["check", "outcome", "value", "low", "high", "limit", "reason"],
+                )
+            )
+        }  # fmt: skip
+    decisions = read_decisions(warehouse)
+    served = champion_of(decisions, base)
+    tuned = served != base
+    row = {
+        "checkpoint_id": served,
+        "path": f"checkpoints/{served}" if tuned else "",
+        "kind": "tuned" if tuned else "base",
+        "pinned": pinned(decisions) is not None,
+        **told,
+    }
+    return table_output(
+        pd.DataFrame([row]),
+        {
+            "champion": served,
+            "decision": told["decision"] or "none",
+            "reason": told["reason"],
+            **checks,
+            "log": table_preview(
+                decisions.iloc[::-1],
+                ["decided_at", "checkpoint_id", "champion_before", "decision", "reason",
+                 "decided_by"],
+            ),
+        },
+        data_version=served,
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""How runs are started on one machine, and how it is noticed that one died.
+
+What belongs here: Dagster's own launcher with the health check that it lacks. What does not: when
+runs start (`automation`, `arrivals`, `retraining`) and what they do.
+
+The code server notices when a run's process dies, but not when it dies itself together with its
+runs: after a power cut or `kill -9` they would count as running for ever, hold their places in the
+pools, and keep the schedule from training. `run_monitoring` in dagster.yaml asks the launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import dagster as dg
+from dagster import DagsterEventType
+from dagster._core.launcher import CheckRunHealthResult, DefaultRunLauncher, WorkerStatus
+from dagster._core.storage.tags import GRPC_INFO_TAG
+
+_HERE = ("localhost", "127.0.0.1", "::1")
+
+_CLOCKS_DIFFER = 60.0
+"""Seconds by which the system's clock may have been set since."""
+
+
+class LocalRunLauncher(DefaultRunLauncher):
+    """Dagster's default launcher; a run whose process is gone is found to have failed.
+
+    Judges only runs that a code server on this machine started, and only on Linux.
+    """
+
+    @property
+    def supports_check_run_worker_health(self) -> bool:
+        """See RunLauncher: yes."""
+        return True
+
+    def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
+        """Whether the process that executes a run is there."""
+        running = CheckRunHealthResult(WorkerStatus.RUNNING)
+        server = json.loads(run.tags.get(GRPC_INFO_TAG, "{}"))
+        if server.get("host") not in _HERE or not Path("/proc/stat").exists():
+            return running
+        started = [
+            (entry.timestamp, entry.get_dagster_event().engine_event_data.metadata.get("pid"))
+            for entry in self._instance.all_logs(run.run_id, of_type=DagsterEventType.ENGINE_EVENT)
+            if str(entry.get_dagster_event().message).startswith("Started process for run")
+        ]
+        if not started or started[-1][1] is None:
+            return running
+        at, pid = started[-1][0], str(started[-1][1].value)
+        began = _began(pid)
+        # A process that began later only has its number.
+        if began is not None and began < at + _CLOCKS_DIFFER:
+            return running
+        return CheckRunHealthResult(WorkerStatus.FAILED, f"its process (pid {pid}) is gone")
+
+
+def _began(pid: str) -> float | None:
+    """When a process began, in seconds since 1970; None where there is no such process, or one
+    that ended and was not waited for."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = next(
+            float(line.split()[1])
+            for line in Path("/proc/stat").read_text().splitlines()
+            if line.startswith("btime")
+        )
+    except (OSError, StopIteration):
+        return None
+    state, ticks = fields[0], int(fields[19])
+    return None if state in "ZX" else boot + ticks / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,169 @@
+"""When the model is trained again.
+
+What belongs here: the schedule, and where the facts for its decision come from. What does not: the
+decision (`core.retraining`) and the training (`training`). Other assets follow their inputs at once
+(`automation`); a training costs hours of a GPU, so it waits for the night and for enough changes.
+"""
+
+import datetime as dt
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+import dagster as dg
+from dagster import DagsterEventType, DagsterRunStatus
+
+from posterpipe.defs.arrivals import REASON_TAG, UNFINISHED
+from posterpipe.defs.automation import retrain
+from posterpipe.defs.resources import Deployment
+from posterpipe.defs.staleness import DATA_VERSION, INPUT_DATA_VERSION, stale_assets
+from posterpipe.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from posterpipe.core.retraining import Situation
+
+TRAINING_SET = dg.AssetKey("training_csv")
+CHECKPOINT = dg.AssetKey("dreambooth_checkpoint")
+
+STATE_TAG = "posterpipe/training_state"
+"""Tag of the runs that the schedule starts: what was to be trained, after which checkpoint."""
+
+_VERSIONS = 1000
+"""Materializations of the training set that are looked through for the oldest change."""
+
+
+def schedules(settings: Settings) -> tuple[dg.ScheduleDefinition, ...]:
+    """The schedule of this module, as the settings say. Raises SettingsError for a wrong cron."""
+    automation = settings.automation
+
+    def training(
+        context: dg.ScheduleEvaluationContext, deployment: dg.ResourceParam[Deployment]
+    ) -> dg.RunRequest | dg.SkipReason:
+        return consider_training(context, deployment)
+
+    decorated = dg.schedule(
+        name="training",
+        job=retrain,
+        cron_schedule=automation.training_cron,
+        execution_timezone=automation.training_timezone,
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description="Starts `retrain` when the training set is another one than the latest "
+        f"checkpoint was trained on, and at least {automation.min_new_posters} posters came, went "
+        f"or got another caption, or the change is {automation.max_age_days:g} days old; also when "
+        "there is no checkpoint, or its settings, code or base model changed. Else it says why.",
+    )
+    try:
+        return (decorated(training),)
+    except dg.DagsterInvalidDefinitionError as error:
+        raise SettingsError(
+            f"automation.training_cron: {automation.training_cron!r} is no cron schedule; write "
+            "minute, hour, day, month and weekday, such as 0 2 * * *"
+        ) from error
+
+
+def consider_training(
+    context: dg.ScheduleEvaluationContext, deployment: Deployment
+) -> dg.RunRequest | dg.SkipReason:
+    """A run of `retrain`, or why there is none."""
+    from posterpipe.core.retraining import decide
+
+    facts, state = _facts(context, deployment)
+    decision = decide(facts, deployment.settings.automation, dt.datetime.now(dt.UTC))
+    if not decision.train:
+        return dg.SkipReason(decision.reason)
+    # Ticks do not share run keys in Dagster: what keeps the next tick from a second run is that
+    # `_facts` finds the first one.
+    return dg.RunRequest(
+        f"{state}-{len(facts.failed_runs)}",
+        tags={STATE_TAG: state, REASON_TAG: decision.reason},
+    )
+
+
+def _facts(
+    context: dg.ScheduleEvaluationContext, deployment: Deployment
+) -> tuple["Situation", str]:
+    """What the decision rests on, and the tag of runs for exactly this training."""
+    from posterpipe.core.retraining import Situation, compare, differing_since
+
+    instance = context.instance
+    sets = instance.fetch_materializations(TRAINING_SET, limit=_VERSIONS).records
+    versions = [
+        (_tag(record, DATA_VERSION), dt.datetime.fromtimestamp(record.timestamp, dt.UTC))
+        for record in sets
+    ]
+    checkpoints = instance.fetch_materializations(CHECKPOINT, limit=1).records
+    checkpoint = checkpoints[0] if checkpoints else None
+    input_tag = INPUT_DATA_VERSION + TRAINING_SET.to_user_string()
+    trained = _tag(checkpoint, input_tag) if checkpoint else ""
+    current = versions[0][0] if versions else ""
+    spec, other_reason = _other_reason(context, deployment)
+    state = _digest(
+        current, trained, other_reason, spec.code_version, checkpoint and checkpoint.storage_id
+    )
+    tried = instance.get_runs(dg.RunsFilter(tags={STATE_TAG: state}))
+    folders = deployment.store_root / "training_sets"
+    situation = Situation(
+        current=current,
+        trained=trained,
+        other_reason=other_reason,
+        changes=compare(folders / trained, folders / current) if trained and current else None,
+        changed_at=differing_since(versions, trained),
+        failed_checks=_failed_checks(context),
+        missing_inputs=[
+            dep.asset_key.to_user_string()
+            for dep in spec.deps
+            if instance.get_latest_materialization_event(dep.asset_key) is None
+        ],
+        running=_running(instance),
+        failed_runs=[run.run_id for run in tried if run.status == DagsterRunStatus.FAILURE],
+        canceled_run=next(
+            (run.run_id for run in tried if run.status == DagsterRunStatus.CANCELED), ""
+        ),
+    )
+    return situation, state
+
+
+def _tag(record: dg.EventLogRecord, name: str) -> str:
+    made = record.asset_materialization
+    return str((made.tags or {}).get(name, "")) if made else ""
+
+
+def _other_reason(
+    context: dg.ScheduleEvaluationContext, deployment: Deployment
+) -> tuple[dg.AssetSpec, str]:
+    """The checkpoint's specification, and why it does not hold whatever its training set is."""
+    definitions = context.repository_def.assets_defs_by_key
+    spec = definitions[CHECKPOINT].specs_by_key[CHECKPOINT]
+    others = [dep for dep in spec.deps if dep.asset_key != TRAINING_SET]
+    specs = [
+        spec.replace_attributes(deps=others),
+        *(definitions[dep.asset_key].specs_by_key[dep.asset_key] for dep in others),
+    ]
+    reason = stale_assets(specs, context.instance, deployment).get(CHECKPOINT, "")
+    return spec, f"the checkpoint does not hold: {reason}" if reason else ""
+
+
+def _failed_checks(context: dg.ScheduleEvaluationContext) -> list[str]:
+    """Blocking checks of the training set whose latest evaluation did not pass."""
+    graph = context.repository_def.asset_graph
+    failed = []
+    for check in sorted(graph.get_check_keys_for_assets({TRAINING_SET})):
+        record = context.instance.get_latest_asset_check_evaluation_record(check)
+        evaluation = record.evaluation if record else None
+        if graph.get_check_spec(check).blocking and evaluation and not evaluation.passed:
+            failed.append(f"{check.name} ({evaluation.description or 'no description'})")
+    return failed
+
+
+def _running(instance: dg.DagsterInstance) -> str:
+    """The run that makes a checkpoint, or is about to; "" for none."""
+    planned = DagsterEventType.ASSET_MATERIALIZATION_PLANNED
+    for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)):
+        for entry in instance.all_logs(run.run_id, of_type=planned):
+            if entry.get_dagster_event().asset_key == CHECKPOINT:
+                return run.run_id
+    return ""
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

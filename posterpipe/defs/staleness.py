@@ -1,0 +1,183 @@
+"""Which assets no longer match what they are made from.
+
+What belongs here: code versions that follow the settings, and the comparison of what was recorded
+with what is there. What does not: the assets themselves, and when they run (`automation`, `sweep`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import dagster as dg
+
+from posterpipe.defs.resources import MODEL_FINGERPRINT, TABLE_VERSION, Deployment
+from posterpipe.settings import Settings
+
+DATA_VERSION = "dagster/data_version"
+INPUT_DATA_VERSION = "dagster/input_data_version/"
+CODE_VERSION = "dagster/code_version"
+
+_BATCH = {"batch_size"}  # how many at once does not decide what comes out
+
+_WORDING = {"template", "trigger"}  # applied to captions when training.csv is built
+
+_REPORTING = {"log_every_steps", "save_every_steps", "keep_saves"}
+
+_DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
+    "raw_posters": lambda s: [
+        s.images.min_side,
+        s.images.max_pixels,
+        s.images.near_duplicate_distance,
+    ],
+    "resized_posters": lambda s: [s.images.width, s.images.height, s.images.fit],
+    "poster_captions": lambda s: [
+        s.captioner.model_dump(mode="json", exclude=_BATCH | _WORDING),
+    ],
+    "training_csv": lambda s: [s.captioner.model_dump(mode="json", include=_WORDING)],
+    "dreambooth_checkpoint": lambda s: [
+        s.base_model.model_dump(mode="json"),
+        s.training.model_dump(mode="json", exclude=_REPORTING),
+    ],
+    "base_generations": lambda s: [
+        s.base_model.model_dump(mode="json"),
+        s.sampler.model_dump(mode="json", exclude=_BATCH),
+    ],
+    "tuned_generations": lambda s: [s.sampler.model_dump(mode="json", exclude=_BATCH)],
+    "clip_scores": lambda s: [s.scorer.model_dump(mode="json", exclude=_BATCH)],
+}
+"""Settings that decide what is in an asset, by asset."""
+
+
+def with_settings_in_code_version(assets: Iterable[Any], settings: Settings) -> list[Any]:
+    """The assets with a code version that also changes with the settings that decide them.
+
+    A changed learning rate then makes the checkpoint stale just as changed code does, in the UI
+    and for automation.
+    """
+
+    def spec_with_settings(spec: dg.AssetSpec) -> dg.AssetSpec:
+        deciding = _DECIDING.get(spec.key.to_user_string())
+        if deciding is None:
+            return spec
+        text = json.dumps(deciding(settings), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return spec.replace_attributes(code_version=f"{spec.code_version}-{digest}")
+
+    return list(dg.map_asset_specs(spec_with_settings, assets))
+
+
+def stale_assets(
+    specs: Iterable[dg.AssetSpec], instance: dg.DagsterInstance, deployment: Deployment
+) -> dict[dg.AssetKey, str]:
+    """Assets that do not match what they are made from, each with the reason in words.
+
+    Level-triggered: it compares what was recorded with what is there, whatever happened between.
+    An asset is stale when it was never made, when its code or settings changed, when an input has
+    another data version than the one that was used, when its model was replaced, or when what it
+    made is gone. Assets downstream of stale ones are judged by what is recorded now.
+    """
+    specs = list(specs)
+    latest = latest_materializations(instance, [spec.key for spec in specs])
+    models = Models(deployment)
+    reasons = {}
+    for spec in specs:
+        reason = staleness(spec, latest, deployment, models)
+        if reason:
+            reasons[spec.key] = reason
+    return reasons
+
+
+def latest_materializations(
+    instance: dg.DagsterInstance, keys: Iterable[dg.AssetKey]
+) -> dict[dg.AssetKey, dg.EventLogRecord | None]:
+    """The latest materialization of each asset, in one query."""
+    latest: dict[dg.AssetKey, dg.EventLogRecord | None] = dict.fromkeys(keys)
+    for record in instance.get_asset_records(list(latest)):
+        entry = record.asset_entry
+        latest[entry.asset_key] = entry.last_materialization_record
+    return latest
+
+
+def data_version(record: dg.EventLogRecord | None) -> str | None:
+    """The data version of a materialization; None before the first."""
+    made = record.asset_materialization if record else None
+    return (made.tags or {}).get(DATA_VERSION) if made else None
+
+
+def staleness(
+    spec: dg.AssetSpec,
+    latest: Mapping[dg.AssetKey, dg.EventLogRecord | None],
+    deployment: Deployment,
+    models: Models,
+) -> str:
+    """Why an asset does not match what it is made from; "" when it does.
+
+    `latest` holds the latest materializations of the asset and of what it reads.
+    """
+    record = latest[spec.key]
+    made = record.asset_materialization if record else None
+    if made is None:
+        return "never materialized"
+    tags = made.tags or {}
+    if spec.code_version and tags.get(CODE_VERSION) != spec.code_version:
+        return "its code or settings changed"
+    for dep in spec.deps:
+        used = tags.get(INPUT_DATA_VERSION + dep.asset_key.to_user_string())
+        if data_version(latest.get(dep.asset_key)) != used:
+            return f"{dep.asset_key.to_user_string()} changed"
+    model = made.metadata.get(MODEL_FINGERPRINT)
+    now = models.fingerprint(spec.key) if model else None
+    if model is not None and now is not None and model.value != now:
+        return "its model changed"
+    return _lost(spec.key, made, deployment)
+
+
+def _lost(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deployment) -> str:
+    """Why what was made is not there any more; "" when it is."""
+    name = key.path[-1]
+    files = {
+        "clip_scores": [deployment.warehouse_path],
+        "leaderboard": [deployment.warehouse_path],
+        "published_scores": [deployment.published_path],
+        "contact_sheet": [deployment.contact_sheet_path],
+    }.get(name, [])
+    version = made.metadata.get(TABLE_VERSION)
+    if version is not None and deployment.store.table_version(name) != version.value:
+        return "its table is gone or another one"
+    if name == "dreambooth_checkpoint":
+        path = made.metadata.get("path")
+        files = [deployment.store_root / str(path.value)] if path else []
+    gone = [file for file in files if not file.exists()]
+    return f"{gone[0]} is gone" if gone else ""
+
+
+class Models:
+    """Fingerprints of the models as they are now, each read once."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        settings = deployment.settings
+        self._root = settings.root
+        self._refs = {
+            "poster_captions": settings.captioner.model,
+            "dreambooth_checkpoint": settings.base_model,
+            "base_generations": settings.base_model,
+            "clip_scores": settings.scorer.model,
+        }
+        self._known: dict[str, str | None] = {}
+
+    def fingerprint(self, key: dg.AssetKey) -> str | None:
+        """Of the asset's model; None for an asset without one, and for a model that is missing."""
+        from posterpipe.core.models import ModelMissing, fingerprint
+
+        ref = self._refs.get(key.path[-1])
+        if ref is None:
+            return None
+        if ref.id not in self._known:
+            try:
+                self._known[ref.id] = fingerprint(ref, self._root)
+            except ModelMissing:
+                self._known[ref.id] = None
+        return self._known[ref.id]

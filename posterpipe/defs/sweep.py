@@ -1,0 +1,318 @@
+"""The safety net behind the policy: a sensor that requests what is stale.
+
+What belongs here: which of the stale assets are requested, and when. What does not: what is stale
+(`staleness`), and the policy that takes up changes as they happen (`automation`).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+
+import dagster as dg
+from dagster import DagsterEventType, DagsterRunStatus
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord
+from dagster._core.storage.asset_check_execution_record import (
+    AssetCheckExecutionRecordStatus as Status,
+)
+
+from posterpipe.defs.automation import ON_SCHEDULE
+from posterpipe.defs.resources import Deployment
+from posterpipe.defs.staleness import (
+    Models,
+    data_version,
+    latest_materializations,
+    staleness,
+)
+
+SWEEP_SECONDS = 60
+"""Seconds between two sweeps. The policy looks more often, so that it is first as a rule."""
+
+ATTEMPTS = 2
+"""How often an asset is tried with the same inputs: a failed run is tried once more."""
+
+REASON_TAG = "posterpipe/stale"
+"""Tag of the runs that the sweep requests: why."""
+
+_UNFINISHED = [
+    DagsterRunStatus.NOT_STARTED,
+    DagsterRunStatus.QUEUED,
+    DagsterRunStatus.STARTING,
+    DagsterRunStatus.STARTED,
+    DagsterRunStatus.CANCELING,
+    DagsterRunStatus.SUSPENDED,
+]
+
+_EVENTS = 100
+"""Events read of one asset; more runs or versions do not change what is decided."""
+
+
+@dg.sensor(
+    name="stale_sweep",
+    target=dg.AssetSelection.all(),
+    minimum_interval_seconds=SWEEP_SECONDS,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Requests what does not match what it is made from and what the policy has not "
+    "taken up: changes that it could not see, code and settings of assets without inputs, replaced "
+    "models, lost files. Says in its skip reason what is stale, and why it waits.",
+)
+def stale_sweep(
+    context: dg.SensorEvaluationContext, deployment: dg.ResourceParam[Deployment]
+) -> dg.SensorResult:
+    """The safety net behind the policy: judges by what is recorded now, whatever happened before.
+
+    Requests the most upstream of the stale assets, each in a run of its own; what is downstream
+    then follows by data version. An asset is requested when two sweeps in a row find it ready with
+    the same inputs, so that the policy comes first. It is not requested while it or something
+    upstream is being made, while a blocking check of an input has not passed, or when it failed
+    ATTEMPTS times, was canceled, or stayed stale with the same inputs, code and model.
+    """
+    repository = context.repository_def
+    assert repository is not None, "a sensor of a code location has its repository"
+    tick = _Sweep(repository, context.instance, deployment, _read_cursor(context.cursor))
+    requests, waiting, memory = tick.decide()
+    for request in requests:
+        context.log.info(f"{request.run_key}: {request.tags[REASON_TAG]}")
+    return dg.SensorResult(
+        run_requests=requests,
+        skip_reason=None if requests else "; ".join(waiting) or "everything matches its inputs",
+        cursor=json.dumps({name: asdict(known) for name, known in memory.items()}),
+    )
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What the sweep remembers of an asset that is stale, until it is not."""
+
+    made_with: str
+    """Digest of its code version and model."""
+    since: int
+    """Failures before this event of the log do not count: code or model were others."""
+    state: str
+    """Digest of `made_with` and the versions of its inputs."""
+    requested: int
+    """How often the sweep requested it in that state."""
+    ready: str
+    """The run key under which the last sweep would have requested it, or ""."""
+
+
+def _read_cursor(cursor: str | None) -> dict[str, _Known]:
+    try:
+        return {name: _Known(**known) for name, known in json.loads(cursor or "{}").items()}
+    except (ValueError, TypeError):
+        return {}  # of another version; what is remembered only spares requests
+
+
+class _Sweep:
+    """One look at all assets."""
+
+    def __init__(
+        self,
+        repository: dg.RepositoryDefinition,
+        instance: dg.DagsterInstance,
+        deployment: Deployment,
+        known: Mapping[str, _Known],
+    ) -> None:
+        self._instance = instance
+        self._deployment = deployment
+        self._known = known
+        self._specs = {
+            key: assets.specs_by_key[key]
+            for key, assets in repository.assets_defs_by_key.items()
+            if assets.is_executable
+        }
+        graph = repository.asset_graph
+        checks = [key for key in graph.asset_check_keys if graph.get_check_spec(key).blocking]
+        self._blocking: dict[dg.AssetKey, list[dg.AssetCheckKey]] = {}
+        for check in sorted(checks):
+            self._blocking.setdefault(check.asset_key, []).append(check)
+        self._latest = latest_materializations(instance, self._specs)
+        self._checked = instance.event_log_storage.get_latest_asset_check_execution_by_key(checks)
+        self._models = Models(deployment)
+
+    def decide(self) -> tuple[list[dg.RunRequest], list[str], dict[str, _Known]]:
+        """What to request, why the rest of what is stale waits, and what to remember."""
+        stale = {key: reason for key in self._specs if (reason := self._reason(key))}
+        if not stale:
+            return [], [], {}
+        running = self._running()
+        memory: dict[str, _Known] = {}
+        waiting: list[str] = []
+        ready: dict[dg.AssetKey, str] = {}
+        for key, reason in stale.items():
+            name = key.to_user_string()
+            known = memory[name] = self._remember(key)
+            run_key, obstacle = self._judge(key, known, running)
+            if obstacle:
+                waiting.append(f"{name}: {reason}, but {obstacle}")
+            else:
+                ready[key] = run_key
+        requests = []
+        for key, run_key in ready.items():
+            name = key.to_user_string()
+            known = memory[name]
+            first = self._upstream(key) & (running | ready.keys())
+            if first:
+                waiting.append(f"{name}: {stale[key]}, but {_names(first)} comes first")
+            elif name in self._known and self._known[name].ready == run_key:
+                tags = {REASON_TAG: stale[key]}
+                requests.append(dg.RunRequest(run_key, asset_selection=[key], tags=tags))
+                memory[name] = replace(known, requested=known.requested + 1)
+            else:
+                waiting.append(f"{name}: {stale[key]}, requested at the next look")
+                memory[name] = replace(known, ready=run_key)
+        return requests, waiting, memory
+
+    def _reason(self, key: dg.AssetKey) -> str:
+        """Why an asset is to be made again; "" when it is not."""
+        reason = staleness(self._specs[key], self._latest, self._deployment, self._models)
+        if reason:
+            return reason
+        # As after a run that died between an asset and its check, which holds up what follows.
+        unchecked = [check.name for check in self._blocking.get(key, []) if self._not_run(check)]
+        return f"its check {unchecked[0]} did not run" if unchecked else ""
+
+    def _judge(self, key: dg.AssetKey, known: _Known, running: set[dg.AssetKey]) -> tuple[str, str]:
+        """The run key of a stale asset, and what stands in the way of requesting it."""
+        name = key.to_user_string()
+        if key.path[-1] in ON_SCHEDULE:
+            return "", "it follows its schedule"
+        if key in running:
+            return "", "it is being made"
+        for dep in self._specs[key].deps:
+            upstream = dep.asset_key.to_user_string()
+            if self._latest.get(dep.asset_key) is None:
+                return "", f"{upstream} was never made"
+            for check in self._blocking.get(dep.asset_key, []):
+                if not self._passed(check):
+                    return "", f"the check {check.name} of {upstream} has not passed"
+        outcomes = self._outcomes(key, known.since)
+        if DagsterRunStatus.CANCELED in outcomes:
+            return "", "its run was canceled: materialize it, or change an input"
+        failures = outcomes.count(DagsterRunStatus.FAILURE)
+        if failures >= ATTEMPTS:
+            return "", f"it failed {failures} times with these inputs"
+        if known.requested >= ATTEMPTS:
+            return "", "it stayed so when it was made again"
+        made = self._latest[key]
+        return f"{name}-{_digest(known.state, made.storage_id if made else 0, failures)}", ""
+
+    def _remember(self, key: dg.AssetKey) -> _Known:
+        spec = self._specs[key]
+        known = self._known.get(key.to_user_string())
+        made_with = _digest(spec.code_version, self._models.fingerprint(key))
+        since = known.since if known else 0
+        if known and known.made_with != made_with:
+            since = self._instance.event_log_storage.get_maximum_record_id() or 0
+        versions = {
+            dep.asset_key.to_user_string(): data_version(self._latest.get(dep.asset_key))
+            for dep in spec.deps
+        }
+        state = _digest(made_with, versions)
+        requested = known.requested if known and known.state == state else 0
+        return _Known(made_with, since, state, requested, ready="")
+
+    def _upstream(self, key: dg.AssetKey) -> set[dg.AssetKey]:
+        """The asset's inputs, and what is further up without passing ON_SCHEDULE."""
+        found: set[dg.AssetKey] = set()
+        ahead = [dep.asset_key for dep in self._specs[key].deps]
+        while ahead:
+            upstream = ahead.pop()
+            if upstream in found or upstream not in self._specs:
+                continue
+            found.add(upstream)
+            if upstream.path[-1] not in ON_SCHEDULE:
+                ahead += [dep.asset_key for dep in self._specs[upstream].deps]
+        return found
+
+    def _running(self) -> set[dg.AssetKey]:
+        """Assets that a run is to make and has not made yet."""
+        running: set[dg.AssetKey] = set()
+        for run in self._instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
+            assets: dict[DagsterEventType, set[dg.AssetKey]] = {
+                DagsterEventType.ASSET_MATERIALIZATION_PLANNED: set(),
+                DagsterEventType.ASSET_MATERIALIZATION: set(),
+            }
+            for entry in self._instance.all_logs(run.run_id, of_type=set(assets)):
+                event = entry.get_dagster_event()
+                if event.asset_key:
+                    assets[event.event_type].add(event.asset_key)
+            planned, made = assets.values()
+            running |= planned - made
+        return running
+
+    def _passed(self, check: dg.AssetCheckKey) -> bool:
+        """Whether a check passed on the latest materialization, as the policy judges it."""
+        record = self._checked.get(check)
+        return record is not None and record.status == Status.SUCCEEDED and self._is_latest(record)
+
+    def _not_run(self, check: dg.AssetCheckKey) -> bool:
+        """Whether nothing is known, or will be, of a check on the latest materialization."""
+        record = self._checked.get(check)
+        if record is None:
+            return True
+        if record.status == Status.PLANNED:
+            run = self._instance.get_run_by_id(record.run_id)
+            return run is None or run.is_finished
+        return not self._is_latest(record)
+
+    def _is_latest(self, record: AssetCheckExecutionRecord) -> bool:
+        made = self._latest.get(record.key.asset_key)
+        target = record.evaluation.target_materialization_data if record.evaluation else None
+        return made is not None and (
+            record.run_id == made.run_id
+            or (target is not None and target.storage_id == made.storage_id)
+        )
+
+    def _outcomes(self, key: dg.AssetKey, since: int) -> list[DagsterRunStatus]:
+        """How the runs ended that tried to make the asset from what its inputs are now."""
+        made = self._latest[key]
+        planned = self._instance.event_log_storage.get_event_records(
+            dg.EventRecordsFilter(
+                DagsterEventType.ASSET_MATERIALIZATION_PLANNED,
+                asset_key=key,
+                after_cursor=max(since, made.storage_id if made else 0),
+            ),
+            limit=_EVENTS,
+        )
+        if not planned:
+            return []
+        deps = self._specs[key].deps
+        began = max((self._version_began(dep.asset_key) for dep in deps), default=0)
+        steps = {
+            record.run_id: record.event_log_entry.get_dagster_event().step_key
+            for record in planned
+            if record.storage_id > began
+        }
+        if not steps:
+            return []
+        runs = self._instance.get_runs(dg.RunsFilter(run_ids=list(steps)))
+        return [run.status for run in runs if self._tried(run.run_id, steps[run.run_id])]
+
+    def _tried(self, run_id: str, step: str | None) -> bool:
+        """Whether a run came as far as a step, or ended before any step could fail."""
+        kinds = {DagsterEventType.STEP_START, DagsterEventType.STEP_FAILURE}
+        events = [
+            entry.get_dagster_event() for entry in self._instance.all_logs(run_id, of_type=kinds)
+        ]
+        return any(event.step_key == step for event in events) or not any(
+            event.event_type == DagsterEventType.STEP_FAILURE for event in events
+        )
+
+    def _version_began(self, key: dg.AssetKey) -> int:
+        """Since which event of the log an asset has the data version that it has now."""
+        records = self._instance.fetch_materializations(key, limit=_EVENTS).records
+        began = 0
+        for record in records:
+            if data_version(record) != data_version(records[0]):
+                break
+            began = record.storage_id
+        return began
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _names(keys: Iterable[dg.AssetKey]) -> str:
+    return ", ".join(sorted(key.to_user_string() for key in keys))

@@ -1,0 +1,94 @@
+"""LoRA: what is trained, what is left, and that diffusers reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.dreambooth.train import train
+from posterpipe_tests.core.dreambooth.conftest import MakeConfig
+from posterpipe_tests.core.dreambooth.test_train import (
+    equal,
+    interrupt_at,
+    losses,
+    text_weights,
+    unet_weights,
+)
+
+LORA = {"method": "lora", "lora_rank": 4, "lora_alpha": 2.0, "learning_rate": 1e-2}
+
+
+def image_of(folder: Path, lora: Path | None = None) -> np.ndarray:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline(
+        "a red rocket",
+        width=32,
+        height=48,
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(1),
+    ).images[0]
+    return np.asarray(image, dtype=int)
+
+
+def test_diffusers_loads_it_on_the_base_model_and_draws_what_the_merged_one_draws(
+    make_config: MakeConfig, base_model: Path
+) -> None:
+    config = make_config(**LORA)
+    train(config)
+    alone = image_of(base_model)
+    loaded = image_of(base_model, lora=config.output_dir)
+    merged = image_of(config.output_dir)
+    assert np.abs(loaded - alone).max() > 2
+    # The merged weights are rounded to the fp16 of the base model's files.
+    assert np.abs(loaded - merged).max() <= 2
+
+
+def test_only_the_named_layers_change(make_config: MakeConfig, base_model: Path) -> None:
+    config = make_config(**LORA, lora_targets=("to_v",), train_text_encoder=False)
+    train(config)
+    before, after = unet_weights(base_model), unet_weights(config.output_dir)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.endswith("to_v.weight") for name in changed)
+    assert equal(text_weights(base_model), text_weights(config.output_dir))
+    small = load_file(config.output_dir / "pytorch_lora_weights.safetensors")
+    assert len(small) == 2 * len(changed)
+    assert all(4 in value.shape for value in small.values())
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(make_config: MakeConfig) -> None:
+    settings = {**LORA, "max_train_steps": 6, "save_every_steps": 2, "mixed_precision": "bf16"}
+    whole, cut = make_config("whole", **settings), make_config("cut", **settings)
+    uninterrupted = train(whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, interrupt_at(5))
+    (newest, _) = sorted((cut.work_dir / "saves").iterdir(), reverse=True)
+    saved = load_file(newest / "unet.safetensors")
+    assert all("lora_" in name for name in saved)
+    resumed = train(cut)
+    assert resumed.resumed_from == 4
+    assert losses(resumed) == losses(uninterrupted)
+    assert equal(unet_weights(whole.output_dir), unet_weights(cut.output_dir))
+    assert equal(text_weights(whole.output_dir), text_weights(cut.output_dir))
+
+
+def test_it_learns_with_gradient_checkpointing_as_without(make_config: MakeConfig) -> None:
+    plain = train(make_config("plain", **LORA))
+    saving = train(make_config("saving", **LORA, gradient_checkpointing=True))
+    assert losses(plain) == pytest.approx(losses(saving))
+    assert losses(plain)[0] != losses(plain)[-1]
+
+
+def test_a_name_that_no_layer_has_is_refused(make_config: MakeConfig) -> None:
+    with pytest.raises(TrainingError, match=r"lora_targets: the unet has no layer named nothing"):
+        train(make_config(**LORA, lora_targets=("nothing",)))

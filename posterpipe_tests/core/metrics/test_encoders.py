@@ -1,0 +1,159 @@
+"""Embeddings against plain transformers, and that no image is encoded twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from posterpipe.core.metrics import encoders as encoders_module
+from posterpipe.core.metrics.encoders import (
+    ClipEncoder,
+    DinoEncoder,
+    encoder_id,
+    image_encoder,
+    kept_embeddings,
+)
+from posterpipe.core.models import ModelMissing
+from posterpipe.core.progress import NoProgress
+from posterpipe.core.store import Store
+from posterpipe.settings import ModelRef, ScorerSettings
+from posterpipe_tests.core.metrics.tiny import build_tiny_clip, build_tiny_dino, some_images
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("root")
+    build_tiny_clip(folder / "models" / "clip")
+    build_tiny_dino(folder / "models" / "dinov2", version=2)
+    build_tiny_dino(folder / "models" / "dino", version=1)
+    return folder
+
+
+def settings(model: str, **changes: object) -> ScorerSettings:
+    values = {"model": ModelRef(id=f"models/{model}", revision=None), "batch_size": 2, **changes}
+    return ScorerSettings(**values)
+
+
+@pytest.mark.parametrize("model", ["dino", "dinov2"])
+def test_dino_is_the_class_token_of_plain_transformers(root: Path, model: str) -> None:
+    import torch
+    from transformers import AutoImageProcessor, AutoModel
+
+    folder = root / "models" / model
+    images = some_images()
+    encoder = image_encoder(settings(model), root)
+    assert isinstance(encoder, DinoEncoder)
+    features = encoder.image_features(images)
+    plain = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    for image, vector in zip(images, features, strict=True):
+        with torch.no_grad():
+            token = plain(**processor(image, return_tensors="pt")).last_hidden_state[0, 0]
+        expected = (token / token.norm()).numpy()
+        np.testing.assert_allclose(vector, expected, atol=1e-5)
+    assert features.dtype == np.float32 and features.shape == (5, 32)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
+
+
+def test_clip_images_are_those_of_plain_transformers(root: Path) -> None:
+    import torch
+    from transformers import CLIPImageProcessorPil, CLIPModel
+
+    folder = root / "models" / "clip"
+    encoder = image_encoder(settings("clip"), root)
+    assert isinstance(encoder, ClipEncoder)
+    plain = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
+    for image, vector in zip(some_images(), encoder.image_features(some_images()), strict=True):
+        with torch.no_grad():
+            output = plain.vision_model(**processor(image, return_tensors="pt")).pooler_output
+            expected = plain.visual_projection(output)[0]
+        np.testing.assert_allclose(vector, (expected / expected.norm()).numpy(), atol=1e-5)
+
+
+def test_the_id_names_preprocessing_model_weights_and_precision(root: Path) -> None:
+    exact = encoder_id(settings("dinov2"), root)
+    preprocessing, model, weights = exact.split(".")
+    assert (preprocessing, model, len(weights)) == ("crop", "dinov2", 8)
+    ids = {
+        exact,
+        encoder_id(settings("dinov2", preprocessing="pad"), root),
+        encoder_id(settings("dinov2", precision="bf16"), root),
+        encoder_id(settings("dino"), root),
+    }
+    assert len(ids) == 4
+
+
+def test_a_model_of_another_kind_is_refused_by_name(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "bert"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "bert"}', "utf-8")
+    (folder / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(ModelMissing, match=r"the kind 'bert'.*POSTERPIPE_EVIDENCE"):
+        image_encoder(settings("bert"), tmp_path)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def files(folder: Path, count: int = 5) -> dict[str, Path]:
+    folder.mkdir(exist_ok=True)
+    found = {}
+    for number, image in enumerate(some_images(count)):
+        path = folder / f"{number}.png"
+        image.save(path)
+        found[f"hash{number}"] = path
+    return found
+
+
+def test_an_image_is_encoded_once_and_comes_back_to_the_bit(
+    store: Store, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = files(tmp_path / "images")
+    first = kept_embeddings(store, settings("clip"), root, images, NoProgress())
+    expected = image_encoder(settings("clip"), root).image_features(some_images())
+    np.testing.assert_array_equal(first.rows(list(images)), expected)
+
+    def no_model(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(encoders_module, "image_encoder", no_model)
+    again = kept_embeddings(store, settings("clip", batch_size=5), root, images, NoProgress())
+    np.testing.assert_array_equal(again.rows(list(images)), expected)
+    assert again.rows([]).shape == (0, 0)
+    # Another preprocessing is another embedding.
+    with pytest.raises(AssertionError, match="the model was loaded"):
+        kept_embeddings(store, settings("clip", preprocessing="pad"), root, images, NoProgress())
+
+
+def test_one_unreadable_image_does_not_stop_the_others(
+    store: Store, root: Path, tmp_path: Path
+) -> None:
+    images = files(tmp_path / "images", 3)
+    images["hash1"].write_bytes(images["hash1"].read_bytes()[:60])
+    images["gone"] = tmp_path / "gone.png"
+    found = kept_embeddings(store, settings("clip"), root, images, NoProgress())
+    assert sorted(found.vectors) == ["hash0", "hash2"]
+    assert sorted(found.unreadable) == ["gone", "hash1"]
+    assert "gone.png: cannot be read" in found.unreadable["gone"]
+    some_images()[1].save(images["hash1"])
+    healed = kept_embeddings(store, settings("clip"), root, images, NoProgress())
+    assert "hash1" in healed.vectors and sorted(healed.unreadable) == ["gone"]
+
+
+def test_numbers_that_are_not_finite_are_told_and_not_kept(
+    store: Store, root: Path, tmp_path: Path
+) -> None:
+    class Broken:
+        def image_features(self, images: Sequence[Image.Image]) -> np.ndarray:
+            return np.array([[np.nan, 1.0]] + [[1.0, 0.0]] * (len(images) - 1), np.float32)
+
+    images = files(tmp_path / "images", 2)
+    found = kept_embeddings(store, settings("clip"), root, images, NoProgress(), encoder=Broken())
+    assert "no finite number" in found.unreadable["hash0"] and sorted(found.vectors) == ["hash1"]

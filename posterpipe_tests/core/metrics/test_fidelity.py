@@ -1,0 +1,231 @@
+"""Similarity to posters and copy detection, against plain sums and copies made for the purpose."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from posterpipe.core.images import hash_distance, perceptual_hash, png_bytes
+from posterpipe.core.metrics.encoders import image_encoder
+from posterpipe.core.metrics.fidelity import (
+    CopyCalibration,
+    Fidelity,
+    NearestPoster,
+    Posters,
+    SetSimilarity,
+    compare_with_posters,
+    evidence_encoders,
+    hash_threshold,
+)
+from posterpipe.core.progress import NoProgress
+from posterpipe.core.store import Store
+from posterpipe.settings import EvidenceSettings, ModelRef, ScorerSettings
+from posterpipe_tests.core.metrics.tiny import (
+    build_tiny_clip,
+    build_tiny_dino,
+    generations,
+    posters,
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("root")
+    build_tiny_clip(folder / "models" / "clip")
+    build_tiny_dino(folder / "models" / "dinov2", version=2)
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def pictures(count: int, seed: int) -> list[Image.Image]:
+    rng = np.random.default_rng(seed)
+    return [
+        Image.fromarray(rng.integers(0, 256, (9, 6, 3), dtype=np.uint8)).resize((64, 96))
+        for _ in range(count)
+    ]
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_similarity_to_a_set_is_the_mean_cosine_with_each() -> None:
+    rng = np.random.default_rng(0)
+    some, others = unit(rng.normal(size=(5, 8))), unit(rng.normal(size=(7, 8)))
+    expected = [np.mean([float(a @ b) for b in others]) for a in some]
+    np.testing.assert_allclose(SetSimilarity(others)(some), expected, atol=1e-6)
+    assert SetSimilarity(some[:1])(some[:1])[0] == pytest.approx(1, abs=1e-6)
+
+
+def test_the_nearest_poster_is_found_with_its_similarity() -> None:
+    rng = np.random.default_rng(1)
+    some, others = unit(rng.normal(size=(5, 8))), unit(rng.normal(size=(7, 8)))
+    similarities, indices = NearestPoster(others)(some)
+    for image, similarity, index in zip(some, similarities, indices, strict=True):
+        cosines = [float(image @ other) for other in others]
+        assert index == int(np.argmax(cosines))
+        assert similarity == pytest.approx(max(cosines), abs=1e-6)
+
+
+def test_the_threshold_lets_one_new_poster_in_a_hundred_through() -> None:
+    """Simulated: how near posters come is drawn from one law, 16 of them calibrate."""
+    rng = np.random.default_rng(2)
+    alarms = []
+    for _ in range(400):
+        places = rng.normal(1.5, 0.4, 16 + 50)
+        cosines = 1 - np.exp(-places)
+        calibration = CopyCalibration(tuple(cosines[:16]), alarm=0.01)
+        alarms.append(calibration.is_copy(cosines[16:]).mean())
+    assert 0.005 <= np.mean(alarms) <= 0.015
+
+
+def test_a_copy_is_one_whatever_the_calibration() -> None:
+    wide = CopyCalibration((0.2, 0.999, 0.5), alarm=0.01)
+    assert wide.is_copy(np.array([1.0, 0.5])).tolist() == [True, False]
+    unknown = CopyCalibration((0.9, 0.8), alarm=0.01)
+    assert math.isnan(unknown.threshold)
+    assert unknown.is_copy(np.array([1.0, 0.99])).tolist() == [True, False]
+
+
+def test_the_hash_threshold_stays_below_posters_that_are_no_copies() -> None:
+    assert hash_threshold([24, 30, 18]) == 10
+    assert hash_threshold([24, 6, 18]) == 5
+    assert hash_threshold([]) == 10
+
+
+def compared(
+    store: Store, root: Path, table: pd.DataFrame, training: Posters, holdout: Posters,
+    encoders: list[ScorerSettings] | None = None,
+) -> Fidelity:  # fmt: skip
+    settings = EvidenceSettings(image_encoders=(ModelRef(id="models/clip", revision=None),))
+    return compare_with_posters(
+        store, table, training, holdout,
+        encoders or evidence_encoders(settings, ModelRef(id="unused", revision=None)),
+        root, NoProgress(), alarm=0.01,
+    )  # fmt: skip
+
+
+def of(result: Fidelity, name: str) -> pd.DataFrame:
+    ids = [metric.metric_id for metric in result.metrics if metric.name == name]
+    assert len(ids) == 1
+    return result.scores[result.scores["metric_id"] == ids[0]].reset_index(drop=True)
+
+
+def test_scores_are_those_of_plain_sums(store: Store, root: Path) -> None:
+    seen, unseen, drawn = pictures(6, 10), pictures(4, 11), pictures(3, 12)
+    training, holdout = posters(store, "training", seen), posters(store, "holdout", unseen)
+    table = generations(store, drawn)
+    result = compared(store, root, table, training, holdout)
+    settings = ScorerSettings(model=ModelRef(id="models/clip", revision=None), preprocessing="pad")
+    encode = image_encoder(settings, root).image_features
+    near = encode(drawn) @ encode(seen).T
+    far = encode(drawn) @ encode(unseen).T
+    np.testing.assert_allclose(of(result, "CLIP-I training").value, near.mean(axis=1), atol=1e-5)
+    np.testing.assert_allclose(of(result, "CLIP-I holdout").value, far.mean(axis=1), atol=1e-5)
+    np.testing.assert_allclose(
+        of(result, "CLIP-I overfit gap").value, near.mean(axis=1) - far.mean(axis=1), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        of(result, "CLIP-I nearest training poster").value, near.max(axis=1), atol=1e-5
+    )
+    nearest = [list(training.files)[index] for index in near.argmax(axis=1)]
+    assert result.nearest.nearest_poster.tolist() == nearest
+    assert (result.scores.status == "ok").all() and len(result.scores) == 5 * 3
+    (calibration,) = result.calibrations.values()
+    expected = (encode(unseen) @ encode(seen).T).max(axis=1)
+    np.testing.assert_allclose(calibration.similarities, expected, atol=1e-5)
+
+
+def test_copies_are_found_and_new_images_are_not(store: Store, root: Path) -> None:
+    seen = pictures(8, 20)
+    squeezed = io.BytesIO()
+    seen[3].save(squeezed, "JPEG", quality=85)
+    brighter = seen[5].point(lambda value: min(255, value + 6))
+    drawn = [seen[0], Image.open(squeezed), brighter, *pictures(3, 21)]
+    result = compared(
+        store, root, generations(store, drawn), posters(store, "training", seen),
+        posters(store, "holdout", pictures(8, 22)),
+    )  # fmt: skip
+    assert result.nearest.copied.tolist() == [True, True, True, False, False, False]
+    bits = of(result, "perceptual hash distance").value
+    assert bits[0] == 0 and (bits[:3] <= 4).all() and (bits[3:] > 10).all()
+    own = perceptual_hash(drawn[4])
+    expected = min(hash_distance(own, perceptual_hash(poster)) for poster in seen)
+    assert bits[4] == expected == result.nearest.hash_distance[4]
+
+
+def test_ids_change_with_the_posters_and_nothing_else(store: Store, root: Path) -> None:
+    seen, unseen = pictures(4, 30), pictures(3, 31)
+    table = generations(store, pictures(2, 32))
+    training, holdout = posters(store, "training", seen), posters(store, "holdout", unseen)
+    ids = [metric.metric_id for metric in compared(store, root, table, training, holdout).metrics]
+    turned = Posters("training", dict(reversed(list(training.files.items()))))
+    again = compared(store, root, table, turned, holdout)
+    assert [metric.metric_id for metric in again.metrics] == ids
+    fewer = compared(store, root, table, posters(store, "training", seen[1:]), holdout)
+    changed = [metric.metric_id for metric in fewer.metrics]
+    same = {"CLIP-I holdout"}
+    for metric, before, after in zip(again.metrics, ids, changed, strict=True):
+        assert (before == after) == (metric.name in same)
+        assert f".{training.digest}." in before or "overfit" in before or "holdout" in before
+
+
+def test_an_encoder_of_each_kind_and_rows_for_what_cannot_be_compared(
+    store: Store, root: Path
+) -> None:
+    drawn = pictures(4, 40)
+    table = generations(store, [*drawn, None], statuses=["ok", "ok", "blocked", "ok", "failed"])
+    (store.root / str(table.image_path[1])).unlink()
+    encoders = evidence_encoders(
+        EvidenceSettings(
+            image_encoders=(
+                ModelRef(id="models/clip", revision=None),
+                ModelRef(id="models/dinov2", revision=None),
+            )
+        ),
+        ModelRef(id="unused", revision=None),
+    )
+    result = compared(
+        store, root, table, posters(store, "training", pictures(3, 41)),
+        posters(store, "holdout", pictures(3, 42)), encoders,
+    )  # fmt: skip
+    assert [metric.name for metric in result.metrics][4] == "DINO holdout"
+    for metric in result.metrics:
+        rows = result.scores[result.scores["metric_id"] == metric.metric_id]
+        assert rows.generation_key.tolist() == table.generation_key.tolist()
+        assert rows.status.tolist() == ["ok", "failed", "blocked", "ok", "failed"]
+        assert rows.value.notna().tolist() == [True, False, False, True, False]
+        assert rows.reason.iloc[2] == "it is blocked" and "read" in rows.reason.iloc[1]
+    assert len(result.nearest) == 4  # two images, two encoders
+
+
+def test_without_holdout_posters_the_reason_says_so(store: Store, root: Path) -> None:
+    table = generations(store, pictures(1, 50))
+    result = compared(
+        store, root, table, posters(store, "training", pictures(2, 51)), Posters("holdout", {})
+    )
+    (row,) = of(result, "CLIP-I holdout").itertuples()
+    assert row.status == "failed" and "no readable poster" in str(row.reason)
+    assert of(result, "CLIP-I training").status.tolist() == ["ok"]
+
+
+def test_the_scorer_serves_where_no_encoder_is_configured() -> None:
+    scorer = ModelRef(id="data/models/starter/scorer", revision=None)
+    (only,) = evidence_encoders(EvidenceSettings(), scorer)
+    assert only.model == scorer and only.preprocessing == "pad"
+
+
+def test_posters_are_known_by_their_content(store: Store) -> None:
+    blob = store.put(png_bytes(pictures(1, 60)[0]), ".png")
+    one = Posters("holdout", {blob: Path("a.png")})
+    assert one.digest == Posters("holdout", {blob: Path("elsewhere.png")}).digest

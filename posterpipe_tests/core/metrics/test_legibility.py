@@ -1,0 +1,141 @@
+"""Reading titles: hand-made images for the reader, an independent Levenshtein for the distance."""
+
+from __future__ import annotations
+
+import random
+from importlib.resources import files
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+from posterpipe.core.metrics import legibility as legibility_module
+from posterpipe.core.metrics.legibility import (
+    TitleReader,
+    edit_distance,
+    legibility_metrics,
+    measure_legibility,
+    plain,
+    reader_id,
+    title_distance,
+)
+from posterpipe.core.progress import NoProgress
+from posterpipe.core.store import Store
+from posterpipe_tests.core.metrics.tiny import generations
+
+
+def lettered(*lines: str, size: tuple[int, int] = (400, 600), height: int = 48) -> Image.Image:
+    """Dark lines on a light ground, one below the other."""
+    image = Image.new("RGB", size, (238, 226, 200))
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.truetype(str(files("font_roboto") / "files/Roboto-Bold.ttf"), height)
+    for number, line in enumerate(lines):
+        place = (size[0] / 2, 60 + number * 1.5 * height)
+        draw.text(place, line, fill=(40, 30, 60), font=font, anchor="mm")
+    return image
+
+
+def by_hand(one: str, other: str) -> int:
+    """Wagner & Fischer 1974."""
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        row, before = [i], row
+        for j, b in enumerate(other, 1):
+            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b)))
+    return row[-1]
+
+
+def test_distances_are_those_of_the_textbook() -> None:
+    assert edit_distance("kitten", "sitting") == pytest.approx(3 / 7)
+    assert edit_distance("", "abc") == 1 and edit_distance("abc", "abc") == 0
+    rng = random.Random(3)
+    for _ in range(200):
+        one = "".join(rng.choices("abcde", k=rng.randint(1, 12)))
+        other = "".join(rng.choices("abcde", k=rng.randint(1, 12)))
+        expected = by_hand(one, other) / max(len(one), len(other))
+        assert edit_distance(one, other) == pytest.approx(expected)
+
+
+def test_capitals_signs_spaces_and_accents_do_not_count() -> None:
+    assert plain("  The Ginger-Breeze!  ") == "thegingerbreeze"
+    assert plain("CAFÉ Été") == plain("cafe ete")
+    assert plain("ﬁlm №5") == "filmno5" and plain("STRASSE") == plain("Straße")
+    assert plain("Йод") != plain("Иод")  # another letter, no accent
+    assert plain("♥ …") == ""
+
+
+def test_a_title_may_run_over_lines_and_stand_among_others() -> None:
+    lines = ["A FILM BY OTTO FERN", "PLUM", "COUNT-", "DOWN", "MUSIC BY LENA QUILL"]
+    assert title_distance(lines, "Plum Countdown") == 0
+    assert title_distance(lines[:2], "Plum Countdown") == pytest.approx(9 / 13)
+    assert title_distance([], "Plum Countdown") == 1
+    assert title_distance(["DOWN", "PLUM COUNT"], "Plum Countdown") > 0  # the order counts
+    with pytest.raises(ValueError, match="no letters to read"):
+        title_distance(lines, "…")
+
+
+@pytest.fixture(scope="module")
+def reader() -> TitleReader:
+    return TitleReader(threads=1)
+
+
+def test_what_is_written_is_read_in_order(reader: TitleReader) -> None:
+    (first, blank) = reader([lettered("PLUM", "COUNTDOWN"), Image.new("RGB", (64, 96), "teal")])
+    assert [line.text for line in first] == ["PLUM", "COUNTDOWN"]
+    assert all(line.confidence > 0.9 for line in first) and first[0].box[1] < first[1].box[1]
+    assert blank == []
+
+
+def test_small_images_and_other_scripts_are_read(reader: TitleReader) -> None:
+    small = lettered("COMET", height=80).resize((100, 150), Image.Resampling.LANCZOS)
+    font = files("justmytype_intl_cjk") / "fonts/ofl/notosansjp/NotoSansJP[wght].ttf"
+    eastern = Image.new("RGB", (500, 300), "white")
+    ImageDraw.Draw(eastern).text(
+        (250, 150), "星の船", fill="black", font=ImageFont.truetype(str(font), 90), anchor="mm"
+    )
+    texts = ["".join(line.text for line in lines) for lines in reader([small, eastern])]
+    assert title_distance(texts[:1], "Comet") == 0
+    assert title_distance(texts[1:], "星の船") == 0
+
+
+def test_the_reader_is_named_by_version_and_weights() -> None:
+    name, weights = reader_id().rsplit(".", 1)
+    assert name.startswith("rapidocr-") and len(weights) == 8
+    ids = {metric.metric_id for where in ("drawn", "set") for metric in legibility_metrics(where)}
+    assert len(ids) == 4 and all(reader_id() in metric_id for metric_id in ids)
+
+
+def test_each_image_with_a_title_gets_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store")
+    images = [lettered("STAR", "SAILOR"), lettered("STAR TAILOR"), lettered(), lettered("X"), None]
+    titles = ["Star Sailor", "Star Sailor", "Star Sailor", "", "Star Sailor"]
+    table = generations(store, images, titles=titles)
+    metrics, scores, read = measure_legibility(store, table, "drawn", NoProgress())
+    distance, exact = (
+        scores[scores["metric_id"] == metric.metric_id].reset_index(drop=True) for metric in metrics
+    )
+    assert distance.value[:3].tolist() == pytest.approx([0, 1 / 10, 1])
+    assert exact.value[:3].tolist() == [1, 0, 0]
+    assert exact.status.tolist() == ["ok", "ok", "ok", "failed"]  # the untitled one has no row
+    assert read.read.tolist()[:2] == ["STAR / SAILOR", "STAR TAILOR"]
+
+    def no_reader(**_: object) -> None:
+        raise AssertionError("the reader was loaded")
+
+    monkeypatch.setattr(legibility_module, "TitleReader", no_reader)
+    renamed = table.assign(title=["Star Tailor"] * 5)
+    _, again, _ = measure_legibility(store, renamed[:2], "drawn", NoProgress())
+    assert again.value.tolist() == pytest.approx([1 / 10, 0, 0, 1])
+
+
+def test_an_unreadable_image_is_a_row_with_the_reason(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    table = generations(store, [lettered("STAR"), lettered("MOON")], titles=["Star", "Moon"])
+    (store.root / str(table.image_path[0])).write_bytes(b"no image")
+    _, scores, read = measure_legibility(store, table, "drawn", NoProgress())
+    assert scores.status.tolist() == ["failed", "ok", "failed", "ok"]
+    assert "cannot be read" in scores.reason[0] and len(read) == 1
+    assert isinstance(read, pd.DataFrame)

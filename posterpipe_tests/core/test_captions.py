@@ -1,0 +1,479 @@
+"""Captions by people: read whatever they wrote, said what counts, and saved without losses."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import unicodedata
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from posterpipe.core import captions as module
+from posterpipe.core.captions import (
+    COLUMNS,
+    CaptionConflict,
+    CaptionRejected,
+    CaptionsFileError,
+    captions_by_poster,
+    read_human_captions,
+    unread_count,
+    write_human_caption,
+)
+from posterpipe.core.listing import Folder, PlaceMissing, open_place
+from posterpipe.core.store import Store
+
+
+class Project:
+    """A landing folder with three posters, and a CSV that is not there yet."""
+
+    def __init__(self, root: Path) -> None:
+        self.landing = root / "landing"
+        self.csv = root / "captions.csv"
+        self.landing.mkdir()
+        for name in ("cat.png", "rocket.png", "tree.jpg"):
+            self.poster(name)
+
+    @property
+    def place(self) -> Folder:
+        return Folder(self.landing)
+
+    def poster(self, name: str) -> None:
+        # Only names matter here; whether the bytes are a picture is asked elsewhere.
+        path = self.landing / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+    def sidecar(self, name: str, text: str) -> None:
+        (self.landing / name).write_text(text, "utf-8")
+
+    def read(self, store: Store | None = None) -> pd.DataFrame:
+        return read_human_captions(self.place, self.csv, store)
+
+    def accepted(self) -> dict[str, str]:
+        table = self.read()
+        ok = table[table["status"] == "ok"]
+        assert ok["source_name"].is_unique
+        assert set(ok["reason"]) <= {""}
+        return dict(zip(ok["source_name"], ok["caption"], strict=True))
+
+    def rejected(self) -> dict[str, str]:
+        table = self.read()
+        bad = table[table["status"] == "rejected"]
+        return dict(zip(bad["source_name"], bad["reason"], strict=True))
+
+    def write(self, name: str, caption: str, seen: str | None) -> Path:
+        return write_human_caption(self.place, self.csv, name, caption, seen=seen)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def test_none_give_an_empty_table(project: Project) -> None:
+    table = project.read()
+    assert list(table.columns) == COLUMNS
+    assert table.empty
+
+
+def test_sidecars_and_rows_of_the_csv_become_captions(project: Project) -> None:
+    project.sidecar("rocket.txt", "  a red\nrocket \n")
+    project.sidecar("cat.png.txt", "a cat")
+    project.csv.write_text('file_name,caption\ntree.jpg,"a tree, bare"\n', "utf-8")
+    table = project.read().set_index("source_name")
+    assert table["caption"].to_dict() == {
+        "cat.png": "a cat",
+        "rocket.png": "a red rocket",
+        "tree.jpg": "a tree, bare",
+    }
+    assert table["origin"].tolist() == ["sidecar", "sidecar", "captions.csv"]
+    assert set(table["status"]) == {"ok"}
+
+
+def test_a_sidecar_wins_over_the_csv_which_is_said(project: Project) -> None:
+    project.sidecar("rocket.txt", "from the sidecar")
+    project.csv.write_text("file_name,caption\nrocket.png,from the csv\n", "utf-8")
+    assert project.accepted() == {"rocket.png": "from the sidecar"}
+    assert "captions.csv, line 2" in project.rejected()["rocket.png"]
+    assert "rocket.txt, which counts" in project.rejected()["rocket.png"]
+    assert project.read()["status"].tolist() == ["rejected", "ok"]  # the one that counts comes last
+
+
+def test_the_longer_sidecar_name_wins_and_the_shorter_speaks_for_all_of_its_stem(
+    project: Project,
+) -> None:
+    project.poster("rocket.jpg")
+    project.sidecar("rocket.txt", "some rocket")
+    project.sidecar("rocket.png.txt", "the PNG rocket")
+    assert project.accepted() == {"rocket.jpg": "some rocket", "rocket.png": "the PNG rocket"}
+
+
+@pytest.mark.parametrize("name", ["deep/er/rocket.png", "a b.png", "tür.png", "-x.png", "a.b.png"])
+def test_names_of_every_kind_find_their_captions(project: Project, name: str) -> None:
+    project.poster(name)
+    project.csv.write_text(f'file_name,caption\n"{name}",by csv\n', "utf-8")
+    assert project.accepted() == {name: "by csv"}
+    project.csv.unlink()
+    project.sidecar(f"{name.rpartition('.')[0]}.txt", "by sidecar")
+    assert project.accepted() == {name: "by sidecar"}
+
+
+def test_names_match_however_accents_are_stored_and_paths_are_written(project: Project) -> None:
+    stored = unicodedata.normalize("NFD", "tür/café.png")
+    project.poster(stored)
+    typed = unicodedata.normalize("NFC", ".\\tür\\café.png")
+    project.csv.write_text(f"file_name,caption\n {typed} ,a door\n", "utf-8")
+    assert project.accepted() == {stored: "a door"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_encodings_and_line_ends_that_programs_write(
+    project: Project, encoding: str, line_end: str
+) -> None:
+    lines = ["file_name,caption", 'rocket.png,"eine ""rote"" Rakete, groß"', "", 'cat.png,"a', 'b"']
+    project.csv.write_bytes(line_end.join(lines).encode(encoding))
+    (project.landing / "tree.txt").write_bytes("ein grüner Baum".encode(encoding))
+    assert project.accepted() == {
+        "rocket.png": 'eine "rote" Rakete, groß',
+        "cat.png": "a b",
+        "tree.jpg": "ein grüner Baum",
+    }
+
+
+def test_other_columns_and_their_order_do_not_matter(project: Project) -> None:
+    project.csv.write_text("note,Caption,by, FILE_NAME\nx,a cat,me,cat.png\n", "utf-8")
+    assert project.accepted() == {"cat.png": "a cat"}
+
+
+@pytest.mark.parametrize(
+    ("row", "source_name", "reason"),
+    [
+        ("dog.png,a dog", "dog.png", "line 2: no poster of that name"),
+        ("Cat.PNG,a cat", "Cat.PNG", "is it cat.png?"),
+        ("elsewhere/cat.png,a cat", "elsewhere/cat.png", "is it cat.png?"),
+        ("cat.png,", "cat.png", "line 2: no words"),
+        ("cat.png", "cat.png", "line 2: no caption"),
+        (",a cat", "", "line 2: no file_name"),
+        ("cat.png,a cat, sitting", "cat.png", "line 2: 3 cells below 2 headings"),
+        (f"cat.png,{'x' * 2001}", "cat.png", "2001 characters"),
+        ("cat.png,a\x00cat", "cat.png", "control characters"),
+    ],
+)
+def test_a_bad_row_is_a_row_with_a_reason_and_the_others_count(
+    project: Project, row: str, source_name: str, reason: str
+) -> None:
+    project.csv.write_text(f"file_name,caption\n{row}\nrocket.png,a rocket\n", "utf-8")
+    assert project.accepted() == {"rocket.png": "a rocket"}
+    assert list(project.rejected()) == [source_name]
+    assert reason in project.rejected()[source_name]
+
+
+def test_of_two_rows_for_one_poster_the_first_counts_and_the_other_is_said(
+    project: Project,
+) -> None:
+    project.csv.write_text("file_name,caption\ncat.png,one\ncat.png,two\ncat.png,one\n", "utf-8")
+    assert project.accepted() == {"cat.png": "one"}
+    table = project.read()
+    assert table["caption"].tolist() == ["two", "one"]
+    assert "line 3: another caption than captions.csv, line 2" in table["reason"][0]
+
+
+def test_a_rejected_sidecar_leaves_the_word_to_the_csv(project: Project) -> None:
+    project.sidecar("cat.txt", " \n ")
+    project.csv.write_text("file_name,caption\ncat.png,a cat\n", "utf-8")
+    assert project.accepted() == {"cat.png": "a cat"}
+    assert "cat.txt: no words" in project.rejected()["cat.png"]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "no words"),
+        (b"caf\xe9", "not UTF-8"),
+        (b"\x00\x01\x02", "control characters"),
+        (b"x" * 20_001, "20001 bytes"),
+    ],
+)
+def test_a_bad_sidecar_is_a_row_with_a_reason(project: Project, data: bytes, reason: str) -> None:
+    (project.landing / "cat.txt").write_bytes(data)
+    assert project.accepted() == {}
+    assert reason in project.rejected()["cat.png"]
+
+
+def test_a_sidecar_that_cannot_be_read_is_counted_and_read_when_it_can(
+    project: Project, tmp_path: Path
+) -> None:
+    project.sidecar("cat.txt", "a cat")
+    store = Store(tmp_path / "store")
+
+    class Failing(Folder):
+        def read(self, entry: module.Entry) -> bytes:
+            raise PermissionError(13, "Permission denied")
+
+    table = read_human_captions(Failing(project.landing), project.csv, store)
+    assert table["status"].tolist() == ["rejected"]
+    assert "cat.txt: cannot be read (Permission denied)" in table["reason"][0]
+    assert unread_count(table) == 1
+    table = project.read(store)
+    assert table["caption"].tolist() == ["a cat"]
+    assert unread_count(table) == unread_count(table[:0]) == 0
+
+
+def test_a_sidecar_without_a_poster_is_said(project: Project) -> None:
+    project.sidecar("dog.txt", "a dog")
+    assert "no poster of that name beside it" in project.rejected()["dog.txt"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", ":1: empty"),
+        (b"name,caption\ncat.png,a cat\n", ":1: its columns are name, caption"),
+        (b"\nfile_name;caption\ncat.png;a cat\n", ":2: .*separated by commas"),
+        (b"file_name,caption,caption\n", ":1: "),
+        (b"file_name,caption\ncat.png,caf\xe9\n", ":2: not UTF-8"),
+        (b'file_name,caption\ncat.png,a cat\nrocket.png,"a rocket\n', ":3: .*double quotes"),
+        (b'file_name,caption\ncat.png,"a "fat" cat"\n', ":2: .*double quotes"),
+    ],
+)
+def test_a_csv_that_cannot_be_read_is_an_error_with_file_and_line(
+    project: Project, data: bytes, message: str
+) -> None:
+    project.csv.write_bytes(data)
+    with pytest.raises(CaptionsFileError, match=f"captions.csv{message}"):
+        project.read()
+
+
+def test_a_folder_in_the_place_of_the_csv_is_an_error(project: Project) -> None:
+    project.csv.mkdir()
+    with pytest.raises(CaptionsFileError, match="POSTERPIPE_CAPTIONS"):
+        project.read()
+
+
+def test_captions_that_cannot_be_seen_are_not_taken_for_removed_ones(project: Project) -> None:
+    with pytest.raises(PlaceMissing):
+        read_human_captions(Folder(project.landing / "gone"), project.csv)
+
+
+def test_unchanged_sidecars_are_not_read_again(project: Project, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    project.sidecar("cat.txt", "a cat")
+    project.sidecar("tree.txt", "a tree")
+    first = project.read(store)
+    read: list[str] = []
+
+    class Watched(Folder):
+        def read(self, entry: module.Entry) -> bytes:
+            read.append(entry.name)
+            return super().read(entry)
+
+    project.sidecar("tree.txt", "an old tree")
+    second = read_human_captions(Watched(project.landing), project.csv, store)
+    assert read == ["tree.txt"]
+    assert first["caption"].tolist() == ["a cat", "a tree"]
+    assert second["caption"].tolist() == ["a cat", "an old tree"]
+
+
+def test_sidecars_in_a_bucket_are_read(project: Project) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    files = fsspec.filesystem("memory")
+    files.pipe("/captions-test/cat.png", b"")
+    files.pipe("/captions-test/cat.txt", b"a cat in a bucket")
+    try:
+        place = open_place("memory://captions-test")
+        table = read_human_captions(place, project.csv)
+        assert table["caption"].tolist() == ["a cat in a bucket"]
+        with pytest.raises(CaptionRejected, match=r"change cat\.txt there"):
+            write_human_caption(place, project.csv, "cat.png", "mine", seen="a cat in a bucket")
+    finally:
+        files.rm("/captions-test", recursive=True)
+
+
+# -- posters --------------------------------------------------------------------------------------
+
+
+def human(**captions: str) -> pd.DataFrame:
+    rows = [
+        {"source_name": name.replace("_", "."), "caption": text} for name, text in captions.items()
+    ]
+    return pd.DataFrame(rows, columns=["source_name", "caption"]).assign(status="ok")
+
+
+def raw(*rows: tuple[str, str, str]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["source_name", "poster_id", "status"])
+
+
+def test_a_caption_of_any_name_of_a_poster_counts() -> None:
+    posters = raw(("a.png", "1", "ok"), ("b.png", "1", "duplicate"), ("c.png", "2", "ok"))
+    found = captions_by_poster(posters, human(b_png="a twin"))
+    assert {name: found[name].caption for name in found} == {"1": "a twin"}
+    assert found["1"].note == ""
+
+
+def test_where_names_of_a_poster_disagree_the_first_counts_with_a_note() -> None:
+    posters = raw(("b.png", "1", "duplicate"), ("a.png", "1", "ok"), ("c.png", "1", "duplicate"))
+    found = captions_by_poster(posters, human(c_png="three", b_png="two", a_png="two"))
+    assert found["1"].caption == "two"
+    assert found["1"].note == "the caption of a.png; c.png, the same poster, has another"
+
+
+def test_captions_of_rejected_posters_and_rejected_captions_do_not_count() -> None:
+    posters = raw(("a.png", "1", "rejected"), ("b.png", "", "rejected"), ("c.png", "3", "ok"))
+    written = human(a_png="one", b_png="two", c_png="three")
+    written.loc[2, "status"] = "rejected"
+    assert captions_by_poster(posters, written) == {}
+
+
+def test_tables_without_rows_give_no_captions() -> None:
+    empty = pd.DataFrame(columns=COLUMNS)
+    assert captions_by_poster(raw(), empty) == {}
+    assert captions_by_poster(raw(("a.png", "1", "ok")), empty) == {}
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+def test_the_first_caption_creates_the_csv(project: Project) -> None:
+    assert project.write("cat.png", 'a "fat", grey\ncat', None) == project.csv.resolve()
+    assert project.csv.read_bytes() == b'file_name,caption\ncat.png,"a ""fat"", grey cat"\n'
+    assert project.accepted() == {"cat.png": 'a "fat", grey cat'}
+
+
+def test_all_else_in_the_csv_stays_byte_for_byte(project: Project) -> None:
+    before = (
+        "\ufefffile_name,caption,by\r\n"
+        "dog.png,gone but kept,me\r\n"
+        "\r\n"
+        'rocket.png,"a rocket,\nred",me\r\n'
+        " cat.png ,old,you\r\n"
+        "tree.jpg,too, many, cells\r\n"
+        "cat.png,second row,them"
+    )
+    project.csv.write_bytes(before.encode())
+    project.csv.chmod(0o640)
+    project.write("cat.png", "new", "old")
+    after = project.csv.read_bytes().decode()
+    assert after == before.replace(" cat.png ,old,you", " cat.png ,new,you")
+    project.write("tree.jpg", "a tree", None)
+    assert project.csv.read_bytes().decode() == after + "\r\ntree.jpg,a tree,\r\n"
+    assert project.accepted() == {
+        "cat.png": "new",
+        "rocket.png": "a rocket, red",
+        "tree.jpg": "a tree",
+    }
+    assert project.csv.stat().st_mode & 0o777 == 0o640
+
+
+def test_an_empty_row_is_filled_where_it_stands(project: Project) -> None:
+    project.csv.write_text("caption,file_name\n,cat.png\nx,tree.jpg\n", "utf-8")
+    project.write("cat.png", "a cat", None)
+    assert project.csv.read_text("utf-8") == "caption,file_name\na cat,cat.png\nx,tree.jpg\n"
+
+
+def test_a_caption_that_stands_in_a_sidecar_is_changed_there(project: Project) -> None:
+    project.sidecar("cat.txt", "old")
+    assert project.write("cat.png", "new", "old") == project.landing / "cat.txt"
+    assert (project.landing / "cat.txt").read_text("utf-8") == "new\n"
+    assert not project.csv.exists()
+
+
+def test_a_sidecar_that_several_posters_share_is_left_to_the_others(project: Project) -> None:
+    project.poster("cat.jpg")
+    project.sidecar("cat.txt", "both")
+    project.write("cat.png", "only this", "both")
+    assert project.accepted() == {"cat.jpg": "both", "cat.png": "only this"}
+
+
+@pytest.mark.parametrize("name", ["back\\slash.png", " spaces .png", "new\nline.png", '"q",.png'])
+def test_what_is_written_for_a_name_is_read_for_that_name(project: Project, name: str) -> None:
+    project.poster(name)
+    project.poster(name.strip())
+    project.write(name, "odd", None)
+    project.write(name, "odder", "odd")
+    assert project.accepted() == {name: "odder"}
+    assert len(project.csv.read_text("utf-8").split("odd")) == 2
+
+
+@pytest.mark.parametrize("seen", [None, "older"])
+def test_a_caption_changed_meanwhile_is_not_overwritten(project: Project, seen: str | None) -> None:
+    project.write("cat.png", "theirs", None)
+    before = project.csv.read_bytes()
+    with pytest.raises(CaptionConflict, match="theirs") as caught:
+        project.write("cat.png", "mine", seen)
+    assert caught.value.current == "theirs"
+    assert project.csv.read_bytes() == before
+    project.write("cat.png", "mine", caught.value.current)
+    assert project.accepted() == {"cat.png": "mine"}
+
+
+def test_a_caption_removed_meanwhile_is_a_conflict_too(project: Project) -> None:
+    with pytest.raises(CaptionConflict, match="it is gone") as caught:
+        project.write("cat.png", "mine", "theirs")
+    assert caught.value.current is None
+
+
+def test_a_row_that_an_editor_saves_in_the_same_instant_is_kept(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.csv.write_text("file_name,caption\n", "utf-8")
+    replace = module._replace
+    saved: list[Path] = []
+
+    def editor_first(path: Path, before: bytes | None, after: bytes) -> bool:
+        if not saved:
+            saved.append(path)
+            project.csv.write_text("file_name,caption\ntree.jpg,by editor\n", "utf-8")
+        return replace(path, before, after)
+
+    monkeypatch.setattr(module, "_replace", editor_first)
+    project.write("cat.png", "a cat", None)
+    assert project.accepted() == {"cat.png": "a cat", "tree.jpg": "by editor"}
+
+
+@pytest.mark.parametrize(("name", "caption"), [("dog.png", "a dog"), ("cat.png", "  ")])
+def test_an_unknown_poster_and_an_empty_caption_are_refused(
+    project: Project, name: str, caption: str
+) -> None:
+    with pytest.raises(CaptionRejected):
+        project.write(name, caption, None)
+    assert not project.csv.exists()
+
+
+def test_a_damaged_csv_is_not_written(project: Project) -> None:
+    project.csv.write_bytes(b"name,words\n")
+    with pytest.raises(CaptionsFileError, match=":1: "):
+        project.write("cat.png", "a cat", None)
+    assert project.csv.read_bytes() == b"name,words\n"
+
+
+def save_many(root: Path, writer: int, count: int) -> None:
+    """What one process of the test below does: its own posters, one after the other."""
+    place = Folder(root / "landing")
+    for number in range(count):
+        name = f"w{writer}-{number}.png"
+        write_human_caption(place, root / "captions.csv", name, f"caption of {name}", seen=None)
+
+
+def test_writers_at_the_same_time_lose_no_row(project: Project, tmp_path: Path) -> None:
+    writers, count = 3, 8
+    names = [f"w{writer}-{number}.png" for writer in range(writers) for number in range(count)]
+    for name in names:
+        project.poster(name)
+    context = multiprocessing.get_context("spawn")
+    workers: list[threading.Thread | multiprocessing.process.BaseProcess] = [
+        threading.Thread(target=save_many, args=(tmp_path, 0, count)),
+        threading.Thread(target=save_many, args=(tmp_path, 1, count)),
+        context.Process(target=save_many, args=(tmp_path, 2, count)),
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert project.accepted() == {name: f"caption of {name}" for name in names}
+    assert not list(tmp_path.glob(".*"))

@@ -1,0 +1,152 @@
+"""All metrics together into a warehouse, and the gate on what they say, with tiny encoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from posterpipe.core.evidence import (
+    EVIDENCE_COLUMNS,
+    Evidence,
+    held_out,
+    judge,
+    measure,
+    posters_of,
+    read_decisions,
+)
+from posterpipe.core.gate import champion_of
+from posterpipe.core.metrics.fidelity import Posters
+from posterpipe.core.progress import NoProgress
+from posterpipe.core.store import Store, table_version
+from posterpipe.core.warehouse import Warehouse
+from posterpipe.settings import Settings, load_settings
+from posterpipe_tests.core.metrics.tiny import build_tiny_clip, generations, posters
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    root = tmp_path_factory.mktemp("root")
+    build_tiny_clip(root / "models" / "clip")
+    return load_settings(
+        "starter",
+        root=root,
+        scorer={"model": {"id": "models/clip"}},
+        evidence={"pickscore": {"id": "models/clip"}},
+        images={"width": 64, "height": 96},
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def warehouse(store: Store) -> Warehouse:
+    return Warehouse(store.root / "scores.duckdb", busy_seconds=5)
+
+
+def pictures(count: int, seed: int) -> list[Image.Image | None]:
+    rng = np.random.default_rng(seed)
+    return [
+        Image.fromarray(rng.integers(0, 256, (9, 6, 3), dtype=np.uint8)).resize((64, 96))
+        for _ in range(count)
+    ]
+
+
+def measured(
+    store: Store, warehouse: Warehouse, table: pd.DataFrame, settings: Settings, seen: Posters
+) -> Evidence:
+    holdout = posters(store, "holdout", [i for i in pictures(5, 1) if i])
+    return measure(store, warehouse, table, seen, holdout, settings, NoProgress(), run_id="run")
+
+
+def test_every_metric_has_a_row_for_every_image(
+    store: Store, warehouse: Warehouse, settings: Settings
+) -> None:
+    seen = posters(store, "training", [i for i in pictures(6, 2) if i])
+    table = generations(store, pictures(4, 3), statuses=["ok", "ok", "blocked", "ok"])
+    evidence = measured(store, warehouse, table, settings, seen)
+    assert list(evidence.table.columns) == list(EVIDENCE_COLUMNS)
+    assert [metric.name for metric in evidence.metrics] == [
+        "CLIP-T", "CLIP-T", "CLIP-I holdout", "CLIP-I training", "CLIP-I overfit gap",
+        "CLIP-I nearest training poster", "perceptual hash distance", "diversity", "PickScore",
+    ]  # fmt: skip
+    assert (evidence.table.groupby("metric_id").size() == 4).all()
+    roles = evidence.table[evidence.table["role"] != ""].groupby("role")["metric"].first()
+    assert roles.to_dict() == {
+        "clip": "CLIP-T", "fidelity": "CLIP-I holdout", "diversity": "diversity",
+        "preference": "PickScore", "copies": "CLIP-I nearest training poster",
+    }  # fmt: skip
+    copies = evidence.table[evidence.table["role"] == "copies"]
+    assert copies.nearest_poster.isin([*seen.files, ""]).all()
+    assert copies.copied.notna().tolist() == [True, True, False, True]
+    with warehouse.read() as connection:
+        counts = connection.execute(
+            "SELECT count(*), count(value), count(DISTINCT metric_id) FROM fct_score"
+        ).fetchall()
+        described = connection.execute("SELECT count(*) FROM dim_metric").fetchall()
+    # One image of two prompts is blocked: its sibling has nothing to differ from.
+    assert counts == [(36, 9 * 3 - 1, 9)] and described == [(9,)]
+
+
+def test_measuring_again_changes_nothing(
+    store: Store, warehouse: Warehouse, settings: Settings
+) -> None:
+    seen = posters(store, "training", [i for i in pictures(6, 2) if i])
+    table = generations(store, pictures(2, 3))
+    first = measured(store, warehouse, table, settings, seen)
+    second = measured(store, warehouse, table, settings, seen)
+    assert table_version(first.table) == table_version(second.table)
+    with warehouse.read() as connection:
+        assert connection.execute("SELECT count(*) FROM fct_score").fetchall() == [(18,)]
+
+
+def test_a_checkpoint_that_draws_its_training_posters_is_rejected(
+    store: Store, warehouse: Warehouse, settings: Settings
+) -> None:
+    seen_images = pictures(8, 2)
+    seen = posters(store, "training", [i for i in seen_images if i])
+    base = generations(store, pictures(8, 4))
+    copied = generations(store, seen_images, variant="dreambooth", checkpoint="tuned")
+    table = pd.concat([base, copied], ignore_index=True)
+    evidence = measured(store, warehouse, table, settings, seen)
+    assert read_decisions(Warehouse(store.root / "nothing.duckdb")).empty
+    for _ in range(2):  # the same decision twice is one row
+        decision = judge(
+            warehouse, table, evidence.table, challenger="tuned", champion="base",
+            settings=settings.gate, run_id="run",
+        )  # fmt: skip
+    assert decision.verdict == "reject" and "copies: 8 of 8 images" in decision.reason
+    decisions = read_decisions(warehouse)
+    assert decisions.decision.tolist() == ["reject"]
+    assert champion_of(decisions, "base") == "base"
+
+
+def test_holdout_posters_are_resized_like_those_trained_on(
+    store: Store, settings: Settings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "held"
+    folder.mkdir()
+    rng = np.random.default_rng(5)
+    for number in range(3):
+        values = rng.integers(0, 256, (300, 200, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"{number}.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    there = settings.model_copy(update={"holdout": folder})
+    found = held_out(store, there, NoProgress())
+    assert found.name == "holdout" and len(found.files) == 3
+    for path in found.files.values():
+        with Image.open(path) as image:
+            assert image.size == (64, 96)
+    nowhere = settings.model_copy(update={"holdout": tmp_path / "nowhere"})
+    assert held_out(store, nowhere, NoProgress()).files == {}
+
+
+def test_a_set_of_posters_names_each_image_once(store: Store) -> None:
+    table = pd.DataFrame({"image": ["a", "b", "b", ""], "status": ["ok", "ok", "ok", "failed"]})
+    assert list(posters_of(store, "training", table).files) == ["a", "b"]

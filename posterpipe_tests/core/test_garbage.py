@@ -1,0 +1,420 @@
+"""Garbage: what nobody needs goes, and nothing that anybody needs does, whatever else happens."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from posterpipe.core.garbage import Garbage, Item, find_garbage, remove_garbage
+from posterpipe.core.provenance import CHECKPOINT, TABLE, TRAINING_SET, lineage_path
+from posterpipe.core.store import Store, compute_missing
+
+SPAWN = multiprocessing.get_context("spawn")
+LONG_AGO = 1_000_000.0
+HOUR = 3600.0
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def age(root: Path, when: float = LONG_AGO) -> None:
+    """Everything was used last a long time ago."""
+    for path in sorted(root.rglob("*"), reverse=True):
+        if path.suffix != ".lease":
+            with suppress(FileNotFoundError):
+                os.utime(path, (when, when))
+    if (root / "index.sqlite").exists():
+        with closing(sqlite3.connect(root / "index.sqlite", timeout=60)) as index, index:
+            index.execute("UPDATE results SET used_at = ?", [int(when)])
+
+
+def names(garbage: Garbage, kind: str) -> set[str]:
+    return {item.name for item in garbage.of(kind)}
+
+
+def table_of(*blobs: str) -> pd.DataFrame:
+    return pd.DataFrame({"image": list(blobs)})
+
+
+def images(store: Store, *contents: str) -> list[str]:
+    return [store.put(content.encode(), ".png") for content in contents]
+
+
+# -- what is garbage -----------------------------------------------------------------------------
+
+
+def test_an_empty_store_holds_no_garbage(store: Store) -> None:
+    garbage = find_garbage(store, grace_seconds=0)
+    assert garbage.items == []
+    assert garbage.busy_since is None
+
+
+def test_blobs_that_no_kept_table_names_go(store: Store) -> None:
+    named, unnamed = images(store, "named", "unnamed")
+    store.write_table("t", table_of(named))
+    age(store.root)
+    garbage = find_garbage(store)
+    assert garbage.items == [
+        Item("blobs", f"{unnamed}.png", len("unnamed"), store.path(unnamed, ".png"))
+    ]
+    assert store.path(unnamed, ".png").exists()  # finding is not removing
+    assert remove_garbage(store, garbage).removed == garbage.items
+    assert store.path(named, ".png").exists()
+    assert not store.path(unnamed, ".png").exists()
+
+
+def test_a_name_counts_wherever_it_stands_in_a_table(store: Store) -> None:
+    a, b, c, d = images(store, "a", "b", "c", "d")
+    store.write_table("path", pd.DataFrame({"image_path": [f"blobs/{a[:2]}/{a}.png"]}))
+    store.write_table("json", pd.DataFrame({"drawn": [json.dumps({"titled": [b]})], "n": [1]}))
+    store.write_table("list", pd.DataFrame({"images": [[c], []]}))
+    age(store.root)
+    assert names(find_garbage(store), "blobs") == {f"{d}.png"}
+
+
+def test_what_was_used_within_the_grace_time_stays(store: Store) -> None:
+    (blob,) = images(store, "unnamed")
+    age(store.root, time.time() - 3 * HOUR)
+    assert find_garbage(store, grace_seconds=4 * HOUR).items == []
+    assert len(find_garbage(store, grace_seconds=2 * HOUR).items) == 1
+    assert store.has(blob, ".png")
+    assert find_garbage(store, grace_seconds=2 * HOUR).items == []
+
+
+def test_the_last_versions_of_a_table_stay_with_all_they_name(store: Store) -> None:
+    blobs = images(store, "1", "2", "3", "4")
+    versions = []
+    for number, blob in enumerate(blobs):
+        versions.append(store.write_table("t", table_of(blob)))
+        age(store.root, LONG_AGO + number)
+    garbage = find_garbage(store, keep_versions=2)
+    assert names(garbage, "tables") == {f"t/{version}" for version in versions[:2]}
+    assert names(garbage, "blobs") == {f"{blob}.png" for blob in blobs[:2]}
+    remove_garbage(store, garbage)
+    # Going back one step finds everything as it was.
+    assert store.read_table("t", versions[2])["image"].tolist() == [blobs[2]]
+    assert store.path(blobs[2], ".png").exists()
+
+
+def test_the_current_version_stays_however_old_its_file(store: Store) -> None:
+    old, new = images(store, "old", "new")
+    first = store.write_table("t", table_of(old))
+    age(store.root, LONG_AGO)
+    second = store.write_table("t", table_of(new))
+    store.write_table("t", table_of(old))
+    age(store.root, LONG_AGO)
+    os.utime(store.root / "tables" / "t" / f"{second}.parquet", (LONG_AGO + 9, LONG_AGO + 9))
+    garbage = find_garbage(store, keep_versions=1)
+    assert names(garbage, "tables") == {f"t/{second}"}
+    remove_garbage(store, garbage)
+    assert store.table_version("t") == first
+    assert store.has(old, ".png") and not store.has(new, ".png")
+
+
+def test_rows_go_with_the_blob_that_they_name(store: Store) -> None:
+    kept, gone = images(store, "kept", "gone")
+    store.write_table("t", table_of(kept))
+    store.add_results(
+        "resized",
+        {"k1": {"image": kept}, "k2": {"image": gone}, "k3": {"image": "", "status": "failed"}},
+    )
+    store.add_results("landing_file", {"k4": {"poster_id": gone}})
+    store.add_results("embedding.clip", {kept: {"vector": "…"}, gone: {"vector": "…"}})
+    store.add_results("landing_rehashed", {"k5": {"digest": "0" * 64}})
+    age(store.root)
+    garbage = find_garbage(store)
+    assert names(garbage, "results") == {
+        "resized k2",
+        "landing_file k4",
+        f"embedding.clip {gone}",
+    }
+    remove_garbage(store, garbage)
+    left = {(kind, key) for kind, key, _, _ in store.all_results()}
+    assert left == {
+        ("resized", "k1"),
+        ("resized", "k3"),
+        ("embedding.clip", kept),
+        ("landing_rehashed", "k5"),
+    }
+
+
+def training_set(store: Store, version: str, *blobs: str) -> Path:
+    folder = store.folder("training_sets", version)
+    (folder / "train").mkdir()
+    for blob in blobs:
+        os.link(store.path(blob, ".png"), folder / "train" / f"{blob[:16]}.png")
+    (folder / "training.csv").write_text("file_name,caption\n")
+    return folder
+
+
+def checkpoint(store: Store, name: str, trained_on: str) -> Path:
+    folder = store.folder("checkpoints", name)
+    (folder / "posterpipe.json").write_text(json.dumps({"checkpoint_id": name}))
+    store.add_results(CHECKPOINT, {name: {"training_set": trained_on}})
+    return folder
+
+
+def training(store: Store, name: str, trains_on: str) -> Path:
+    folder = store.folder("training", name)
+    (folder / "run.toml").write_text(f'width = 8\n\n[versions]\ntraining_set = "{trains_on}"\n')
+    (folder / "saves" / "step-00000002").mkdir(parents=True)
+    (folder / "saves" / "step-00000002" / "unet.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_training_sets_checkpoints_and_trainings_go_by_the_tables(store: Store) -> None:
+    now, before, resumed, trained = ("a" * 64, "b" * 64, "c" * 64, "d" * 64)
+    for version in (now, before, resumed, trained):
+        training_set(store, version)
+        path = lineage_path(store, version)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"posters")
+        store.add_results(TRAINING_SET, {version: {"images": 1}})
+    checkpoint(store, "1" * 16, now)
+    checkpoint(store, "2" * 16, trained)
+    unfinished = training(store, "3" * 16, now)
+    finished = training(store, "1" * 16, now)
+    abandoned = training(store, "4" * 16, before)
+    running = training(store, "5" * 16, resumed)
+    store.write_table("training_csv", pd.DataFrame({"training_set": [now]}))
+    version = store.write_table("dreambooth_checkpoint", pd.DataFrame({"id": ["1" * 16]}))
+    store.add_results(TABLE, {f"dreambooth_checkpoint/{version}": {}, f"t/{'e' * 64}": {}})
+    age(store.root)
+    save = running / "saves" / "step-00000002" / "unet.safetensors"
+    os.utime(save)  # started by hand, and saved a moment ago
+
+    garbage = find_garbage(store)
+    assert {item.path for item in garbage.of("trainings")} == {finished, abandoned}
+    assert names(garbage, "training sets") == {before, trained}
+    assert names(garbage, "checkpoints") == {"2" * 16}
+    # Scores may tell of what was trained, for ever; of the others nobody will ask.
+    assert names(garbage, "lineages") == {f"{before}.parquet"}
+    assert names(garbage, "results") == {f"training_set {before}", f"table t/{'e' * 64}"}
+
+    remove_garbage(store, garbage)
+    assert unfinished.is_dir() and save.exists()
+    assert not abandoned.exists() and not finished.exists()
+    assert sorted(path.name for path in (store.root / "training_sets").iterdir()) == [now, resumed]
+    assert find_garbage(store).items == []
+
+
+def test_sizes_are_what_the_disk_gives_back(store: Store) -> None:
+    kept, gone = images(store, "x" * 1000, "y" * 500)
+    training_set(store, "a" * 64, kept, gone)
+    store.write_table("t", table_of(kept))
+    age(store.root)
+    garbage = find_garbage(store)
+    # The kept blob's other link frees nothing; the two links of the other one free it once.
+    assert garbage.size == 500 + len("file_name,caption\n")
+
+
+def test_leftovers_of_killed_processes_go_and_those_at_work_stay(store: Store) -> None:
+    (blob,) = images(store, "blob")
+    store.write_table("t", table_of(blob))
+    dead = [
+        store.root / "blobs" / blob[:2] / f".{blob}.png.0123.tmp",
+        store.root / "tables" / "t" / ".current.json.0123.tmp",
+        store.folder("training_sets", ".abc.0123.tmp"),
+        store.folder("training", "1" * 16, "saves", ".step-00000002.77.tmp"),
+    ]
+    for path in dead[:2]:
+        path.write_bytes(b"half")
+    (dead[2] / "train").mkdir()
+    writing = store.folder("checkpoints", ".feed.99.tmp")
+    (writing / "unet").mkdir()
+    age(store.root)
+    (writing / "unet" / "model.safetensors").write_bytes(b"more comes")
+    os.utime(writing / "unet", (LONG_AGO, LONG_AGO))
+    os.utime(writing, (LONG_AGO, LONG_AGO))
+    garbage = find_garbage(store)
+    assert {item.path for item in garbage.of("leftovers")} == set(dead)
+    remove_garbage(store, garbage)
+    assert not any(path.exists() for path in dead)
+    assert (writing / "unet" / "model.safetensors").exists()
+
+
+def test_what_has_another_form_than_ours_is_left_alone(store: Store) -> None:
+    foreign = [
+        store.folder("checkpoints", "my own model"),
+        store.folder("training_sets", "by hand"),
+        store.folder("training", "notes"),
+        store.folder("starter_training", "saves"),
+        store.folder("blobs", "ab") / "readme.txt",
+        store.folder("public") / "scores.duckdb",
+        store.root / "warehouse.duckdb",
+    ]
+    for path in foreign[4:]:
+        path.write_text("")
+    age(store.root)
+    assert find_garbage(store, grace_seconds=0).items == []
+
+
+@pytest.mark.parametrize("wrong", [{"keep_versions": 0}, {"grace_seconds": -1.0}])
+def test_nonsense_is_refused(store: Store, wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        find_garbage(store, **wrong)  # type: ignore[arg-type]
+
+
+# -- while others work ---------------------------------------------------------------------------
+
+
+def test_what_a_running_step_has_used_stays_however_long_it_works(store: Store) -> None:
+    used, unused = images(store, "used", "unused")
+    store.add_results("k", {"used": {"image": used}, "unused": {"image": unused}})
+    age(store.root)
+    with store.lease():
+        (lease,) = (store.root / "leases").iterdir()
+        begun = time.time() - 50 * HOUR
+        os.utime(lease, (begun, begun))
+        # Used soon after it began, and named by nothing yet.
+        os.utime(store.path(used, ".png"), (begun + 5, begun + 5))
+        store.results("k", ["used"])
+        garbage = find_garbage(store, grace_seconds=HOUR)
+        assert garbage.busy_since == pytest.approx(begun, abs=1)
+        assert names(garbage, "blobs") == {f"{unused}.png"}
+        assert names(garbage, "results") == {"k unused"}
+    garbage = find_garbage(store, grace_seconds=HOUR)
+    assert garbage.busy_since is None
+    assert names(garbage, "blobs") == {f"{unused}.png", f"{used}.png"}
+
+
+def test_a_table_that_a_step_reads_keeps_what_it_names_when_it_is_replaced(store: Store) -> None:
+    old, new = images(store, "old", "new")
+    first = store.write_table("t", table_of(old))
+    age(store.root)
+    with store.lease():
+        version = store.table_version("t")
+        # Another run replaces it, before this one has opened the file.
+        store.write_table("t", table_of(new))
+        remove_garbage(store, find_garbage(store, keep_versions=1, grace_seconds=0))
+        assert version == first
+        assert store.read_table("t", version)["image"].tolist() == [old]
+        assert store.path(old, ".png").exists()
+
+
+def test_what_is_used_between_finding_and_removing_stays(store: Store) -> None:
+    a, b = images(store, "a", "b")
+    store.add_results("k", {"a": {"image": a}, "b": {"image": b}})
+    folder = training_set(store, "a" * 64)
+    age(store.root)
+    garbage = find_garbage(store, grace_seconds=0)
+    assert len(garbage.items) == 5
+    assert store.has(a, ".png")
+    assert store.results("k", ["a"])
+    assert store.keep(folder)
+    removal = remove_garbage(store, garbage)
+    assert {item.name for item in removal.in_use} == {f"{a}.png", "k a", "a" * 64}
+    assert {item.name for item in removal.removed} == {f"{b}.png", "k b"}
+    assert store.path(a, ".png").exists() and folder.exists()
+
+
+def test_what_cannot_be_removed_is_named_and_the_rest_goes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = images(store, "a", "b")
+    age(store.root)
+    unlink = Path.unlink
+
+    def stubborn(path: Path, missing_ok: bool = False) -> None:
+        if path.stem == a:
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", stubborn)
+    removal = remove_garbage(store, find_garbage(store, grace_seconds=0))
+    assert [item.name for item in removal.removed] == [f"{b}.png"]
+    (problem,) = removal.problems
+    assert a in problem and "Permission denied" in problem and "writable" in problem
+
+
+ITEMS, ROUNDS = 12, 60
+
+
+def _go_to_and_fro(root: Path, seed: int) -> None:
+    """A pipeline whose input changes A, B, C, A, ... with a long pause between two runs; each run
+    trusts what it finds, and looks at the end whether all that its table names is there."""
+    store = Store(root)
+    chance = random.Random(seed)
+    for turn in range(ROUNDS):
+        age(root)
+        state = "ABC"[turn % 3]
+        contents = {f"{state}-{n}": f"picture {state} {n}".encode() for n in range(ITEMS)}
+
+        def compute(
+            missing: list[str], contents: dict[str, bytes] = contents
+        ) -> Iterator[tuple[str, dict]]:
+            for key in missing:
+                yield key, {"image": store.put(contents[key], ".png")}
+
+        with store.lease():
+            rows = compute_missing(
+                store,
+                "picture",
+                list(contents),
+                compute,
+                save_every=4,
+                usable=lambda row: store.has(row["image"], ".png"),
+            )
+            assert list(rows) == list(contents), "a row was lost"
+            time.sleep(chance.random() * 0.01)
+            store.write_table("pictures", table_of(*(row["image"] for row in rows.values())))
+            found = [
+                store.path(image, ".png").read_bytes()
+                for image in store.read_table("pictures")["image"]
+            ]
+            assert found == list(contents.values())
+
+
+def test_nothing_goes_that_another_process_needs_at_that_moment(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    store = Store(root)
+    worker = SPAWN.Process(target=_go_to_and_fro, args=(root, 1))
+    worker.start()
+    removed: dict[str, int] = {"blobs": 0, "results": 0, "tables": 0}
+    while worker.is_alive():
+        garbage = find_garbage(store, keep_versions=1, grace_seconds=0)
+        for item in remove_garbage(store, garbage).removed:
+            removed[item.kind] += 1
+    worker.join()
+    assert worker.exitcode == 0
+    # The pauses were long enough for everything that was left behind.
+    assert min(removed.values()) > 0, removed
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def gc(store: Store, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "POSTERPIPE_STORE": str(store.root), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "posterpipe.cli", "gc", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_the_command_lists_and_only_with_yes_removes(store: Store) -> None:
+    named, unnamed = images(store, "named", "u" * 2_500_000)
+    store.write_table("t", table_of(named))
+    age(store.root)
+    listed = gc(store)
+    assert listed.returncode == 0, listed.stderr
+    assert f"{unnamed}.png" in listed.stdout and "2.5 MB" in listed.stdout
+    assert "Nothing was removed" in listed.stdout and "--yes" in listed.stdout
+    assert store.path(unnamed, ".png").exists()
+    done = gc(store, "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "Removed 1 items, 2.5 MB" in done.stdout
+    assert not store.path(unnamed, ".png").exists()
+    assert "Nothing to remove" in gc(store, "--yes").stdout

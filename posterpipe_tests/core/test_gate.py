@@ -1,0 +1,318 @@
+"""The gate, with checkpoints made for the purpose: good, bad, memorising, collapsed, incomplete."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from posterpipe.core.gate import (
+    DECISION_COLUMNS,
+    Decision,
+    GateError,
+    champion_of,
+    decide,
+    decision_row,
+    gather,
+    pin,
+    pinned,
+    rollback,
+    unpin,
+)
+from posterpipe.core.warehouse import Warehouse, insert
+from posterpipe.settings import GateSettings
+
+SETTINGS = GateSettings()
+PROMPTS, SEEDS = 24, 4
+START = dt.datetime(2026, 3, 1, 2, 0)
+
+
+def images(checkpoint: str, *, tuned: bool, blocked: int = 0, without: int = 0) -> pd.DataFrame:
+    """A suite's generations; the first ones blocked, the last ones not there."""
+    rows = []
+    for negative in ("", "_negative"):
+        for prompt in range(PROMPTS):
+            for seed in range(SEEDS):
+                variant = ("dreambooth" if tuned else "sd") + negative
+                key = f"{checkpoint}:{variant}:{prompt}:{seed}"
+                rows.append((key, variant, f"p{prompt}", 100 * prompt + seed, checkpoint, "ok"))
+    table = pd.DataFrame(
+        rows,
+        columns=["generation_key", "variant", "prompt_id", "seed", "checkpoint_id", "status"],
+    )
+    table.loc[: blocked - 1, "status"] = "blocked" if blocked else "ok"
+    return table.iloc[: len(table) - without]
+
+
+def measured(
+    table: pd.DataFrame, *, clip: float, fidelity: float, diversity: float, seed: int
+) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    levels = np.random.default_rng(99).normal(0, 0.03, PROMPTS)  # prompts are as hard for all
+    parts = []
+    for metric, mean, spread in (
+        ("clip", clip, 0.01), ("fidelity", fidelity, 0.01), ("diversity", diversity, 0.02),
+    ):  # fmt: skip
+        own = table["prompt_id"].str[1:].astype(int).map(dict(enumerate(levels)))
+        values = mean + own + rng.normal(0, spread, len(table))
+        parts.append(
+            pd.DataFrame(
+                {
+                    "generation_key": table["generation_key"],
+                    "metric_id": metric,
+                    "value": values.where(table["status"] == "ok"),
+                }
+            )
+        )
+    return pd.concat(parts)
+
+
+BASE = images("base", tuned=False)
+BASE_SCORES = measured(BASE, clip=0.25, fidelity=0.60, diversity=0.30, seed=0)
+
+
+def judged(
+    *,
+    clip: float = 0.27,
+    fidelity: float = 0.68,
+    diversity: float = 0.28,
+    copies: int = 0,
+    blocked: int = 0,
+    without: int = 0,
+    unscored: int = 0,
+) -> Decision:
+    own = images("new", tuned=True, blocked=blocked, without=without)
+    scores = measured(own, clip=clip, fidelity=fidelity, diversity=diversity, seed=1)
+    if unscored:
+        scores = scores.iloc[:-unscored]
+    evidence = gather(
+        pd.concat([BASE, own]),
+        pd.concat([BASE_SCORES, scores]),
+        {key: index < copies for index, key in enumerate(own["generation_key"])},
+        challenger="new",
+        champion="base",
+        clip="clip",
+        fidelity="fidelity",
+        diversity="diversity",
+        settings=SETTINGS,
+    )
+    return decide(evidence, SETTINGS)
+
+
+def outcomes(decision: Decision) -> dict[str, str]:
+    return {check.name: check.outcome for check in decision.checks}
+
+
+def test_a_good_checkpoint_is_promoted() -> None:
+    decision = judged()
+    assert decision.verdict == "promote" and decision.reason == "every check passed"
+    assert set(outcomes(decision).values()) == {"pass"}
+    evidence = decision.evidence
+    assert (evidence.expected, evidence.missing, evidence.blocked) == (192, 0, 0)
+    assert evidence.clip.estimate == pytest.approx(0.02, abs=0.004)
+    assert (evidence.clip.prompts, evidence.clip.pairs) == (24, 192)
+
+
+def test_a_checkpoint_that_no_longer_follows_prompts_is_rejected() -> None:
+    decision = judged(clip=0.20)
+    assert decision.verdict == "reject"
+    assert outcomes(decision)["CLIP-T"] == "fail"
+    assert "CLIP-T: difference -0.0" in decision.reason and "0.01" in decision.reason
+
+
+def test_a_checkpoint_that_is_less_like_film_posters_is_rejected() -> None:
+    assert judged(fidelity=0.55).verdict == "reject"
+
+
+def test_a_checkpoint_that_has_memorised_its_posters_is_rejected() -> None:
+    decision = judged(fidelity=0.75, copies=60)
+    assert decision.verdict == "reject"
+    assert [name for name, how in outcomes(decision).items() if how == "fail"] == ["copies"]
+    assert "60 of 192 images" in decision.reason and "5%" in decision.reason
+    assert judged(copies=9).verdict == "promote"  # 4.7 %
+
+
+def test_a_collapsed_checkpoint_is_rejected() -> None:
+    decision = judged(diversity=0.02)
+    assert decision.verdict == "reject"
+    assert [name for name, how in outcomes(decision).items() if how == "fail"] == ["diversity"]
+
+
+def test_a_checkpoint_that_draws_black_images_is_rejected() -> None:
+    decision = judged(blocked=12)
+    assert decision.verdict == "reject" and decision.evidence.blocked == 12
+    assert "12 of 192 images are black" in decision.reason
+    # Blocked ones are answered: they count, and nothing is missing.
+    assert outcomes(decision)["complete"] == "pass"
+    assert judged(blocked=3).verdict == "promote"
+
+
+def test_an_incomplete_checkpoint_is_held() -> None:
+    for decision in (judged(without=5), judged(unscored=2)):
+        assert decision.verdict == "hold"
+        assert outcomes(decision)["complete"] == "open"
+        assert "cells have a score" in decision.reason
+    assert judged(without=5).evidence.missing == 5
+    # What is bad already need not be complete.
+    assert judged(without=5, copies=60).verdict == "reject"
+
+
+def test_a_difference_that_chance_explains_is_held() -> None:
+    decision = judged(fidelity=0.6005)
+    assert decision.verdict == "hold" and outcomes(decision)["fidelity"] == "open"
+
+
+def test_people_who_prefer_it_make_up_for_fidelity() -> None:
+    evidence = judged(fidelity=0.6005).evidence
+    liked = dataclasses.replace(evidence.fidelity, win_rate=0.9, win_low=0.7, win_high=0.97)
+    with_preference = dataclasses.replace(evidence, preference=liked)
+    assert decide(with_preference, SETTINGS).verdict == "promote"
+    unsure = dataclasses.replace(liked, win_low=0.45)
+    assert decide(dataclasses.replace(evidence, preference=unsure), SETTINGS).verdict == "hold"
+
+
+def test_the_very_same_model_is_neither_better_nor_worse() -> None:
+    own = images("new", tuned=True)
+    names = BASE["generation_key"].tolist()
+    same = BASE_SCORES.assign(
+        generation_key=BASE_SCORES["generation_key"].map(
+            dict(zip(names, own["generation_key"], strict=True))
+        )
+    )
+    evidence = gather(
+        pd.concat([BASE, own]), pd.concat([BASE_SCORES, same]), {},
+        challenger="new", champion="base", clip="clip", fidelity="fidelity",
+        diversity="diversity", settings=SETTINGS,
+    )  # fmt: skip
+    decision = decide(evidence, SETTINGS)
+    assert decision.verdict == "hold"
+    assert outcomes(decision)["CLIP-T"] == "pass" and outcomes(decision)["fidelity"] == "open"
+    assert outcomes(decision)["copies"] == "open"  # nothing was compared
+
+
+def test_without_any_image_the_gate_holds() -> None:
+    evidence = gather(
+        BASE.iloc[:0], BASE_SCORES.iloc[:0], {}, challenger="new", champion="base", clip="clip",
+        fidelity="fidelity", diversity="diversity", settings=SETTINGS,
+    )  # fmt: skip
+    decision = decide(evidence, SETTINGS)
+    assert decision.verdict == "hold" and set(outcomes(decision).values()) == {"open"}
+
+
+def test_a_cell_that_is_there_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="prompt p0 with seed 0 twice"):
+        gather(
+            pd.concat([BASE, BASE.iloc[:1]]), BASE_SCORES, {}, challenger="new", champion="base",
+            clip="clip", fidelity="fidelity", diversity="diversity", settings=SETTINGS,
+        )  # fmt: skip
+
+
+# --- decisions over time
+
+
+def history(*steps: tuple[str, str], start: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Decisions of the gate one after the other: (checkpoint, verdict)."""
+    table = start if start is not None else pd.DataFrame(columns=list(DECISION_COLUMNS))
+    good = judged().evidence
+    for checkpoint, verdict in steps:
+        evidence = dataclasses.replace(
+            good, challenger=checkpoint, champion=champion_of(table, "base")
+        )
+        decision = Decision(verdict, "made up", (), evidence)  # type: ignore[arg-type]
+        row = decision_row(decision, table, decided_at=START + dt.timedelta(days=len(table)))
+        table = pd.concat([table, row], ignore_index=True)
+    return table
+
+
+def later(table: pd.DataFrame) -> dt.datetime:
+    return START + dt.timedelta(days=len(table))
+
+
+def test_the_first_champion_is_the_base_model_and_the_latest_promotion_the_next() -> None:
+    assert champion_of(history(), "base") == "base"
+    assert champion_of(history(("a", "hold")), "base") == "base"
+    assert champion_of(history(("a", "promote"), ("b", "reject")), "base") == "a"
+    assert champion_of(history(("a", "promote"), ("b", "promote")), "base") == "b"
+
+
+def test_a_rejected_checkpoint_is_never_served() -> None:
+    table = history(("a", "promote"), ("b", "promote"), ("b", "reject"))
+    assert champion_of(table, "base") == "a"
+    assert champion_of(history(("a", "promote"), ("a", "reject")), "base") == "base"
+    with pytest.raises(GateError, match="rejected the checkpoint b"):
+        pin(table, "b", "base", who="Ida", why="I like it", decided_at=later(table))
+    held = history(("c", "hold"))
+    held = pd.concat(
+        [held, pin(held, "c", "base", who="Ida", why="for the fair", decided_at=later(held))]
+    )
+    assert champion_of(held, "base") == "c"
+    assert champion_of(history(("c", "reject"), start=held), "base") == "base"
+
+
+def test_the_same_decision_again_is_no_new_row() -> None:
+    table = history(("a", "promote"))
+    again = decision_row(
+        Decision("promote", "made up", (), dataclasses.replace(judged().evidence, challenger="a")),
+        table, decided_at=later(table),
+    )  # fmt: skip
+    assert again.empty
+    other = decision_row(
+        Decision("reject", "made up", (), dataclasses.replace(judged().evidence, challenger="a")),
+        table, decided_at=later(table),
+    )  # fmt: skip
+    assert len(other) == 1
+
+
+def test_a_person_pins_and_unpins_and_the_log_says_who_and_why() -> None:
+    table = history(("a", "promote"), ("b", "promote"))
+    row = pin(table, "a", "base", who="Ida Moss", why="b draws hands", decided_at=later(table))
+    assert row.decided_by[0] == "Ida Moss" and row.reason[0] == "b draws hands"
+    assert row.champion_before[0] == "b"
+    table = pd.concat([table, row], ignore_index=True)
+    assert champion_of(table, "base") == "a" and pinned(table) == "a"
+    table = history(("c", "promote"), start=table)
+    assert champion_of(table, "base") == "a"
+    row = unpin(table, "base", who="Otto", why="c is fine", decided_at=later(table))
+    table = pd.concat([table, row], ignore_index=True)
+    assert champion_of(table, "base") == "c" and pinned(table) is None
+    with pytest.raises(GateError, match="no checkpoint is pinned"):
+        unpin(table, "base", who="Otto", why="again", decided_at=later(table))
+
+
+def test_rolling_back_goes_to_the_champion_before() -> None:
+    table = history(("a", "promote"), ("b", "promote"))
+    row = rollback(table, "base", who="Ida", why="complaints", decided_at=later(table))
+    table = pd.concat([table, row], ignore_index=True)
+    assert champion_of(table, "base") == "a"
+    with pytest.raises(GateError, match="none to go back to"):
+        rollback(history(), "base", who="Ida", why="why not", decided_at=START)
+
+
+def test_names_and_reasons_are_asked_for() -> None:
+    table = history(("a", "promote"))
+    with pytest.raises(GateError, match="who decides and why"):
+        pin(table, "a", "base", who="Ida", why=" ", decided_at=START)
+    with pytest.raises(GateError, match="has not seen the checkpoint x; choose from base, a"):
+        pin(table, "x", "base", who="Ida", why="new", decided_at=START)
+
+
+def test_decisions_are_rows_of_the_warehouse(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    decision = judged(without=5)
+    row = decision_row(decision, history(), decided_at=START, run_id="run 1")
+    warehouse = Warehouse(tmp_path / "scores.duckdb")
+    for _ in range(2):
+        with warehouse.write() as connection:
+            insert(connection, "fct_promotion", row)
+    with warehouse.read() as connection:
+        stored = connection.execute("SELECT * FROM fct_promotion").df()
+    assert len(stored) == 1 and champion_of(stored, "base") == "base"
+    numbers = json.loads(stored.numbers[0])
+    assert numbers["missing"] == 5 and len(numbers["checks"]) == 6
+    check = {entry["name"]: entry for entry in numbers["checks"]}["CLIP-T"]
+    assert check["value"] == pytest.approx(decision.evidence.clip.estimate)
+    assert check["limit"] == -SETTINGS.clip_margin and not math.isnan(check["low"])

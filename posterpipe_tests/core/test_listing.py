@@ -1,0 +1,169 @@
+"""Listings of folders and buckets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from posterpipe.core.listing import (
+    Bucket,
+    Entry,
+    Folder,
+    Place,
+    PlaceMissing,
+    SourceChanged,
+    _nanoseconds,
+    _remote_entry,
+    listing_digest,
+    open_place,
+)
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """An empty place; `put` and `remove` change it."""
+    if request.param == "folder":
+        yield Folder(tmp_path)
+        return
+    files = fsspec.filesystem("memory")
+    files.mkdir("/listing")
+    yield Bucket("memory://listing")
+    files.rm("/listing", recursive=True)
+
+
+def put(place: Place, name: str, data: bytes) -> None:
+    if isinstance(place, Folder):
+        path = place.path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(data)
+    else:
+        fsspec.filesystem("memory").pipe(f"/listing/{name}", data)
+
+
+def remove(place: Place, name: str) -> None:
+    if isinstance(place, Folder):
+        (place.path / name).unlink()
+    else:
+        fsspec.filesystem("memory").rm(f"/listing/{name}")
+
+
+def test_nested_files_are_listed_by_name_and_hidden_ones_are_not(place: Place) -> None:
+    for name in ("b.png", "a/z.png", "a b.png", ".hidden", ".folder/c.png", "a/.tmp", "ä.txt"):
+        put(place, name, name.encode())
+    entries = place.entries()
+    assert [entry.name for entry in entries] == ["a b.png", "a/z.png", "b.png", "ä.txt"]
+    assert [entry.size for entry in entries] == [7, 7, 5, 6]
+    assert [place.read(entry) for entry in entries] == [e.name.encode() for e in entries]
+
+
+def test_the_digest_is_stable_and_changes_with_every_kind_of_change(place: Place) -> None:
+    put(place, "a.png", b"1")
+    put(place, "b.png", b"2")
+    digests = [listing_digest(place.entries())]
+    assert listing_digest(place.entries()) == digests[0]
+    put(place, "b.png", b"3")
+    digests.append(listing_digest(place.entries()))
+    put(place, "c.png", b"")
+    digests.append(listing_digest(place.entries()))
+    remove(place, "a.png")
+    digests.append(listing_digest(place.entries()))
+    assert len(set(digests)) == len(digests)
+
+
+def test_names_cannot_run_into_each_other_in_the_digest() -> None:
+    one = [Entry("a", 1, 2, "3"), Entry("b", 1, 2, "3")]
+    other = [Entry("a\n1", 1, 2, "3"), Entry("b", 1, 2, "3")]
+    assert listing_digest(one) != listing_digest(other)
+    assert listing_digest(one) != listing_digest([Entry("ab", 11, 22, "33")])
+
+
+def test_a_file_that_is_not_the_listed_one_any_more_is_refused(place: Place) -> None:
+    put(place, "a.png", b"before")
+    (entry,) = place.entries()
+    assert len(place.sha256(entry)) == 64
+    put(place, "a.png", b"longer than before")
+    with pytest.raises(SourceChanged, match=r"a\.png"):
+        place.read(entry)
+    with pytest.raises(SourceChanged):
+        place.sha256(entry)
+    remove(place, "a.png")
+    with pytest.raises(FileNotFoundError):
+        place.read(entry)
+
+
+def test_a_folder_that_is_not_there_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(PlaceMissing, match=r"nowhere: .*create it.*POSTERPIPE_LANDING"):
+        Folder(tmp_path / "nowhere").entries()
+
+
+def test_a_missing_bucket_is_empty_and_an_unknown_kind_says_what_to_do() -> None:
+    assert Bucket("memory://never/made").entries() == []
+    with pytest.raises(PlaceMissing, match=r"unheard://a: .*POSTERPIPE_LANDING"):
+        Bucket("unheard://a").entries()
+
+
+def test_a_bucket_whose_driver_is_not_installed_names_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setitem(fsspec.registry, "s3", None) if "s3" in fsspec.registry else None
+    with pytest.raises(PlaceMissing, match=r"posterpipe\[cloud\]"):
+        Bucket("s3://bucket/posters").entries()
+
+
+def test_relative_folders_start_at_the_root_and_urls_stay(tmp_path: Path) -> None:
+    assert open_place("data/posters", tmp_path).location == str(tmp_path / "data/posters")
+    assert open_place(Path("/abs"), tmp_path).location == "/abs"
+    assert open_place(f"file://{tmp_path}/a%20b", Path("/")).location == f"{tmp_path}/a b"
+    assert isinstance(open_place("s3://bucket/posters", tmp_path), Bucket)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    place = Folder(tmp_path)
+    (entry,) = place.entries()
+    (tmp_path / "a.png").unlink()
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(SourceChanged):
+        place.read(entry)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may enter every folder")
+def test_a_nested_folder_that_cannot_be_entered_is_an_entry(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    (tmp_path / "a.png").write_bytes(b"1")
+    entries = Folder(tmp_path).entries()
+    assert [entry.name for entry in entries] == ["a.png", "closed"]
+    assert "make it readable" in entries[1].problem
+
+
+# As the drivers of the three large providers and fsspec's own give them.
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        (
+            {"size": 3, "ETag": '"abc"', "LastModified": "2026-01-02T03:04:05.678000+00:00"},
+            Entry("a", 3, 1_767_323_045_678_000_000, "abc"),
+        ),
+        (
+            {"size": 3, "etag": "CPj=", "md5Hash": "x==", "updated": "2026-01-02T03:04:05.678Z"},
+            Entry("a", 3, 1_767_323_045_678_000_000, "CPj="),
+        ),
+        ({"size": 3, "mtime": 1_767_323_045.5}, Entry("a", 3, 1_767_323_045_500_000_000, "")),
+        ({"size": None}, Entry("a", 0, 0, "")),
+    ],
+    ids=["s3", "gcs", "sftp", "unknown"],
+)
+def test_what_providers_tell_of_an_object_is_understood(info: dict, expected: Entry) -> None:
+    assert _remote_entry("a", info) == expected
+
+
+def test_times_that_cannot_be_read_count_as_unknown() -> None:
+    assert _nanoseconds("yesterday") == 0
+    assert _nanoseconds(None) == 0

@@ -1,0 +1,310 @@
+"""Titles in type: contrast measured anew, blocks that spare the object, scripts without boxes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+
+from posterpipe.core import typography
+from posterpipe.core.metrics.legibility import TitleReader, title_distance
+from posterpipe.core.progress import NoProgress
+from posterpipe.core.store import Store
+from posterpipe.core.typography import (
+    STYLES,
+    TITLED_COLUMNS,
+    TitleImpossible,
+    choose_style,
+    contrast_ratio,
+    coverage,
+    fonts_id,
+    layout_engine,
+    lettering,
+    line_breaks,
+    look,
+    set_title,
+    set_titles,
+    srgb_to_lab,
+    titled_key,
+)
+from posterpipe.settings import LetteringSettings
+from posterpipe_tests.core.metrics.tiny import generations
+
+SMALL = LetteringSettings(min_width=320, style="geometric")
+BLUE, ORANGE, GREEN = (40, 60, 150), (240, 130, 40), (60, 190, 90)
+
+
+def poster(
+    *, ground: tuple[int, int, int] = BLUE, middle: float = 0.5, size: tuple[int, int] = (160, 240)
+) -> Image.Image:
+    """A disc on a plain ground; `middle` is its height."""
+    image = Image.new("RGB", size, ground)
+    radius = 0.3 * size[0]
+    x, y = size[0] / 2, middle * size[1]
+    box = (x - radius, y - radius, x + radius, y + radius)
+    ImageDraw.Draw(image).ellipse(box, fill=ORANGE)
+    return image
+
+
+def test_contrast_is_that_of_wcag() -> None:
+    assert float(contrast_ratio((255, 255, 255), (0, 0, 0))) == pytest.approx(21)
+    assert float(contrast_ratio((119, 119, 119), (255, 255, 255))) == pytest.approx(4.48, abs=0.01)
+    assert float(contrast_ratio((10, 20, 30), (10, 20, 30))) == 1
+
+
+def test_lab_is_that_of_the_tables() -> None:
+    np.testing.assert_allclose(srgb_to_lab(np.array([255.0, 0, 0])), [53.2, 80.1, 67.2], atol=0.2)
+    np.testing.assert_allclose(srgb_to_lab(np.array([255.0] * 3)), [100, 0, 0], atol=0.1)
+
+
+def test_titles_break_into_one_to_three_lines_in_order() -> None:
+    found = line_breaks("The Ginger Breeze")
+    assert found[0] == ("The Ginger Breeze",) and ("The", "Ginger", "Breeze") in found
+    assert {" ".join(lines) for lines in found} == {"The Ginger Breeze"} and len(found) == 4
+    assert max(map(len, line_breaks("a b c d e f g"))) == 3
+    assert line_breaks("Countdown") == [("Countdown",)]
+    eastern = line_breaks("星の船はどこへ行く")
+    assert [len(lines) for lines in eastern] == [1, 2, 3]
+    assert "".join(eastern[1]) == "星の船はどこへ行く"
+
+
+def test_the_object_and_the_ground_are_told_apart() -> None:
+    scene = look(poster(middle=0.4))
+    rows, columns = scene.object_.shape
+    assert scene.object_.sum() == pytest.approx(1, abs=1e-4)
+    heights = (np.arange(rows) + 0.5) / rows
+    assert float((scene.object_.sum(axis=1) * heights).sum()) == pytest.approx(0.4, abs=0.03)
+    np.testing.assert_allclose(scene.ground, np.tile(BLUE, (rows, 1)), atol=2)
+    assert np.abs(np.array(scene.accent) - ORANGE).max() < 12
+    assert look(Image.new("RGB", (64, 96), BLUE)).object_.sum() == 0
+    assert columns == 96
+
+
+@pytest.mark.parametrize("middle", [0.3, 0.5, 0.7])
+def test_the_title_spares_the_object(middle: float) -> None:
+    _, layout = set_title(poster(middle=middle), "Plum Countdown", SMALL)
+    assert layout.covered < 0.02
+    above = layout.box[3] / 480 < middle
+    assert above == (middle > 0.5) or middle == 0.5
+
+
+def measured_contrast(untitled: Image.Image, titled: Image.Image) -> float:
+    """Between the letters' colour and what is around them in the titled image, found anew."""
+    before, after = np.asarray(untitled).astype(int), np.asarray(titled).astype(int)
+    changed = np.abs(before - after).sum(axis=2) > 0
+    colours, counts = np.unique(after[changed], axis=0, return_counts=True)
+    letters = colours[counts.argmax()]
+    ys, xs = np.nonzero((after == letters).all(axis=2) & changed)
+    box = after[ys.min() : ys.max(), xs.min() : xs.max()]
+    ground = box[np.abs(box - letters).sum(axis=2) > 90]
+    # Smoothed edges of letters lie between both; the ground is what most of the rest is.
+    return float(np.quantile(contrast_ratio(ground, tuple(letters)), 0.2))
+
+
+def test_letters_can_be_read_on_any_plain_ground_without_touching_it() -> None:
+    for ground in ((40, 60, 150), (128, 128, 128), (250, 240, 220), (20, 20, 25), (235, 60, 50)):
+        titled, layout = set_title(poster(ground=ground), "Comet", SMALL)
+        assert layout.contrast >= 4.5 and not layout.scrim
+        untitled = poster(ground=ground).resize(titled.size, Image.Resampling.BICUBIC)
+        assert measured_contrast(untitled, titled) >= 4.4
+        outside = np.asarray(titled).copy()
+        left, top, right, bottom = layout.box
+        outside[top:bottom, left:right] = np.asarray(untitled)[top:bottom, left:right]
+        assert (outside == np.asarray(untitled)).all()
+
+
+def noise(seed: int = 0) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (30, 20, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((320, 480), Image.Resampling.BICUBIC)
+
+
+def test_a_restless_ground_gets_a_scrim_that_carries_the_letters() -> None:
+    for seed in range(3):
+        titled, layout = set_title(noise(seed), "Comet", SMALL)
+        assert layout.scrim and layout.contrast >= 4.5
+        _, top, _, bottom = layout.box
+        # Right beside the letters, but for the pixel over which their edges are smoothed.
+        shown = np.asarray(titled.crop(layout.box))
+        letters = (np.abs(shown.astype(int) - layout.colour).sum(axis=2) < 9) * 255
+        mask = Image.fromarray(letters.astype(np.uint8))
+        wide, near = (np.asarray(mask.filter(ImageFilter.MaxFilter(size))) for size in (9, 5))
+        ground = shown[(wide > 0) & (near == 0)]
+        assert np.quantile(contrast_ratio(ground, layout.colour), 0.02) >= 4.5
+        far = np.asarray(titled)[: top - 120] if top > 240 else np.asarray(titled)[bottom + 120 :]
+        own = np.asarray(noise(seed))
+        own = own[: top - 120] if top > 240 else own[bottom + 120 :]
+        assert (far == own).all()  # only where it is needed
+
+
+def test_the_contrast_that_is_asked_for_is_kept() -> None:
+    strict = SMALL.model_copy(update={"contrast": 9.0})
+    _, layout = set_title(poster(ground=(128, 128, 128)), "Comet", strict)
+    assert layout.contrast >= 9.0 and layout.scrim
+
+
+def test_marks_of_the_model_give_way_to_the_title() -> None:
+    drawn = poster(middle=0.42, size=(320, 480))
+    draw = ImageDraw.Draw(drawn)
+    for y in (392, 412):
+        for x in range(70, 250, 14):
+            draw.rectangle((x, y, x + 9, y + 11), fill=GREEN)
+    titled, layout = set_title(drawn, "Plum Countdown", SMALL)
+    assert layout.box[1] < 412 and layout.box[3] > 392 and layout.scrim
+    left, top, right, bottom = layout.box
+    area = np.asarray(titled)[top:bottom, left:right].astype(int)
+    assert (np.abs(area - layout.colour).sum(axis=2) < 9).any()
+    assert not (np.abs(area - GREEN).sum(axis=2) < 60).any()
+
+
+def test_ink_stands_in_the_middle_and_inside_the_margins() -> None:
+    for style in STYLES:
+        settings = SMALL.model_copy(update={"style": style})
+        titled, layout = set_title(poster(), "“Up, Jay.”", settings)
+        left, _, right, _ = layout.box
+        assert left >= 0.06 * titled.width and right <= 0.94 * titled.width
+    # Quotation marks hang: without them the letters stand where they stood.
+    _, bare = set_title(poster(), "Havana", SMALL)
+    _, quoted = set_title(poster(), "Havana.", SMALL)
+    assert bare.box[0] + bare.box[2] == pytest.approx(320, abs=2)
+    if bare.size == quoted.size:
+        assert abs(quoted.box[0] - bare.box[0]) <= 1 and quoted.box[2] > bare.box[2]
+
+
+def test_the_size_follows_the_width() -> None:
+    _, short = set_title(poster(), "Moon", SMALL)
+    _, long_ = set_title(poster(), "Nightingales Everywhere Tonight", SMALL)
+    assert short.cap_height > 1.2 * long_.cap_height and len(long_.lines) >= 2
+    assert len(set_title(poster(), "The Long Way Home To Nowhere", SMALL)[1].lines) <= 3
+
+
+def test_small_images_are_enlarged_by_whole_factors() -> None:
+    titled, _ = set_title(poster(size=(64, 96)), "Comet", LetteringSettings(min_width=300))
+    assert titled.size == (320, 480)
+    titled, _ = set_title(poster(size=(512, 512)), "Comet", LetteringSettings(min_width=300))
+    assert titled.size == (512, 512)
+
+
+SCRIPTS = ["Звёздный путь", "Ωμέγα", "星の船", "별빛", "星际之船", "سفينة", "ספינה", "जहाज", "নৌকা",
+           "கப்பல்", "ఓడ", "เรือ", "ເຮືອ", "នាវា", "သင်္ဘော", "Đường Băng", "Åsgård"]  # fmt: skip
+
+
+@pytest.mark.parametrize("title", SCRIPTS)
+def test_no_script_turns_into_boxes(title: str) -> None:
+    if typography.needs_shaping(title) and layout_engine() != "raqm":
+        pytest.skip("FriBiDi is not installed")
+    letters = lettering(title, "geometric")
+    signs = {sign for sign in (title.upper() if letters.capitals else title) if sign != " "}
+    assert signs <= coverage(letters.package, letters.path)
+    titled, layout = set_title(poster(), title, SMALL)
+    box = np.asarray(titled.crop(layout.box)).astype(int)
+    inked = (np.abs(box - layout.colour).sum(axis=2) < 90).mean()
+    assert 0.1 < inked < 0.9
+
+
+def test_letters_that_join_are_joined() -> None:
+    if layout_engine() != "raqm":
+        pytest.skip("FriBiDi is not installed")
+    letters = lettering("سفينة", "geometric")
+    assert letters.shaped and "arabic" in letters.path
+    font = typography._font(letters.package, letters.path, 100)
+    apart = sum(font.getlength(sign) for sign in "سفينة")
+    assert font.getlength("سفينة") < 0.9 * apart
+    assert typography._pieces(letters, "سفينة") == ["سفينة"]
+
+
+def test_what_no_font_has_is_refused_with_the_letters() -> None:
+    with pytest.raises(TitleImpossible, match=r"no installed font has '𓀀'.*reword"):
+        set_title(poster(), "Bird 𓀀", SMALL)
+    with pytest.raises(TitleImpossible, match="has no letters"):
+        set_title(poster(), " … ", SMALL)
+    with pytest.raises(TitleImpossible, match="too long"):
+        set_title(poster(), "Donaudampfschifffahrtsgesellschaftskapitän" * 2, SMALL)
+
+
+def test_scripts_that_need_shaping_are_refused_where_nothing_shapes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(typography, "layout_engine", lambda: "basic")
+    with pytest.raises(TitleImpossible, match="FriBiDi"):
+        lettering("سفينة", "geometric")
+    assert not lettering("星の船", "geometric").shaped
+
+
+def test_a_title_always_has_the_same_style() -> None:
+    titles = [f"Title {number}" for number in range(60)]
+    assert {choose_style(title, "auto") for title in titles} == set(STYLES)
+    assert choose_style("Comet", "auto") == choose_style("Comet", "auto")
+    assert choose_style("Comet", "serif") == "serif"
+
+
+def test_titles_are_read_as_they_are_set() -> None:
+    reader = TitleReader(threads=1)
+    wrong = []
+    for number, style in enumerate(STYLES):
+        title = ["Plum Countdown", "The Velvet Regatta", "Mellow Fathom", "Saffron Deep",
+                 "Thistle Keep", "Lantern Turret"][number]  # fmt: skip
+        settings = LetteringSettings(style=style)
+        titled, _ = set_title(poster(middle=0.3 + 0.08 * number), title, settings)
+        (lines,) = reader([titled])
+        if title_distance([line.text for line in lines], title) > 0:
+            wrong.append((style, [line.text for line in lines]))
+    assert wrong == []
+
+
+# --- the table
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def lettered(store: Store, table: pd.DataFrame) -> pd.DataFrame:
+    return set_titles(store, table, SMALL, NoProgress())
+
+
+def test_every_generation_with_a_title_has_a_row(store: Store) -> None:
+    images = [poster(), poster(middle=0.3), poster(), poster(), None]
+    titles = ["Comet", "Bird 𓀀", "", "Moon", "Star"]
+    statuses = ["ok", "ok", "ok", "blocked", "failed"]
+    table = generations(store, images, titles=titles, statuses=statuses)
+    titled = lettered(store, table)
+    assert list(titled.columns) == list(TITLED_COLUMNS)
+    assert titled.title.tolist() == ["Comet", "Bird 𓀀", "Moon", "Star"]
+    assert titled.status.tolist() == ["ok", "failed", "blocked", "failed"]
+    assert "no installed font" in titled.reason[1] and titled.reason[2] == "it is blocked"
+    row = titled.iloc[0]
+    with Image.open(store.root / row.image_path) as image:
+        assert image.size == (row.width, row.height) == (320, 480)
+        assert image.info["parameters"].endswith('Title: "Comet", Lettering: geometric')
+    assert json.loads(row.lines) == ["COMET"] and row.contrast >= 4.5
+    assert row.untitled_image == table.image[0]
+
+
+def test_only_what_is_new_is_set(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = generations(store, [poster(), poster(middle=0.3)], titles=["Comet", "Moon"])
+    first = lettered(store, table)
+    asked: list[str] = []
+    original = typography.set_title
+
+    def spy(image: Image.Image, title: str, settings: LetteringSettings) -> object:
+        asked.append(title)
+        return original(image, title, settings)
+
+    monkeypatch.setattr(typography, "set_title", spy)
+    pd.testing.assert_frame_equal(lettered(store, table), first)
+    assert asked == []
+    renamed = lettered(store, table.assign(title=["Comet", "Star"]))
+    assert asked == ["Star"] and renamed.image[0] == first.image[0]
+
+
+def test_keys_hold_what_decides_pixels() -> None:
+    key = titled_key("hash", "Comet", SMALL)
+    assert key == titled_key("hash", "Comet", SMALL)
+    bold = SMALL.model_copy(update={"style": "bold"})
+    assert len({key, titled_key("hash", "Moon", SMALL), titled_key("hash", "Comet", bold)}) == 3
+    assert "font_manrope=" in fonts_id() and "justmytype_intl_cjk=" in fonts_id()

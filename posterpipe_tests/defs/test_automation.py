@@ -1,0 +1,486 @@
+"""What follows by itself when something changed: real runs on a real instance, tick by tick.
+
+A small world of assets under the policy shows the behaviour; posterpipe's own graph shows that it
+is in force there.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from PIL import Image
+
+from posterpipe.definitions import build_defs
+from posterpipe.defs.automation import LEVELS, ON_SCHEDULE, rebuild_when_inputs_change
+from posterpipe.defs.resources import Deployment
+from posterpipe.settings import load_settings
+from posterpipe_tests.defs.conftest import MakeWorld
+from posterpipe_tests.defs.harness import Daemon, World
+
+
+@pytest.fixture
+def chain(make_world: MakeWorld) -> World:
+    """a -> b -> c, all made and at rest."""
+    world = make_world(a="", b="a", c="b")
+    world.run("a")
+    world.settle()
+    assert world.stale() == []
+    forget_history(world)
+    return world
+
+
+def forget_history(world: World) -> None:
+    world.started.clear()
+    world.computed.clear()
+
+
+# ---- what a change reaches ----------------------------------------------------------------------
+
+
+def test_what_was_never_made_is_made_as_soon_as_its_inputs_are_there(make_world: MakeWorld) -> None:
+    world = make_world(a="", b="a", c="b")
+    assert world.tick() == []
+    world.run("a")
+    assert world.settle() == [["b"], ["c"]]
+    assert world.contents["c"] == "c(b(1))"
+
+
+def test_an_asset_that_is_new_in_the_code_is_made(chain: World) -> None:
+    chain.reads["d"] = ["b"]
+    chain.deploy()
+    assert chain.settle() == [["d"]]
+
+
+def test_an_input_made_again_with_the_same_version_requests_nothing(chain: World) -> None:
+    chain.run("a")
+    assert chain.tick() == []
+    chain.run("b")
+    assert chain.tick() == []
+
+
+def test_a_change_runs_all_that_it_reaches_and_nothing_else(make_world: MakeWorld) -> None:
+    world = make_world(a="", x="", b="a", y="x", c="b y")
+    world.run("a", "x")
+    world.settle()
+    forget_history(world)
+    world.change("a", "2")
+    assert world.settle() == [["b"], ["c"]]
+    assert world.started == ["a", "b", "c"]
+    assert world.contents["c"] == "c(b(2) y(1))"
+
+
+def test_where_the_output_stays_the_same_nothing_further_runs(chain: World) -> None:
+    chain.shown["b"] = lambda content: "b of one digit"
+    chain.change("a", "2")
+    assert chain.settle() == [["b"], ["c"]]
+    chain.change("a", "3")
+    assert chain.settle() == [["b"]]
+    assert chain.stale() == []
+
+
+def test_there_and_back_again_rebuilds_from_the_store(chain: World) -> None:
+    chain.change("a", "2")
+    assert chain.settle() == [["b"], ["c"]]
+    forget_history(chain)
+    chain.change("a", "1")
+    assert chain.settle() == [["b"], ["c"]]
+    assert chain.contents["c"] == "c(b(1))"
+    assert chain.started == ["a", "b", "c"]
+    assert chain.computed == []
+
+
+def test_other_code_runs_its_asset_and_what_follows_where_the_output_differs(chain: World) -> None:
+    chain.shown["b"] = lambda content: content.replace("bNew", "b")
+    chain.code["b"] = "New"
+    chain.deploy()
+    assert chain.settle() == [["b"]]
+    del chain.shown["b"]
+    chain.code["b"] = "Newer"
+    chain.deploy()
+    assert chain.settle() == [["b"], ["c"]]
+    assert chain.contents["c"] == "c(bNewer(1))"
+
+
+def test_a_change_is_taken_up_by_the_run_that_made_it(chain: World) -> None:
+    chain.outside["a"] = "2"
+    chain.run("a", "b", "c")
+    assert chain.settle() == []
+    assert chain.stale() == []
+
+
+def test_with_two_inputs_from_one_source_an_asset_runs_once(make_world: MakeWorld) -> None:
+    world = make_world(a="", b="a", c="b", d="c", e="a d")
+    world.run("a")
+    world.settle()
+    forget_history(world)
+    world.change("a", "2")
+    assert world.settle() == [["b"], ["c"], ["d"], ["e"]]
+    assert world.contents["e"] == "e(2 d(c(b(2))))"
+
+
+def test_an_input_that_comes_out_the_same_keeps_the_others_waiting_no_longer(
+    make_world: MakeWorld,
+) -> None:
+    world = make_world(a="", b="a", c="b", d="a c")
+    world.run("a")
+    world.settle()
+    world.shown["b"] = lambda content: "b(1)"
+    world.change("a", "2")
+    assert world.settle() == [["b"], ["d"]]
+
+
+# ---- nothing is lost, whenever it happens -------------------------------------------------------
+
+
+def before_the_run_starts(world: World) -> None:
+    world.change("a", "3")
+
+
+def before_the_run_starts_and_a_tick_sees_it(world: World) -> None:
+    world.change("a", "3")
+    assert world.tick() == []
+
+
+def while_it_runs(world: World) -> None:
+    world.meanwhile["b"] = lambda: world.change("a", "3")
+
+
+def while_it_runs_and_a_tick_sees_it(world: World) -> None:
+    def meanwhile() -> None:
+        world.change("a", "3")
+        assert world.tick() == []
+        assert world.tick() == []
+
+    world.meanwhile["b"] = meanwhile
+
+
+def after_a_tick_saw_it_run(world: World) -> None:
+    def meanwhile() -> None:
+        assert world.tick() == []
+        world.change("a", "3")
+
+    world.meanwhile["b"] = meanwhile
+
+
+def between_its_end_and_the_next_tick(world: World) -> None:
+    world.work()
+    world.change("a", "3")
+
+
+def twice_while_it_runs(world: World) -> None:
+    def meanwhile() -> None:
+        world.change("a", "4")
+        assert world.tick() == []
+        world.change("a", "3")
+
+    world.meanwhile["b"] = meanwhile
+
+
+@pytest.mark.parametrize(
+    "change_again",
+    [
+        before_the_run_starts,
+        before_the_run_starts_and_a_tick_sees_it,
+        while_it_runs,
+        while_it_runs_and_a_tick_sees_it,
+        after_a_tick_saw_it_run,
+        between_its_end_and_the_next_tick,
+        twice_while_it_runs,
+    ],
+)
+def test_a_second_change_is_not_lost(chain: World, change_again: Callable[[World], None]) -> None:
+    chain.change("a", "2")
+    assert chain.tick() == ["b"]
+    change_again(chain)
+    chain.settle()
+    assert chain.stale() == []
+    assert chain.contents["c"] == "c(b(3))"
+    assert chain.tick() == []
+
+
+def test_a_change_is_kept_while_a_run_of_hours_goes_on(chain: World) -> None:
+    def hours() -> None:
+        for content in "3", "4", "5":
+            chain.change("a", content)
+            for _ in range(3):
+                assert chain.tick() == []
+
+    chain.change("a", "2")
+    chain.meanwhile["b"] = hours
+    chain.settle()
+    assert chain.contents["c"] == "c(b(5))"
+    assert chain.started.count("b") == 2
+
+
+def test_nothing_runs_twice_at_once(chain: World) -> None:
+    chain.change("a", "2")
+    assert chain.tick() == ["b"]
+    chain.change("a", "3")
+    assert [chain.tick() for _ in range(3)] == [[], [], []]
+    assert len(chain.queue) == 1
+
+
+# ---- failures -----------------------------------------------------------------------------------
+
+
+def ticks_between_runs(world: World) -> None:
+    pass
+
+
+def ticks_that_see_it_run(world: World) -> None:
+    def look() -> None:
+        world.tick()
+        world.meanwhile["b"] = look
+
+    world.meanwhile["b"] = look
+
+
+@pytest.mark.parametrize("ticks", [ticks_between_runs, ticks_that_see_it_run])
+def test_a_failed_run_is_tried_once_more_and_not_for_ever(
+    chain: World, ticks: Callable[[World], None]
+) -> None:
+    chain.broken.add("b")
+    ticks(chain)
+    chain.change("a", "2")
+    for _ in range(8):
+        chain.tick()
+        chain.work()
+    assert chain.started == ["a", "b", "b"]
+
+
+@pytest.mark.parametrize("ticks", [ticks_between_runs, ticks_that_see_it_run])
+def test_a_failed_asset_runs_again_when_its_input_is_fixed(
+    chain: World, ticks: Callable[[World], None]
+) -> None:
+    chain.broken.add("b")
+    ticks(chain)
+    chain.change("a", "2")
+    for _ in range(6):
+        chain.tick()
+        chain.work()
+    chain.meanwhile.clear()
+    chain.broken.clear()
+    chain.change("a", "3")
+    assert chain.settle() == [["b"], ["c"]]
+    assert chain.stale() == []
+
+
+def test_a_retry_that_goes_well_is_followed(chain: World) -> None:
+    chain.broken.add("b")
+    chain.change("a", "2")
+    assert chain.tick() == ["b"]
+    assert chain.work() == [False]
+    chain.broken.clear()
+    ticks = [chain.tick() for _ in range(2)]
+    assert sorted(ticks) == [[], ["b"]]
+    assert chain.settle() == [["c"]]
+    assert chain.stale() == []
+
+
+def test_each_change_has_a_retry_of_its_own(chain: World) -> None:
+    chain.broken.add("b")
+    for content in "2", "3":
+        forget_history(chain)
+        chain.change("a", content)
+        for _ in range(6):
+            chain.tick()
+            chain.work()
+        assert chain.started == ["a", "b", "b"]
+
+
+def test_a_change_that_lands_as_it_fails_is_not_lost(chain: World) -> None:
+    def meanwhile() -> None:
+        chain.change("a", "3")
+
+    chain.broken.add("b")
+    chain.change("a", "2")
+    chain.tick()
+    chain.meanwhile["b"] = meanwhile
+    assert chain.work() == [False]
+    chain.broken.clear()
+    chain.settle()
+    assert chain.stale() == []
+
+
+def test_a_job_that_stopped_early_makes_nothing_run_that_is_up_to_date(chain: World) -> None:
+    chain.broken.add("a")
+    assert not chain.run("a", "b", "c")
+    assert [chain.tick() for _ in range(4)] == [[]] * 4
+
+
+# ---- checks and trainings -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def held_back(make_world: MakeWorld) -> World:
+    """a (its check fails on what it holds now) -> b -> c."""
+    world = make_world(checked="a", a="", b="a", c="b")
+    world.run("a")
+    assert world.settle() == [["b"], ["c"]]
+    world.failing.add("a")
+    world.change("a", "2")
+    return world
+
+
+def test_a_check_that_fails_stops_what_follows(held_back: World) -> None:
+    assert [held_back.tick() for _ in range(4)] == [[]] * 4
+    assert held_back.contents["c"] == "c(b(1))"
+
+
+def test_what_was_stopped_goes_on_when_the_check_alone_is_run_and_passes(held_back: World) -> None:
+    assert held_back.settle() == []
+    held_back.failing.clear()
+    assert held_back.check("a")
+    assert held_back.settle() == [["b"], ["c"]]
+    assert held_back.stale() == []
+
+
+def test_what_was_stopped_goes_on_when_the_input_is_fixed(held_back: World) -> None:
+    assert held_back.settle() == []
+    held_back.failing.clear()
+    held_back.change("a", "3")
+    assert held_back.settle() == [["b"], ["c"]]
+    assert held_back.stale() == []
+
+
+def test_what_was_stopped_computes_nothing_when_the_input_is_as_before(held_back: World) -> None:
+    assert held_back.settle() == []
+    held_back.failing.clear()
+    forget_history(held_back)
+    held_back.change("a", "1")
+    assert held_back.settle() == [["b"]]
+    assert held_back.computed == []
+    assert held_back.stale() == []
+
+
+def test_a_check_that_fails_again_still_stops(held_back: World) -> None:
+    assert held_back.settle() == []
+    held_back.check("a")
+    assert held_back.settle() == []
+
+
+def test_nothing_requests_a_training(make_world: MakeWorld) -> None:
+    world = make_world(csv="", dreambooth_checkpoint="csv", tuned="dreambooth_checkpoint")
+    world.run("csv")
+    assert world.settle() == []
+    world.run("dreambooth_checkpoint")
+    assert world.settle() == [["tuned"]]
+    world.change("csv", "2")
+    assert world.settle() == []
+
+
+def test_only_what_reads_the_checkpoint_waits_for_a_training(make_world: MakeWorld) -> None:
+    world = make_world(
+        csv="",
+        suite="",
+        dreambooth_checkpoint="csv",
+        tuned="dreambooth_checkpoint suite",
+        base="suite",
+        scores="base tuned",
+    )
+    world.run("csv", "suite", "dreambooth_checkpoint")
+    world.settle()
+    forget_history(world)
+
+    def hours() -> None:
+        world.change("suite", "2")
+        assert world.tick() == ["base"]
+        world.work()
+        assert world.tick() == ["scores"]
+        world.work()
+        assert world.tick() == []
+
+    world.outside["csv"] = "2"
+    world.run("csv")
+    world.meanwhile["dreambooth_checkpoint"] = hours
+    world.run("dreambooth_checkpoint")
+    assert world.settle() == [["tuned"], ["scores"]]
+    assert world.stale() == []
+
+
+# ---- posterpipe's own graph ---------------------------------------------------------------------
+
+
+def test_all_but_the_outside_world_and_the_training_follow_by_themselves() -> None:
+    defs = build_defs(load_settings("starter"))
+    condition = rebuild_when_inputs_change()
+    following, others = set(), set()
+    for spec in defs.resolve_all_asset_specs():
+        name = spec.key.to_user_string()
+        if spec.automation_condition is None:
+            others.add(name)
+            assert not list(spec.deps) or name in ON_SCHEDULE, name
+        else:
+            following.add(name)
+            assert spec.automation_condition == condition, name
+    assert {"raw_posters", "prompt_suite", "dreambooth_checkpoint"} <= others
+    assert {"resized_posters", "poster_captions", "training_csv", "tuned_generations"} <= following
+    assert {"clip_scores", "leaderboard", "published_scores", "contact_sheet"} <= following
+
+
+def test_the_daemon_evaluates_the_policy_and_the_sweep_unless_told_otherwise() -> None:
+    defs = build_defs(load_settings("starter"))
+    for name in "automation", "stale_sweep":
+        sensor = defs.resolve_sensor_def(name)
+        assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
+    # A condition that cannot be serialized would need the code server to evaluate it.
+    assert rebuild_when_inputs_change().is_serializable
+
+
+def test_the_policy_sees_the_whole_way_up() -> None:
+    """No chain of assets below a source or a checkpoint is longer than the policy looks."""
+    specs = build_defs(load_settings("starter")).resolve_all_asset_specs()
+    reads = {spec.key: [dep.asset_key for dep in spec.deps] for spec in specs}
+
+    def levels(key: dg.AssetKey) -> int:
+        above = 0 if key.path[-1] in ON_SCHEDULE else max(map(levels, reads[key]), default=0)
+        return above + 1
+
+    assert max(map(levels, reads)) - 1 <= LEVELS
+
+
+def test_a_tick_without_a_change_requests_nothing_and_is_cheap(
+    instance: dg.DagsterInstance,
+) -> None:
+    daemon = Daemon(build_defs(load_settings("starter")), instance)
+    assert daemon.tick() == []
+    started = time.process_time()
+    assert daemon.tick() == []
+    assert time.process_time() - started < 3.0
+
+
+def test_posters_that_come_and_go_rebuild_the_dataset_from_the_store(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    landing, store = tmp_path / "landing", tmp_path / "store"
+    landing.mkdir()
+    for number in range(6):
+        pixels = random.Random(number).randbytes(80 * 120 * 3)
+        Image.frombytes("RGB", (80, 120), pixels).save(landing / f"{number}.png")
+    size = {"width": 32, "height": 48}
+    settings = load_settings("starter", landing=landing, store=store, images=size)
+    deployment = Deployment(settings)
+    daemon = Daemon(build_defs(settings, deployment), instance)
+
+    def look_again() -> tuple[int, set[Path]]:
+        """Rows of resized_posters and files of the store, when what changed was followed."""
+        assert daemon.run("raw_posters")
+        assert daemon.tick() == ["resized_posters"]
+        assert daemon.work() == [True]
+        if daemon.tick():  # captions, which need a model
+            daemon.cancel(daemon.queue[-1])
+        return len(deployment.store.read_table("resized_posters")), set(store.glob("blobs/*/*"))
+
+    daemon.tick()
+    rows, files = look_again()
+    assert rows == 6
+    (landing / "0.png").rename(tmp_path / "0.png")
+    assert look_again() == (5, files)
+    (tmp_path / "0.png").rename(landing / "0.png")
+    assert look_again() == (6, files)
+    assert not daemon.tick()

@@ -1,0 +1,423 @@
+"""The checks as Dagster runs them: each fails on a planted fault and names it, and stops what its
+blocking promises."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import dagster as dg
+import pandas as pd
+import pytest
+from PIL import Image
+
+from posterpipe.core.images import png_bytes, resize_posters
+from posterpipe.core.landing import scan
+from posterpipe.core.store import Store
+from posterpipe.core.training_set import build_training_set
+from posterpipe.defs import checks, dataset, generation, ingest, scoring
+from posterpipe.defs.generation import BASE_VARIANTS, TUNED_VARIANTS
+from posterpipe.defs.resources import TABLES, Deployment, store_tables
+from posterpipe.settings import CheckSettings, Settings, default_root, load_settings
+
+POSTERS = (
+    "barley_roadster.jpg",
+    "biscuit_rampart.png",
+    "copper_liftoff.png",
+    "drowsy_parasol.png",
+    "feather_chord.jpg",
+    "plum_spore.png",
+)
+CAPTIONS = ("a car", "a castle", "a rocket", "an umbrella", "a guitar", "a mushroom")
+PROMPTS = ("cat", "sea")
+ALL = [
+    *checks.RAW_POSTERS,
+    *checks.RESIZED_POSTERS,
+    *checks.POSTER_CAPTIONS,
+    *checks.TRAINING_CSV,
+    *checks.BASE_GENERATIONS,
+    *checks.TUNED_GENERATIONS,
+    *checks.CLIP_SCORES,
+]
+
+
+@dataclass
+class World:
+    """A deployment whose tables lie in its store, as if all assets had been materialized."""
+
+    settings: Settings
+    store: Store
+    instance: dg.DagsterInstance
+
+    @property
+    def landing(self) -> Path:
+        return Path(self.settings.landing)
+
+    def table(self, name: str) -> pd.DataFrame:
+        return self.store.read_table(name)
+
+    def change(self, name: str, row: int, **values: str | float) -> None:
+        """Other values in one row of a table."""
+        table = self.table(name)
+        for column, value in values.items():
+            table[column] = table[column].astype(object)
+            table.loc[row, column] = value
+        self.store.write_table(name, table)
+
+    def drop(self, name: str, row: int) -> None:
+        self.store.write_table(name, self.table(name).drop(index=row))
+
+    def ingest(self) -> None:
+        """What the assets from the posters to the training set do, with captions by hand."""
+        limits = self.settings.images
+        posters = scan(self.landing, limits, self.store)
+        resized = resize_posters(self.store, posters, limits)
+        words = dict(zip(POSTERS, CAPTIONS, strict=True))
+        names = dict(zip(posters["poster_id"], posters["source_name"], strict=True))
+        captions = resized[["poster_id", "status", "reason"]].assign(
+            caption=[words.get(names[key], f"poster {key}") for key in resized["poster_id"]],
+            source="human",
+        )
+        training, _, version = build_training_set(self.store, resized, captions)
+        self.store.write_table("raw_posters", posters)
+        self.store.write_table("resized_posters", resized)
+        self.store.write_table("poster_captions", captions)
+        self.store.write_table("training_csv", training.assign(training_set=version))
+
+    def draw(self) -> None:
+        """What the assets from the prompts to the scores do, with one picture for all."""
+        with Image.open(self.landing / POSTERS[0]) as image:
+            picture = self.store.put(png_bytes(image.convert("RGB").resize((40, 60))), ".png")
+        suite = pd.DataFrame({"prompt_id": PROMPTS, "seeds": ["[1, 2]", "[1]"]})
+        self.store.write_table("prompt_suite", suite)
+        for name, variants in (
+            ("base_generations", BASE_VARIANTS),
+            ("tuned_generations", TUNED_VARIANTS),
+        ):
+            cells = [(v, p, s) for v in variants for p, s in (("cat", 1), ("cat", 2), ("sea", 1))]
+            drawn = pd.DataFrame(cells, columns=["variant", "prompt_id", "seed"]).assign(
+                generation_key=[" ".join(map(str, cell)) for cell in cells],
+                image=picture,
+                status="ok",
+                reason="",
+            )
+            self.store.write_table(name, drawn)
+        self.score()
+
+    def score(self) -> None:
+        both = [self.table(name) for name in ("base_generations", "tuned_generations")]
+        scores = pd.concat(both, ignore_index=True).assign(clip_cosine=0.25)
+        self.store.write_table("clip_scores", scores)
+        for name in ("base_generations", "tuned_generations", "clip_scores"):
+            self.instance.report_runless_asset_event(dg.AssetMaterialization(name))
+
+    def definitions(self, *more: dg.AssetsDefinition) -> dg.Definitions:
+        deployment = Deployment(self.settings)
+        return dg.Definitions(
+            assets=[
+                *dg.load_assets_from_modules([ingest, dataset, generation, scoring]),
+                dg.AssetSpec("dreambooth_checkpoint"),
+                *more,
+            ],
+            asset_checks=dg.load_asset_checks_from_modules([checks]),
+            schedules=[checks.score_freshness_schedule(self.settings)],
+            resources={"deployment": deployment, TABLES: store_tables(deployment)},
+        )
+
+    def run(
+        self, selection: dg.AssetSelection, *more: dg.AssetsDefinition
+    ) -> dg.ExecuteInProcessResult:
+        defs = self.definitions(*more)
+        job = dg.define_asset_job("selected", selection)
+        return (
+            dg.Definitions.merge(defs, dg.Definitions(jobs=[job]))
+            .resolve_job_def("selected")
+            .execute_in_process(instance=self.instance, raise_on_error=False)
+        )
+
+    def check(self, *specs: dg.AssetCheckSpec) -> dict[str, dg.AssetCheckEvaluation]:
+        """Run checks alone; what each said."""
+        result = self.run(dg.AssetSelection.checks(*(spec.key for spec in specs)))
+        said = {found.check_name: found for found in result.get_asset_check_evaluations()}
+        assert set(said) == {spec.name for spec in specs}
+        return said
+
+
+@pytest.fixture
+def world(tmp_path: Path, instance: dg.DagsterInstance) -> Iterator[World]:
+    landing, held = tmp_path / "landing", tmp_path / "holdout"
+    landing.mkdir()
+    held.mkdir()
+    data = default_root() / "data"
+    for name in POSTERS:
+        shutil.copyfile(data / "raw_posters" / name, landing / name)
+    shutil.copyfile(data / "holdout_posters" / "pocket_realm.png", held / "pocket_realm.png")
+    settings = load_settings(
+        "starter",
+        landing=landing,
+        holdout=held,
+        store=tmp_path / "store",
+        images={"width": 64, "height": 96},
+    )
+    world = World(settings, Store(tmp_path / "store"), instance)
+    world.ingest()
+    world.draw()
+    yield world
+
+
+def offenders(evaluation: dg.AssetCheckEvaluation) -> list[str]:
+    """The rows of the table that a check shows, as text."""
+    shown = evaluation.metadata["offenders"]
+    assert isinstance(shown, dg.TableMetadataValue)
+    return [" | ".join(map(str, record.data.values())) for record in shown.records]
+
+
+def test_good_data_passes_every_check_and_each_shows_expected_and_actual(world: World) -> None:
+    said = world.check(*ALL)
+    for name, evaluation in said.items():
+        assert evaluation.passed, (name, evaluation.description)
+        assert {"expected", "actual", "offenders"} <= set(evaluation.metadata), name
+        assert offenders(evaluation) == [], name
+        assert evaluation.description
+
+
+def test_every_check_says_what_it_protects_and_what_to_do() -> None:
+    for spec in ALL:
+        description = spec.description or ""
+        assert len(description) > 100, spec.name
+        assert "hen this" in description or "hen it" in description or "horten" in description
+        assert spec.metadata[checks.SEVERITY] in ("WARN", "ERROR"), spec.name
+
+
+def test_the_documentation_names_every_check_and_every_limit_with_its_default() -> None:
+    text = (default_root() / "docs" / "checks.md").read_text("utf-8")
+    for spec in ALL:
+        assert f"`{spec.name}`" in text, spec.name
+    for name, setting in CheckSettings.model_fields.items():
+        default = "none" if setting.default is None else str(setting.default)
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        assert row.split("|")[2].strip().strip("`") == default, name
+
+
+def test_what_blocks_fails_as_an_error() -> None:
+    """Automation counts every failure of a blocking check, so a warning of one would stop it."""
+    blocking = {spec.name for spec in ALL if spec.blocking}
+    assert blocking == {
+        "enough_usable_posters",
+        "training_images_show_something",
+        "captions_are_diverse",
+        "enough_training_rows",
+        "every_row_has_image_and_caption",
+        "no_poster_is_held_out",
+    }
+    for spec in ALL:
+        if spec.blocking:
+            assert spec.metadata[checks.SEVERITY] == "ERROR", spec.name
+
+
+# -- planted faults --------------------------------------------------------------------------------
+
+
+def too_few_posters(world: World) -> None:
+    for name in POSTERS[:2]:
+        (world.landing / name).write_text("no picture any more")
+    world.ingest()
+
+
+def bad_files(world: World) -> None:
+    for number in range(3):
+        (world.landing / f"bad {number}.jpg").write_text("no picture")
+    world.ingest()
+
+
+def a_smaller_copy(world: World) -> None:
+    with Image.open(world.landing / POSTERS[1]) as image:
+        image.convert("RGB").resize((160, 240)).save(world.landing / "z smaller.jpg")
+    world.ingest()
+
+
+def a_black_poster(world: World) -> None:
+    Image.new("RGB", (100, 150)).save(world.landing / "night.png")
+    world.ingest()
+
+
+def a_lost_training_image(world: World) -> None:
+    image = world.table("resized_posters")["image"][0]
+    world.store.path(str(image), ".png").unlink()
+
+
+def a_stammering_caption(world: World) -> None:
+    world.change("poster_captions", 2, caption="a cat cat cat cat")
+
+
+def one_caption_for_all(world: World) -> None:
+    table = world.table("poster_captions")
+    world.store.write_table("poster_captions", pd.concat([table] * 3).assign(caption="a poster"))
+
+
+def lost_rows(world: World) -> None:
+    world.store.write_table("training_csv", world.table("training_csv")[:2])
+
+
+def a_missing_file(world: World) -> None:
+    row = world.table("training_csv").iloc[1]
+    (world.store.root / "training_sets" / row["training_set"] / row["file_name"]).unlink()
+
+
+def a_missing_caption(world: World) -> None:
+    world.change("training_csv", 1, caption=" ")
+
+
+def a_long_caption(world: World) -> None:
+    world.change("training_csv", 3, caption="a rocket and " * 60)
+
+
+def a_held_out_copy(world: World) -> None:
+    held = Path(world.settings.holdout)
+    shutil.copyfile(world.landing / POSTERS[2], held / "another name.png")
+
+
+def a_held_out_jpeg(world: World) -> None:
+    with Image.open(world.landing / POSTERS[2]) as image:
+        small = image.convert("RGB").resize((160, 240))
+    small.save(Path(world.settings.holdout) / "small.jpg", quality=60)
+
+
+def an_undrawn_base_image(world: World) -> None:
+    world.change("base_generations", 4, status="failed", reason="out of memory", image="")
+
+
+def an_undrawn_tuned_image(world: World) -> None:
+    world.drop("tuned_generations", 0)
+
+
+def a_blocked_base_image(world: World) -> None:
+    world.change("base_generations", 0, status="blocked", reason="black image")
+
+
+def a_white_tuned_image(world: World) -> None:
+    white = world.store.put(png_bytes(Image.new("RGB", (40, 60), "white")), ".png")
+    world.change("tuned_generations", 0, image=white)
+
+
+def an_impossible_cosine(world: World) -> None:
+    world.change("clip_scores", 5, clip_cosine=1.5)
+
+
+@pytest.mark.parametrize(
+    ("plant", "name", "named"),
+    [
+        (too_few_posters, "enough_usable_posters", POSTERS[0]),
+        (bad_files, "few_rejected_files", "bad 0.jpg"),
+        (a_smaller_copy, "few_near_duplicates", f"z smaller.jpg | {POSTERS[1]}"),
+        (a_black_poster, "training_images_show_something", "night.png | all black"),
+        (a_lost_training_image, "training_images_show_something", "gone from the store"),
+        (a_stammering_caption, "captions_do_not_repeat", "a cat cat cat cat"),
+        (one_caption_for_all, "captions_do_not_repeat", "18 posters have it"),
+        (one_caption_for_all, "captions_are_diverse", "a poster | 18"),
+        (lost_rows, "enough_training_rows", ".png"),
+        (a_missing_file, "every_row_has_image_and_caption", "no image"),
+        (a_missing_caption, "every_row_has_image_and_caption", "no caption"),
+        (a_long_caption, "captions_fit_the_text_encoder", "a rocket and"),
+        (a_held_out_copy, "no_poster_is_held_out", f"{POSTERS[2]} | another name.png"),
+        (a_held_out_jpeg, "no_poster_is_held_out", f"{POSTERS[2]} | small.jpg | the same picture"),
+        (an_undrawn_base_image, "every_base_image_drawn", "out of memory"),
+        (an_undrawn_tuned_image, "every_tuned_image_drawn", "not in the table"),
+        (a_blocked_base_image, "base_images_show_something", "black image"),
+        (a_white_tuned_image, "tuned_images_show_something", "all white"),
+        (an_impossible_cosine, "cosines_are_possible", "1.5"),
+    ],
+)
+def test_a_planted_fault_fails_its_check_and_is_named(
+    world: World, plant: Callable[[World], None], name: str, named: str
+) -> None:
+    spec = next(spec for spec in ALL if spec.name == name)
+    plant(world)
+    evaluation = world.check(spec)[name]
+    assert not evaluation.passed
+    assert evaluation.severity.value == spec.metadata[checks.SEVERITY]
+    assert any(named in row for row in offenders(evaluation)), offenders(evaluation)
+
+
+# -- blocking --------------------------------------------------------------------------------------
+
+
+def materialized(result: dg.ExecuteInProcessResult) -> set[str]:
+    events = result.get_asset_materialization_events()
+    return {event.asset_key.to_user_string() for event in events if event.asset_key}
+
+
+@dg.asset(deps=["training_csv"])
+def costly_step() -> None:
+    """In the place of the training."""
+
+
+def test_a_held_out_poster_stops_the_training_until_it_is_removed(world: World) -> None:
+    a_held_out_copy(world)
+    key = dg.AssetKey("training_csv")
+    selection = dg.AssetSelection.assets(key, "costly_step")
+    result = world.run(selection, costly_step)
+    assert not result.success
+    assert materialized(result) == {"training_csv"}
+    (Path(world.settings.holdout) / "another name.png").unlink()
+    result = world.run(selection, costly_step)
+    assert result.success
+    assert materialized(result) == {"training_csv", "costly_step"}
+
+
+def test_a_warning_stops_nothing(world: World) -> None:
+    bad_files(world)
+    result = world.run(dg.AssetSelection.assets("raw_posters", "resized_posters"))
+    assert result.success
+    assert materialized(result) == {"raw_posters", "resized_posters"}
+    failed = {e.check_name for e in result.get_asset_check_evaluations() if not e.passed}
+    assert failed == {"few_rejected_files"}
+
+
+def test_what_follows_runs_when_only_some_checks_of_an_asset_are_selected(world: World) -> None:
+    some = dg.AssetSelection.checks(checks.RAW_POSTERS[1].key)
+    assets = dg.AssetSelection.assets("raw_posters", "resized_posters").without_checks()
+    result = world.run(assets | some)
+    assert result.success
+    assert materialized(result) == {"raw_posters", "resized_posters"}
+    assert [e.check_name for e in result.get_asset_check_evaluations()] == ["few_rejected_files"]
+
+
+# -- freshness -------------------------------------------------------------------------------------
+
+
+def freshness(world: World) -> dg.AssetCheckEvaluation:
+    """What the scheduled run says."""
+    job = world.definitions().resolve_job_def("check_score_freshness")
+    result = job.execute_in_process(instance=world.instance, raise_on_error=False)
+    evaluations: Sequence[dg.AssetCheckEvaluation] = result.get_asset_check_evaluations()
+    assert [e.check_name for e in evaluations] == ["scores_are_current"]
+    return evaluations[0]
+
+
+def test_scores_that_stay_behind_the_images_are_noticed_by_the_scheduled_check(
+    world: World,
+) -> None:
+    assert freshness(world).passed
+    world.change("tuned_generations", 1, generation_key="another image")
+    assert freshness(world).passed, "a run may be at it"
+    limits = world.settings.checks.model_copy(update={"max_scoring_delay_hours": 1e-9})
+    world.settings = world.settings.model_copy(update={"checks": limits})
+    behind = freshness(world)
+    assert not behind.passed
+    assert offenders(behind) == [
+        "dreambooth | cat | 2 | has no score",
+        "dreambooth | cat | 2 | the score of an image that is not current any more",
+    ]
+    world.score()
+    assert freshness(world).passed
+
+
+def test_the_schedule_follows_its_setting_and_is_on(world: World) -> None:
+    limits = world.settings.checks.model_copy(update={"freshness_cron": "30 6 * * 1"})
+    settings = world.settings.model_copy(update={"checks": limits})
+    schedule = checks.score_freshness_schedule(settings)
+    assert schedule.cron_schedule == "30 6 * * 1"
+    assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING

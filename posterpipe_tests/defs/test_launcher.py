@@ -1,0 +1,87 @@
+"""A run whose process is gone is noticed, and one that works is left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import yaml
+from dagster._core.events import EngineEventData
+from dagster._core.launcher import WorkerStatus
+from dagster._core.storage.tags import GRPC_INFO_TAG
+
+from posterpipe.defs import launcher
+from posterpipe.defs.launcher import LocalRunLauncher
+from posterpipe.settings import default_root
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+
+
+@dg.job
+def nothing() -> None:
+    """A job without steps."""
+
+
+@pytest.fixture
+def deployed(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    """The instance as it is deployed."""
+    config = (default_root() / "deploy" / "dagster.yaml").read_text("utf-8")
+    (tmp_path / "dagster.yaml").write_text(config)
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+        yield instance
+
+
+def health(instance: dg.DagsterInstance, pid: int, host: str = "localhost") -> WorkerStatus:
+    """Of a run that a code server on that host started as that process."""
+    run = instance.create_run_for_job(
+        nothing,
+        status=dg.DagsterRunStatus.STARTED,
+        tags={GRPC_INFO_TAG: json.dumps({"host": host, "socket": "/nowhere"})},
+    )
+    data = EngineEventData.in_process(pid)
+    instance.report_engine_event(f"Started process for run (pid: {pid}).", run, data)
+    status: WorkerStatus = instance.run_launcher.check_run_worker_health(run).status
+    return status
+
+
+def test_the_deployment_uses_it_and_asks_it(deployed: dg.DagsterInstance) -> None:
+    assert isinstance(deployed.run_launcher, LocalRunLauncher)
+    assert deployed.run_launcher.supports_check_run_worker_health
+    config = yaml.safe_load((default_root() / "deploy" / "dagster.yaml").read_text("utf-8"))
+    assert config["run_monitoring"]["enabled"]
+    assert deployed.run_monitoring_enabled
+
+
+def test_a_live_process_is_running_and_a_dead_one_failed(deployed: dg.DagsterInstance) -> None:
+    assert health(deployed, os.getpid()) == WorkerStatus.RUNNING
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    assert os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert health(deployed, child.pid) == WorkerStatus.FAILED  # ended, and not waited for
+    child.wait()
+    assert health(deployed, child.pid) == WorkerStatus.FAILED
+
+
+def test_another_process_with_the_number_is_not_taken_for_it(
+    deployed: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = launcher._began(str(os.getpid()))
+    assert began is not None
+    assert 0 <= time.time() - began < 86_400
+    monkeypatch.setattr(launcher, "_began", lambda pid: time.time() + 3_600)
+    assert health(deployed, os.getpid()) == WorkerStatus.FAILED
+
+
+def test_runs_of_others_are_not_judged(deployed: dg.DagsterInstance) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    assert health(deployed, child.pid, host="code-server") == WorkerStatus.RUNNING
+    by_hand = deployed.create_run_for_job(nothing, status=dg.DagsterRunStatus.STARTED)
+    status = deployed.run_launcher.check_run_worker_health(by_hand).status
+    assert status == WorkerStatus.RUNNING

@@ -1,0 +1,257 @@
+"""The training schedule: real decisions over what a real instance has recorded."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from dagster import DagsterRunStatus
+
+from posterpipe.definitions import build_defs
+from posterpipe.defs.arrivals import REASON_TAG
+from posterpipe.defs.resources import Deployment
+from posterpipe.defs.retraining import CHECKPOINT, STATE_TAG, TRAINING_SET
+from posterpipe.defs.staleness import CODE_VERSION, DATA_VERSION, INPUT_DATA_VERSION
+from posterpipe.settings import SettingsError, load_settings
+from posterpipe_tests.defs.harness import RUN_KEY
+
+CLASS_IMAGES = dg.AssetKey("class_images")
+CHECK = "every_row_has_image_and_caption"
+DAY = 86_400.0
+
+
+class Nights:
+    """A deployment whose training sets and checkpoints are recorded by the test."""
+
+    def __init__(self, folder: Path, instance: dg.DagsterInstance, **automation: Any) -> None:
+        self.instance = instance
+        self.settings = load_settings(
+            "starter",
+            store=folder / "store",
+            automation={"min_new_posters": 2, "max_age_days": 7, **automation},
+        )
+        self.definitions = build_defs(self.settings)
+        self.repository = self.definitions.get_repository_def()
+        self.said = ""
+        self.instance.report_runless_asset_event(
+            dg.AssetMaterialization(CLASS_IMAGES, tags={DATA_VERSION: "none"})
+        )
+
+    def training_set(self, version: str, *rows: str) -> None:
+        """The training set is made, with these lines of CSV."""
+        folder = self.settings.store / "training_sets" / version
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "training.csv").write_text("\n".join(["file_name,caption", *rows, ""]))
+        self.instance.report_runless_asset_event(
+            dg.AssetMaterialization(TRAINING_SET, tags={DATA_VERSION: version})
+        )
+
+    def checkpoint(self, trained_on: str, **tags: str) -> None:
+        """A checkpoint is made, by the code and settings of now."""
+        spec = self.repository.assets_defs_by_key[CHECKPOINT].specs_by_key[CHECKPOINT]
+        folder = self.settings.store / "checkpoints" / trained_on
+        folder.mkdir(parents=True, exist_ok=True)
+        self.instance.report_runless_asset_event(
+            dg.AssetMaterialization(
+                CHECKPOINT,
+                metadata={"path": f"checkpoints/{trained_on}"},
+                tags={
+                    DATA_VERSION: f"checkpoint of {trained_on}",
+                    CODE_VERSION: str(spec.code_version),
+                    INPUT_DATA_VERSION + "training_csv": trained_on,
+                    INPUT_DATA_VERSION + "class_images": "none",
+                    **tags,
+                },
+            )
+        )
+
+    def check(self, passed: bool) -> None:
+        """The blocking check of the training set is evaluated."""
+        self.instance.report_runless_asset_event(
+            dg.AssetCheckEvaluation(
+                asset_key=TRAINING_SET,
+                check_name=CHECK,
+                passed=passed,
+                metadata={},
+                description="2 rows without image",
+            )
+        )
+
+    def tick(self) -> dg.RunRequest | None:
+        """One evaluation of the schedule; `said` has its reason."""
+        schedule = self.definitions.resolve_schedule_def("training")
+        context = dg.build_schedule_context(
+            self.instance,
+            repository_def=self.repository,
+            resources={"deployment": Deployment(self.settings)},
+        )
+        data = schedule.evaluate_tick(context)
+        requests: Sequence[dg.RunRequest] = data.run_requests or []
+        self.said = requests[0].tags[REASON_TAG] if requests else str(data.skip_message)
+        return requests[0] if requests else None
+
+    def started(self, request: dg.RunRequest, status: DagsterRunStatus) -> str:
+        """The requested run, as the daemon creates it, in a status; its id."""
+        job = self.definitions.resolve_job_def("retrain")
+        run = self.instance.create_run_for_job(
+            job, tags={**request.tags, RUN_KEY: str(request.run_key)}, status=status
+        )
+        return run.run_id
+
+    def ended(self, run_id: str, *, canceled: bool = False) -> None:
+        run = self.instance.get_run_by_id(run_id)
+        assert run is not None
+        if canceled:
+            self.instance.report_run_canceled(run)
+        else:
+            self.instance.report_run_failed(run)
+
+
+@pytest.fixture
+def nights(tmp_path: Path, instance: dg.DagsterInstance) -> Nights:
+    """Trained on the training set a, of two posters."""
+    nights = Nights(tmp_path, instance)
+    nights.training_set("a", "train/1.png,one", "train/2.png,two")
+    nights.checkpoint("a")
+    assert nights.tick() is None
+    assert nights.said == "the checkpoint was trained on this training set (a)"
+    return nights
+
+
+def test_nothing_is_trained_before_there_is_a_training_set(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    nights = Nights(tmp_path, instance)
+    assert nights.tick() is None
+    assert nights.said == "there is no training set yet"
+    nights.training_set("a", "train/1.png,one")
+    request = nights.tick()
+    assert request is not None
+    assert nights.said == "the checkpoint does not hold: never materialized"
+
+
+def test_enough_changes_start_a_training_and_fewer_say_what_they_wait_for(nights: Nights) -> None:
+    nights.training_set("b", "train/1.png,one", "train/2.png,zwei")
+    assert nights.tick() is None
+    assert "1 with another caption, the first 0.0 days ago; waiting for 2 changes" in nights.said
+    nights.training_set("c", "train/1.png,one", "train/2.png,zwei", "train/3.png,three")
+    request = nights.tick()
+    assert request is not None
+    assert "1 new, 1 with another caption" in nights.said
+    nights.checkpoint("c")
+    assert nights.tick() is None
+
+
+def test_a_training_set_as_it_was_needs_no_training(nights: Nights) -> None:
+    nights.training_set("b", "train/3.png,three")
+    assert nights.tick() is not None
+    nights.training_set("a", "train/1.png,one", "train/2.png,two")
+    assert nights.tick() is None
+
+
+def test_an_old_change_is_trained_on_however_small(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    nights = Nights(tmp_path, instance, max_age_days=2 / DAY)
+    nights.training_set("a", "train/1.png,one")
+    nights.checkpoint("a")
+    nights.training_set("b", "train/1.png,eins")
+    assert nights.tick() is None
+    time.sleep(1.2)
+    # The training set is made again, and the first change keeps its age.
+    nights.training_set("c", "train/1.png,uno")
+    time.sleep(1.0)
+    assert nights.tick() is not None
+    assert "1 with another caption" in nights.said
+
+
+def test_a_lost_or_outdated_checkpoint_is_trained_again(nights: Nights) -> None:
+    os.rmdir(nights.settings.store / "checkpoints" / "a")
+    assert nights.tick() is not None
+    assert "is gone" in nights.said
+    nights.checkpoint("a")
+    assert nights.tick() is None
+    nights.checkpoint("a", **{CODE_VERSION: "of last year"})
+    assert nights.tick() is not None
+    assert nights.said == "the checkpoint does not hold: its code or settings changed"
+
+
+def test_other_class_images_are_a_reason_to_train(nights: Nights) -> None:
+    nights.instance.report_runless_asset_event(
+        dg.AssetMaterialization(CLASS_IMAGES, tags={DATA_VERSION: "twenty posters"})
+    )
+    assert nights.tick() is not None
+    assert nights.said == "the checkpoint does not hold: class_images changed"
+
+
+def test_a_failed_blocking_check_holds_the_training_back(nights: Nights) -> None:
+    nights.training_set("b", "train/3.png,three")
+    nights.check(passed=False)
+    assert nights.tick() is None
+    assert f"did not pass: {CHECK} (2 rows without image)" in nights.said
+    nights.check(passed=True)
+    assert nights.tick() is not None
+
+
+def test_there_is_one_training_at_a_time(nights: Nights) -> None:
+    nights.training_set("b", "train/3.png,three")
+    request = nights.tick()
+    assert request is not None
+    run_id = nights.started(request, DagsterRunStatus.STARTING)
+    assert nights.tick() is None
+    assert f"the run {run_id[:8]} is training" in nights.said
+
+
+def test_a_failed_training_is_tried_once_more_until_something_changes(nights: Nights) -> None:
+    nights.training_set("b", "train/3.png,three")
+    keys = []
+    for _ in range(2):
+        request = nights.tick()
+        assert request is not None
+        keys.append(request.run_key)
+        nights.ended(nights.started(request, DagsterRunStatus.STARTED))
+    assert len(set(keys)) == 2
+    assert nights.tick() is None
+    assert "it failed 2 times" in nights.said
+    nights.training_set("c", "train/3.png,drei")
+    assert nights.tick() is not None
+
+
+def test_a_canceled_training_is_not_started_again_by_itself(nights: Nights) -> None:
+    nights.training_set("b", "train/3.png,three")
+    request = nights.tick()
+    assert request is not None
+    assert STATE_TAG in request.tags
+    nights.ended(nights.started(request, DagsterRunStatus.STARTED), canceled=True)
+    assert nights.tick() is None
+    assert "was canceled" in nights.said
+
+
+def test_the_schedule_is_on_and_follows_the_settings(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    nights = Nights(
+        tmp_path, instance, training_cron="30 4 * * 1", training_timezone="Europe/Berlin"
+    )
+    schedule = nights.definitions.resolve_schedule_def("training")
+    assert schedule.cron_schedule == "30 4 * * 1"
+    assert schedule.execution_timezone == "Europe/Berlin"
+    assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
+    assert schedule.job_name == "retrain"
+    assert build_defs(load_settings("starter")).resolve_schedule_def("training").cron_schedule == (
+        "0 2 * * *"
+    )
+
+
+def test_a_wrong_cron_or_time_zone_names_the_setting(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    with pytest.raises(SettingsError, match=r"automation\.training_cron: 'daily at two'"):
+        Nights(tmp_path, instance, training_cron="daily at two")
+    with pytest.raises(SettingsError, match=r"automation\.training_timezone: .*'Mars/Olympus'"):
+        Nights(tmp_path, instance, training_timezone="Mars/Olympus")

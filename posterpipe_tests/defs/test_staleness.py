@@ -1,0 +1,335 @@
+"""What no longer matches what it is made from, and the sweep behind the policy.
+
+The policy is kept quiet in most of these tests: without `tick` nobody evaluates it.
+"""
+
+from __future__ import annotations
+
+import time
+
+import dagster as dg
+import pytest
+
+from posterpipe.definitions import build_defs
+from posterpipe.defs.resources import TABLE_VERSION
+from posterpipe.defs.sweep import ATTEMPTS, REASON_TAG
+from posterpipe.settings import load_settings
+from posterpipe_tests.defs.conftest import MakeWorld
+from posterpipe_tests.defs.harness import RUN_KEY, Daemon, World
+
+
+@pytest.fixture
+def chain(make_world: MakeWorld) -> World:
+    """a -> b -> c, all made, and nobody evaluates the policy."""
+    world = make_world(a="", b="a", c="b")
+    world.run("a", "b", "c")
+    assert world.sweep() == []
+    assert world.stale() == []
+    world.started.clear()
+    return world
+
+
+def sweep_and_work(world: World, times: int) -> None:
+    for _ in range(times):
+        world.sweep()
+        world.work()
+
+
+# ---- what it finds ------------------------------------------------------------------------------
+
+
+def test_without_the_policy_a_change_still_reaches_all_that_depends_on_it(chain: World) -> None:
+    chain.change("a", "2")
+    assert chain.settle_by_sweeps() == [["b"], ["c"]]
+    assert chain.stale() == []
+    assert chain.started == ["a", "b", "c"]
+
+
+def test_without_the_policy_everything_is_made_from_nothing(make_world: MakeWorld) -> None:
+    world = make_world(a="", x="", b="a", c="b x")
+    assert world.settle_by_sweeps() == [["a", "x"], ["b"], ["c"]]
+    assert world.stale() == []
+
+
+def test_where_the_output_stays_the_same_nothing_further_runs(chain: World) -> None:
+    chain.shown["b"] = lambda content: "b(1)"
+    chain.change("a", "2")
+    assert chain.settle_by_sweeps() == [["b"]]
+
+
+def test_there_and_back_again_is_requested_again(chain: World) -> None:
+    for content in "2", "1", "2":
+        chain.change("a", content)
+        assert chain.settle_by_sweeps() == [["b"], ["c"]]
+        assert chain.stale() == []
+
+
+def test_it_finds_a_change_there_and_back_that_the_policy_cannot_see(chain: World) -> None:
+    chain.tick()
+    chain.change("a", "2")
+    assert chain.tick() == ["b"]
+    chain.change("a", "3")
+    assert chain.work() == [True]
+    chain.change("a", "2")
+    assert chain.settle() == [["c"]]
+    assert chain.stale() == ["b", "c"]
+    assert chain.settle_by_sweeps() == [["b"], ["c"]]
+    assert chain.stale() == []
+
+
+def test_it_finds_other_code_of_an_asset_without_inputs(chain: World) -> None:
+    chain.tick()
+    chain.code["a"] = "2"
+    chain.deploy()
+    assert chain.tick() == []
+    assert chain.settle_by_sweeps() == [["a"]]
+
+
+def test_it_finds_what_a_job_that_stopped_early_did_not_take_up(chain: World) -> None:
+    chain.tick()
+    chain.outside["a"] = "2"
+    chain.broken.add("b")
+    assert not chain.run("a", "b", "c")
+    chain.broken.clear()
+    assert chain.tick() == []
+    assert chain.settle_by_sweeps() == [["b"], ["c"]]
+    assert chain.stale() == []
+
+
+def test_it_finds_a_lost_table_and_does_not_rebuild_it_for_ever(make_world: MakeWorld) -> None:
+    """An asset whose table never appears is as lost after each run as before it."""
+    world = make_world(a="")
+
+    @dg.asset(name="a", code_version="1")
+    def forgetful() -> dg.MaterializeResult[None]:
+        world.started.append("a")
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion("1"), metadata={TABLE_VERSION: "of no table"}
+        )
+
+    world.load(dg.Definitions(assets=[forgetful], resources=world.resources))
+    sweep_and_work(world, 10)
+    assert world.started == ["a"] * ATTEMPTS
+    assert "its table is gone" in world.said
+
+
+def test_it_finds_a_check_that_came_to_no_result(make_world: MakeWorld) -> None:
+    """As when the run died between the asset and its check: nothing would ever go on."""
+    world = make_world(checked="a", a="", b="a")
+    world.run("a", "b")
+    world.tick()
+    world.broken.add("check of a")
+    assert not world.change("a", "2")
+    world.broken.clear()
+    assert world.tick() == []
+    assert world.settle_by_sweeps() == [["a"], ["b"]]
+    assert world.stale() == []
+
+
+def test_a_check_that_never_comes_to_a_result_is_not_run_for_ever(make_world: MakeWorld) -> None:
+    world = make_world(checked="a", a="")
+    world.broken.add("check of a")
+    world.run("a")
+    sweep_and_work(world, 10)
+    assert world.started == ["a"] * (1 + ATTEMPTS)
+    assert "its check holds did not run" in world.said
+
+
+# ---- what it leaves alone -----------------------------------------------------------------------
+
+
+def test_it_lets_the_policy_come_first(chain: World) -> None:
+    chain.tick()
+    chain.change("a", "2")
+    assert chain.sweep() == []
+    assert chain.tick() == ["b"]
+    chain.work()
+    assert chain.sweep() == []
+    assert chain.tick() == ["c"]
+    chain.work()
+    assert [chain.sweep() for _ in range(3)] == [[]] * 3
+    assert chain.said == "everything matches its inputs"
+
+
+def test_it_requests_nothing_that_is_queued_or_running(chain: World) -> None:
+    chain.change("a", "2")
+    chain.sweep()
+    assert chain.sweep() == ["b"]
+    assert [chain.sweep() for _ in range(3)] == [[]] * 3
+    assert "b: a changed, but it is being made" in chain.said
+
+    def look() -> None:
+        assert [chain.sweep() for _ in range(3)] == [[]] * 3
+
+    chain.meanwhile["b"] = look
+    assert chain.work() == [True]
+
+
+def test_it_waits_for_what_is_made_upstream(chain: World) -> None:
+    chain.code["c"] = "2"
+    chain.deploy()
+
+    def look() -> None:
+        assert [chain.sweep() for _ in range(3)] == [[]] * 3
+        assert "a comes first" in chain.said
+
+    chain.meanwhile["a"] = look
+    chain.run("a")
+    assert chain.settle_by_sweeps() == [["c"]]
+
+
+def test_the_same_look_twice_requests_one_run_that_tells_why(chain: World) -> None:
+    """As when the daemon dies after it launched the run and before it kept the cursor."""
+    chain.change("a", "2")
+    chain.sweep()
+    assert chain.sweep(forget=True) == ["b"]
+    assert chain.sweep() == []
+    [run_id] = chain.queue
+    run = chain.instance.get_run_by_id(run_id)
+    assert run is not None
+    assert run.tags[REASON_TAG] == "a changed"
+    assert run.tags[RUN_KEY].startswith("b-")
+
+
+def test_it_never_requests_a_training_but_what_is_stale_below_it(make_world: MakeWorld) -> None:
+    world = make_world(csv="", dreambooth_checkpoint="csv", suite="", tuned="dreambooth_checkpoint")
+    world.reads["tuned"] = ["dreambooth_checkpoint", "suite"]
+    world.deploy()
+    world.run("csv", "suite", "dreambooth_checkpoint", "tuned")
+    world.change("csv", "2")
+    assert world.settle_by_sweeps() == []
+    assert "dreambooth_checkpoint: csv changed, but it follows its schedule" in world.said
+    world.change("suite", "2")
+    assert world.settle_by_sweeps() == [["tuned"]]
+    assert world.stale() == ["dreambooth_checkpoint", "tuned"]
+
+
+def test_a_failed_blocking_check_holds_it_back_until_it_passes(make_world: MakeWorld) -> None:
+    world = make_world(checked="a", a="", b="a", c="b")
+    world.run("a", "b", "c")
+    world.failing.add("a")
+    world.change("a", "2")
+    assert world.settle_by_sweeps() == []
+    assert "b: a changed, but the check holds of a has not passed" in world.said
+    world.failing.clear()
+    world.check("a")
+    assert world.settle_by_sweeps() == [["b"], ["c"]]
+    assert world.stale() == []
+
+
+def test_what_it_requests_is_checked(make_world: MakeWorld) -> None:
+    world = make_world(checked="a", a="", b="a")
+    world.failing.add("a")
+    assert world.settle_by_sweeps() == [["a"]]
+    assert "b: never materialized, but the check holds of a has not passed" in world.said
+
+
+# ---- failures -----------------------------------------------------------------------------------
+
+
+def test_a_failed_run_is_tried_once_more_and_not_for_ever(chain: World) -> None:
+    chain.broken.add("b")
+    chain.change("a", "2")
+    sweep_and_work(chain, 10)
+    assert chain.started == ["a", "b", "b"]
+    assert "b: a changed, but it failed 2 times with these inputs" in chain.said
+
+
+def test_policy_and_sweep_together_try_a_failed_run_once_more(chain: World) -> None:
+    chain.tick()
+    chain.broken.add("b")
+    chain.change("a", "2")
+    for _ in range(6):
+        for look in chain.tick, chain.tick, chain.sweep:
+            look()
+            chain.work()
+    assert chain.started == ["a", "b", "b"]
+
+
+def test_it_retries_when_the_policy_is_kept_from_it(chain: World) -> None:
+    chain.tick()
+    chain.broken.add("b")
+    chain.change("a", "2")
+    chain.tick()
+    chain.work()
+    sweep_and_work(chain, 6)
+    assert chain.started == ["a", "b", "b"]
+
+
+def test_a_fix_of_the_input_runs_it_again(chain: World) -> None:
+    chain.broken.add("b")
+    chain.change("a", "2")
+    sweep_and_work(chain, 6)
+    chain.broken.clear()
+    chain.change("a", "3")
+    assert chain.settle_by_sweeps() == [["b"], ["c"]]
+    assert chain.stale() == []
+
+
+def test_a_fix_of_the_code_runs_it_again(chain: World) -> None:
+    chain.broken.add("b")
+    chain.change("a", "2")
+    sweep_and_work(chain, 6)
+    chain.broken.clear()
+    chain.code["b"] = "2"
+    chain.deploy()
+    assert chain.settle_by_sweeps() == [["b"], ["c"]]
+    assert chain.stale() == []
+
+
+def test_a_run_that_a_person_canceled_is_not_requested_again(chain: World) -> None:
+    chain.change("a", "2")
+    chain.sweep()
+    chain.sweep()
+    chain.cancel(chain.queue[0])
+    assert [chain.sweep() for _ in range(4)] == [[]] * 4
+    assert "was canceled" in chain.said
+    chain.change("a", "3")
+    assert chain.settle_by_sweeps() == [["b"], ["c"]]
+
+
+def test_runs_that_failed_before_they_reached_it_do_not_count(chain: World) -> None:
+    chain.change("a", "2")
+    chain.broken.add("a")
+    for _ in range(ATTEMPTS):
+        assert not chain.run("a", "b")
+    chain.broken.clear()
+    assert chain.settle_by_sweeps() == [["b"], ["c"]]
+    assert chain.stale() == []
+
+
+def test_what_fails_does_not_keep_others_waiting(make_world: MakeWorld) -> None:
+    world = make_world(a="", x="", b="a", c="b x")
+    world.run("a", "x", "b", "c")
+    world.broken.add("b")
+    world.change("a", "2")
+    sweep_and_work(world, 6)
+    world.change("x", "2")
+    assert world.settle_by_sweeps() == [["c"]]
+
+
+# ---- posterpipe's own graph ---------------------------------------------------------------------
+
+
+def test_with_nothing_made_only_what_reads_the_outside_world_is_requested(
+    instance: dg.DagsterInstance,
+) -> None:
+    defs = build_defs(load_settings("starter"))
+    daemon = Daemon(defs, instance)
+    roots = {
+        spec.key.to_user_string() for spec in defs.resolve_all_asset_specs() if not list(spec.deps)
+    }
+    assert daemon.sweep() == []
+    assert set(daemon.sweep()) == roots
+
+
+def test_a_look_at_a_large_graph_where_nothing_is_stale_is_cheap(make_world: MakeWorld) -> None:
+    names = [f"asset_{number}" for number in range(30)]
+    reads = dict(zip(names, ["", *names], strict=False))
+    world = make_world(**reads)
+    world.run(*names)
+    assert world.sweep() == []
+    started = time.process_time()
+    assert world.sweep() == []
+    assert time.process_time() - started < 1.0
+    assert world.said == "everything matches its inputs"

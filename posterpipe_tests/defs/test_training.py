@@ -1,0 +1,135 @@
+"""The training assets: settings in the launchpad, class images, and a checkpoint made of both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from PIL import Image
+
+from posterpipe.core.store import Store
+from posterpipe.core.training_set import build_training_set
+from posterpipe.defs.resources import TABLES, Deployment, StoreIOManager, Table, table_output
+from posterpipe.defs.training import (
+    class_images,
+    dreambooth_checkpoint,
+    launchpad_fields,
+    training_settings,
+)
+from posterpipe.settings import SettingsError, TrainingSettings, load_settings
+from posterpipe_tests.core.dreambooth.conftest import write_training_set
+from posterpipe_tests.core.tiny_blip import build_tiny_blip
+from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
+
+
+def test_every_training_setting_is_in_the_launchpad_with_meaning_and_default() -> None:
+    fields = launchpad_fields()
+    assert fields.keys() == TrainingSettings.model_fields.keys()
+    for name, field in fields.items():
+        assert field.description and len(field.description) > 25, name
+        assert "Default: " in field.description, name
+        assert not field.is_required and not field.default_provided, name
+    text = fields["learning_rate"].description or ""
+    assert "above 0" in text and "Default: 1e-06" in text and "the thesis's" in text
+
+
+def validated(config: dict[str, Any]) -> Any:
+    job = dg.Definitions(
+        assets=[class_images, dreambooth_checkpoint, dg.AssetSpec("training_csv")],
+        resources={"deployment": None, TABLES: dg.mem_io_manager},
+        jobs=[dg.define_asset_job("train", dg.AssetSelection.assets("dreambooth_checkpoint"))],
+    ).resolve_job_def("train")
+    return dg.validate_run_config(job, {"ops": {"dreambooth_checkpoint": {"config": config}}})
+
+
+def test_a_run_may_be_launched_with_other_settings() -> None:
+    validated({})
+    validated(
+        {
+            "max_train_steps": 5,
+            "learning_rate": 1e-5,
+            "snr_gamma": None,
+            "optimizer": "adamw_fused",
+            "sample_prompts": ["a cat"],
+            "prior_preservation": True,
+        }
+    )
+    for wrong in ({"max_train_steps": "many"}, {"optimizer": "sgd"}, {"no_such": 1}):
+        with pytest.raises(dg.DagsterInvalidConfigError):
+            validated(wrong)
+
+
+def test_what_a_run_leaves_out_is_as_the_profile_says() -> None:
+    base = load_settings("starter").training
+    changed = training_settings(base, {"max_train_steps": 5, "snr_gamma": 5.0})
+    assert changed == base.model_copy(update={"max_train_steps": 5, "snr_gamma": 5.0})
+    with pytest.raises(SettingsError, match=r"dreambooth_checkpoint: learning_rate: .*greater"):
+        training_settings(base, {"learning_rate": -1.0})
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_trained_on_class_images_and_watched_on_the_holdout(
+    tmp_path: Path,
+) -> None:
+    for folder in ("landing", "holdout"):
+        (tmp_path / folder).mkdir()
+        for number in range(2):
+            image = Image.new("RGB", (64, 96), (90 * number, 120, 40 if folder == "holdout" else 9))
+            image.save(tmp_path / folder / f"{number}.png")
+    size = {"width": TINY_WIDTH, "height": TINY_HEIGHT}
+    settings = load_settings(
+        "starter",
+        holdout=tmp_path / "holdout",
+        captions=tmp_path / "captions.csv",
+        store=tmp_path / "store",
+        base_model={"id": str(build_tiny_stable_diffusion(tmp_path / "base"))},
+        captioner={"model": {"id": str(build_tiny_blip(tmp_path / "captioner"))}, "num_beams": 1},
+        images=size,
+        sampler={**size, "num_inference_steps": 1, "batch_size": 2},
+        training={
+            "max_train_steps": 2,
+            "train_batch_size": 1,
+            "prior_preservation": True,
+            "class_image_count": 2,
+            "class_prompt": "a film poster",
+            "log_every_steps": 1,
+        },
+    )
+    deployment = Deployment(settings)
+
+    @dg.asset(io_manager_key=TABLES)
+    def training_csv() -> dg.Output[Table]:
+        import pandas as pd
+
+        store = Store(tmp_path / "store")
+        folder = write_training_set(tmp_path / "set")
+        images = [store.put(path.read_bytes(), ".png") for path in sorted(folder.glob("*.png"))]
+        ids = [f"poster {n}" for n in range(len(images))]
+        resized = pd.DataFrame({"poster_id": ids, "image": images, "status": "ok"})
+        words = pd.DataFrame({"poster_id": ids, "caption": ids, "source": "human", "status": "ok"})
+        table, _, version = build_training_set(store, resized, words)
+        return table_output(table.assign(training_set=version), {}, data_version=version)
+
+    resources = {"deployment": deployment, TABLES: StoreIOManager(deployment)}
+    with dg.DagsterInstance.ephemeral() as instance:
+        done = dg.materialize(
+            [training_csv, class_images, dreambooth_checkpoint],
+            instance=instance,
+            resources=resources,
+            run_config={"ops": {"dreambooth_checkpoint": {"config": {"sample_every_steps": 2}}}},
+        )
+    assert done.success
+    (drawn,) = done.asset_materializations_for_node("class_images")
+    assert drawn.metadata["dagster/row_count"].value == 2
+    (made,) = done.asset_materializations_for_node("dreambooth_checkpoint")
+    assert made.metadata["steps"].value == 2
+    assert made.metadata["holdout_loss_at_end"].value > 0
+    assert "data:image/" in made.metadata["samples"].value
+    assert made.metadata["launched_with"].value == {"sample_every_steps": 2}
+    folder = tmp_path / "store" / str(made.metadata["path"].value)
+    record = json.loads((folder / "posterpipe.json").read_text())
+    assert record["settings"]["sample_every_steps"] == 2
+    assert record["class_set"] and record["holdout_set"]

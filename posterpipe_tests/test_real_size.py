@@ -1,0 +1,107 @@
+"""The whole chain at the real size, on a CPU, in 24 GiB: nothing of the starter's size is baked
+in."""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from rich.console import Console
+
+from posterpipe.core.progress import BarProgress
+from posterpipe.defs.resources import Deployment
+from posterpipe.demo import Watch, materialize
+from posterpipe.settings import default_root, load_settings
+from posterpipe_tests.real_size import BUILDERS
+
+LIMIT_GIB = 24
+SUITE = """
+prompts:
+  - id: rocket
+    prompt: animated movie poster 'rocket' only one spaceship is prominently displayed in the center
+    score_text: a film poster of one spaceship
+    negative: busy, cluttered
+    seeds: [11]
+"""
+
+
+def peak_gib(who: int) -> float:
+    return resource.getrusage(who).ru_maxrss / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("profile", "base"),
+    [("sd21", "stable-diffusion-2-1-base"), ("sd21_768", "stable-diffusion-2-1")],
+)
+def test_two_posters_and_two_steps_go_through_the_whole_chain(
+    tmp_path: Path, profile: str, base: str
+) -> None:
+    shipped = load_settings(profile)
+    assert shipped.base_model.id.endswith(base)
+    data = default_root() / "data"
+    for folder, count in (("raw_posters", 2), ("holdout_posters", 1)):
+        (tmp_path / folder).mkdir()
+        for poster in sorted((data / folder).iterdir())[:count]:
+            shutil.copy(poster, tmp_path / folder)
+    (tmp_path / "suite.yaml").write_text(SUITE)
+    models = {
+        name: {"id": str(BUILDERS[name](tmp_path / "models" / name))}
+        for name in (base, "blip-image-captioning-large", "clip-vit-large-patch14")
+    }
+    settings = load_settings(
+        profile,
+        landing=tmp_path / "raw_posters",
+        holdout=tmp_path / "holdout_posters",
+        captions=tmp_path / "captions.csv",
+        prompt_suite=tmp_path / "suite.yaml",
+        store=tmp_path / "store",
+        base_model=models[base],
+        captioner={
+            "model": models["blip-image-captioning-large"],
+            "batch_size": 2,
+            "num_beams": 1,
+            "max_new_tokens": 8,
+        },
+        training={
+            **shipped.training.model_dump(),
+            "max_train_steps": 2,
+            "mixed_precision": "bf16",
+            "gradient_checkpointing": True,
+            "holdout_every_steps": 2,
+            "holdout_timesteps": 1,
+            "log_every_steps": 1,
+        },
+        sampler={
+            **shipped.sampler.model_dump(),
+            "num_inference_steps": 2,
+            "precision": "bf16",
+            "batch_size": 1,
+        },
+        scorer={"model": models["clip-vit-large-patch14"], "batch_size": 4},
+        checks={"min_posters": 2},
+    )
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copyfile(default_root() / "deploy" / "dagster.yaml", home / "dagster.yaml")
+    screen = io.StringIO()
+    console = Console(file=screen, width=120)
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        deployment = Deployment(settings, BarProgress(console))
+        watch = Watch()
+        assert materialize(deployment, instance, console, watch), (watch.failures, watch.warnings)
+    scores = deployment.store.read_table("clip_scores")
+    assert sorted(scores["variant"]) == ["dreambooth", "dreambooth_negative", "sd", "sd_negative"]
+    row = deployment.store.read_table("dreambooth_checkpoint").iloc[0]
+    record = json.loads((deployment.store_root / row["path"] / "posterpipe.json").read_text())
+    assert record["steps"] == 2 and len(record["holdout"]) == 2
+    assert record["settings"]["optimizer"] == "adamw_8bit"
+    training = max(report["memory_gib"] for report in record["reports"])
+    print(f"{profile}: training {training:.1f} GiB, {record['seconds']:.0f} s for two steps")
+    everything = peak_gib(resource.RUSAGE_SELF) + peak_gib(resource.RUSAGE_CHILDREN)
+    assert training < LIMIT_GIB and everything < LIMIT_GIB
