@@ -27,8 +27,9 @@ LIMITS = (
 HISTORY = {
     "base": "These weights come from several sittings of that command. The VAE's first 6,530 steps "
     "ran with AdamW alone and under bf16, and all but its last 2,600 steps without scale "
-    "equivariance and with less KL; the U-Net's first 2,658 steps saw the latents of the VAE of "
-    "that time. A rerun gives others.",
+    "equivariance and with less KL; the U-Net's first 2,900 steps saw the latents of the VAE of "
+    "that time, and only its last 1,400, at a lower rate, the wordings of posters. A rerun gives "
+    "others.",
     "scorer": "These weights come from two sittings of that command, the first of 473 steps under "
     "bf16. A rerun gives others.",
 }
