@@ -64,7 +64,7 @@ TINY = Size("tiny", 32, 2, 2, image_size=32, text_width=32, text_layers=2, text_
 
 def run() -> list[Row]:
     """On the CPU; where there is a GPU, BLIP-large on it as well."""
-    rows = measure(BASE, "cpu", posters=24, batch_size=8)
+    rows = measure(BASE, "cpu", posters=32, batch_size=16)
     if torch.cuda.is_available():
         rows += measure(LARGE, "cuda", posters=256, batch_size=64)
     return rows
@@ -287,8 +287,8 @@ def main() -> None:
     rows = measure(
         sizes[options.size or ("large" if gpu else "base")],
         options.device,
-        posters=options.posters or (256 if gpu else 24),
-        batch_size=options.batch_size or (64 if gpu else 8),
+        posters=options.posters or (256 if gpu else 32),
+        batch_size=options.batch_size or (64 if gpu else 16),
     )
     if options.keep:
         merge(rows)

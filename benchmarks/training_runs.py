@@ -211,7 +211,7 @@ def _peer(recorder: _Recorder, script: Path, draws: str, arguments: Sequence[str
         if step == total:
             raise _Enough
 
-    accelerate.Accelerator.log = log  # type: ignore[method-assign,assignment]
+    accelerate.Accelerator.log = log
     if draws:
         _use_our_draws(Path(draws), arguments)
     sys.argv = [str(script), *arguments]
@@ -263,7 +263,7 @@ def _stand_in_for_torchvision() -> None:
     package, transforms = types.ModuleType("torchvision"), types.ModuleType("transforms")
     for part in (Compose, Resize, RandomCrop, ToTensor, Normalize):
         setattr(transforms, part.__name__, part)
-    modes = enum.Enum("InterpolationMode", {"BILINEAR": "bilinear"})
+    modes = enum.Enum("modes", {"BILINEAR": "bilinear"})
     transforms.InterpolationMode = modes  # type: ignore[attr-defined]
     transforms.CenterCrop = RandomCrop  # type: ignore[attr-defined]
     package.transforms = transforms  # type: ignore[attr-defined]
@@ -311,7 +311,7 @@ def _use_our_draws(data: Path, arguments: Sequence[str]) -> None:
         def __init__(self, dataset: Any, *, shuffle: bool = False, **options: Any) -> None:
             super().__init__(dataset, sampler=InOurOrder(dataset), **options)
 
-    torch.utils.data.DataLoader = Loader  # type: ignore[misc]
+    torch.utils.data.DataLoader = Loader  # type: ignore[misc,assignment]
     latent_noise = iter([torch.stack([d.latent_noise for d in b]) for b in batches])
     noise = iter([torch.stack([d.noise for d in b]) for b in batches])
     timesteps = iter([torch.tensor([d.timestep for d in b]) for b in batches])
@@ -319,11 +319,9 @@ def _use_our_draws(data: Path, arguments: Sequence[str]) -> None:
     def sample(self: Any, generator: Any = None) -> torch.Tensor:
         return self.mean + self.std * next(latent_noise).to(self.mean)
 
-    DiagonalGaussianDistribution.sample = sample  # type: ignore[method-assign]
+    DiagonalGaussianDistribution.sample = sample
     torch.randn_like = lambda like, **_: next(noise).to(like)  # type: ignore[assignment]
-    torch.randint = (  # type: ignore[assignment]
-        lambda *_, device=None, **__: next(timesteps).to(device)
-    )
+    torch.randint = lambda *_, device=None, **__: next(timesteps).to(device)
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ class CaptionerSettings(Group):
     """BLIP and how it is decoded, and how captions are worded for training."""
 
     model: ModelRef
-    batch_size: Positive = Field(8, description="images described at once")
+    batch_size: Positive = Field(16, description="images described at once")
     num_beams: Positive = Field(3, description="beams; 3 to 5 keep BLIP from repeating itself")
     max_new_tokens: int = Field(
         60,

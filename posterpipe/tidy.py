@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from posterpipe.core.garbage import KINDS, Garbage, find_garbage, remove_garbage
+from posterpipe.core.garbage import KINDS, Garbage, champions, find_garbage, remove_garbage
 from posterpipe.core.progress import BarProgress, duration
 from posterpipe.core.store import Store
+from posterpipe.core.warehouse import Warehouse
+from posterpipe.defs.resources import Deployment
 from posterpipe.settings import load_settings
 
 SHOWN = 3
@@ -34,7 +36,13 @@ def run_gc(*, yes: bool, keep: int, grace_seconds: float, everything: bool) -> i
         console.print(f"{root}: there is no store yet, so nothing to tidy.", soft_wrap=True)
         return 0
     store = Store(root)
-    garbage = find_garbage(store, keep_versions=keep, grace_seconds=grace_seconds)
+    warehouse = Warehouse(Deployment(settings).warehouse_path, busy_seconds=60)
+    garbage = find_garbage(
+        store,
+        keep_versions=keep,
+        grace_seconds=grace_seconds,
+        needed=champions(warehouse, keep),
+    )
     _show(console, garbage, everything)
     if garbage.busy_since is not None:
         console.print("A step is working: what it may have used since it began is left alone.")

@@ -31,7 +31,7 @@ from posterpipe_tests.core.tiny_blip import build_tiny_blip
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
 
 POSTERS = 6
-PATIENCE = 1_500.0
+PATIENCE = 2_400.0
 """Seconds; everything from an empty store takes about three minutes on two free cores."""
 
 PROFILE = """

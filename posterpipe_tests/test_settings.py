@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from posterpipe.core.listing import open_place
 from posterpipe.settings import (
     PROFILES,
     SettingsError,
@@ -179,3 +180,13 @@ def test_captions_are_bounded_by_what_text_encoders_read() -> None:
     model = {"id": "data/models/starter/captioner"}
     with pytest.raises(SettingsError, match=r"captioner\.max_new_tokens"):
         load_settings("starter", captioner={"model": model, "max_new_tokens": 76})
+
+
+def test_posters_may_lie_in_a_folder_or_a_bucket(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = load_settings(root=tmp_path)
+    assert open_place(settings.landing, tmp_path).location == str(tmp_path / "data/raw_posters")
+    monkeypatch.setenv("POSTERPIPE_LANDING", "s3://bucket/posters")
+    settings = load_settings()
+    assert open_place(settings.landing, settings.root).location == "s3://bucket/posters"

@@ -54,8 +54,10 @@ class _CrossAttention(nn.Module):
         if image_embeds is None:
             self._image = None
         else:
-            key, value = self.key(image_embeds), self.value(image_embeds)
-            self._image = self._by_head(key), self._by_head(value)
+            # Every step reads all of it: laid out in the order of reading.
+            key = self._by_head(self.key(image_embeds)).contiguous()
+            value = self._by_head(self.value(image_embeds)).contiguous()
+            self._image = key, value
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
         """hidden_states: (images x beams, words, width), the beams of an image side by side."""

@@ -87,7 +87,15 @@ class Captioner:
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """An RGB image as the model sees it: float32 (3, height, width). For any thread."""
-        pixels: torch.Tensor = self.image_processor(images=image, return_tensors="pt").pixel_values
+        processor = self.image_processor
+        resized = image
+        if processor.do_resize:
+            # What the processor would do by way of arrays of the whole poster.
+            size = (processor.size["width"], processor.size["height"])
+            resized = image.resize(size, processor.resample)
+        pixels: torch.Tensor = processor(
+            images=resized, do_resize=False, return_tensors="pt"
+        ).pixel_values
         return pixels[0]
 
     def describe(self, pixels: torch.Tensor) -> list[Description]:

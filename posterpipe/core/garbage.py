@@ -11,8 +11,9 @@ was used or made lately. Everything else goes:
     results          rows of the index about such blobs (see ITEM_FIELDS); rows that name none stay
     tables           versions before the last ones
     training sets    whose version stands in no kept table
-    checkpoints      whose id stands in no kept table
+    checkpoints      whose id stands in no kept table, and that were not champion lately
     trainings        saves of runs whose checkpoint is finished, or whose training set is gone
+    caches           tensors that trainings computed once and have not read for CACHE_SECONDS
     lineages         of training sets that are gone and that no checkpoint was trained on
     leftovers        temporary files of processes that were killed
 
@@ -54,7 +55,7 @@ import stat
 import time
 import tomllib
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,12 +74,16 @@ from posterpipe.core.provenance import (
     TRAINING_SET,
 )
 from posterpipe.core.store import REFRESH_SECONDS, Store
+from posterpipe.core.warehouse import Warehouse
 
 KEEP_VERSIONS = 3
 """Of each table: the current one and those before it, so that going back stays cheap."""
 
 GRACE_SECONDS = 86_400.0
 """What was used less long ago than this stays, in seconds."""
+
+CACHE_SECONDS = 30 * 86_400.0
+"""Cached tensors that nobody reads for so long belong to posters or settings of the past."""
 
 KINDS = (
     "blobs",
@@ -87,6 +92,7 @@ KINDS = (
     "training sets",
     "checkpoints",
     "trainings",
+    "caches",
     "lineages",
     "leftovers",
 )
@@ -143,10 +149,12 @@ def find_garbage(
     *,
     keep_versions: int = KEEP_VERSIONS,
     grace_seconds: float = GRACE_SECONDS,
+    needed: Collection[str] = (),
 ) -> Garbage:
     """What may go, without touching anything.
 
-    `keep_versions`: versions of each table that stay, the current one counted, at least 1.
+    `keep_versions`: versions of each table that stay, the current one counted, at least 1;
+    `needed`: names of blobs, training sets and checkpoints that stay whatever the tables say.
     """
     if keep_versions < 1 or grace_seconds < 0:
         raise ValueError(
@@ -159,11 +167,11 @@ def find_garbage(
     busy_since = min(leases, default=None)
     cutoff = min(now - grace_seconds, busy_since or now) - REFRESH_SECONDS
     kept, old_tables = _tables(store, keep_versions, cutoff)
-    named = _named(kept)
+    named = _named(kept) | set(needed)
     search = _Search(store, named, cutoff)
     # Trainings first, since they keep training sets, and blobs before the rows about them.
     items = [*old_tables, *search.trainings(), *search.training_sets(), *search.checkpoints()]
-    items += [*search.lineages(), *search.blobs()]
+    items += [*search.caches(), *search.lineages(), *search.blobs()]
     items += [*search.results(), *search.leftovers()]
     items.sort(key=lambda item: KINDS.index(item.kind))
     return Garbage(cutoff, busy_since, _with_freed_sizes(items))
@@ -249,6 +257,20 @@ def last_use(path: Path, kind: str) -> float:
     return youngest
 
 
+def champions(warehouse: Warehouse, keep: int) -> set[str]:
+    """Checkpoints that are served or pinned, and the last `keep` that were: people go back to them.
+
+    Raises WarehouseBusy.
+    """
+    from posterpipe.core.evidence import read_decisions
+    from posterpipe.core.gate import champion_of, pinned
+
+    decisions = read_decisions(warehouse)
+    promoted = decisions[decisions["decision"] == "promote"]["checkpoint_id"].astype(str)
+    last = list(dict.fromkeys(reversed(promoted.tolist())))[:keep]
+    return {*last, champion_of(decisions, ""), pinned(decisions) or ""} - {""}
+
+
 # -- what is kept --------------------------------------------------------------------------------
 
 
@@ -313,18 +335,18 @@ class _Search:
         }
 
     def trainings(self) -> Iterator[Item]:
-        """Work folders; those that stay keep the training set that they name."""
+        """Work folders; unfinished ones that stay keep the image sets that they name."""
         checkpoints = self._store.root / "checkpoints"
         for folder in _folders(self._store.root / "training"):
             if not _RUN_ID.fullmatch(folder.name):
                 continue
             finished = (checkpoints / folder.name / RECORD_NAME).exists()
-            training_set = _training_set_of(folder)
+            training_set, others = _sets_of(folder)
             wanted = not finished and (training_set is None or training_set in self._named)
             if not wanted and last_use(folder, "trainings") < self._cutoff:
                 yield _item("trainings", folder)
-            elif training_set:
-                self._named.add(training_set)
+            elif not finished:
+                self._named |= others
 
     def training_sets(self) -> Iterator[Item]:
         return self._unnamed_folders("training sets", "training_sets", _SHA256)
@@ -337,6 +359,12 @@ class _Search:
             unnamed = pattern.fullmatch(folder.name) and folder.name not in self._named
             if unnamed and last_use(folder, kind) < self._cutoff:
                 yield _item(kind, folder)
+
+    def caches(self) -> Iterator[Item]:
+        unread_since = min(self._cutoff, time.time() - CACHE_SECONDS)
+        for file in (self._store.root / "training" / "cache").rglob("*.safetensors"):
+            if last_use(file, "caches") < unread_since:
+                yield _item("caches", file)
 
     def lineages(self) -> Iterator[Item]:
         for file in (self._store.root / LINEAGES).glob("*.parquet"):
@@ -384,13 +412,14 @@ class _Search:
                 yield _item("leftovers", path, path.relative_to(root).as_posix())
 
 
-def _training_set_of(work: Path) -> str | None:
-    """Version of the training set that a training's config names; None where none is to be had."""
+def _sets_of(work: Path) -> tuple[str | None, set[str]]:
+    """The training set that a training's config names (None where none is to be had), and all sets
+    of images that it names, held-out ones and such."""
     try:
-        config = tomllib.loads((work / "run.toml").read_text(encoding="utf-8"))
-        return str(config["versions"]["training_set"])
+        text = (work / "run.toml").read_text(encoding="utf-8")
+        return str(tomllib.loads(text)["versions"]["training_set"]), set(_SHA256.findall(text))
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return None, set()
 
 
 def _folders(place: Path) -> list[Path]:

@@ -24,7 +24,8 @@ from posterpipe.core.store import Store, compute_missing, content_key
 from posterpipe.settings import ImageSettings
 
 PREPARE_VERSION = 2
-"""Raise it when `prepare` gives other pixels: every training image is then made again."""
+"""Raise it when `prepare` gives other pixels, and the asset's `code_version` with it: then every
+training image is made again."""
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "AVIF")
 """What Pillow may open. Others are refused: some run foreign programs (EPS) or are seldom safe."""

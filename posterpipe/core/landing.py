@@ -265,9 +265,12 @@ def _facts(
     else:
         known = store.results(_FILES, files)
         contents.update(_contents(store, known.values()))
-        again = [
-            key for key in files if not _holds(known.get(key), contents, limits.max_pixels, store)
-        ]
+        with store.turn():  # one for all: each poster's bytes are marked as used in it
+            again = [
+                key
+                for key in files
+                if not _holds(known.get(key), contents, limits.max_pixels, store)
+            ]
         store.forget_results(_FILES, again)
         read = compute_missing(store, _FILES, again, inspect)
         known |= read

@@ -293,11 +293,23 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def require_checkpoint(
-    store: Store, folder: Path, *, checkpoint_id: str, training_set: str, base_model: str
+    store: Store,
+    folder: Path,
+    *,
+    checkpoint_id: str,
+    training_set: str | None = None,
+    base_model: str | None = None,
 ) -> None:
     """Raises CheckpointMismatch unless `folder` holds the checkpoint of that id, tuned from that
-    base model (fingerprint) on that training set (version); the message tells what differs."""
+    base model (fingerprint) on that training set (version); the message tells what differs.
+
+    To be called before a checkpoint is loaded. What is not given is what was recorded when the
+    checkpoint of that id was trained.
+    """
     record = read_record(folder)
+    recorded = checkpoint_facts(store, [checkpoint_id]).get(checkpoint_id, record)
+    training_set = training_set or str(recorded.get("training_set", ""))
+    base_model = base_model or str(recorded.get("base_model", ""))
     differences = []
     trained_on = str(record.get("training_set", ""))
     if trained_on != training_set:
@@ -344,8 +356,8 @@ def describe_difference(store: Store, before: str, after: str) -> str:
         return f"what differs is not known: nothing is kept of {' and '.join(unknown)}"
     # Sets that no step recorded are known by the names of their images alone.
     key = "poster_id" if one["poster_id"].all() and two["poster_id"].all() else "file_name"
-    old = {str(row[key]): row for row in one.to_dict("records")}
-    new = {str(row[key]): row for row in two.to_dict("records")}
+    old: dict[str, Any] = {str(row[key]): row for row in one.to_dict("records")}
+    new: dict[str, Any] = {str(row[key]): row for row in two.to_dict("records")}
     both = [name for name in new if name in old]
     parts = [
         _named("added", [_name(new[name]) for name in new if name not in old]),

@@ -26,7 +26,7 @@ from posterpipe.defs.resources import (
     group_name="dataset",
     kinds={"python", "pillow"},
     owners=["team:data"],
-    code_version="1",
+    code_version="2",
     io_manager_key=TABLES,
     metadata=columns(
         poster_id="string: the poster",

@@ -54,6 +54,7 @@ def champion_generations(
     from posterpipe.core.evidence import read_decisions
     from posterpipe.core.gate import champion_of
     from posterpipe.core.prompts import suite_prompts
+    from posterpipe.core.provenance import require_checkpoint
     from posterpipe.core.sampler import DELAYED_VARIANTS, TUNED_VARIANTS, generate
 
     base = str(base_generations["checkpoint_id"].iloc[0])
@@ -63,11 +64,13 @@ def champion_generations(
         known[str(tuned_generations["checkpoint_id"].iloc[0])] = tuned_generations
     table = known.get(champion)
     if table is None:
+        folder = deployment.store_root / "checkpoints" / champion
+        require_checkpoint(deployment.store, folder, checkpoint_id=champion)
         table = generate(
             deployment.store,
             suite_prompts(prompt_suite),
             (*TUNED_VARIANTS, DELAYED_VARIANTS[1]),
-            deployment.store_root / "checkpoints" / champion,
+            folder,
             champion,
             deployment.settings.sampler,
             deployment.progress(context),

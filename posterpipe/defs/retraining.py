@@ -39,7 +39,7 @@ def schedules(settings: Settings) -> tuple[dg.ScheduleDefinition, ...]:
     def training(
         context: dg.ScheduleEvaluationContext, deployment: dg.ResourceParam[Deployment]
     ) -> dg.RunRequest | dg.SkipReason:
-        return consider_training(context, deployment)
+        return consider_training(context, deployment, dt.datetime.now(dt.UTC))
 
     decorated = dg.schedule(
         name="training",
@@ -62,13 +62,13 @@ def schedules(settings: Settings) -> tuple[dg.ScheduleDefinition, ...]:
 
 
 def consider_training(
-    context: dg.ScheduleEvaluationContext, deployment: Deployment
+    context: dg.ScheduleEvaluationContext, deployment: Deployment, now: dt.datetime
 ) -> dg.RunRequest | dg.SkipReason:
-    """A run of `retrain`, or why there is none."""
+    """A run of `retrain`, or why there is none. `now` decides how old changes are."""
     from posterpipe.core.retraining import decide
 
     facts, state = _facts(context, deployment)
-    decision = decide(facts, deployment.settings.automation, dt.datetime.now(dt.UTC))
+    decision = decide(facts, deployment.settings.automation, now)
     if not decision.train:
         return dg.SkipReason(decision.reason)
     # Ticks do not share run keys in Dagster: what keeps the next tick from a second run is that
@@ -144,14 +144,23 @@ def _other_reason(
 
 
 def _failed_checks(context: dg.ScheduleEvaluationContext) -> list[str]:
-    """Blocking checks of the training set whose latest evaluation did not pass."""
+    """Blocking checks of the training set that did not pass, or are being evaluated."""
     graph = context.repository_def.asset_graph
+    instance = context.instance
     failed = []
     for check in sorted(graph.get_check_keys_for_assets({TRAINING_SET})):
-        record = context.instance.get_latest_asset_check_evaluation_record(check)
-        evaluation = record.evaluation if record else None
-        if graph.get_check_spec(check).blocking and evaluation and not evaluation.passed:
-            failed.append(f"{check.name} ({evaluation.description or 'no description'})")
+        record = instance.get_latest_asset_check_evaluation_record(check)
+        if record is None or not graph.get_check_spec(check).blocking:
+            continue
+        evaluation = record.evaluation
+        if isinstance(evaluation, dg.AssetCheckEvaluation):
+            if not evaluation.passed and evaluation.severity == dg.AssetCheckSeverity.ERROR:
+                failed.append(f"{check.name} ({evaluation.description or 'no description'})")
+            continue
+        # Planned only: its run is to evaluate it, unless it ended before it came to that.
+        run = instance.get_run_by_id(record.run_id)
+        if run is not None and run.status in UNFINISHED:
+            failed.append(f"{check.name} (it is being evaluated)")
     return failed
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import dagster as dg
 
+from posterpipe.core.dreambooth.config import WITHOUT_EFFECT
 from posterpipe.defs.resources import MODEL_FINGERPRINT, TABLE_VERSION, Deployment
 from posterpipe.settings import Settings
 
@@ -22,9 +23,11 @@ CODE_VERSION = "dagster/code_version"
 
 _BATCH = {"batch_size"}  # how many at once does not decide what comes out
 
+_SPEED = {"batch_size", "compile", "channels_last", "vae_slicing"}  # no part of a pixel's key
+
 _WORDING = {"template", "trigger"}  # applied to captions when training.csv is built
 
-_REPORTING = {"log_every_steps", "save_every_steps", "keep_saves"}
+_PRIOR = {"prior_preservation", "class_prompt", "class_image_count"}
 
 _DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
     "raw_posters": lambda s: [
@@ -32,23 +35,37 @@ _DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
         s.images.max_pixels,
         s.images.near_duplicate_distance,
     ],
-    "resized_posters": lambda s: [s.images.width, s.images.height, s.images.fit],
+    "resized_posters": lambda s: _size(s),
     "poster_captions": lambda s: [
         s.captioner.model_dump(mode="json", exclude=_BATCH | _WORDING),
     ],
     "training_csv": lambda s: [s.captioner.model_dump(mode="json", include=_WORDING)],
+    "class_images": lambda s: [
+        s.training.model_dump(mode="json", include=_PRIOR),
+        *(_drawing(s) + _size(s) if s.training.prior_preservation else []),
+    ],
     "dreambooth_checkpoint": lambda s: [
         s.base_model.model_dump(mode="json"),
-        s.training.model_dump(mode="json", exclude=_REPORTING),
+        s.training.model_dump(mode="json", exclude=set(WITHOUT_EFFECT)),
     ],
-    "base_generations": lambda s: [
-        s.base_model.model_dump(mode="json"),
-        s.sampler.model_dump(mode="json", exclude=_BATCH),
-    ],
-    "tuned_generations": lambda s: [s.sampler.model_dump(mode="json", exclude=_BATCH)],
+    "base_generations": lambda s: _drawing(s),
+    "tuned_generations": lambda s: [s.sampler.model_dump(mode="json", exclude=_SPEED)],
     "clip_scores": lambda s: [s.scorer.model_dump(mode="json", exclude=_BATCH)],
 }
 """Settings that decide what is in an asset, by asset."""
+
+
+def _size(settings: Settings) -> list[Any]:
+    images = settings.images
+    buckets = [images.bucket_step] if images.fit == "bucket" else []
+    return [images.width, images.height, images.fit, *buckets]
+
+
+def _drawing(settings: Settings) -> list[Any]:
+    return [
+        settings.base_model.model_dump(mode="json"),
+        settings.sampler.model_dump(mode="json", exclude=_SPEED),
+    ]
 
 
 def with_settings_in_code_version(assets: Iterable[Any], settings: Settings) -> list[Any]:

@@ -16,6 +16,7 @@ from dagster._core.storage.asset_check_execution_record import (
     AssetCheckExecutionRecordStatus as Status,
 )
 
+from posterpipe.defs.arrivals import REASON_TAG, UNFINISHED
 from posterpipe.defs.automation import ON_SCHEDULE
 from posterpipe.defs.resources import Deployment
 from posterpipe.defs.staleness import (
@@ -30,18 +31,6 @@ SWEEP_SECONDS = 60
 
 ATTEMPTS = 2
 """How often an asset is tried with the same inputs: a failed run is tried once more."""
-
-REASON_TAG = "posterpipe/stale"
-"""Tag of the runs that the sweep requests: why."""
-
-_UNFINISHED = [
-    DagsterRunStatus.NOT_STARTED,
-    DagsterRunStatus.QUEUED,
-    DagsterRunStatus.STARTING,
-    DagsterRunStatus.STARTED,
-    DagsterRunStatus.CANCELING,
-    DagsterRunStatus.SUSPENDED,
-]
 
 _EVENTS = 100
 """Events read of one asset; more runs or versions do not change what is decided."""
@@ -228,7 +217,7 @@ class _Sweep:
     def _running(self) -> set[dg.AssetKey]:
         """Assets that a run is to make and has not made yet."""
         running: set[dg.AssetKey] = set()
-        for run in self._instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
+        for run in self._instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)):
             assets: dict[DagsterEventType, set[dg.AssetKey]] = {
                 DagsterEventType.ASSET_MATERIALIZATION_PLANNED: set(),
                 DagsterEventType.ASSET_MATERIALIZATION: set(),

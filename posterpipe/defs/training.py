@@ -230,7 +230,7 @@ def dreambooth_checkpoint(
     name = checkpoint_id(run_config("unnamed"), versions)
     config = run_config(name)
     record_file = config.output_dir / "posterpipe.json"
-    reused = record_file.exists()
+    reused = store.keep(config.output_dir) and record_file.exists()
     if reused:
         context.log.info(f"{config.output_dir} exists: nothing to train")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import multiprocessing
 import os
@@ -9,17 +10,31 @@ import random
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from posterpipe.core.garbage import Garbage, Item, find_garbage, remove_garbage
+from posterpipe.core.evidence import write_decisions
+from posterpipe.core.garbage import (
+    CACHE_SECONDS,
+    Garbage,
+    Item,
+    champions,
+    find_garbage,
+    remove_garbage,
+)
+from posterpipe.core.gate import GATE
 from posterpipe.core.provenance import CHECKPOINT, TABLE, TRAINING_SET, lineage_path
 from posterpipe.core.store import Store, compute_missing
+from posterpipe.core.warehouse import Warehouse
 
 SPAWN = multiprocessing.get_context("spawn")
 LONG_AGO = 1_000_000.0
@@ -212,6 +227,64 @@ def test_training_sets_checkpoints_and_trainings_go_by_the_tables(store: Store) 
     assert find_garbage(store).items == []
 
 
+def test_an_unfinished_training_keeps_every_set_of_images_that_it_names(store: Store) -> None:
+    now, holdout = "a" * 64, "b" * 64
+    training_set(store, now)
+    training_set(store, holdout)
+    work = training(store, "1" * 16, now)
+    with open(work / "run.toml", "a") as config:
+        config.write(f'holdout_set = "{holdout}"\n')
+    store.write_table("training_csv", pd.DataFrame({"training_set": [now]}))
+    age(store.root)
+    assert find_garbage(store).items == []
+    checkpoint(store, "1" * 16, now)
+    age(store.root)
+    assert names(find_garbage(store), "training sets") == {holdout}
+
+
+def test_what_was_champion_lately_can_be_gone_back_to(store: Store) -> None:
+    warehouse = Warehouse(store.root / "warehouse.duckdb")
+    assert champions(warehouse, 3) == set()
+    names_of = [str(n) * 16 for n in range(1, 6)]
+    for name in names_of:
+        checkpoint(store, name, "a" * 64)
+    rows = [
+        (1, names_of[0], "promote", GATE, "{}"),
+        (2, names_of[1], "promote", GATE, "{}"),
+        (3, names_of[2], "promote", GATE, "{}"),
+        (4, names_of[3], "reject", GATE, "{}"),
+        (5, names_of[0], "promote", "a person", '{"pinned": true}'),
+        (6, names_of[4], "promote", GATE, "{}"),
+    ]
+    decided = pd.DataFrame(
+        rows, columns=["day", "checkpoint_id", "decision", "decided_by", "numbers"]
+    )
+    decided = decided.assign(
+        decision_id=decided["day"].astype(str),
+        decided_at=[dt.datetime(2026, 1, day) for day in decided["day"]],
+        champion_before="",
+        reason="why",
+        run_id="run",
+    )
+    write_decisions(warehouse, decided.drop(columns="day"))
+    # The pinned one, which was promoted again by that, and the last of the gate.
+    assert champions(warehouse, 1) == {names_of[0], names_of[4]}
+    assert champions(warehouse, 3) == {names_of[0], names_of[2], names_of[4]}
+    age(store.root)
+    garbage = find_garbage(store, needed=champions(warehouse, 3))
+    assert names(garbage, "checkpoints") == {names_of[1], names_of[3]}
+
+
+def test_cached_tensors_go_when_no_training_reads_them_any_more(store: Store) -> None:
+    folder = store.folder("training", "cache", "latents")
+    old, read = folder / "old.safetensors", folder / "read.safetensors"
+    for path in (old, read):
+        path.write_bytes(b"tensor")
+    age(store.root, time.time() - CACHE_SECONDS - HOUR)
+    os.utime(read, (time.time() - 20 * 24 * HOUR,) * 2)
+    assert {item.path for item in find_garbage(store).items} == {old}
+
+
 def test_sizes_are_what_the_disk_gives_back(store: Store) -> None:
     kept, gone = images(store, "x" * 1000, "y" * 500)
     training_set(store, "a" * 64, kept, gone)
@@ -341,17 +414,30 @@ def test_what_cannot_be_removed_is_named_and_the_rest_goes(
     assert a in problem and "Permission denied" in problem and "writable" in problem
 
 
-ITEMS, ROUNDS = 12, 60
+ITEMS, ROUNDS = 12, 40
 
 
-def _go_to_and_fro(root: Path, seed: int) -> None:
-    """A pipeline whose input changes A, B, C, A, ... with a long pause between two runs; each run
-    trusts what it finds, and looks at the end whether all that its table names is there."""
+def _go_to_and_fro(root: Path, meeting: Barrier | None) -> None:
+    """A pipeline whose input changes A, B, A, ... with a long pause between two runs; each run
+    trusts what it finds, and looks at the end whether all that its table names is there.
+
+    With a `meeting`, it waits twice in each round for the process that tidies: before the run, and
+    when it has found what it needs and has not written its table yet.
+    """
     store = Store(root)
-    chance = random.Random(seed)
+    chance = random.Random(1)
+
+    def pause() -> None:
+        if meeting is None:
+            time.sleep(chance.random() * 0.03)
+        else:
+            meeting.wait(WAIT_SECONDS)
+            meeting.wait(WAIT_SECONDS)
+
     for turn in range(ROUNDS):
+        store.put(f"wrong turn {turn}".encode(), ".png")
         age(root)
-        state = "ABC"[turn % 3]
+        state = "AB"[turn % 2]
         contents = {f"{state}-{n}": f"picture {state} {n}".encode() for n in range(ITEMS)}
 
         def compute(
@@ -360,7 +446,7 @@ def _go_to_and_fro(root: Path, seed: int) -> None:
             for key in missing:
                 yield key, {"image": store.put(contents[key], ".png")}
 
-        with store.lease():
+        def work(contents: dict[str, bytes] = contents, compute: Any = compute) -> list[str]:
             rows = compute_missing(
                 store,
                 "picture",
@@ -370,29 +456,63 @@ def _go_to_and_fro(root: Path, seed: int) -> None:
                 usable=lambda row: store.has(row["image"], ".png"),
             )
             assert list(rows) == list(contents), "a row was lost"
-            time.sleep(chance.random() * 0.01)
-            store.write_table("pictures", table_of(*(row["image"] for row in rows.values())))
-            found = [
-                store.path(image, ".png").read_bytes()
-                for image in store.read_table("pictures")["image"]
-            ]
+            return [row["image"] for row in rows.values()]
+
+        pause()
+        with store.lease():
+            blobs = work()
+            pause()
+            store.write_table("pictures", table_of(*blobs))
+            named = store.read_table("pictures")["image"]
+            found = [store.path(image, ".png").read_bytes() for image in named]
             assert found == list(contents.values())
+            assert work() == blobs
 
 
-def test_nothing_goes_that_another_process_needs_at_that_moment(tmp_path: Path) -> None:
+WAIT_SECONDS = 120.0
+
+
+@pytest.mark.parametrize("found", ["before the run", "during the run"])
+def test_nothing_goes_that_a_running_step_relies_on(tmp_path: Path, found: str) -> None:
     root = tmp_path / "store"
     store = Store(root)
-    worker = SPAWN.Process(target=_go_to_and_fro, args=(root, 1))
+    meeting = SPAWN.Barrier(2)
+    worker = SPAWN.Process(target=_go_to_and_fro, args=(root, meeting))
     worker.start()
-    removed: dict[str, int] = {"blobs": 0, "results": 0, "tables": 0}
-    while worker.is_alive():
-        garbage = find_garbage(store, keep_versions=1, grace_seconds=0)
-        for item in remove_garbage(store, garbage).removed:
-            removed[item.kind] += 1
+    removed: Counter[str] = Counter()
+    try:
+        for _ in range(ROUNDS):
+            meeting.wait(WAIT_SECONDS)
+            garbage = find_garbage(store, keep_versions=1, grace_seconds=0)
+            meeting.wait(WAIT_SECONDS)
+            meeting.wait(WAIT_SECONDS)
+            if found == "during the run":
+                garbage = find_garbage(store, keep_versions=1, grace_seconds=0)
+            removal = remove_garbage(store, garbage)
+            removed.update(item.kind for item in removal.removed)
+            meeting.wait(WAIT_SECONDS)
+    except threading.BrokenBarrierError:
+        pass  # the worker says why
     worker.join()
     assert worker.exitcode == 0
-    # The pauses were long enough for everything that was left behind.
-    assert min(removed.values()) > 0, removed
+    # What the steps did not need went all the same.
+    assert removed["blobs"] >= ROUNDS - 1
+
+
+def test_a_step_and_gc_at_full_speed_beside_each_other(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    store = Store(root)
+    worker = SPAWN.Process(target=_go_to_and_fro, args=(root, None))
+    worker.start()
+    removed: Counter[str] = Counter()
+    chance = random.Random(2)
+    while worker.is_alive():
+        garbage = find_garbage(store, keep_versions=1, grace_seconds=0)
+        removed.update(item.kind for item in remove_garbage(store, garbage).removed)
+        time.sleep(chance.random() * 0.03)
+    worker.join()
+    assert worker.exitcode == 0
+    assert removed["blobs"] > 0
 
 
 # -- the command ---------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ import dagster as dg
 import pytest
 
 from posterpipe.definitions import build_defs
+from posterpipe.defs.arrivals import REASON_TAG
 from posterpipe.defs.resources import TABLE_VERSION
-from posterpipe.defs.sweep import ATTEMPTS, REASON_TAG
+from posterpipe.defs.sweep import ATTEMPTS
 from posterpipe.settings import load_settings
 from posterpipe_tests.defs.conftest import MakeWorld
 from posterpipe_tests.defs.harness import RUN_KEY, Daemon, World

@@ -77,6 +77,11 @@ class Learner:
                     gradient_checkpointing_kwargs={"use_reentrant": False}
                 )
 
+        # For several processes: copies that average their gradients. For one: the same models. They
+        # come before the optimizer, since making them may move the weights to other memory.
+        self._copies = [accelerator.prepare_model(model) for model in self.models.values()]
+        self._predict = torch.compile(self._copies[0]) if settings.compile else self._copies[0]
+
         # ---- what moves them
         self.named = {
             name: {key: p for key, p in model.named_parameters() if p.requires_grad}
@@ -90,9 +95,6 @@ class Learner:
         self._average: MovingAverage | None = None
         if settings.ema_decay is not None:
             self._average = MovingAverage(self.parameters, settings.ema_decay)
-        # For several processes: copies that average their gradients. For one: the same models.
-        self._copies = [accelerator.prepare_model(model) for model in self.models.values()]
-        self._predict = torch.compile(self._copies[0]) if settings.compile else self._copies[0]
 
         # ---- captions as hidden states: through the encoder each time while it is trained, once
         # each when its answers can no longer change

@@ -53,14 +53,20 @@ class InMemoryOrder:
     def _ordered(self, parameter: Tensor) -> Tensor:
         if parameter.is_contiguous():
             return parameter
-        axes = sorted(range(parameter.dim()), key=lambda axis: -parameter.stride(axis))
+        axes = sorted(range(parameter.dim()), key=parameter.stride().__getitem__, reverse=True)
         view = torch.nn.Parameter(parameter.detach().permute(axes))
         self._views.append((parameter, view, axes))
         return view
 
     def take_gradients(self) -> None:
-        """Shows the optimizer the gradients that the parameters have now."""
+        """Shows the optimizer the gradients that the parameters have now.
+
+        Raises RuntimeError for a parameter that has moved to other memory: the optimizer would
+        change nothing that is used.
+        """
         for parameter, view, axes in self._views:
+            if view.data_ptr() != parameter.data_ptr():
+                raise RuntimeError("a weight was moved after the optimizer was made")
             view.grad = None if parameter.grad is None else parameter.grad.permute(axes)
 
     def forget_gradients(self) -> None:

@@ -24,7 +24,7 @@ def source(name: StreamName, shapes: list[Shape], weight: float = 1.0) -> Source
 
 
 def feed(*sources: Source, kind: PredictionType = "v_prediction", **settings: object) -> Feed:
-    return Feed(TrainingSettings(**settings), kind, ALPHAS_BAR, sources)  # type: ignore[arg-type]
+    return Feed(TrainingSettings(**settings), kind, ALPHAS_BAR, sources)
 
 
 def weights(batches: list[Batch]) -> torch.Tensor:

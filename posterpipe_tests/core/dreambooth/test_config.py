@@ -61,7 +61,7 @@ def test_the_config_in_the_guide_is_one(tmp_path: Path) -> None:
     # Whatever it says about settings is about settings that there are.
     table = guide.split("| you want |")[1].split("## ")[0]
     named = {name.split(" ")[0] for name in re.findall(r"`([a-z_]+(?: =[^`]*)?)`", table)}
-    assert named - {"sd21", "class_images"} <= set(TrainingSettings.model_fields)
+    assert named - {"sd21", "training"} <= set(TrainingSettings.model_fields)
 
 
 def test_a_missing_config_is_named(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def die_in_line_of_a_save(threads: int, config: RunConfig, save: int, line: int)
 
     from posterpipe.core.dreambooth import train as module
 
-    original, module.write_save = module.write_save, write_save  # type: ignore[assignment]
+    original, module.write_save = module.write_save, write_save
     train(config)
 
 
@@ -176,7 +176,7 @@ def test_killed_in_any_line_of_a_save_a_run_ends_with_the_same_bits(
     make_config: MakeConfig, uninterrupted: RunConfig
 ) -> None:
     # The second save has one before it to fall back to; the third also removes the first. Every
-    # 7th line, until one is reached that no save has: then the run goes through.
+    # 11th line, until one is reached that no save has: then the run goes through.
     for save in (2, 3):
         line, code = 1, None
         while code != 0:
@@ -184,7 +184,7 @@ def test_killed_in_any_line_of_a_save_a_run_ends_with_the_same_bits(
             code = finished(in_process(die_in_line_of_a_save, config, save, line))
             assert code in (0, -signal.SIGKILL)
             assert_ends_like(config, uninterrupted)
-            line += 7
+            line += 11
         assert line > 30
 
 

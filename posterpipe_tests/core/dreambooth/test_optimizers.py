@@ -15,9 +15,9 @@ def trained(optimizer: str, *, channels_last: bool) -> nn.Conv2d:
     torch.manual_seed(0)
     model = nn.Conv2d(32, 64, 3, padding=1)
     if channels_last:
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     order = InMemoryOrder([list(model.parameters())])
-    settings = TrainingSettings(optimizer=optimizer, learning_rate=1e-2)  # type: ignore[arg-type]
+    settings = TrainingSettings(optimizer=optimizer, learning_rate=1e-2)
     stepper = make_optimizer(settings, order.groups)
     for step in range(3):
         x = torch.randn(2, 32, 6, 6, generator=torch.Generator().manual_seed(step))
