@@ -147,7 +147,7 @@ def scores(pipeline: Pipeline) -> pd.DataFrame:
 
 def test_every_asset_and_check_ran_and_passed(pipeline: Pipeline) -> None:
     specs = build_defs(pipeline.settings).resolve_all_asset_specs()
-    assert len(specs) == 12
+    assert len(specs) == 14
     assert set(pipeline.versions()) == {spec.key.to_user_string() for spec in specs}
     assert all(len(version) >= 12 for version in pipeline.versions().values())
     assert pipeline.watch.warnings == []
@@ -241,7 +241,7 @@ def test_analysts_may_read_while_the_pipeline_writes(pipeline: Pipeline) -> None
 
 
 def test_progress_is_shown_for_the_long_steps(pipeline: Pipeline) -> None:
-    for words in ("caption", "train: 4 steps", "Drawing", "Scoring", "✓ dreambooth_checkpoint"):
+    for words in ("caption", "train: 4 steps", "Drawing", "Encoding", "✓ dreambooth_checkpoint"):
         assert words in pipeline.output
     assert leaderboard_table(pipeline.deployment).row_count == 4
 
