@@ -7,24 +7,26 @@ images (`images`) and the file that trainers read (`training_set`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import pandas as pd
 from PIL import Image
 
 from posterpipe.core.captions import HumanCaption
 from posterpipe.core.models import best_device, fingerprint, locate, quiet_hub, torch_dtype
-from posterpipe.core.parallel import parallel_map
+from posterpipe.core.parallel import cores
 from posterpipe.core.progress import NoProgress, Progress
 from posterpipe.core.store import Store, compute_missing, content_key
 from posterpipe.settings import CaptionerSettings, Precision
 
 if TYPE_CHECKING:
     import torch
+
+Loaded = TypeVar("Loaded")
 
 CAPTION_VERSION = 2
 """Raise it when the captioner decodes otherwise: every caption by the model is then made again."""
@@ -246,11 +248,26 @@ def caption_files(captioner: Captioner, paths: Sequence[Path]) -> Iterator[dict[
         except Exception as error:  # a damaged file makes Pillow raise nearly anything
             return _failed(_first_line(error))
 
-    loaded = parallel_map(load, paths)
-    while batch := list(islice(loaded, captioner.settings.batch_size)):
+    for batch in _batches_ahead(load, paths, captioner.settings.batch_size):
         pixels = [item for item in batch if not isinstance(item, dict)]
         rows = iter(_caption_batch(captioner, pixels))
         yield from (item if isinstance(item, dict) else next(rows) for item in batch)
+
+
+def _batches_ahead(
+    load: Callable[[Path], Loaded], paths: Sequence[Path], size: int
+) -> Iterator[list[Loaded]]:
+    """What `load` makes of the paths, in batches; the next batch is loaded while one is used."""
+    with ThreadPoolExecutor(cores(), thread_name_prefix="posterpipe") as pool:
+        waiting = [pool.submit(load, path) for path in paths[:size]]
+        try:
+            for start in range(size, len(paths) + size, size):
+                batch = [future.result() for future in waiting]
+                waiting = [pool.submit(load, path) for path in paths[start : start + size]]
+                yield batch
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def _caption_batch(captioner: Captioner, pixels: list[torch.Tensor]) -> list[dict[str, str]]:

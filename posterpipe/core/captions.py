@@ -16,6 +16,7 @@ import codecs
 import csv
 import io
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,10 @@ class HumanCaption:
     note: str = ""
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""Unicode's category Cc."""
+
+
 def clean_caption(text: str) -> str:
     """One line in Unicode's composed form, spaces collapsed. Raises CaptionRejected."""
     caption = " ".join(unicodedata.normalize("NFC", text).split())
@@ -89,7 +94,7 @@ def clean_caption(text: str) -> str:
         raise CaptionRejected(
             f"{len(caption)} characters are more than {MAX_CHARACTERS}; a caption is a sentence"
         )
-    if any(unicodedata.category(character) == "Cc" for character in caption):
+    if _CONTROL.search(caption):
         raise CaptionRejected("control characters in it; save it as plain text")
     return caption
 

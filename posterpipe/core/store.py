@@ -317,12 +317,13 @@ class Store:
 
     # -- tables -----------------------------------------------------------------------------------
 
-    def write_table(self, name: str, frame: pd.DataFrame) -> str:
-        """Keep a table and make it the current one; its version (see `table_version`).
+    def write_table(self, name: str, frame: pd.DataFrame, *, version: str | None = None) -> str:
+        """Keep a table and make it the current one; its version.
 
         The index of the frame is not kept. Columns hold text, numbers, booleans, times or nothing.
+        `version`: its `table_version`, where that was computed before.
         """
-        version = table_version(frame)
+        version = version or table_version(frame)
         folder = self.folder("tables", name)
         file = folder / f"{version}.parquet"
         if not self.keep(file):
@@ -504,8 +505,11 @@ def table_version(frame: pd.DataFrame) -> str:
     return digest.hexdigest()
 
 
+_PLAIN = (str, int, bool)
+
+
 def _cell(value: Any) -> Any:
-    if type(value) is str:  # most of them; tables of 100,000 rows come through here
+    if value is None or type(value) in _PLAIN:  # nearly all: tables of 100,000 rows come by here
         return value
     if isinstance(value, np.ndarray):
         return [_cell(item) for item in value.tolist()]
@@ -513,7 +517,7 @@ def _cell(value: Any) -> Any:
         return [_cell(item) for item in value]
     if isinstance(value, dict):
         return {key: _cell(item) for key, item in value.items()}
-    if value is None or value is pd.NA or value is pd.NaT:
+    if value is pd.NA or value is pd.NaT:
         return None
     if isinstance(value, np.generic):
         value = value.item()

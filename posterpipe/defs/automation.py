@@ -74,10 +74,10 @@ def rebuild_when_inputs_change() -> dg.AutomationCondition:
       would take away a change that landed in between. The price is at times a run that finds
       everything done.
     - *not in progress*: the change is taken up after the run, not by a second one beside it.
-    - *nothing upstream busy*: an asset with two inputs that come from one source runs once, when
-      both are there. It looks through all levels, since an input may be due before anything
-      between it and the source has started; but not past an asset that follows a schedule, since
-      what the base model draws need not wait for a training.
+    - *nothing upstream busy*, or about to be tried again: an asset with two inputs that come from
+      one source runs once, when both are there. It looks through all levels, since an input may
+      be due before anything between it and the source has started; but not past an asset that
+      follows a schedule, since what the base model draws need not wait for a training.
     - *inputs there*: an asset whose input was never made cannot run.
     - *blocking checks passed* on the latest materialization of each input, also when only the
       check ran again.
@@ -97,10 +97,15 @@ def rebuild_when_inputs_change() -> dg.AutomationCondition:
     failed = (Condition.execution_failed() & ~Condition.newly_requested()).newly_true()
     first_failure = (failed & requested).since(changed | Condition.newly_updated()).newly_true()
     due = changed | first_failure.with_label("failed for the first time")
+    busy = (
+        Condition.in_progress()
+        | Condition.will_be_requested()
+        | (Condition.execution_failed() & Condition.newly_requested())  # its retry comes next
+    )
     return (
         due.since(Condition.newly_requested() & ~due).with_label("due")
         & ~Condition.in_progress()
-        & ~_anything_upstream(Condition.in_progress() | Condition.will_be_requested())
+        & ~_anything_upstream(busy)
         & ~Condition.any_deps_missing()
         & Condition.all_deps_blocking_checks_passed()
     ).with_label("rebuild when inputs change")

@@ -10,6 +10,7 @@ from posterpipe.defs.resources import (
     MODEL_FINGERPRINT,
     SOURCE_DIGEST,
     TABLES,
+    THUMBNAILS,
     UNREAD,
     Deployment,
     Table,
@@ -54,15 +55,15 @@ def resized_posters(
     progress = deployment.progress(context)
     resized = resize_posters(store, raw_posters, deployment.settings.images, progress)
     names = dict(zip(raw_posters["poster_id"], raw_posters["source_name"], strict=True))
+    usable = resized[resized["status"] == "ok"]
     images = [
         (store.path(row.image, ".png"), names[row.poster_id])
-        for row in rows(resized)
-        if row.status == "ok"
+        for row in rows(usable.head(THUMBNAILS))
     ]
     return table_output(
         resized,
         {
-            "contact_sheet": thumbnails(images),
+            "contact_sheet": thumbnails(images, total=len(usable)),
             **counts(resized, "status"),
             "failed": table_preview(resized[resized["status"] != "ok"], ["poster_id", "reason"]),
         },
@@ -179,8 +180,9 @@ def poster_captions(
             "contact_sheet": thumbnails(
                 [
                     (store.path(images[row.poster_id], ".png"), row.caption)
-                    for row in rows(captioned)
-                ]
+                    for row in rows(captioned.head(THUMBNAILS))
+                ],
+                total=len(captioned),
             ),
             "captions": table_preview(captions, ["caption", "source", "status", "reason"]),
             **by_source,
@@ -227,7 +229,8 @@ def training_csv(
         table.assign(training_set=version),
         {
             "contact_sheet": thumbnails(
-                [(folder / row.file_name, row.caption) for row in rows(table)]
+                [(folder / row.file_name, row.caption) for row in rows(table.head(THUMBNAILS))],
+                total=len(table),
             ),
             "training_csv": table_preview(table, ["file_name", "caption"]),
             "folder": dg.MetadataValue.path(folder),

@@ -9,6 +9,7 @@ import dagster as dg
 from posterpipe.defs.resources import (
     SOURCE_DIGEST,
     TABLES,
+    THUMBNAILS,
     UNREAD,
     Deployment,
     Table,
@@ -66,7 +67,11 @@ def raw_posters(
         posters,
         {
             "contact_sheet": thumbnails(
-                [(store.path(row.poster_id), row.source_name) for row in rows(usable)]
+                [
+                    (store.path(row.poster_id), row.source_name)
+                    for row in rows(usable.head(THUMBNAILS))
+                ],
+                total=len(usable),
             ),
             **counts(posters, "status"),
             "refused": table_preview(refused, ["source_name", "status", "reason"]),

@@ -47,6 +47,9 @@ the posters, the content of a file), by which the arrivals sensor knows what was
 UNREAD = "unread"
 """Metadata entry of a root asset's materialization: files that could not be read this time."""
 
+THUMBNAILS = 32
+"""Images of a contact sheet in the UI."""
+
 _ROWS_SHOWN = 100
 """Rows of a table in the UI; every one lies in the event log for ever."""
 
@@ -118,7 +121,9 @@ class StoreIOManager(dg.IOManager):
 
         store = self._deployment.store
         name = context.asset_key.path[-1]
-        version = store.write_table(name, obj)
+        known = context.output_metadata.get(TABLE_VERSION)
+        computed = known.value if isinstance(known, dg.TextMetadataValue) else None
+        version = store.write_table(name, obj, version=computed)
         record_table(
             store,
             name,
@@ -127,7 +132,8 @@ class StoreIOManager(dg.IOManager):
             code_version=context.asset_spec.code_version or "",
             inputs=self._read.get(context.step_key, {}),
         )
-        context.add_output_metadata({TABLE_VERSION: version})
+        if computed is None:
+            context.add_output_metadata({TABLE_VERSION: version})
 
     def load_input(self, context: dg.InputContext) -> Any:
         """The current table of the upstream asset. Raises TableMissing."""
@@ -165,10 +171,11 @@ def table_output(
     """A table as a step gives it back: with its content hash as data version and its row count."""
     from posterpipe.core.store import table_version
 
+    version = table_version(table)
     return dg.Output(
         table,
-        data_version=dg.DataVersion(data_version or table_version(table)),
-        metadata={"dagster/row_count": len(table), **metadata},
+        data_version=dg.DataVersion(data_version or version),
+        metadata={"dagster/row_count": len(table), **metadata, TABLE_VERSION: version},
     )
 
 
@@ -210,16 +217,23 @@ def counts(table: Table, column: str) -> dict[str, int]:
 
 
 def thumbnails(
-    images: Sequence[tuple[Path | Image, str]], *, shown: int = 32, column_count: int = 8
+    images: Sequence[tuple[Path | Image, str]],
+    *,
+    total: int | None = None,
+    shown: int = THUMBNAILS,
+    column_count: int = 8,
 ) -> dg.MarkdownMetadataValue:
-    """Some images with their labels as one small picture that fits into the event log."""
+    """Some images with their labels as one small picture that fits into the event log.
+
+    `total`: how many there are, where `images` are only the first ones.
+    """
     from posterpipe.core.gallery import contact_sheet, markdown_image
 
     if not images:
         return dg.MetadataValue.md("no images")
     sheet = contact_sheet(images[:shown], columns=min(column_count, len(images)), cell=(72, 108))
-    left_out = len(images) - shown
-    alt = f"{len(images)} images" if left_out <= 0 else f"{shown} of {len(images)} images"
+    total = total or len(images)
+    alt = f"{total} images" if total <= shown else f"{shown} of {total} images"
     return dg.MetadataValue.md(markdown_image(sheet, alt))
 
 

@@ -75,6 +75,11 @@ def consider_training(
     # `_facts` finds the first one.
     return dg.RunRequest(
         f"{state}-{len(facts.failed_runs)}",
+        # By name, since a run of the whole job names no assets, and the policy would not see that
+        # what follows the checkpoint is made in this run, and request it again.
+        asset_selection=sorted(
+            context.repository_def.get_job(retrain.name).asset_layer.executable_asset_keys
+        ),
         tags={STATE_TAG: state, REASON_TAG: decision.reason},
     )
 

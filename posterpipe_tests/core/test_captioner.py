@@ -23,7 +23,7 @@ from posterpipe.core.captions import HumanCaption
 from posterpipe.core.images import png_bytes
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.store import Store
-from posterpipe.settings import CaptionerSettings, ModelRef
+from posterpipe.settings import CaptionerSettings, ModelRef, default_root, load_settings
 from posterpipe_tests.core.tiny_blip import WORDS, build_tiny_blip
 
 if TYPE_CHECKING:
@@ -85,6 +85,32 @@ def test_captions_are_those_of_plain_transformers(root: Path, num_beams: int) ->
     assert captions == expected
     assert len(set(captions)) > 1
     assert {word for caption in captions for word in caption.split()} <= {*WORDS}
+
+
+def test_a_trained_captioner_says_what_it_says_under_plain_transformers() -> None:
+    from transformers import BlipForConditionalGeneration
+
+    project = default_root()
+    settings = load_settings("starter").captioner
+    captioner = Captioner(settings, project)
+    model = BlipForConditionalGeneration.from_pretrained(project / settings.model.id).float().eval()
+    images = []
+    for path in sorted((project / "data/raw_posters").iterdir())[:6]:
+        with Image.open(path) as poster:
+            images.append(poster.convert("RGB").resize((64, 96)))
+    expected = []
+    for image in images:
+        tokens = model.generate(
+            pixel_values=captioner.image_processor(images=image, return_tensors="pt").pixel_values,
+            num_beams=settings.num_beams,
+            max_new_tokens=settings.max_new_tokens,
+            no_repeat_ngram_size=settings.no_repeat_ngram_size,
+        )
+        expected.append(
+            " ".join(captioner.tokenizer.decode(tokens[0], skip_special_tokens=True).split())
+        )
+    assert captioner(images) == expected
+    assert len(set(expected)) > 3
 
 
 def test_weights_kept_in_fp16_run_in_the_precision_of_the_settings(root: Path) -> None:

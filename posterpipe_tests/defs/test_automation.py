@@ -282,6 +282,42 @@ def test_a_retry_that_goes_well_is_followed(chain: World) -> None:
     assert chain.stale() == []
 
 
+@pytest.mark.parametrize("ticks", [ticks_between_runs, ticks_that_see_it_run])
+def test_what_also_reads_other_inputs_waits_for_the_retry(
+    make_world: MakeWorld, ticks: Callable[[World], None]
+) -> None:
+    world = make_world(a="", b="a", c="a b")
+    world.run("a")
+    world.settle()
+    forget_history(world)
+    world.broken.add("b")
+    ticks(world)
+    world.change("a", "2")
+    assert world.tick() == ["b"]
+    assert world.work() == [False]
+    world.broken.clear()
+    world.meanwhile.clear()
+    for _ in range(4):
+        world.tick()
+        world.work()
+    assert world.started == ["a", "b", "b", "c"]
+    assert world.stale() == []
+
+
+def test_what_failed_for_good_does_not_keep_others_waiting(make_world: MakeWorld) -> None:
+    world = make_world(a="", b="a", c="a b")
+    world.run("a")
+    world.settle()
+    forget_history(world)
+    world.broken.add("b")
+    world.change("a", "2")
+    for _ in range(8):
+        world.tick()
+        world.work()
+    assert world.started == ["a", "b", "b", "c"]
+    assert world.contents["c"] == "c(2 b(1))"
+
+
 def test_each_change_has_a_retry_of_its_own(chain: World) -> None:
     chain.broken.add("b")
     for content in "2", "3":

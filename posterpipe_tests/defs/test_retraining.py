@@ -153,6 +153,9 @@ def test_enough_changes_start_a_training_and_fewer_say_what_they_wait_for(nights
     request = nights.tick()
     assert request is not None
     assert "1 new, 1 with another caption" in nights.said
+    job = nights.definitions.resolve_job_def("retrain")
+    assert set(request.asset_selection or []) == job.asset_layer.executable_asset_keys
+    assert CHECKPOINT in set(request.asset_selection or [])
     nights.checkpoint("c")
     assert nights.tick() is None
 
