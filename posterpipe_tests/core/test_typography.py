@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from posterpipe.core import typography
 from posterpipe.core.metrics.legibility import TitleReader, title_distance
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.store import Store
@@ -19,18 +18,23 @@ from posterpipe.core.typography import (
     TITLED_COLUMNS,
     TitleImpossible,
     choose_style,
-    contrast_ratio,
+    fonts,
+    set_title,
+    set_titles,
+    titled,
+    titled_key,
+)
+from posterpipe.core.typography.colour import contrast_ratio, srgb_to_lab
+from posterpipe.core.typography.fonts import (
     coverage,
+    font_at,
     fonts_id,
     layout_engine,
     lettering,
-    line_breaks,
-    look,
-    set_title,
-    set_titles,
-    srgb_to_lab,
-    titled_key,
+    needs_shaping,
 )
+from posterpipe.core.typography.lines import line_breaks, pieces
+from posterpipe.core.typography.saliency import look
 from posterpipe.settings import LetteringSettings
 from posterpipe_tests.core.metrics.tiny import generations
 
@@ -194,7 +198,7 @@ SCRIPTS = ["Звёздный путь", "Ωμέγα", "星の船", "별빛", "�
 
 @pytest.mark.parametrize("title", SCRIPTS)
 def test_no_script_turns_into_boxes(title: str) -> None:
-    if typography.needs_shaping(title) and layout_engine() != "raqm":
+    if needs_shaping(title) and layout_engine() != "raqm":
         pytest.skip("FriBiDi is not installed")
     letters = lettering(title, "geometric")
     signs = {sign for sign in (title.upper() if letters.capitals else title) if sign != " "}
@@ -210,10 +214,10 @@ def test_letters_that_join_are_joined() -> None:
         pytest.skip("FriBiDi is not installed")
     letters = lettering("سفينة", "geometric")
     assert letters.shaped and "arabic" in letters.path
-    font = typography._font(letters.package, letters.path, 100)
+    font = font_at(letters.package, letters.path, 100)
     apart = sum(font.getlength(sign) for sign in "سفينة")
     assert font.getlength("سفينة") < 0.9 * apart
-    assert typography._pieces(letters, "سفينة") == ["سفينة"]
+    assert pieces(letters, "سفينة") == ["سفينة"]
 
 
 def test_what_no_font_has_is_refused_with_the_letters() -> None:
@@ -228,7 +232,7 @@ def test_what_no_font_has_is_refused_with_the_letters() -> None:
 def test_scripts_that_need_shaping_are_refused_where_nothing_shapes_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(typography, "layout_engine", lambda: "basic")
+    monkeypatch.setattr(fonts, "layout_engine", lambda: "basic")
     with pytest.raises(TitleImpossible, match="FriBiDi"):
         lettering("سفينة", "geometric")
     assert not lettering("星の船", "geometric").shaped
@@ -289,13 +293,13 @@ def test_only_what_is_new_is_set(store: Store, monkeypatch: pytest.MonkeyPatch) 
     table = generations(store, [poster(), poster(middle=0.3)], titles=["Comet", "Moon"])
     first = lettered(store, table)
     asked: list[str] = []
-    original = typography.set_title
+    original = titled.set_title
 
     def spy(image: Image.Image, title: str, settings: LetteringSettings) -> object:
         asked.append(title)
         return original(image, title, settings)
 
-    monkeypatch.setattr(typography, "set_title", spy)
+    monkeypatch.setattr(titled, "set_title", spy)
     pd.testing.assert_frame_equal(lettered(store, table), first)
     assert asked == []
     renamed = lettered(store, table.assign(title=["Comet", "Star"]))
