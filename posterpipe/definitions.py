@@ -3,6 +3,7 @@
 import dagster as dg
 
 from posterpipe.defs import (
+    alerts,
     arrivals,
     checks,
     dataset,
@@ -32,7 +33,12 @@ def build_defs(settings: Settings, deployment: Deployment | None = None) -> dg.D
         assets=with_policy(with_settings_in_code_version(assets, settings)),
         asset_checks=dg.load_asset_checks_from_modules([checks]),
         jobs=JOBS,
-        sensors=[*arrivals.sensors(settings), automation, stale_sweep],
+        sensors=[
+            *arrivals.sensors(settings),
+            automation,
+            stale_sweep,
+            *alerts.sensors(settings),
+        ],
         schedules=[*retraining.schedules(settings), checks.score_freshness_schedule(settings)],
         executor=dg.multiprocess_executor.configured({"max_concurrent": settings.max_concurrent}),
         resources={

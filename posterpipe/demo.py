@@ -234,6 +234,8 @@ def _logger(console: Console, watch: Watch) -> dg.LoggerDefinition:
 def _show(event: Any, console: Console, watch: Watch) -> None:
     from dagster import DagsterEventType
 
+    from posterpipe.defs.alerts import reason_of
+
     kind = event.event_type
     if kind == DagsterEventType.STEP_SUCCESS:
         seconds = event.step_success_data.duration_ms / 1000
@@ -243,7 +245,7 @@ def _show(event: Any, console: Console, watch: Watch) -> None:
     elif kind == DagsterEventType.STEP_FAILURE:
         error = event.step_failure_data.error
         watch.interrupted |= error.cls_name == "DagsterExecutionInterruptedError"
-        reason = _reason(error)
+        reason = reason_of(error)
         watch.failures.append(f"{event.step_key}: {reason}")
         console.print(f"[red]✗ {event.step_key}[/]")
     elif kind == DagsterEventType.ASSET_CHECK_EVALUATION:
@@ -253,17 +255,6 @@ def _show(event: Any, console: Console, watch: Watch) -> None:
             line += f": {check.description}" if check.description else ""
             watch.warnings.append(line)
             console.print(f"[yellow]! {escape(line)}[/]")
-
-
-def _reason(error: Any) -> str:
-    """The innermost message of a step's error: as it is for posterpipe's own, else with its
-    class."""
-    while error.cause is not None:
-        error = error.cause
-    message = str(error.message).strip()
-    name, _, rest = message.partition(": ")
-    own = name.startswith("posterpipe.")
-    return rest if own and rest else message
 
 
 @contextmanager

@@ -17,7 +17,15 @@ from string import Formatter
 from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 PROFILES = Path(__file__).parent / "profiles"
@@ -517,6 +525,38 @@ class AutomationSettings(Group):
         return name
 
 
+class AlertSettings(Group):
+    """Who is told when a run failed. Without `webhook_url` and `email_to`, nobody."""
+
+    webhook_url: SecretStr | None = Field(
+        None, description="gets JSON by POST; `text` and `content` are what chats show"
+    )
+    email_to: str = Field("", description="addresses, with commas between them")
+    email_from: str = Field("", description="the sender; empty: posterpipe@ this machine")
+    smtp_host: str = Field("localhost", min_length=1, description="mail server")
+    smtp_port: int = Field(587, ge=1, le=65535, description="587 for starttls, 465 for tls")
+    smtp_security: Literal["starttls", "tls", "none"] = Field(
+        "starttls", description="none only for a mail server on the same machine"
+    )
+    smtp_user: str = Field("", description="empty: without signing in")
+    smtp_password: SecretStr | None = Field(None, description="of smtp_user")
+    ui_url: str = Field(
+        "http://127.0.0.1:3000", description="where the Dagster UI is, for links in messages"
+    )
+    max_age_hours: float = Field(
+        24.0, gt=0, description="failures that could not be told within this time are given up"
+    )
+
+    @field_validator("webhook_url")
+    @classmethod
+    def _web_address(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is None or not url.get_secret_value():
+            return None
+        if not url.get_secret_value().startswith(("https://", "http://")):
+            raise ValueError("begins with https://")
+        return url
+
+
 class Settings(BaseSettings):
     """All settings of one deployment."""
 
@@ -551,6 +591,7 @@ class Settings(BaseSettings):
     gate: GateSettings = GateSettings()
     checks: CheckSettings = CheckSettings()
     automation: AutomationSettings = AutomationSettings()
+    alerts: AlertSettings = AlertSettings()
 
     @classmethod
     def settings_customise_sources(

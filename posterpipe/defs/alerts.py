@@ -1,0 +1,238 @@
+"""Telling people about runs that failed.
+
+What belongs here: the sensor, and what the instance knows of a failed run. What does not: the
+message and how it is sent (`core.alerts`).
+
+Dagster's own `run_failure_sensor` looks at each failure once, whether or not its function got the
+message through. This sensor looks at the failed runs of a day and tells of those that nobody was
+told of, which a tag of the run says, so a mail server that is down for an hour delays a message and
+loses none.
+"""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from dagster import DagsterEventType, DagsterRunStatus
+
+from posterpipe.defs.arrivals import REASON_TAG
+from posterpipe.defs.resources import Deployment
+from posterpipe.settings import Settings
+
+if TYPE_CHECKING:
+    from posterpipe.core.alerts import FailedRun
+
+TOLD_TAG = "posterpipe/told"
+"""Tag of failed runs: over which channels people were told."""
+
+RUNS_A_LOOK = 3
+"""Each can take half a minute when receivers hang, and both channels work at the same time."""
+
+LOOK_SECONDS = 30
+FIRST_PAUSE, LONGEST_PAUSE = 60.0, 3600.0
+"""Seconds until a message that did not get through is tried again; doubled each time."""
+
+SECONDS_A_LOOK = 25.0
+"""After so long no further run is begun: Dagster gives a sensor a minute."""
+
+
+def sensors(settings: Settings) -> tuple[dg.SensorDefinition, ...]:
+    """The sensor of this module: on where a receiver is configured, else off."""
+    from posterpipe.core.alerts import channels
+
+    on = bool(channels(settings.alerts))
+
+    @dg.sensor(
+        name="failure_alerts",
+        minimum_interval_seconds=LOOK_SECONDS,
+        default_status=dg.DefaultSensorStatus.RUNNING if on else dg.DefaultSensorStatus.STOPPED,
+        description="Tells people of runs that failed, over a webhook, by e-mail, or both. Off "
+        "until `alerts.webhook_url` or `alerts.email_to` is set "
+        "(POSTERPIPE_ALERTS__WEBHOOK_URL, POSTERPIPE_ALERTS__EMAIL_TO). What could not be sent is "
+        "tried again; a run's tag `posterpipe/told` says who was told.",
+    )
+    def failure_alerts(
+        context: dg.SensorEvaluationContext, deployment: dg.ResourceParam[Deployment]
+    ) -> dg.SensorResult:
+        return tell(context, deployment.settings)
+
+    return (failure_alerts,)
+
+
+@dataclass
+class _Memory:
+    """What the sensor's cursor holds."""
+
+    since: float
+    """When the sensor began: what failed before is history, not news."""
+    tried: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Runs whose message did not get through: how often it was tried, and when to try again."""
+
+    @classmethod
+    def of(cls, cursor: str | None, now: float) -> "_Memory":
+        try:
+            held = json.loads(cursor or "")
+            tried = {run: (int(count), float(at)) for run, (count, at) in held["tried"].items()}
+            return cls(float(held["since"]), tried)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return cls(now)
+
+
+def tell(
+    context: dg.SensorEvaluationContext, settings: Settings, now: float | None = None
+) -> dg.SensorResult:
+    """One look: tell of failed runs that nobody was told of. Says what it did as skip reason."""
+    from posterpipe.core.alerts import channels
+
+    now = time.time() if now is None else now
+    memory = _Memory.of(context.cursor, now)
+    configured = channels(settings.alerts)
+    if not configured:
+        reason = (
+            "nobody to tell: set POSTERPIPE_ALERTS__WEBHOOK_URL or POSTERPIPE_ALERTS__EMAIL_TO, "
+            "and load the code location again"
+        )
+        return dg.SensorResult(skip_reason=reason, cursor=json.dumps(asdict(memory)))
+    started = time.monotonic()
+    oldest = max(memory.since, now - settings.alerts.max_age_hours * 3600)
+    failed = context.instance.get_run_records(
+        dg.RunsFilter(
+            statuses=[DagsterRunStatus.FAILURE],
+            updated_after=datetime.fromtimestamp(oldest, UTC),
+        ),
+        ascending=True,
+    )
+    said: list[str] = []
+    tried: dict[str, tuple[int, float]] = {}
+    waiting = 0
+    for record in failed:
+        run = record.dagster_run
+        ended_at = record.end_time or record.update_timestamp.timestamp()
+        to_tell = [name for name in configured if name not in _listed(run.tags.get(TOLD_TAG))]
+        if ended_at < oldest or not to_tell:
+            continue
+        count, not_before = memory.tried.get(run.run_id, (0, 0.0))
+        late = len(said) >= RUNS_A_LOOK or time.monotonic() - started > SECONDS_A_LOOK
+        if late or now < not_before:
+            waiting += 1
+            tried |= {run.run_id: (count, not_before)} if count else {}
+            continue
+        outcome, complete = _tell_of(context, run, ended_at, to_tell, settings)
+        said.append(outcome)
+        if not complete:
+            pause = min(FIRST_PAUSE * 2**count, LONGEST_PAUSE)
+            tried[run.run_id] = (count + 1, now + pause)
+    if waiting:
+        said.append(f"{waiting} failed runs are told of later")
+    reason = "; ".join(said) or f"no run failed untold since {_clock(oldest)}"
+    memory = _Memory(memory.since, tried)
+    return dg.SensorResult(skip_reason=reason, cursor=json.dumps(asdict(memory)))
+
+
+def _tell_of(
+    context: dg.SensorEvaluationContext,
+    run: dg.DagsterRun,
+    ended_at: float,
+    to_tell: list[str],
+    settings: Settings,
+) -> tuple[str, bool]:
+    """Sends the message about one run and marks the run. What came of it, in words, and whether
+    everyone is told now."""
+    from posterpipe.core.alerts import AlertNotSent, compose, send
+
+    alert = compose(failed_run(context.instance, run, ended_at), settings.alerts)
+
+    def problem_of(channel: str) -> str:
+        try:
+            send(alert, channel, settings.alerts)
+        except AlertNotSent as error:
+            return str(error)
+        except Exception as error:  # whatever it is, the other runs are to be told of
+            return type(error).__name__
+        return ""
+
+    with ThreadPoolExecutor(len(to_tell)) as pool:
+        problems = dict(zip(to_tell, pool.map(problem_of, to_tell), strict=True))
+    sent = [channel for channel, problem in problems.items() if not problem]
+    if sent:
+        told = ", ".join([*_listed(run.tags.get(TOLD_TAG)), *sent])
+        context.instance.add_run_tags(run.run_id, {TOLD_TAG: told})
+    parts = [f"told by {channel}" for channel in sent]
+    for channel, problem in problems.items():
+        if problem:
+            parts.append(f"not told by {channel}, to be tried again: {problem}")
+            context.log.warning(f"run {run.run_id[:8]}: {parts[-1]}")
+    return f"run {run.run_id[:8]}: {', '.join(parts)}", len(sent) == len(to_tell)
+
+
+def failed_run(instance: dg.DagsterInstance, run: dg.DagsterRun, ended_at: float) -> "FailedRun":
+    """What the instance knows of a failed run."""
+    from posterpipe.core.alerts import FailedRun
+
+    reasons = [
+        (event.step_key or "", reason_of(event.step_failure_data.error))
+        for event in _events(instance, run.run_id, DagsterEventType.STEP_FAILURE)
+    ]
+    if not reasons:
+        reasons = [
+            ("", event.message or "")
+            for event in _events(instance, run.run_id, DagsterEventType.RUN_FAILURE)
+        ]
+    name = run.job_name
+    if name == "__ASSET_JOB" and run.asset_selection:
+        keys = sorted(key.to_user_string() for key in run.asset_selection)
+        name = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    return FailedRun(
+        run.run_id,
+        name,
+        reasons,
+        started_by=_started_by(run.tags),
+        why=run.tags.get(REASON_TAG, ""),
+        ended_at=ended_at,
+        retried="dagster/did_retry" in run.tags,
+    )
+
+
+def reason_of(error: Any) -> str:
+    """The innermost message of a step's error: as it is for posterpipe's own, else with its
+    class."""
+    if error is None:
+        return ""
+    while error.cause is not None:
+        error = error.cause
+    message = str(error.message).strip()
+    name, _, rest = message.partition(": ")
+    own = name.startswith("posterpipe.")
+    return rest if own and rest else message
+
+
+def _events(
+    instance: dg.DagsterInstance, run_id: str, kind: DagsterEventType
+) -> list[dg.DagsterEvent]:
+    records = instance.get_records_for_run(run_id, of_type=kind).records
+    return [
+        record.event_log_entry.dagster_event
+        for record in records
+        if record.event_log_entry.dagster_event is not None
+    ]
+
+
+def _started_by(tags: Any) -> str:
+    for kind in ("sensor", "schedule"):
+        if name := tags.get(f"dagster/{kind}_name"):
+            return f"the {kind} {name}"
+    if tags.get("posterpipe/pid"):
+        return "posterpipe demo"
+    return "a person"
+
+
+def _listed(tag: str | None) -> list[str]:
+    return [name.strip() for name in (tag or "").split(",") if name.strip()]
+
+
+def _clock(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
