@@ -15,9 +15,11 @@ from posterpipe.defs import (
     training,
 )
 from posterpipe.defs.automation import JOBS, automation, with_policy
+from posterpipe.defs.overview import OVERVIEW
 from posterpipe.defs.resources import TABLES, Deployment, store_tables
 from posterpipe.defs.staleness import with_settings_in_code_version
 from posterpipe.defs.sweep import stale_sweep
+from posterpipe.defs.timing import described
 from posterpipe.settings import Settings, load_settings
 
 
@@ -29,8 +31,9 @@ def build_defs(settings: Settings, deployment: Deployment | None = None) -> dg.D
         *dg.load_assets_from_modules([ingest, dataset, training, generation, scoring, reports]),
         reports.dbt_models(dbt),
     ]
+    assets = with_policy(with_settings_in_code_version(assets, settings))
     return dg.Definitions(
-        assets=with_policy(with_settings_in_code_version(assets, settings)),
+        assets=described(assets, settings, JOBS),
         asset_checks=dg.load_asset_checks_from_modules([checks]),
         jobs=JOBS,
         sensors=[
@@ -46,6 +49,7 @@ def build_defs(settings: Settings, deployment: Deployment | None = None) -> dg.D
             TABLES: store_tables(deployment),
             "dbt": reports.dbt_resource(dbt),
         },
+        metadata={"overview": dg.MetadataValue.md(OVERVIEW)},
     )
 
 

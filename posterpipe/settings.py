@@ -89,7 +89,7 @@ class ImageSettings(Group):
 class CaptionerSettings(Group):
     """BLIP and how it is decoded, and how captions are worded for training."""
 
-    model: ModelRef
+    model: ModelRef = Field(description="a BLIP model")
     batch_size: Positive = Field(
         32,
         description="images described at once; on a CPU each of BLIP's takes 45 MB in fp32",
@@ -338,8 +338,10 @@ class TrainingSettings(Group):
 class SamplerSettings(Group):
     """How images are drawn."""
 
-    num_inference_steps: Positive = 25
-    guidance_scale: float = Field(7.5, ge=1)
+    num_inference_steps: Positive = Field(25, description="denoising steps an image")
+    guidance_scale: float = Field(
+        7.5, ge=1, description="how strictly the prompt is followed; 1 leaves the negative unused"
+    )
     width: Positive = Field(512, multiple_of=8, description="pixels")
     height: Positive = Field(512, multiple_of=8, description="pixels")
     scheduler: Literal["dpmsolver++", "ddim", "euler"] = Field(
@@ -348,7 +350,7 @@ class SamplerSettings(Group):
     batch_size: int = Field(
         8, ge=0, description="images drawn at once; 0: found by trial. Halved when memory runs out"
     )
-    precision: Precision = "fp32"
+    precision: Precision = Field("fp32", description="of the computation")
     negative_from: float = Field(
         0.0,
         ge=0,
@@ -373,12 +375,12 @@ class SamplerSettings(Group):
 class ScorerSettings(Group):
     """The CLIP model behind the score."""
 
-    model: ModelRef
+    model: ModelRef = Field(description="a CLIP model")
     batch_size: Positive = Field(64, description="images or texts encoded at once")
     preprocessing: Literal["crop", "pad"] = Field(
         "crop", description="crop is CLIP's own centre crop; pad letterboxes the whole image"
     )
-    precision: Precision = "fp32"
+    precision: Precision = Field("fp32", description="of the computation")
 
 
 class EvidenceSettings(Group):
@@ -393,7 +395,7 @@ class EvidenceSettings(Group):
         "pad", description="for these encoders: crop cuts a poster's ends off, pad shows all of it"
     )
     batch_size: Positive = Field(32, description="images encoded at once")
-    precision: Precision = "fp32"
+    precision: Precision = Field("fp32", description="of the computation")
     copy_alarm: float = Field(
         0.01,
         gt=0,
@@ -577,10 +579,12 @@ class Settings(BaseSettings):
         description="captions by people: a CSV with file_name and caption; need not exist",
     )
     holdout: Path = Field(Path("data/holdout_posters"), description="posters never trained on")
-    prompt_suite: Path = Path("data/prompt_suites/animated_movies.yaml")
+    prompt_suite: Path = Field(
+        Path("data/prompt_suites/animated_movies.yaml"), description="what every model draws"
+    )
     store: Path = Field(Path("data/store"), description="everything computed")
     max_concurrent: Positive = Field(1, description="steps of one run at the same time")
-    base_model: ModelRef
+    base_model: ModelRef = Field(description="the Stable Diffusion that is fine-tuned")
     images: ImageSettings = ImageSettings()
     captioner: CaptionerSettings
     training: TrainingSettings = TrainingSettings()

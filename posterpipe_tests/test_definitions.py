@@ -6,18 +6,22 @@ snapshot with `python -m posterpipe_tests.test_definitions`.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from dagster import AssetSpec
+from dagster import AssetSpec, AutomationConditionSensorDefinition
 from dagster_dbt import dbt_assets
 
 from posterpipe.definitions import build_defs, defs
 from posterpipe.defs import reports
+from posterpipe.defs.arrivals import REASON_TAG
+from posterpipe.defs.overview import OVERVIEW
 from posterpipe.settings import default_root, load_settings
 
 SNAPSHOT = Path(__file__).parent / "graph.txt"
@@ -76,10 +80,34 @@ def test_base_generations_do_not_depend_on_the_checkpoint() -> None:
 def test_every_asset_is_described_for_newcomers() -> None:
     for spec in defs.resolve_all_asset_specs():
         name = spec.key.to_user_string()
-        assert len(spec.description or "") > 80, name
+        described, timing, _ = (spec.description or "").partition("**When it runs:**")
+        assert len(described) > 80, name
+        assert timing, name
         assert spec.owners, name
         assert spec.kinds, name
         assert spec.code_version, name
+
+
+def test_jobs_sensors_and_schedules_are_described_for_newcomers() -> None:
+    repository = defs.get_repository_def()
+    jobs = [job for job in repository.get_all_jobs() if not job.name.startswith("__")]
+    assert {job.name for job in jobs} >= {"refresh_dataset", "retrain", "evaluate", "everything"}
+    everything: list[Any] = [*jobs, *repository.sensor_defs, *repository.schedule_defs]
+    for each in everything:
+        assert len(each.description or "") > 50, each.name
+    # What the overview names is there.
+    known = {each.name for each in everything}
+    for spec in defs.resolve_all_asset_specs():
+        known |= {spec.key.to_user_string(), spec.group_name}
+    assert set(re.findall("`([a-z_]+)`", OVERVIEW)) <= known
+
+
+def test_runs_say_why_they_were_started() -> None:
+    for name in ("refresh_dataset", "retrain", "evaluate", "everything"):
+        assert REASON_TAG in defs.resolve_job_def(name).tags
+    sensor = defs.resolve_sensor_def("automation")
+    assert isinstance(sensor, AutomationConditionSensorDefinition)
+    assert REASON_TAG in sensor.run_tags
 
 
 def test_a_setting_changes_the_code_version_of_what_it_decides_and_of_nothing_else() -> None:

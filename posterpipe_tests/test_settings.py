@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from posterpipe.core.listing import open_place
 from posterpipe.settings import (
     PROFILES,
+    Group,
+    ModelRef,
+    Settings,
     SettingsError,
     TrainingSettings,
     default_root,
@@ -190,3 +193,17 @@ def test_posters_may_lie_in_a_folder_or_a_bucket(
     monkeypatch.setenv("POSTERPIPE_LANDING", "s3://bucket/posters")
     settings = load_settings()
     assert open_place(settings.landing, settings.root).location == "s3://bucket/posters"
+
+
+def test_every_setting_is_described() -> None:
+    def undescribed(group: type[BaseModel], prefix: str = "") -> list[str]:
+        missing = []
+        for name, field in group.model_fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, Group) and kind is not ModelRef:
+                missing += undescribed(kind, f"{prefix}{name}.")
+            elif not field.description:
+                missing.append(prefix + name)
+        return missing
+
+    assert undescribed(Settings) == []

@@ -12,6 +12,9 @@ from typing import Any
 
 import dagster as dg
 
+from posterpipe.defs.arrivals import REASON_TAG
+from posterpipe.defs.overview import OVERVIEW
+
 Condition = dg.AutomationCondition
 
 ON_SCHEDULE = ("dreambooth_checkpoint",)
@@ -24,25 +27,38 @@ TICK_SECONDS = 15
 """Seconds between two evaluations of the policy: 0.1 s of work each, and a change takes one tick
 for each asset of the chain below it."""
 
+BY_HAND = {REASON_TAG: "asked for by a person"}
+"""Tag of a job's runs; what starts one by itself gives its own reason."""
+
 refresh_dataset = dg.define_asset_job(
     "refresh_dataset",
     dg.AssetSelection.groups("ingest", "dataset"),
-    description="Posters, captions and the training set; nothing that takes hours.",
+    description="Posters, captions and the training set, without a training. Takes seconds with "
+    "few new posters, since what is known is not resized or captioned again. The sensor `arrivals` "
+    "does the same by itself.",
+    tags=BY_HAND,
 )
 retrain = dg.define_asset_job(
     "retrain",
     dg.AssetSelection.assets("dreambooth_checkpoint").downstream(),
-    description="Fine-tune on the training set as it is, then draw, score and publish.",
+    description="Fine-tunes on the training set as it is, then draws, scores, judges and "
+    "publishes. The schedule `training` starts it at night when enough is new; by hand it does not "
+    "wait, and the launchpad takes other training settings for one run.",
+    tags=BY_HAND,
 )
 evaluate = dg.define_asset_job(
     "evaluate",
     dg.AssetSelection.groups("generation", "scoring", "reports"),
-    description="Draw the prompt suite with the models as they are, score and publish.",
+    description="Draws the prompt suite with the models as they are, scores, judges and publishes. "
+    "Nothing is trained, and images that exist are not drawn again: cheap after a change of the "
+    "suite, a metric or a report.",
+    tags=BY_HAND,
 )
 everything = dg.define_asset_job(
     "everything",
     dg.AssetSelection.all(),
-    description="From the posters to the published scores. What exists already is not redone.",
+    description=OVERVIEW,
+    tags=BY_HAND,
 )
 
 JOBS = (refresh_dataset, retrain, evaluate, everything)
@@ -148,4 +164,5 @@ automation = dg.AutomationConditionSensorDefinition(
     default_status=dg.DefaultSensorStatus.RUNNING,
     minimum_interval_seconds=TICK_SECONDS,
     description="Rebuilds what depends on something that changed; see each asset's condition.",
+    run_tags={REASON_TAG: "what it is made from changed, its code, or its settings"},
 )

@@ -61,11 +61,11 @@ def test_a_subject_is_one_line_whatever_the_job_is_called() -> None:
 
 def test_without_receivers_nothing_is_configured() -> None:
     assert channels(AlertSettings()) == []
-    assert channels(AlertSettings(email_to=" ", webhook_url="")) == []  # type: ignore[arg-type]
+    assert channels(AlertSettings(email_to=" ", webhook_url="")) == []
 
 
 def test_a_webhook_gets_the_message_as_json(webhook: Webhook) -> None:
-    settings = AlertSettings(webhook_url=webhook.url)  # type: ignore[arg-type]
+    settings = AlertSettings(webhook_url=webhook.url)
     assert channels(settings) == [WEBHOOK]
     alert = compose(RUN, settings)
     send(alert, WEBHOOK, settings, QUICK)
@@ -74,7 +74,7 @@ def test_a_webhook_gets_the_message_as_json(webhook: Webhook) -> None:
 
 @pytest.mark.parametrize("answers", [[503, 429], [0, 500]])
 def test_a_webhook_that_stumbles_is_tried_again(webhook: Webhook, answers: list[int]) -> None:
-    settings = AlertSettings(webhook_url=webhook.url)  # type: ignore[arg-type]
+    settings = AlertSettings(webhook_url=webhook.url)
     webhook.answers = answers
     send(compose(RUN, settings), WEBHOOK, settings, QUICK)
     assert len(webhook.got) == 1
@@ -82,7 +82,7 @@ def test_a_webhook_that_stumbles_is_tried_again(webhook: Webhook, answers: list[
 
 @pytest.mark.parametrize("answers", [[500, 500, 500], [404]])
 def test_an_error_names_the_host_and_no_secret(webhook: Webhook, answers: list[int]) -> None:
-    settings = AlertSettings(webhook_url=webhook.url)  # type: ignore[arg-type]
+    settings = AlertSettings(webhook_url=webhook.url)
     webhook.answers = answers.copy()
     with pytest.raises(AlertNotSent) as failure:
         send(compose(RUN, settings), WEBHOOK, settings, QUICK)
@@ -94,7 +94,7 @@ def test_an_error_names_the_host_and_no_secret(webhook: Webhook, answers: list[i
 
 def test_a_webhook_that_is_not_there_is_said_without_its_address() -> None:
     url = f"http://127.0.0.1:9/{TOKEN}"
-    settings = AlertSettings(webhook_url=url)  # type: ignore[arg-type]
+    settings = AlertSettings(webhook_url=url)
     with pytest.raises(AlertNotSent, match=r"webhook at 127\.0\.0\.1: ConnectError") as failure:
         send(compose(RUN, settings), WEBHOOK, settings, QUICK)
     assert TOKEN not in str(failure.value)
@@ -148,10 +148,10 @@ def test_mail_is_encrypted_and_signed_in(tmp_path: Path, monkeypatch: pytest.Mon
             "smtp_port": mailbox.port,
         }
         return AlertSettings(
-            **values,  # type: ignore[arg-type]
+            **values,
             smtp_user="ana",
-            smtp_password=password,  # type: ignore[arg-type]
-            smtp_security=security,  # type: ignore[arg-type]
+            smtp_password=password,
+            smtp_security=security,
         )
 
     alert = compose(RUN, AlertSettings())
@@ -209,7 +209,7 @@ def test_a_receiver_that_hangs_is_given_up(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         settings = AlertSettings(
-            webhook_url=f"http://127.0.0.1:{port}/{TOKEN}",  # type: ignore[arg-type]
+            webhook_url=f"http://127.0.0.1:{port}/{TOKEN}",
             email_to="ana@example.org",
             smtp_host="127.0.0.1",
             smtp_port=port,

@@ -59,7 +59,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def to(webhook: Webhook, **more: Any) -> AlertSettings:
-    return AlertSettings(webhook_url=webhook.url, **more)  # type: ignore[arg-type]
+    return AlertSettings(webhook_url=webhook.url, **more)
 
 
 def test_off_until_a_receiver_is_configured(instance: dg.DagsterInstance, webhook: Webhook) -> None:
