@@ -17,7 +17,7 @@ evidence of how good that model is.
 | `dataset` | resized, captioned by BLIP or by people, written as `training_csv` |
 | `training` | `dreambooth_checkpoint`: Stable Diffusion fine-tuned on that training set |
 | `generation` | the prompt suite drawn by the base and by the tuned model, from the same noise |
-| `scoring` | CLIP and other measures in DuckDB; the `champion` is the checkpoint that is served |
+| `scoring` | CLIP and other measures in DuckDB; the champion is the checkpoint that is served |
 | `reports` | dbt models over the scores, the published database, pictures and pages to look at |
 
 **What runs by itself.** The sensor `arrivals` notices posters, captions and prompts that came,
