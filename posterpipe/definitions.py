@@ -29,7 +29,7 @@ def build_defs(settings: Settings, deployment: Deployment | None = None) -> dg.D
     dbt = reports.dbt_project(settings)
     assets = [
         *dg.load_assets_from_modules([ingest, dataset, training, generation, scoring, reports]),
-        reports.dbt_models(dbt),
+        *reports.dbt_reports(dbt),
     ]
     assets = with_policy(with_settings_in_code_version(assets, settings))
     return dg.Definitions(

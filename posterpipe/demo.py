@@ -339,8 +339,8 @@ def leaderboard_table(deployment: Deployment) -> Table:
 
     with duckdb.connect(str(deployment.published_path), read_only=True) as connection:
         rows = connection.execute(
-            "select variant, images, blocked, prompts, mean_clip_cosine, low_95, high_95, "
-            "diff_to_sd, diff_low_95, diff_high_95, metric_id from leaderboard"
+            "select variant, images, blocked, prompts, mean, low_95, high_95, "
+            "diff_to_sd, diff_low_95, diff_high_95, metric_id from leaderboard where is_headline"
         ).fetchall()
     metrics = sorted({row[-1] for row in rows})
     table = Table(

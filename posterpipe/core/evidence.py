@@ -20,6 +20,7 @@ from posterpipe.core.metrics.clip import clip_t_id, clip_t_metric, clip_t_scores
 from posterpipe.core.metrics.diversity import measure_diversity
 from posterpipe.core.metrics.fidelity import (
     CopyCalibration,
+    Fidelity,
     Posters,
     compare_with_posters,
     evidence_encoders,
@@ -114,7 +115,10 @@ def measure(
         metrics.append(preference[0])
         scores.append(preference[1])
     everything = pd.concat(scores, ignore_index=True)
-    record_scores(warehouse, generations, metrics, everything, run_id=run_id)
+    record_scores(
+        warehouse, generations, metrics, everything, run_id=run_id, step="fidelity_scores"
+    )
+    _record_nearest(warehouse, fidelity, run_id=run_id)
     roles = {
         clip_t_id(settings.scorer, root): "clip",
         fidelity.metrics[0].metric_id: "fidelity",
@@ -147,6 +151,39 @@ def _evidence_table(
     order = {metric.metric_id: place for place, metric in enumerate(metrics)}
     table = table.sort_values("metric_id", key=lambda ids: ids.map(order), kind="stable")
     return table[list(EVIDENCE_COLUMNS)].reset_index(drop=True)
+
+
+def _record_nearest(warehouse: Warehouse, fidelity: Fidelity, *, run_id: str) -> None:
+    """Adds the nearest training poster of each image, under the metric that measured it."""
+    compared = [m.metric_id for m in fidelity.metrics if m.metric_id.startswith("nearest.")]
+    metric_of = dict(zip(fidelity.calibrations, compared, strict=True))
+    rows = fidelity.nearest.drop(columns="encoder_id").assign(
+        metric_id=fidelity.nearest["encoder_id"].map(metric_of),
+        measured_at=dt.datetime.now(dt.UTC).replace(tzinfo=None),
+        run_id=run_id,
+    )
+    with warehouse.write() as connection:
+        insert(connection, "fct_nearest", rows)
+
+
+def record_titles(warehouse: Warehouse, titled: pd.DataFrame, *, run_id: str) -> None:
+    """Adds the titled posters (`typography.TITLED_COLUMNS`), so that reports can show them."""
+    names = ["generation_key", "title", "image", "image_path", "style", "cap_height", "contrast",
+             "scrim", "covered", "status", "reason"]  # fmt: skip
+    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+    with warehouse.write() as connection:
+        insert(connection, "fct_title", titled[names].assign(set_at=now, run_id=run_id))
+
+
+def record_readings(
+    warehouse: Warehouse, read: pd.DataFrame, lettering: str, *, run_id: str
+) -> None:
+    """Adds what `legibility.measure_legibility` read; `lettering` is drawn or set."""
+    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+    with warehouse.write() as connection:
+        insert(
+            connection, "fct_reading", read.assign(lettering=lettering, read_at=now, run_id=run_id)
+        )
 
 
 def _preference(

@@ -14,12 +14,19 @@ Tables (times are UTC; `run_id` names the Dagster run that wrote the row):
     fct_drawing         which run drew some pixels, key pixel_key
     dim_environment     versions of code and packages, key environment_id
     run_environment     which environments a run worked in
+    fct_nearest         the training poster an image is nearest to, key (generation_key, metric_id)
+    fct_title           the title set in type on an image, key generation_key
+    fct_reading         what the OCR read on an image, key (generation_key, lettering)
     current_generation  the images that the latest tables of generations name
+    current_metric      the metrics that each scoring step used last
+    current_poster      the posters as they are now, with their captions
     clip_scores         the view that most analysts read
 
-Rows are only ever added, and adding one twice changes nothing. The exceptions are a row with status
-failed, which a later success replaces, and what is not known of a checkpoint (NULL), which is
-filled in when it is.
+Rows are only ever added, and adding one twice changes nothing. The exceptions: a row with status
+failed, which a later success replaces; what is not known of a checkpoint (NULL), which is filled in
+when it is; fct_nearest, fct_title and fct_reading, where the latest measurement of a key counts,
+since it also depends on the holdout posters and the lettering; and the tables current_..., which
+are replaced as a whole.
 """
 
 from __future__ import annotations
@@ -43,9 +50,10 @@ import pandas as pd
 
 from posterpipe.core.store import content_key, fsync_folder
 
-SCHEMA_VERSION = 2
-"""2 added fct_drawing, dim_environment and run_environment. Every version so far only added tables:
-files of an older one are brought up to date by creating what is missing."""
+SCHEMA_VERSION = 3
+"""2 added fct_drawing, dim_environment and run_environment; 3 added fct_nearest, fct_title,
+fct_reading, current_metric and current_poster. Every version so far only added tables: files of an
+older one are brought up to date by creating what is missing."""
 
 BUSY_SECONDS = 120.0
 """How long to wait for another process that has the file open."""
@@ -146,6 +154,72 @@ CREATE TABLE IF NOT EXISTS run_environment (
     environment_id  VARCHAR NOT NULL,
     PRIMARY KEY (run_id, environment_id)
 );
+CREATE TABLE IF NOT EXISTS fct_nearest (
+    generation_key       VARCHAR NOT NULL,
+    metric_id            VARCHAR NOT NULL,
+    nearest_poster       VARCHAR NOT NULL,
+    similarity           DOUBLE NOT NULL,
+    similarity_threshold DOUBLE,
+    hash_poster          VARCHAR NOT NULL,
+    hash_distance        INTEGER,
+    hash_threshold       INTEGER,
+    copied               BOOLEAN NOT NULL,
+    measured_at          TIMESTAMP NOT NULL,
+    run_id               VARCHAR,
+    PRIMARY KEY (generation_key, metric_id)
+);
+CREATE TABLE IF NOT EXISTS fct_title (
+    generation_key  VARCHAR PRIMARY KEY,
+    title           VARCHAR NOT NULL,
+    image           VARCHAR NOT NULL,
+    image_path      VARCHAR NOT NULL,
+    style           VARCHAR,
+    cap_height      INTEGER,
+    contrast        DOUBLE,
+    scrim           BOOLEAN,
+    covered         DOUBLE,
+    status          VARCHAR NOT NULL CHECK (status IN ('ok', 'blocked', 'failed')),
+    reason          VARCHAR NOT NULL,
+    set_at          TIMESTAMP NOT NULL,
+    run_id          VARCHAR
+);
+CREATE TABLE IF NOT EXISTS fct_reading (
+    generation_key  VARCHAR NOT NULL,
+    lettering       VARCHAR NOT NULL CHECK (lettering IN ('drawn', 'set')),
+    title           VARCHAR NOT NULL,
+    read            VARCHAR NOT NULL,
+    distance        DOUBLE NOT NULL,
+    exact           BOOLEAN NOT NULL,
+    read_at         TIMESTAMP NOT NULL,
+    run_id          VARCHAR,
+    PRIMARY KEY (generation_key, lettering)
+);
+CREATE TABLE IF NOT EXISTS current_metric (
+    step            VARCHAR NOT NULL,
+    metric_id       VARCHAR NOT NULL,
+    place           INTEGER NOT NULL,
+    PRIMARY KEY (step, metric_id)
+);
+CREATE TABLE IF NOT EXISTS current_poster (
+    poster_id         VARCHAR NOT NULL,
+    source_name       VARCHAR NOT NULL,
+    status            VARCHAR NOT NULL,
+    reason            VARCHAR NOT NULL,
+    format            VARCHAR,
+    width             INTEGER,
+    height            INTEGER,
+    size_bytes        BIGINT,
+    near_duplicate_of VARCHAR,
+    image             VARCHAR,
+    image_path        VARCHAR,
+    caption           VARCHAR,
+    caption_source    VARCHAR,
+    caption_status    VARCHAR,
+    caption_reason    VARCHAR,
+    in_training_set   BOOLEAN NOT NULL,
+    recorded_at       TIMESTAMP NOT NULL,
+    run_id            VARCHAR
+);
 """
 
 # greatest() passes over NULL, so a blocked image would score 0 without the CASE.
@@ -176,7 +250,21 @@ LEFT JOIN current_key ON current_key.generation_key = score.generation_key
 WHERE score.metric_id LIKE 'clip\\_t.%' ESCAPE '\\'
 """
 
-_REPLACES_FAILED = ("fct_image", "fct_score")
+_REPLACES_FAILED = {
+    "fct_image": ("generation_key",),
+    "fct_score": ("generation_key", "metric_id"),
+}
+"""Tables whose failed rows a later success replaces, and their keys."""
+
+_KEEPS_LATEST = {
+    "fct_nearest": ("generation_key", "metric_id"),
+    "fct_title": ("generation_key",),
+    "fct_reading": ("generation_key", "lettering"),
+}
+"""Tables of which the latest measurement of a key counts, and their keys."""
+
+_WHEN_AND_WHO = ("measured_at", "set_at", "read_at", "run_id")
+"""Columns that alone are no reason to replace a row: the same measurement again changes nothing."""
 
 _writing: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
@@ -313,19 +401,21 @@ class Warehouse:
 def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pd.DataFrame) -> None:
     """Add rows by column name; columns that are left out are NULL, keys that exist are left alone.
 
-    In fct_image and fct_score a row that has failed is replaced by one that has not.
+    In fct_image and fct_score a row that has failed is replaced by one that has not; in
+    fct_nearest, fct_title and fct_reading a row is replaced by one that says something else.
     """
     if rows.empty:
         return
     conflict = "ON CONFLICT DO NOTHING"
-    if table in _REPLACES_FAILED:
-        keys = ["generation_key", "metric_id"] if table == "fct_score" else ["generation_key"]
-        values = [name for name in rows.columns if name not in keys]
+    keys = _REPLACES_FAILED.get(table) or _KEEPS_LATEST.get(table)
+    if keys:
+        values = [str(name) for name in rows.columns if name not in keys]
         changes = ", ".join(f"{name} = excluded.{name}" for name in values)
-        conflict = (
-            f"ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {changes} "
-            f"WHERE {table}.status = 'failed' AND excluded.status <> 'failed'"
-        )
+        differs = f"{table}.status = 'failed' AND excluded.status <> 'failed'"
+        if table in _KEEPS_LATEST:
+            told = [name for name in values if name not in _WHEN_AND_WHO]
+            differs = " OR ".join(f"{table}.{n} IS DISTINCT FROM excluded.{n}" for n in told)
+        conflict = f"ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {changes} WHERE {differs}"
     connection.register("new_rows", rows)
     connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM new_rows {conflict}")
     connection.unregister("new_rows")
@@ -396,6 +486,38 @@ def replace_current(connection: duckdb.DuckDBPyConnection, generation_keys: Iter
     connection.execute("DELETE FROM current_generation")
     connection.execute("INSERT INTO current_generation SELECT generation_key FROM new_current")
     connection.unregister("new_current")
+
+
+def replace_metrics(
+    connection: duckdb.DuckDBPyConnection, step: str, metric_ids: Sequence[str]
+) -> None:
+    """Makes these metrics, in their order, the ones that a scoring step uses."""
+    connection.execute("DELETE FROM current_metric WHERE step = ?", [step])
+    places = pd.DataFrame({"metric_id": list(dict.fromkeys(metric_ids))})
+    insert(connection, "current_metric", places.assign(step=step, place=range(1, len(places) + 1)))
+
+
+def replace_posters(connection: duckdb.DuckDBPyConnection, posters: pd.DataFrame) -> None:
+    """Makes these posters (columns of current_poster) the ones that there are.
+
+    The same posters as before change nothing, the time they were recorded at included.
+    """
+    connection.register("new_posters", posters)
+    told = ", ".join(str(name) for name in posters.columns if name not in ("recorded_at", "run_id"))
+    changes = _single(
+        connection,
+        f"""
+        SELECT
+            (SELECT count(*) FROM
+                (SELECT {told} FROM new_posters EXCEPT ALL SELECT {told} FROM current_poster))
+            + (SELECT count(*) FROM
+                (SELECT {told} FROM current_poster EXCEPT ALL SELECT {told} FROM new_posters))
+        """,
+    )
+    if changes:
+        connection.execute("DELETE FROM current_poster")
+        connection.execute("INSERT INTO current_poster BY NAME SELECT * FROM new_posters")
+    connection.unregister("new_posters")
 
 
 def retry_while_busy(open_it: Callable[[], T], path: Path, seconds: float) -> T:

@@ -241,16 +241,22 @@ def legibility_scores(
     """Whether a real OCR reads the title, as the model drew it and as it was set in type."""
     import pandas as pd
 
+    from posterpipe.core.evidence import record_readings, record_titles
     from posterpipe.core.metrics.base import record_scores
     from posterpipe.core.metrics.legibility import measure_legibility
 
     generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
+    record_titles(deployment.warehouse, titled_posters, run_id=context.run.run_id)
     readings = []
     for where, images in (("drawn", generations), ("set", titled_posters)):
         metrics, scores, read = measure_legibility(
             deployment.store, images, where, deployment.progress(context)
         )
-        record_scores(deployment.warehouse, generations, metrics, scores, run_id=context.run.run_id)
+        record_scores(
+            deployment.warehouse, generations, metrics, scores, run_id=context.run.run_id,
+            step=f"legibility_scores {where}",
+        )  # fmt: skip
+        record_readings(deployment.warehouse, read, where, run_id=context.run.run_id)
         readings.append(read.assign(lettering=where))
     table = pd.concat(readings, ignore_index=True)
     shares = table.groupby("lettering")["exact"].mean()

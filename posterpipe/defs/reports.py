@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version as installed_version
@@ -25,10 +25,20 @@ from dagster_dbt import (
     DbtCliResource,
     DbtProject,
 )
+from dagster_dbt.asset_utils import get_upstream_unique_ids
 from packaging.version import Version
 
 from posterpipe.defs.generation import BASE_VARIANTS, TUNED_VARIANTS
-from posterpipe.defs.resources import Deployment, Table, rows, table_preview
+from posterpipe.defs.resources import (
+    TABLES,
+    Deployment,
+    Table,
+    columns,
+    counts,
+    rows,
+    table_output,
+    table_preview,
+)
 from posterpipe.settings import Settings
 
 PROJECT = Path("dbt_like_reports")
@@ -100,7 +110,26 @@ class _Translator(DagsterDbtTranslator):
         self, manifest: Mapping[str, Any], unique_id: str, project: DbtProject | None
     ) -> dg.AssetSpec:
         spec = super().get_asset_spec(manifest, unique_id, project)
-        return spec.replace_attributes(group_name="reports", owners=["team:analytics"])
+        writers = {key: dg.AssetDep(key) for key in self._other_writers(manifest, unique_id)}
+        for dep in spec.deps:
+            writers.pop(dep.asset_key, None)
+        return spec.replace_attributes(
+            group_name="reports",
+            owners=["team:analytics"],
+            deps=[*spec.deps, *writers.values()],
+        )
+
+    def _other_writers(self, manifest: Mapping[str, Any], unique_id: str) -> list[dg.AssetKey]:
+        """Assets that add rows to a source of the model, beside the one that dagster-dbt knows."""
+        if unique_id.startswith("source."):
+            return []
+        node = self.get_resource_props(manifest, unique_id)
+        return [
+            dg.AssetKey(name)
+            for upstream in sorted(get_upstream_unique_ids(manifest, node))
+            if upstream.startswith("source.")
+            for name in manifest["sources"][upstream]["meta"].get("also_written_by", [])
+        ]
 
 
 def dbt_specs(project: DbtProject) -> tuple[list[dg.AssetSpec], list[dg.AssetCheckSpec]]:
@@ -143,6 +172,9 @@ def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
         dbt: DbtCliResource,
         deployment: dg.ResourceParam[Deployment],
     ) -> Iterator[Any]:
+        if deployment.warehouse_path.exists():
+            with deployment.warehouse.write():
+                pass  # adds what a newer posterpipe has and this file lacks
         outputs: list[dg.Output[Any]] = []
         step = context.op_execution_context
         total = len(step.selected_output_names) + len(step.selected_asset_check_keys)
@@ -198,39 +230,102 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def dbt_reports(project: DbtProject) -> list[dg.AssetsDefinition]:
+    """The dbt models, and the publication of them all: a new model is published without a word
+    elsewhere."""
+    models = dbt_models(project)
+    return [models, publication([spec.key for spec in models.specs])]
+
+
+def publication(reports: Sequence[dg.AssetKey]) -> dg.AssetsDefinition:
+    """The asset that publishes these reports, with the tables they are made from."""
+
+    @dg.asset(
+        group_name="reports",
+        kinds={"python", "duckdb"},
+        owners=["team:analytics"],
+        code_version="2",
+        deps=["clip_scores", *sorted(reports)],
+        pool="warehouse",
+    )
+    def published_scores(deployment: dg.ResourceParam[Deployment]) -> dg.MaterializeResult:
+        """The analysts' copy of the warehouse: `data/store/public/scores.duckdb`.
+
+        Read-only and replaced in one step, so that it can be queried at any time, also while a
+        retraining writes. Readable with DuckDB 1.5 and later. To see a newer copy, close your
+        connections and open it again.
+        """
+        import duckdb
+
+        from posterpipe.core.warehouse import publish
+
+        published = deployment.published_path
+        publish(deployment.warehouse_path, published)
+        with duckdb.connect(str(published), read_only=True) as connection:
+            contents = _contents(connection)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(_digest(contents)),
+            metadata={
+                "path": dg.MetadataValue.path(published),
+                "bytes": published.stat().st_size,
+                "dagster/row_count": sum(rows for name, rows, _ in contents if name == "fct_score"),
+                "tables": dg.MetadataValue.table(
+                    [dg.TableRecord({"table": name, "rows": count}) for name, count, _ in contents]
+                ),
+            },
+        )
+
+    return published_scores
+
+
 @dg.asset(
     group_name="reports",
     kinds={"python", "duckdb"},
     owners=["team:analytics"],
     code_version="1",
-    deps=["clip_scores", "leaderboard"],
+    io_manager_key=TABLES,
     pool="warehouse",
+    metadata=columns(
+        poster_id="string: sha256 of the file's bytes",
+        source_name="string: path inside the landing folder",
+        status="string: ok, rejected or duplicate",
+        reason="string: why it is not ok",
+        format="string: what the content is",
+        width="int: pixels, as stored",
+        height="int: pixels, as stored",
+        size_bytes="int: size of the file",
+        near_duplicate_of="string: an earlier poster that it resembles",
+        image="string: sha256 of the resized PNG; empty but for usable posters",
+        image_path="string: its path inside the store",
+        caption="string: what the poster shows, in words",
+        caption_source="string: model or human",
+        caption_status="string: ok or failed",
+        caption_reason="string: why it failed, or what to look at",
+        in_training_set="bool: whether it is trained on",
+    ),
 )
-def published_scores(deployment: dg.ResourceParam[Deployment]) -> dg.MaterializeResult:
-    """The analysts' copy of the warehouse: `data/store/public/scores.duckdb`.
+def poster_inventory(
+    context: dg.AssetExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    raw_posters: Table,
+    resized_posters: Table,
+    poster_captions: Table,
+    training_csv: Table,
+) -> dg.Output[Table]:
+    """What the dataset holds now, put into the warehouse: every poster with its state and caption.
 
-    Read-only and replaced in one step, so that it can be queried at any time, also while a
-    retraining writes. Readable with DuckDB 1.5 and later. To see a newer copy, close your
-    connections and open it again.
+    The reports on data quality count it, and the names of posters that images are near to come
+    from it. The same posters as before change nothing there.
     """
-    import duckdb
+    from posterpipe.core.inventory import record_inventory, take_inventory
 
-    from posterpipe.core.warehouse import publish
-
-    published = deployment.published_path
-    publish(deployment.warehouse_path, published)
-    with duckdb.connect(str(published), read_only=True) as connection:
-        contents = _contents(connection)
-    return dg.MaterializeResult(
-        data_version=dg.DataVersion(_digest(contents)),
-        metadata={
-            "path": dg.MetadataValue.path(published),
-            "bytes": published.stat().st_size,
-            "dagster/row_count": sum(count for name, count, _ in contents if name == "fct_score"),
-            "tables": dg.MetadataValue.table(
-                [dg.TableRecord({"table": name, "rows": count}) for name, count, _ in contents]
-            ),
-        },
+    table = take_inventory(
+        deployment.store, raw_posters, resized_posters, poster_captions, training_csv
+    )
+    record_inventory(deployment.warehouse, table, run_id=context.run.run_id)
+    return table_output(
+        table,
+        {**counts(table, "status"), "in_training_set": int(table["in_training_set"].sum())},
     )
 
 

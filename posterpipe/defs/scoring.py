@@ -23,7 +23,7 @@ from posterpipe.defs.resources import (
     group_name="scoring",
     kinds={"python", "huggingface", "duckdb"},
     owners=["team:ml"],
-    code_version="1",
+    code_version="2",
     io_manager_key=TABLES,
     pool="warehouse",
     metadata=columns(

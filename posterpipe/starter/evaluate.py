@@ -197,8 +197,9 @@ def evaluate_dreambooth(database: Path) -> dict[str, Any]:
         return {"dreambooth": f"not measured: {database} is missing; run `make demo` first"}
     with duckdb.connect(str(database), read_only=True) as connection:
         rows = connection.sql(
-            "select variant, images, mean_clip_cosine, low_95, high_95, "
-            "diff_to_sd, diff_low_95, diff_high_95 from leaderboard order by variant"
+            "select variant, images, mean as mean_clip_cosine, low_95, high_95, "
+            "diff_to_sd, diff_low_95, diff_high_95 from leaderboard where is_headline "
+            "order by variant"
         ).df()
     return {"dreambooth": json.loads(rows.to_json(orient="records", double_precision=5))}
 

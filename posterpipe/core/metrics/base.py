@@ -21,7 +21,13 @@ import pandas as pd
 
 from posterpipe.core.models import fingerprint
 from posterpipe.core.store import Store, content_key
-from posterpipe.core.warehouse import Warehouse, insert, record_generations, replace_current
+from posterpipe.core.warehouse import (
+    Warehouse,
+    insert,
+    record_generations,
+    replace_current,
+    replace_metrics,
+)
 from posterpipe.settings import ScorerSettings
 
 SCORE_COLUMNS = ("generation_key", "metric_id", "value", "status", "reason")
@@ -102,12 +108,14 @@ def record_scores(
     scores: pd.DataFrame,
     *,
     run_id: str,
+    step: str,
     make_current: bool = False,
 ) -> None:
     """Adds scores (SCORE_COLUMNS) with their images, prompts, checkpoints and metrics, at once.
 
-    Rows that are there stay as they are, but a success replaces a failure. `make_current` makes
-    `generations` the images that reports are about. Raises WarehouseBusy.
+    Rows that are there stay as they are, but a success replaces a failure. `step` names who scores:
+    these metrics are the ones that it uses from now on, and reports leave out those it used before.
+    `make_current` makes `generations` the images that reports are about. Raises WarehouseBusy.
     """
     now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
     described = pd.DataFrame([asdict(metric) for metric in metrics])
@@ -115,5 +123,6 @@ def record_scores(
         record_generations(connection, generations, run_id=run_id, recorded_at=now)
         insert(connection, "dim_metric", described.assign(first_seen_at=now))
         insert(connection, "fct_score", scores.assign(scored_at=now, run_id=run_id))
+        replace_metrics(connection, step, [metric.metric_id for metric in metrics])
         if make_current:
             replace_current(connection, generations["generation_key"])

@@ -106,7 +106,7 @@ def score_generations(
     new = clip_t_scores(store, missing, settings, root, progress)
     record_scores(
         warehouse, generations, [clip_t_metric(settings, root)], new, run_id=run_id,
-        make_current=True,
+        step="clip_scores", make_current=True,
     )  # fmt: skip
     # Read back, so that a score which another run wrote first is the one that counts.
     stored = warehouse.scores(metric_id, generations["generation_key"], with_failed=True)

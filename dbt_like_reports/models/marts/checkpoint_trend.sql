@@ -1,0 +1,136 @@
+-- Checkpoints are compared on the cells (variant, prompt in its wording, seed, negative prompt,
+-- sampler) of the current images: what was asked otherwise is not comparable.
+with current_cells as (
+    select
+        variant,
+        prompt_key,
+        prompt_id,
+        seed,
+        negative_prompt,
+        settings,
+        generation_key
+    from {{ ref('stg_current_images') }}
+),
+
+expected as (
+    select
+        variant,
+        count(*) as images
+    from current_cells
+    group by variant
+),
+
+drawn as (
+    select
+        image.generation_key,
+        image.checkpoint_id,
+        image.variant,
+        image.prompt_id,
+        bool_or(image.generation_key = current_cells.generation_key) as is_current
+    from {{ source('warehouse', 'fct_image') }} as image
+    inner join current_cells
+        on
+            current_cells.variant = image.variant
+            and current_cells.prompt_key = image.prompt_key
+            and current_cells.seed = image.seed
+            and current_cells.negative_prompt = image.negative_prompt
+            and current_cells.settings is not distinct from image.settings
+    group by image.generation_key, image.checkpoint_id, image.variant, image.prompt_id
+),
+
+metrics as (
+    select * from {{ ref('stg_metrics') }}
+    where is_current
+),
+
+prompt_means as (
+    select
+        drawn.checkpoint_id,
+        drawn.variant,
+        score.metric_id,
+        drawn.prompt_id,
+        count(*) as images,
+        avg(score.value) as mean,
+        bool_or(drawn.is_current) as is_current
+    from {{ source('warehouse', 'fct_score') }} as score
+    inner join drawn on drawn.generation_key = score.generation_key
+    inner join metrics on metrics.metric_id = score.metric_id
+    group by drawn.checkpoint_id, drawn.variant, score.metric_id, drawn.prompt_id
+),
+
+estimates as (
+    select
+        checkpoint_id,
+        variant,
+        metric_id,
+        count(mean) as prompts,
+        cast(sum(images) as bigint) as images,
+        avg(mean) as mean,
+        stddev_samp(mean) as deviation,
+        bool_or(is_current) as is_current
+    from prompt_means
+    group by checkpoint_id, variant, metric_id
+),
+
+decisions as (
+    select * from {{ ref('stg_decisions') }}
+),
+
+verdicts as (
+    select
+        checkpoint_id,
+        arg_max(decision, place) as decision,
+        max(decided_at) as decided_at,
+        bool_or(decision = 'promote') as was_promoted
+    from decisions
+    where not by_person
+    group by checkpoint_id
+),
+
+champion as (
+    select arg_max(champion_after, place) as checkpoint_id
+    from decisions
+),
+
+checkpoints as (
+    select * from {{ source('warehouse', 'dim_checkpoint') }}
+)
+
+select
+    estimates.checkpoint_id,
+    checkpoints.kind,
+    checkpoints.trained_at,
+    checkpoints.first_seen_at,
+    estimates.variant,
+    estimates.metric_id,
+    metrics.metric,
+    metrics.better,
+    metrics.is_headline,
+    estimates.prompts,
+    estimates.images,
+    expected.images as expected_images,
+    estimates.images = expected.images as is_complete,
+    round(estimates.mean, 6) as mean,
+    {{ t_interval('estimates.mean', 'estimates.deviation', 'estimates.prompts', '-') }} as low_95,
+    {{ t_interval('estimates.mean', 'estimates.deviation', 'estimates.prompts', '+') }} as high_95,
+    verdicts.decision,
+    verdicts.decided_at,
+    coalesce(verdicts.was_promoted, false) as was_promoted,
+    case
+        when champion.checkpoint_id is null then checkpoints.kind = 'base' and estimates.is_current
+        else estimates.checkpoint_id = champion.checkpoint_id
+    end as is_champion,
+    estimates.is_current
+from estimates
+inner join checkpoints on checkpoints.checkpoint_id = estimates.checkpoint_id
+inner join metrics on metrics.metric_id = estimates.metric_id
+inner join expected on expected.variant = estimates.variant
+left join verdicts on verdicts.checkpoint_id = estimates.checkpoint_id
+cross join champion
+order by
+    metrics.is_headline desc,
+    metrics.place,
+    estimates.metric_id,
+    coalesce(checkpoints.trained_at, checkpoints.first_seen_at),
+    estimates.checkpoint_id,
+    list_position({{ var('variants') }}, estimates.variant)

@@ -1,0 +1,77 @@
+-- Titles as the model drew them beside the same titles set in type, read by the same OCR.
+with scores as (
+    select
+        score.metric_id,
+        score.variant,
+        score.checkpoint_id,
+        score.prompt_id,
+        score.seed,
+        score.value,
+        split_part(score.metric_id, '.', 1) as measure,
+        split_part(score.metric_id, '.', 2) as lettering
+    from {{ ref('stg_current_scores') }} as score
+    where score.metric_id like 'title\_distance.%' escape '\'
+        or score.metric_id like 'title\_exact.%' escape '\'
+),
+
+readers as (
+    select
+        metric_id,
+        revision
+    from {{ source('warehouse', 'dim_metric') }}
+),
+
+prompt_means as (
+    select
+        scores.lettering,
+        scores.variant,
+        scores.prompt_id,
+        min(scores.checkpoint_id) as checkpoint_id,
+        min(readers.revision) as reader,
+        count(*) filter (where measure = 'title_exact') as images,
+        count(value) filter (where measure = 'title_exact') as readable,
+        sum(value) filter (where measure = 'title_exact') as exact,
+        avg(value) filter (where measure = 'title_exact') as exact_share,
+        avg(value) filter (where measure = 'title_distance') as distance
+    from scores
+    inner join readers on readers.metric_id = scores.metric_id
+    group by scores.lettering, scores.variant, scores.prompt_id
+),
+
+estimates as (
+    select
+        lettering,
+        variant,
+        min(checkpoint_id) as checkpoint_id,
+        min(reader) as reader,
+        count(exact_share) as prompts,
+        cast(sum(images) as bigint) as images,
+        cast(sum(readable) as bigint) as readable,
+        cast(sum(exact) as bigint) as exact,
+        avg(exact_share) as exact_share,
+        stddev_samp(exact_share) as exact_deviation,
+        avg(distance) as distance,
+        stddev_samp(distance) as distance_deviation
+    from prompt_means
+    group by lettering, variant
+)
+
+select
+    lettering,
+    variant,
+    checkpoint_id,
+    reader,
+    prompts,
+    images,
+    readable,
+    coalesce(exact, 0) as exact,
+    round(exact_share, 6) as exact_share,
+    greatest(0, {{ t_interval('exact_share', 'exact_deviation', 'prompts', '-') }}) as exact_low_95,
+    least(1, {{ t_interval('exact_share', 'exact_deviation', 'prompts', '+') }}) as exact_high_95,
+    round(distance, 6) as mean_distance,
+    {{ t_interval('distance', 'distance_deviation', 'prompts', '-') }} as distance_low_95,
+    {{ t_interval('distance', 'distance_deviation', 'prompts', '+') }} as distance_high_95
+from estimates
+order by
+    lettering,
+    list_position({{ var('variants') }}, variant)

@@ -1,0 +1,166 @@
+-- Every checkpoint is held against the posters that it was last compared with: ids of these metrics
+-- name the training set, which changes from checkpoint to checkpoint.
+{% set measures = {
+    'holdout': 'similarity.holdout.',
+    'training': 'similarity.training.',
+    'gap': 'overfit_gap.',
+    'nearest': 'nearest.training.',
+} %}
+with images as (
+    select
+        generation_key,
+        checkpoint_id,
+        variant,
+        prompt_id
+    from {{ source('warehouse', 'fct_image') }}
+),
+
+current_keys as (
+    select distinct generation_key
+    from {{ source('warehouse', 'current_generation') }}
+),
+
+measures as (
+    select
+        metric_id,
+        encoder,
+        preprocessing,
+        case
+            {%- for name, prefix in measures.items() %}
+            when metric_id like '{{ prefix }}%' then '{{ name }}'
+            {%- endfor %}
+        end as measure
+    from {{ source('warehouse', 'dim_metric') }}
+),
+
+prompt_means as (
+    select
+        images.checkpoint_id,
+        images.variant,
+        images.prompt_id,
+        measures.encoder,
+        measures.preprocessing,
+        measures.measure,
+        score.metric_id,
+        count(*) as images,
+        count(score.value) as compared,
+        avg(score.value) as mean,
+        max(score.value) as highest,
+        max(score.scored_at) as scored_at,
+        bool_or(current_keys.generation_key is not null) as is_current
+    from {{ source('warehouse', 'fct_score') }} as score
+    inner join measures on measures.metric_id = score.metric_id
+    inner join images on images.generation_key = score.generation_key
+    left join current_keys on current_keys.generation_key = score.generation_key
+    where measures.measure is not null
+    group by
+        images.checkpoint_id,
+        images.variant,
+        images.prompt_id,
+        measures.encoder,
+        measures.preprocessing,
+        measures.measure,
+        score.metric_id
+),
+
+all_estimates as (
+    select
+        checkpoint_id,
+        variant,
+        encoder,
+        preprocessing,
+        measure,
+        metric_id,
+        cast(sum(images) as bigint) as images,
+        cast(sum(compared) as bigint) as compared,
+        count(mean) as prompts,
+        avg(mean) as mean,
+        stddev_samp(mean) as deviation,
+        max(highest) as highest,
+        max(scored_at) as scored_at,
+        bool_or(is_current) as is_current
+    from prompt_means
+    group by checkpoint_id, variant, encoder, preprocessing, measure, metric_id
+),
+
+estimates as (
+    select *
+    from all_estimates
+    qualify row_number() over (
+        partition by checkpoint_id, variant, encoder, preprocessing, measure
+        order by scored_at desc, metric_id
+    ) = 1
+),
+
+side_by_side as (
+    select
+        checkpoint_id,
+        variant,
+        encoder,
+        preprocessing,
+        max(images) as images,
+        max(compared) as compared,
+        bool_or(is_current) as is_current,
+        max(metric_id) filter (where measure = 'nearest') as nearest_metric_id,
+        {%- for name in measures %}
+        max(mean) filter (where measure = '{{ name }}') as {{ name }},
+        {%- endfor %}
+        max(highest) filter (where measure = 'nearest') as nearest_highest,
+        max(deviation) filter (where measure = 'gap') as gap_deviation,
+        max(prompts) filter (where measure = 'gap') as gap_prompts
+    from estimates
+    group by checkpoint_id, variant, encoder, preprocessing
+),
+
+copies as (
+    select
+        images.checkpoint_id,
+        images.variant,
+        nearest.metric_id,
+        count(*) filter (where nearest.copied) as copies,
+        max(nearest.similarity_threshold) as copy_threshold,
+        min(nearest.hash_distance) as least_hash_distance
+    from {{ source('warehouse', 'fct_nearest') }} as nearest
+    inner join images on images.generation_key = nearest.generation_key
+    group by images.checkpoint_id, images.variant, nearest.metric_id
+),
+
+checkpoints as (
+    select * from {{ source('warehouse', 'dim_checkpoint') }}
+)
+
+select
+    found.checkpoint_id,
+    checkpoints.kind,
+    checkpoints.trained_at,
+    found.variant,
+    coalesce(found.encoder, '') as encoder,
+    coalesce(found.preprocessing, '') as preprocessing,
+    coalesce(found.is_current, false) as is_current,
+    found.images,
+    found.compared,
+    round(found.holdout, 6) as holdout_similarity,
+    round(found.training, 6) as training_similarity,
+    round(found.gap, 6) as overfit_gap,
+    {{ t_interval('found.gap', 'found.gap_deviation', 'found.gap_prompts', '-') }} as gap_low_95,
+    {{ t_interval('found.gap', 'found.gap_deviation', 'found.gap_prompts', '+') }} as gap_high_95,
+    round(found.nearest, 6) as nearest_mean,
+    round(found.nearest_highest, 6) as nearest_highest,
+    round(copies.copy_threshold, 6) as copy_threshold,
+    copies.copies,
+    round(copies.copies / nullif(found.compared, 0), 6) as copy_share,
+    copies.least_hash_distance
+from side_by_side as found
+inner join checkpoints on checkpoints.checkpoint_id = found.checkpoint_id
+left join copies
+    on
+        copies.checkpoint_id = found.checkpoint_id
+        and copies.variant = found.variant
+        and copies.metric_id = found.nearest_metric_id
+order by
+    found.is_current desc,
+    coalesce(checkpoints.trained_at, checkpoints.first_seen_at) desc,
+    found.checkpoint_id,
+    list_position({{ var('variants') }}, found.variant),
+    found.encoder,
+    found.preprocessing

@@ -1,0 +1,153 @@
+-- The study's 2 x 2 design (tuned or not, with the negative prompt or without), asked eight
+-- questions. Weights are those of the variants' values; a cell that lacks a variant of the
+-- comparison is left out.
+with scores as (
+    select * from {{ ref('stg_current_scores') }}
+),
+
+comparisons as (
+    select *
+    from (
+        values
+            (1, 'tuned', 'tuned vs base, whatever the negative prompt', -0.5, -0.5, 0.5, 0.5),
+            (2, 'negative', 'negative prompt vs none, whatever the model', -0.5, 0.5, -0.5, 0.5),
+            (3, 'tuned without negative', 'tuned vs base, no negative prompt', -1, 0, 1, 0),
+            (4, 'tuned with negative', 'tuned vs base, both with negative prompt', 0, -1, 0, 1),
+            (5, 'negative on base', 'negative prompt vs none on the base model', -1, 1, 0, 0),
+            (6, 'negative on tuned', 'negative prompt vs none on the tuned model', 0, 0, -1, 1),
+            (7, 'both', 'tuned with negative prompt vs base without', -1, 0, 0, 1),
+            (8, 'interaction', 'what the negative prompt does more when tuned', 1, -1, -1, 1)
+    ) as listed (
+        place, comparison, question, sd, sd_negative, dreambooth, dreambooth_negative
+    )
+),
+
+cells as (
+    select
+        metric_id,
+        prompt_id,
+        seed,
+        max(value) filter (where variant = 'sd') as sd,
+        max(value) filter (where variant = 'sd_negative') as sd_negative,
+        max(value) filter (where variant = 'dreambooth') as dreambooth,
+        max(value) filter (where variant = 'dreambooth_negative') as dreambooth_negative
+    from scores
+    group by metric_id, prompt_id, seed
+),
+
+cell_differences as (
+    select
+        cells.metric_id,
+        comparisons.comparison,
+        cells.prompt_id,
+        {%- for variant in ['sd', 'sd_negative', 'dreambooth', 'dreambooth_negative'] %}
+        case
+            when comparisons.{{ variant }} = 0 then 0
+            else comparisons.{{ variant }} * cells.{{ variant }}
+        end{{ ' +' if not loop.last else ' as difference' }}
+        {%- endfor %}
+    from cells
+    cross join comparisons
+),
+
+prompt_differences as (
+    select
+        metric_id,
+        comparison,
+        prompt_id,
+        avg(difference) as difference,
+        count(difference) as pairs
+    from cell_differences
+    group by metric_id, comparison, prompt_id
+    having count(difference) > 0
+),
+
+estimates as (
+    select
+        metric_id,
+        comparison,
+        count(*) as prompts,
+        sum(pairs) as pairs,
+        avg(difference) as mean,
+        stddev_samp(difference) as deviation,
+        (count(*) + sum(sign(difference))) / 2 as wins
+    from prompt_differences
+    group by metric_id, comparison
+),
+
+metrics as (
+    select * from {{ ref('stg_metrics') }}
+),
+
+measured as (
+    select
+        estimates.metric_id,
+        metrics.metric,
+        metrics.better,
+        metrics.is_headline,
+        estimates.comparison,
+        comparisons.question,
+        estimates.prompts,
+        cast(estimates.pairs as bigint) as pairs,
+        round(estimates.mean, 6) as mean_difference,
+        {{ t_interval('estimates.mean', 'estimates.deviation', 'estimates.prompts', '-') }}
+            as low_95,
+        {{ t_interval('estimates.mean', 'estimates.deviation', 'estimates.prompts', '+') }}
+            as high_95,
+        -- Hedges' g: the mean over the deviation, corrected for few prompts.
+        case
+            when estimates.prompts > 2 and estimates.mean = 0 then 0
+            when estimates.prompts > 2 and estimates.deviation > 0 then
+                round(
+                    estimates.mean / estimates.deviation
+                    * (1 - 3 / (4 * (estimates.prompts - 1) - 1)),
+                    6
+                )
+        end as effect_size,
+        round(estimates.wins / estimates.prompts, 6) as win_rate,
+        {{ wilson_interval('estimates.wins', 'estimates.prompts', '-') }} as win_low_95,
+        {{ wilson_interval('estimates.wins', 'estimates.prompts', '+') }} as win_high_95,
+        -- What a study of this size finds with a power of 80 % (Bloom 1995).
+        round(
+            (
+                ({{ t_quantile('(estimates.prompts - 1)') }})
+                + ({{ t_quantile('(estimates.prompts - 1)', 0.8) }})
+            ) * estimates.deviation / sqrt(estimates.prompts),
+            6
+        ) as detectable_difference,
+        metrics.place as metric_place,
+        comparisons.place as comparison_place
+    from estimates
+    inner join comparisons on comparisons.comparison = estimates.comparison
+    inner join metrics on metrics.metric_id = estimates.metric_id
+)
+
+select
+    metric_id,
+    metric,
+    better,
+    is_headline,
+    comparison,
+    question,
+    prompts,
+    pairs,
+    mean_difference,
+    low_95,
+    high_95,
+    case
+        when low_95 > 0 then 'higher'
+        when high_95 < 0 then 'lower'
+        when low_95 is not null then 'not told apart'
+        else 'too few prompts'
+    end as finding,
+    effect_size,
+    win_rate,
+    win_low_95,
+    win_high_95,
+    detectable_difference
+from measured
+order by
+    is_headline desc,
+    metric_place,
+    metric_id,
+    comparison_place

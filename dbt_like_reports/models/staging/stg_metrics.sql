@@ -1,0 +1,52 @@
+-- `current_metric` holds a metric once for every step that uses it.
+with used as (
+    select
+        metric_id,
+        bool_or(step = 'clip_scores') as is_headline,
+        min(place) as place
+    from {{ source('warehouse', 'current_metric') }}
+    group by metric_id
+),
+
+labelled as (
+    select
+        metric_id,
+        coalesce(encoder, '') as encoder,
+        coalesce(preprocessing, '') as preprocessing,
+        description,
+        first_seen_at,
+        -- CLIP-T looks at the middle of a poster or at all of it: two metrics of one name.
+        case when name = 'CLIP-T' then name || ' ' || preprocessing else name end as label
+    from {{ source('warehouse', 'dim_metric') }}
+),
+
+told_apart as (
+    select
+        labelled.*,
+        coalesce(used.is_headline, false) as is_headline,
+        used.metric_id is not null as is_current,
+        used.place,
+        count(distinct labelled.encoder) over (
+            partition by labelled.label, used.metric_id is not null
+        ) as encoders
+    from labelled
+    left join used on used.metric_id = labelled.metric_id
+)
+
+select
+    metric_id,
+    case when encoders > 1 then label || ' (' || encoder || ')' else label end as metric,
+    encoder,
+    preprocessing,
+    description,
+    case
+        when metric_id like 'overfit_gap.%' then 'nearer 0'
+        when metric_id like 'similarity.training.%' then 'neither'
+        when metric_id like 'nearest.%' or metric_id like 'title_distance.%' then 'lower'
+        else 'higher'
+    end as better,
+    is_headline,
+    is_current,
+    place,
+    first_seen_at
+from told_apart
