@@ -50,6 +50,16 @@ class Group(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def knob(default: Any, description: str, *, unit: str, source: str, **bounds: Any) -> Any:
+    """A field that also tells its unit ("" for none) and where its default comes from."""
+    return Field(
+        default,
+        description=description,
+        json_schema_extra={"unit": unit, "source": source},
+        **bounds,
+    )
+
+
 class ModelRef(Group):
     """A model: a directory, or an id on the Hugging Face hub pinned by revision."""
 
@@ -141,192 +151,325 @@ class CaptionerSettings(Group):
         return self
 
 
-class TrainingSettings(Group):
-    """DreamBooth fine-tuning; the defaults are the thesis's table, and everything beyond it is off.
+# Where the defaults of the training settings come from.
+_THESIS = "the thesis"
+_NOT_IN_THESIS = "off, as in the thesis"
+_OWN = "our choice"
 
-    Each description gives meaning and unit, and the source of the default where there is one.
+
+class TrainingSettings(Group):
+    """DreamBooth fine-tuning. The defaults are the thesis's table but for the precision, and what
+    goes beyond it is off.
+
+    Each setting tells its meaning, its unit, and where its default comes from; the launchpad and
+    docs/training.md show all of it (`settings_table`).
     """
 
-    seed: int = Field(777, description="of order, noise and timesteps; the thesis's")
+    seed: int = knob(
+        777, "of the order of samples, their noise and their timesteps", unit="", source=_THESIS
+    )
 
     # ---- how long, how fast
-    train_batch_size: Positive = Field(1, description="images a step and process; the thesis's")
-    gradient_accumulation_steps: Positive = Field(
-        1, description="batches whose gradients are added up for one optimizer step; the thesis's"
+    train_batch_size: Positive = knob(
+        1, "images that go through the models at once", unit="images a process", source=_THESIS
     )
-    max_train_steps: Positive = Field(1000, description="optimizer steps; the thesis's")
-    learning_rate: float = Field(
-        1e-6, gt=0, description="peak rate of the U-Net; the thesis's. LoRA wants about 1e-4"
+    gradient_accumulation_steps: Positive = knob(
+        1,
+        "batches whose gradients are added up for one optimizer step",
+        unit="batches",
+        source=_THESIS,
     )
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
-        "constant_with_warmup",
-        description="the thesis names `constant`, which ignores its 80 warmup steps; linear and "
-        "cosine fall to 0 at max_train_steps",
+    max_train_steps: Positive = knob(
+        1000, "how long to train", unit="optimizer steps", source=_THESIS
     )
-    lr_warmup_steps: int = Field(80, ge=0, description="optimizer steps; the thesis's")
-    time_limit_minutes: float | None = Field(
-        None,
+    learning_rate: float = knob(
+        1e-6,
+        "peak rate of the U-Net; LoRA wants about 1e-4",
+        unit="weight change a step",
+        source=_THESIS,
         gt=0,
-        description="minutes of training, over all its processes, after which the run ends as if "
-        "these were all its steps; none: no limit. To pause a run and go on later, send it SIGTERM",
+    )
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = knob(
+        "constant_with_warmup",
+        "the rate over the steps; linear and cosine fall to 0 at max_train_steps",
+        unit="",
+        source="the thesis; it writes `constant`, which ignores its own 80 warmup steps",
+    )
+    lr_warmup_steps: int = knob(
+        80,
+        "the rate rises from 0 to its peak over so many; not with `constant`",
+        unit="optimizer steps",
+        source=_THESIS,
+        ge=0,
+    )
+    time_limit_minutes: float | None = knob(
+        None,
+        "minutes of training, over all its processes, after which the run ends as if these were "
+        "all its steps; none: no limit. To pause a run and go on later, send it SIGTERM",
+        unit="minutes",
+        source=_NOT_IN_THESIS,
+        gt=0,
     )
 
     # ---- what is trained
-    method: Literal["full", "lora"] = Field(
+    method: Literal["full", "lora"] = knob(
         "full",
-        description="full trains every weight, as the thesis does; lora (arXiv:2106.09685) trains "
-        "small matrices beside them and leaves pytorch_lora_weights.safetensors as well",
+        "full trains every weight; lora (arXiv:2106.09685) trains small matrices beside them and "
+        "leaves pytorch_lora_weights.safetensors as well",
+        unit="",
+        source=_THESIS,
     )
-    lora_rank: Positive = Field(
-        16, description="rows of the small matrices; diffusers' script has 4, kohya's guides 8-64"
+    lora_rank: Positive = knob(
+        16,
+        "rows of the small matrices; diffusers' script has 4",
+        unit="rows",
+        source="the middle of what kohya's guides use, 8 to 64",
     )
-    lora_alpha: float | None = Field(
-        None, gt=0, description="their weight is alpha / rank; none: alpha is the rank"
-    )
-    lora_targets: tuple[str, ...] = Field(
-        ("to_q", "to_k", "to_v", "to_out.0"),
-        min_length=1,
-        description="ends of names of the U-Net's linear and convolution layers that get LoRA; "
-        "the attention's, as in diffusers' script",
-    )
-    lora_text_encoder_targets: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj", "out_proj"),
-        min_length=1,
-        description="the same for the text encoder, used with train_text_encoder",
-    )
-    train_text_encoder: bool = Field(True, description="beside the U-Net; the thesis's")
-    text_encoder_learning_rate: float | None = Field(
+    lora_alpha: float | None = knob(
         None,
+        "the matrices count alpha / rank; none: alpha is the rank, so they count 1",
+        unit="",
+        source="diffusers' train_dreambooth_lora.py",
         gt=0,
-        description="peak rate of the text encoder; none: the U-Net's. A lower one keeps what the "
-        "encoder knows",
     )
-    text_encoder_stop_step: int | None = Field(
+    lora_targets: tuple[str, ...] = knob(
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        "ends of names of the U-Net's linear and convolution layers that get LoRA; the attention's",
+        unit="names",
+        source="diffusers' train_dreambooth_lora.py",
+        min_length=1,
+    )
+    lora_text_encoder_targets: tuple[str, ...] = knob(
+        ("q_proj", "k_proj", "v_proj", "out_proj"),
+        "the same for the text encoder, used with train_text_encoder",
+        unit="names",
+        source="diffusers' train_dreambooth_lora.py",
+        min_length=1,
+    )
+    train_text_encoder: bool = knob(
+        True, "trains the text encoder beside the U-Net", unit="", source=_THESIS
+    )
+    text_encoder_learning_rate: float | None = knob(
         None,
+        "peak rate of the text encoder; none: the U-Net's. A lower one keeps what it knows",
+        unit="weight change a step",
+        source="the thesis has one rate",
+        gt=0,
+    )
+    text_encoder_stop_step: int | None = knob(
+        None,
+        "step from which the text encoder stays as it is; none: never. At full rate it can ruin a "
+        "model within 1,000 steps (diffusers issue 3475)",
+        unit="optimizer steps",
+        source=_NOT_IN_THESIS,
         ge=0,
-        description="optimizer step from which the text encoder stays as it is; none: never. At "
-        "full rate it can ruin a model within 1,000 steps (diffusers issue 3475)",
     )
-    ema_decay: float | None = Field(
+    ema_decay: float | None = knob(
         None,
+        "the finished model is a moving average of the weights, which keeps this share of itself "
+        "each step (less in the first ones); 0.9999 in diffusers' scripts; none: no average",
+        unit="share a step",
+        source=_NOT_IN_THESIS,
         gt=0,
         lt=1,
-        description="the finished model is a moving average of the weights, which keeps this share "
-        "of itself each step (less in the first ones); 0.9999 in diffusers' scripts; none: off",
     )
 
     # ---- on what
-    prior_preservation: bool = Field(
+    prior_preservation: bool = knob(
         False,
-        description="trains on class_images drawn by the base model as well, so that it keeps what "
-        "it knows of class_prompt (arXiv:2208.12242, section 3.2); matters for faces and objects, "
-        "less for a style",
+        "trains on class_images drawn by the base model as well, so that it keeps what it knows of "
+        "class_prompt (arXiv:2208.12242, section 3.2); matters for faces and objects, less for a "
+        "style",
+        unit="",
+        source=_NOT_IN_THESIS,
     )
-    prior_loss_weight: float = Field(
-        1.0, ge=0, description="weight of their loss; 1 in arXiv:2208.12242"
+    prior_loss_weight: float = knob(
+        1.0, "weight of the class images' loss", unit="", source="arXiv:2208.12242", ge=0
     )
-    class_prompt: str = Field(
-        "a movie poster", min_length=1, description="what the class images are drawn from"
+    class_prompt: str = knob(
+        "a movie poster",
+        "what the class images are drawn from",
+        unit="",
+        source=_OWN,
+        min_length=1,
     )
-    class_image_count: Positive = Field(100, description="class images; 100 in diffusers' script")
-    caption_dropout: float = Field(
+    class_image_count: Positive = knob(
+        100, "how many class images", unit="images", source="diffusers' train_dreambooth.py"
+    )
+    caption_dropout: float = knob(
         0.0,
+        "how many samples are trained without their caption, which keeps classifier-free guidance "
+        "working; 0.1 in Stable Diffusion's own training",
+        unit="share of samples",
+        source=_NOT_IN_THESIS,
         ge=0,
         le=1,
-        description="share of samples that are trained without their caption, which keeps "
-        "classifier-free guidance working; 0.1 in Stable Diffusion's own training",
     )
-    caption_shuffling: bool = Field(
+    caption_shuffling: bool = knob(
         False,
-        description="the parts of a caption between separators come in another order each time, "
-        "as kohya's shuffle_caption does; for captions that are lists of tags",
+        "the parts of a caption between separators come in another order each time, as kohya's "
+        "shuffle_caption does; for captions that are lists of tags",
+        unit="",
+        source=_NOT_IN_THESIS,
     )
-    caption_separator: str = Field(",", min_length=1, description="between the parts of a caption")
-    caption_kept_parts: int = Field(
-        1, ge=0, description="parts that stay in front when the others are shuffled"
+    caption_separator: str = knob(
+        ",", "stands between the parts of a caption", unit="", source="kohya's", min_length=1
+    )
+    caption_kept_parts: int = knob(
+        1,
+        "parts that stay in front when the others are shuffled, such as the trigger phrase",
+        unit="parts",
+        source=_OWN,
+        ge=0,
     )
 
     # ---- the loss
-    snr_gamma: float | None = Field(
+    snr_gamma: float | None = knob(
         None,
-        gt=0,
-        description="min-SNR-gamma loss weights, arXiv:2303.09556, whose authors use 5; none: all "
+        "min-SNR-gamma weights of the loss, arXiv:2303.09556, whose authors use 5; none: all "
         "timesteps weigh the same",
+        unit="signal-to-noise ratio",
+        source=_NOT_IN_THESIS,
+        gt=0,
     )
-    offset_noise: float = Field(
+    offset_noise: float = knob(
         0.0,
+        "standard deviation of a noise that is one number a channel, added to the noise, so that "
+        "very dark and very bright images can be learnt; 0.1 in its author's post (N. Guttenberg "
+        "2023, Diffusion with Offset Noise)",
+        unit="of the noise's",
+        source=_NOT_IN_THESIS,
         ge=0,
-        description="standard deviation of a noise that is one number a channel, added to the "
-        "noise, so that very dark and very bright images can be learnt; 0.1 in its author's post "
-        "(N. Guttenberg 2023, Diffusion with Offset Noise)",
     )
-    zero_terminal_snr: bool = Field(
+    zero_terminal_snr: bool = knob(
         False,
-        description="rescales the noise schedule so that its last step is pure noise "
-        "(arXiv:2305.08891, algorithm 1); needs a base model with v_prediction",
+        "rescales the noise schedule so that its last step is pure noise (arXiv:2305.08891, "
+        "algorithm 1); needs a base model with v_prediction",
+        unit="",
+        source=_NOT_IN_THESIS,
     )
 
     # ---- optimizer and precision
-    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = Field(
+    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = knob(
         "adamw_8bit",
-        description="adamw is torch's, adamw_fused the same in one kernel, adamw_8bit "
-        "bitsandbytes' AdamW8bit with a quarter of the memory; the thesis's is 8-bit",
+        "adamw is torch's, adamw_fused the same in one kernel, adamw_8bit bitsandbytes' AdamW8bit "
+        "with a quarter of the memory",
+        unit="",
+        source=_THESIS,
     )
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean; torch's")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the variance; torch's")
-    adam_weight_decay: float = Field(1e-2, ge=0, description="share a step and unit rate; torch's")
-    adam_epsilon: float = Field(1e-8, gt=0, description="keeps the division finite; torch's")
-    max_grad_norm: float = Field(
-        1.0, gt=0, description="gradients are scaled down to this norm; diffusers' script"
+    adam_beta1: float = knob(
+        0.9, "how much of the gradients' mean is kept", unit="share a step", source="torch", ge=0,
+        lt=1,
+    )  # fmt: skip
+    adam_beta2: float = knob(
+        0.999, "the same for their squares", unit="share a step", source="torch", ge=0, lt=1
     )
-    mixed_precision: Precision = Field(
+    adam_weight_decay: float = knob(
+        1e-2,
+        "how much weights shrink, times the learning rate",
+        unit="share a step",
+        source="torch",
+        ge=0,
+    )
+    adam_epsilon: float = knob(
+        1e-8, "keeps Adam's division finite", unit="of a gradient", source="torch", gt=0
+    )
+    max_grad_norm: float = knob(
+        1.0,
+        "longer gradients are scaled down to this norm",
+        unit="norm of all gradients",
+        source="diffusers' train_dreambooth.py",
+        gt=0,
+    )
+    mixed_precision: Precision = knob(
         "bf16",
-        description="of the computation; trained weights stay fp32. The thesis's is fp16, with "
-        "which Stable Diffusion 2.1 can overflow; bf16 needs an Ampere GPU or newer",
+        "of the computation; trained weights stay fp32. bf16 needs an Ampere GPU or newer; fp16 "
+        "runs on older ones, and Stable Diffusion 2.1 can overflow with it",
+        unit="",
+        source="our choice; the thesis and the profile sd21 have fp16",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="computes activations twice instead of keeping them: less memory"
-    )
-    channels_last: bool = Field(
-        True, description="memory layout of the U-Net's images in which convolutions are quicker"
-    )
-    compile: bool = Field(
-        False, description="torch.compile of the U-Net: minutes at the start, quicker steps after"
-    )
-    halve_batch_on_out_of_memory: bool = Field(
+    gradient_checkpointing: bool = knob(
         False,
-        description="halves the batch and doubles the accumulation instead of ending the run",
+        "computes activations twice instead of keeping them: less memory, slower",
+        unit="",
+        source=_NOT_IN_THESIS,
+    )
+    channels_last: bool = knob(
+        True,
+        "memory layout of the U-Net's images in which convolutions are quicker",
+        unit="",
+        source="PyTorch's tuning guide",
+    )
+    compile: bool = knob(
+        False,
+        "torch.compile of the U-Net: minutes at the start, quicker steps after",
+        unit="",
+        source=_NOT_IN_THESIS,
+    )
+    halve_batch_on_out_of_memory: bool = knob(
+        False,
+        "halves the batch and doubles the accumulation where memory runs out, instead of ending "
+        "the run",
+        unit="",
+        source=_OWN,
     )
 
     # ---- watching
-    holdout_every_steps: Positive | None = Field(
+    holdout_every_steps: Positive | None = knob(
         100,
-        description="optimizer steps between two measurements of the loss on the held-out posters; "
-        "none: never",
+        "between two measurements of the loss on the held-out posters; none: never",
+        unit="optimizer steps",
+        source=_OWN,
     )
-    holdout_timesteps: Positive = Field(
-        4, description="timesteps, evenly spread and always the same, for each held-out poster"
+    holdout_timesteps: Positive = knob(
+        4,
+        "noise levels at which each held-out poster is measured, evenly spread, always the same",
+        unit="timesteps a poster",
+        source=_OWN,
     )
-    early_stop_patience: Positive | None = Field(
+    early_stop_patience: Positive | None = knob(
         None,
-        description="measurements of the held-out loss without a new lowest one after which the "
-        "run ends, with the weights of the lowest; none: never",
+        "measurements of the held-out loss without a new lowest one after which the run ends, with "
+        "the weights of the lowest; none: never",
+        unit="measurements",
+        source=_NOT_IN_THESIS,
     )
-    early_stop_min_gain: float = Field(
-        0.0, ge=0, lt=1, description="share by which a loss must be lower to count as lowest"
+    early_stop_min_gain: float = knob(
+        0.0,
+        "how much lower a held-out loss must be to count as a new lowest",
+        unit="share of the loss",
+        source=_OWN,
+        ge=0,
+        lt=1,
     )
-    sample_every_steps: Positive | None = Field(
-        None, description="optimizer steps between two sets of sample images; none: no samples"
+    sample_every_steps: Positive | None = knob(
+        None,
+        "between two sets of sample images; none: no samples",
+        unit="optimizer steps",
+        source=_NOT_IN_THESIS,
     )
-    sample_prompts: tuple[str, ...] = Field(
-        (), description="prompts of the samples; none: the first four captions trained on"
+    sample_prompts: tuple[str, ...] = knob(
+        (),
+        "prompts of the samples; none: the first four captions trained on",
+        unit="prompts",
+        source=_OWN,
     )
-    sample_seed: int = Field(
-        1, ge=0, description="of the first sample's noise; each next one counts one up"
+    sample_seed: int = knob(
+        1,
+        "of the first sample's noise; each next one counts one up",
+        unit="",
+        source=_OWN,
+        ge=0,
     )
-    log_every_steps: Positive = Field(10, description="optimizer steps between two reports")
-    save_every_steps: Positive = Field(100, description="optimizer steps between two saves")
-    keep_saves: Positive = Field(2, description="saves of a run in progress kept on disk")
+    log_every_steps: Positive = knob(
+        10, "between two reports of the loss", unit="optimizer steps", source=_OWN
+    )
+    save_every_steps: Positive = knob(
+        100, "between two saves to go on from", unit="optimizer steps", source=_OWN
+    )
+    keep_saves: Positive = knob(
+        2, "how many saves of a run in progress are kept on disk", unit="saves", source=_OWN
+    )
 
     @model_validator(mode="after")
     def _stopping_needs_measuring(self) -> Self:

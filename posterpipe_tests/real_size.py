@@ -1,12 +1,12 @@
 """Models of the real size with random weights: `python -m posterpipe_tests.real_size FOLDER`.
 
-What belongs here: Stable Diffusion 2.1 (768 px, v-prediction) and its base (512 px, epsilon),
-BLIP-large and CLIP ViT-L/14 built from the parameters that their authors published, in the layout
-of the hub, with tokenizers of the real size. They know nothing; they show that what works with the
-starter models works at this size, and how fast. What does not: tiny models (`models`), trained ones
-(`data/models/starter`).
+What belongs here: all models of the profile `sd21`: Stable Diffusion 2.1 (768 px, v-prediction)
+and its base (512 px, epsilon), BLIP-large, CLIP ViT-L/14 and DINOv2-base, built from the parameters
+that their authors published, in the layout of the hub, with tokenizers of the real size. They know
+nothing; they show that what works with the starter models works at this size, and how fast. What
+does not: tiny models (`models`), trained ones (`data/models/starter`).
 
-About 7 GB for all of them, in fp16 as on the hub.
+About 7 GB for all of them, in fp16.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -271,6 +273,24 @@ def build_clip_large(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def build_dinov2_base(folder: Path, *, seed: int = 0) -> Path:
+    """DINOv2-base: ViT-B/14, 87 M parameters, made for 518 px and read at 224."""
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        image_size=518,
+        patch_size=14,
+    )
+    _save(_random(lambda: Dinov2Model(config), seed), folder)
+    BitImageProcessorPil(
+        size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}
+    ).save_pretrained(folder)
+    return folder
+
+
 def _random(build: Callable[[], Any], seed: int) -> Any:
     import torch
 
@@ -294,8 +314,19 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "stable-diffusion-2-1-base": lambda folder: build_stable_diffusion(folder, base=True),
     "blip-image-captioning-large": build_blip_large,
     "clip-vit-large-patch14": build_clip_large,
+    "dinov2-base": build_dinov2_base,
 }
 """By the name on the hub."""
+
+
+def build(name: str, folder: Path) -> Path:
+    """The model `name` below `folder`, built unless it is there."""
+    model = folder / name
+    if not model.exists():
+        unfinished = folder / f".{name}.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        os.replace(BUILDERS[name](unfinished), model)
+    return model
 
 
 def main() -> None:
@@ -305,7 +336,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in [arguments.only] if arguments.only else BUILDERS:
         print(f"building {name} ...", flush=True)
-        print(BUILDERS[name](arguments.folder / name))
+        print(build(name, arguments.folder))
 
 
 if __name__ == "__main__":

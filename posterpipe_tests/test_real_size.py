@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -17,9 +18,10 @@ from posterpipe.core.progress import BarProgress
 from posterpipe.defs.resources import Deployment
 from posterpipe.demo import Watch, materialize
 from posterpipe.settings import default_root, load_settings
-from posterpipe_tests.real_size import BUILDERS
+from posterpipe_tests.real_size import build
 
 LIMIT_GIB = 24
+OTHER_MODELS = ("blip-image-captioning-large", "clip-vit-large-patch14", "dinov2-base")
 SUITE = """
 prompts:
   - id: rocket
@@ -28,6 +30,13 @@ prompts:
     negative: busy, cluttered
     seeds: [11]
 """
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which models are built on demand: a new one, or one that is kept."""
+    kept = os.environ.get("POSTERPIPE_REAL_SIZE_MODELS")
+    return Path(kept) if kept else tmp_path_factory.mktemp("models")
 
 
 def peak_gib(who: int) -> float:
@@ -40,7 +49,7 @@ def peak_gib(who: int) -> float:
     [("sd21", "stable-diffusion-2-1-base"), ("sd21_768", "stable-diffusion-2-1")],
 )
 def test_two_posters_and_two_steps_go_through_the_whole_chain(
-    tmp_path: Path, profile: str, base: str
+    tmp_path: Path, models: Path, profile: str, base: str
 ) -> None:
     shipped = load_settings(profile)
     assert shipped.base_model.id.endswith(base)
@@ -50,10 +59,7 @@ def test_two_posters_and_two_steps_go_through_the_whole_chain(
         for poster in sorted((data / folder).iterdir())[:count]:
             shutil.copy(poster, tmp_path / folder)
     (tmp_path / "suite.yaml").write_text(SUITE)
-    models = {
-        name: {"id": str(BUILDERS[name](tmp_path / "models" / name))}
-        for name in (base, "blip-image-captioning-large", "clip-vit-large-patch14")
-    }
+    ref = {name: {"id": str(build(name, models))} for name in (base, *OTHER_MODELS)}
     settings = load_settings(
         profile,
         landing=tmp_path / "raw_posters",
@@ -61,9 +67,9 @@ def test_two_posters_and_two_steps_go_through_the_whole_chain(
         captions=tmp_path / "captions.csv",
         prompt_suite=tmp_path / "suite.yaml",
         store=tmp_path / "store",
-        base_model=models[base],
+        base_model=ref[base],
         captioner={
-            "model": models["blip-image-captioning-large"],
+            "model": ref["blip-image-captioning-large"],
             "batch_size": 2,
             "num_beams": 1,
             "max_new_tokens": 8,
@@ -83,7 +89,8 @@ def test_two_posters_and_two_steps_go_through_the_whole_chain(
             "precision": "bf16",
             "batch_size": 1,
         },
-        scorer={"model": models["clip-vit-large-patch14"], "batch_size": 4},
+        scorer={"model": ref["clip-vit-large-patch14"], "batch_size": 4},
+        evidence={"image_encoders": [ref["clip-vit-large-patch14"], ref["dinov2-base"]]},
         checks={"min_posters": 2},
     )
     home = tmp_path / "home"

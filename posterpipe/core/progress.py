@@ -31,9 +31,9 @@ class Progress(Protocol):
     """Where long work reports."""
 
     def task(
-        self, description: str, total: int, unit: str = "items"
+        self, description: str, total: int, unit: str = "items", *, already: int = 0
     ) -> AbstractContextManager[Callable[..., None]]:
-        """One piece of work of `total` items.
+        """One piece of work of `total` items, of which `already` were done before.
 
         The yielded `tick(n=1, **numbers)` advances by n items; numbers such as `loss=0.12` are
         shown beside. It may be called from several threads.
@@ -46,7 +46,7 @@ class NoProgress:
 
     @contextmanager
     def task(
-        self, description: str, total: int, unit: str = "items"
+        self, description: str, total: int, unit: str = "items", *, already: int = 0
     ) -> Iterator[Callable[..., None]]:
         """See `Progress.task`."""
         yield lambda n=1, **numbers: None
@@ -72,12 +72,12 @@ class LogProgress:
 
     @contextmanager
     def task(
-        self, description: str, total: int, unit: str = "items"
+        self, description: str, total: int, unit: str = "items", *, already: int = 0
     ) -> Iterator[Callable[..., None]]:
         """See `Progress.task`."""
         lock = threading.Lock()
         started = spoken = self._clock()
-        done = 0
+        done = already
         shown: dict[str, Any] = {}
 
         def tick(n: int = 1, **numbers: Any) -> None:
@@ -91,7 +91,8 @@ class LogProgress:
                 spoken = now
                 line = (
                     f"{description}: {done} of {total} {unit} ({100 * done // total} %)"
-                    f"{_rate(done, now - started, unit)}{_left(done, total, now - started)}"
+                    f"{_rate(done - already, now - started, unit)}"
+                    f"{_left(done - already, total - already, now - started)}"
                     f"{_numbers(shown)}"
                 )
             self._log(line)
@@ -101,11 +102,13 @@ class LogProgress:
             yield tick
             finished = True
         finally:
-            self._end(description, done, total, unit, self._clock() - started, finished, shown)
+            took = self._clock() - started
+            self._end(description, already, done, total, unit, took, finished, shown)
 
     def _end(
         self,
         description: str,
+        already: int,
         done: int,
         total: int,
         unit: str,
@@ -118,7 +121,7 @@ class LogProgress:
             of = "" if done == total else f" of {total}"
             self._log(
                 f"{description}: {verb}{done}{of} {unit} in {duration(took)}"
-                f"{_rate(done, took, unit)}{_numbers(shown)}"
+                f"{_rate(done - already, took, unit)}{_numbers(shown)}"
             )
 
 
@@ -137,15 +140,15 @@ class BarProgress:
 
     @contextmanager
     def task(
-        self, description: str, total: int, unit: str = "items"
+        self, description: str, total: int, unit: str = "items", *, already: int = 0
     ) -> Iterator[Callable[..., None]]:
         """See `Progress.task`."""
         if total <= 0 or not self._in_terminal():
-            with self._lines.task(description, total, unit) as lines:
+            with self._lines.task(description, total, unit, already=already) as lines:
                 yield lines
             return
         display = self._enter()
-        bar = display.add_task(description, total=total, unit=unit, shown="")
+        bar = display.add_task(description, total=total, completed=already, unit=unit, shown="")
         shown: dict[str, Any] = {}
 
         def tick(n: int = 1, **numbers: Any) -> None:

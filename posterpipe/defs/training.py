@@ -8,14 +8,13 @@ training (`core.dreambooth`) and that process (`defs.training_worker`).
 import json
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import dagster as dg
 from dagster._core.errors import DagsterPipesExecutionError  # not exported
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
 from posterpipe.defs.resources import (
     MODEL_FINGERPRINT,
@@ -28,11 +27,14 @@ from posterpipe.defs.resources import (
     thumbnails,
 )
 from posterpipe.settings import SettingsError, TrainingSettings
+from posterpipe.settings_table import described
+
+if TYPE_CHECKING:
+    from posterpipe.core.dreambooth.reports import StepReport
+    from posterpipe.core.progress import Progress
 
 WORKER = "posterpipe.defs.training_worker"
 """Module of the training process."""
-
-_BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
 
 
 class TrainingFailed(Exception):
@@ -40,7 +42,7 @@ class TrainingFailed(Exception):
 
 
 def launchpad_fields() -> dict[str, dg.Field]:
-    """A config field for each training setting, with its description, bounds and default.
+    """A config field for each training setting, with its meaning, unit, bounds, default and source.
 
     None has a default of its own: what a run leaves out is as the deployment's profile says.
     """
@@ -48,7 +50,7 @@ def launchpad_fields() -> dict[str, dg.Field]:
         name: dg.Field(
             _config_type(name, field.annotation),
             is_required=False,
-            description=_described(field),
+            description=described(field),
         )
         for name, field in TrainingSettings.model_fields.items()
     }
@@ -67,18 +69,6 @@ def _config_type(name: str, annotation: Any) -> Any:
     if origin is tuple:
         return dg.Array(_config_type(name, arguments[0]))
     return annotation
-
-
-def _described(field: FieldInfo) -> str:
-    limits = [
-        f"{words} {getattr(limit, bound):g}"
-        for limit in field.metadata
-        for bound, words in _BOUNDS
-        if getattr(limit, bound, None) is not None
-    ]
-    bounds = f" ({', '.join(limits)})" if limits else ""
-    default = "none" if field.default in (None, ()) else field.default
-    return f"{field.description}{bounds}. Default: {default}, unless the profile says otherwise."
 
 
 def training_settings(base: TrainingSettings, overrides: Mapping[str, Any]) -> TrainingSettings:
@@ -235,7 +225,7 @@ def dreambooth_checkpoint(
         context.log.info(f"{config.output_dir} exists: nothing to train")
     else:
         config_file = config.to_toml(config.work_dir / "run.toml")
-        _train(context, deployment, config_file, training.max_train_steps)
+        _train(context, deployment, config_file)
     record = json.loads(record_file.read_text("utf-8"))
     row = {
         "checkpoint_id": name,
@@ -261,16 +251,14 @@ def dreambooth_checkpoint(
     )
 
 
-def _train(
-    context: dg.AssetExecutionContext, deployment: Deployment, config_file: Path, steps: int
-) -> None:
+def _train(context: dg.AssetExecutionContext, deployment: Deployment, config_file: Path) -> None:
     import torch
 
     from posterpipe.core.dreambooth.launch import launch_command
 
     gpus = torch.cuda.device_count()
     reader = _Reports()
-    with reader.shown_by(deployment, context, steps):
+    with reader.shown_by(deployment.progress(context)):
         try:
             dg.PipesSubprocessClient(message_reader=reader).run(
                 context=context,
@@ -318,32 +306,30 @@ def _metadata(checkpoint: Path, record: dict[str, Any]) -> dict[str, Any]:
 class _Reports(dg.PipesTempFileMessageReader):
     """Reads the messages of the training process, and shows its step reports as progress.
 
-    A step report is a custom message with `step`, `total` and numbers to show beside. Dagster would
-    hand custom messages over at the end only.
+    A step report is a custom message with the fields of `StepReport`. Dagster would hand custom
+    messages over at the end only.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.last_words = ""
-        self._show: Callable[[dict[str, Any]], None] = lambda report: None
+        self._show: Callable[[Any], None] = lambda report: None
 
     @contextmanager
-    def shown_by(
-        self, deployment: Deployment, context: dg.AssetExecutionContext, steps: int
-    ) -> Iterator[None]:
-        """While inside, reports advance a task of `steps` steps of the deployment's progress."""
+    def shown_by(self, progress: "Progress") -> Iterator[None]:
+        """While inside, reports advance a task of `progress`, which opens with the first one: only
+        then is the step known from which a resumed run goes on."""
+        tick: Callable[..., None] | None = None
         done = 0
-        with deployment.progress(context).task("train", steps, "steps") as tick:
+        with ExitStack() as stack:
 
-            def show(report: dict[str, Any]) -> None:
-                nonlocal done
-                numbers = {"loss": report["smoothed_loss"], "lr": report["lr"]}
-                if report.get("holdout_loss") is not None:
-                    numbers["held-out"] = report["holdout_loss"]
-                if report.get("memory_gib") is not None:
-                    numbers["GiB"] = report["memory_gib"]
-                tick(report["step"] - done, **numbers)
-                done = report["step"]
+            def show(report: "StepReport") -> None:
+                nonlocal tick, done
+                if tick is None:
+                    task = progress.task("train", report.total, "steps", already=report.step)
+                    tick, done = stack.enter_context(task), report.step
+                tick(report.step - done, **report.numbers())
+                done = report.step
 
             self._show = show
             yield
@@ -357,15 +343,18 @@ class _Reports(dg.PipesTempFileMessageReader):
 
     def _read(self, message: dict[str, Any]) -> bool:
         """Whether the message was a report and is done with."""
+        from posterpipe.core.dreambooth.reports import StepReport
+
         params = message.get("params") or {}
         if message["method"] == "closed" and params.get("exception"):
             self.last_words = str(params["exception"].get("message") or "").strip()
         if message["method"] != "report_custom_message":
             return False
-        payload = params.get("payload")
-        if not isinstance(payload, dict) or not {"step", "smoothed_loss", "lr"} <= payload.keys():
+        try:
+            report = StepReport(**params.get("payload"))
+        except TypeError:  # somebody else's
             return False
-        self._show(payload)
+        self._show(report)
         return True
 
 

@@ -31,6 +31,16 @@ def test_lines_tell_how_many_how_fast_and_how_long_still() -> None:
     ]
 
 
+def test_what_was_done_before_counts_as_done_but_not_as_fast() -> None:
+    clock, lines = Clock(), list[str]()
+    with LogProgress(lines.append, 5.0, clock=clock).task("train", 100, already=60) as tick:
+        for _ in range(2):
+            clock.now += 10
+            tick(10)
+    assert lines[0] == "train: 70 of 100 items (70 %), 1 items/s, about 30 s left"
+    assert lines[-1] == "train: 80 of 100 items in 20 s, 1 items/s"
+
+
 def test_a_finished_task_says_so_once() -> None:
     clock, lines = Clock(), list[str]()
     with LogProgress(lines.append, 5.0, clock=clock).task("draw", 2, "images") as tick:

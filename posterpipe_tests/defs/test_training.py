@@ -20,20 +20,22 @@ from posterpipe.defs.training import (
     training_settings,
 )
 from posterpipe.settings import SettingsError, TrainingSettings, load_settings
+from posterpipe.settings_table import described
 from posterpipe_tests.core.dreambooth.conftest import write_training_set
 from posterpipe_tests.core.tiny_blip import build_tiny_blip
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
 
 
-def test_every_training_setting_is_in_the_launchpad_with_meaning_and_default() -> None:
+def test_every_training_setting_is_in_the_launchpad_with_meaning_unit_default_and_source() -> None:
     fields = launchpad_fields()
     assert fields.keys() == TrainingSettings.model_fields.keys()
     for name, field in fields.items():
-        assert field.description and len(field.description) > 25, name
-        assert "Default: " in field.description, name
+        assert field.description == described(TrainingSettings.model_fields[name])
         assert not field.is_required and not field.default_provided, name
-    text = fields["learning_rate"].description or ""
-    assert "above 0" in text and "Default: 1e-06" in text and "the thesis's" in text
+    assert fields["max_train_steps"].description == (
+        "how long to train. Unit: optimizer steps. Must be at least 1. Default: 1000 (the thesis), "
+        "unless the profile says otherwise."
+    )
 
 
 def validated(config: dict[str, Any]) -> Any:

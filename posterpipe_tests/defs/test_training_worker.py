@@ -1,13 +1,21 @@
-"""The training process as Dagster starts it."""
+"""The training process as Dagster starts it, and that it is the one that starts by hand."""
 
+import os
+import pty
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pytest
+import torch
+from safetensors.torch import load_file
 
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.launch import launch_command
+from posterpipe.defs.training import WORKER
 from posterpipe.settings import TrainingSettings
 from posterpipe_tests.core.dreambooth.conftest import write_training_set
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
@@ -60,3 +68,83 @@ def test_reports_result_and_errors_reach_dagster(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model_index.json").exists()
     assert not failed.success
     assert "nowhere: there is no such directory" in said
+
+
+def in_a_terminal(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Exit status and output of a command that believes it speaks to a person."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        command, stdout=theirs, stderr=theirs, env=environment, cwd=Path(__file__).parents[2]
+    ) as process:
+        os.close(theirs)
+        said = b""
+        try:
+            while part := os.read(ours, 4096):
+                said += part
+        except OSError:  # what Linux says at the end of a terminal
+            pass
+        os.close(ours)
+    return process.returncode, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
+
+
+@pytest.mark.slow
+def test_by_hand_under_accelerate_and_from_dagster_the_same_bits_come_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # other numbers add up in another order
+    base = build_tiny_stable_diffusion(tmp_path / "base")
+    posters = write_training_set(tmp_path / "set")
+    held_out = write_training_set(tmp_path / "held out", seed=6)
+
+    def config(name: str) -> Path:
+        return RunConfig(
+            base_model=base,
+            training_set=posters,
+            holdout_set=held_out,
+            output_dir=tmp_path / name / "out",
+            work_dir=tmp_path / name / "work",
+            width=TINY_WIDTH,
+            height=TINY_HEIGHT,
+            training=TrainingSettings(
+                max_train_steps=4,
+                train_batch_size=2,
+                learning_rate=1e-3,
+                lr_warmup_steps=0,
+                holdout_every_steps=2,
+                log_every_steps=1,
+            ),
+        ).to_toml(tmp_path / name / "run.toml")
+
+    by_hand = [sys.executable, "-m", "posterpipe.core.dreambooth", "--config"]
+    environment = {**os.environ, "COLUMNS": "200", "TERM": "xterm"}
+    status, screen = in_a_terminal([*by_hand, str(config("hand"))], environment)
+    assert status == 0, screen
+    last = screen.split("finished:")[0].rstrip().splitlines()[-1]
+    counted = (r"4/4\s+steps", r"/s\b", r"\d:\d\d:\d\d")
+    shown = (r"loss \d", r"held-out \d", r"\blr 0\.001", r"text lr 0\.001", r"GiB \d")
+    for part in (*counted, *shown):
+        assert re.search(part, last), (part, last)
+
+    launched = launch_command(config("accelerate"), cpu=True)
+    assert launched[1:3] == ["-m", "accelerate.commands.launch"]
+    done = subprocess.run(launched, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert "held-out" in done.stdout and "finished: 4 steps" in done.stdout
+
+    @dg.asset
+    def checkpoint(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        client = dg.PipesSubprocessClient(cwd=str(Path(__file__).parents[2]))
+        command = launch_command(config("dagster"), module=WORKER, cpu=True)
+        return client.run(command=command, context=context).get_materialize_result()
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert dg.materialize([checkpoint], instance=instance).success
+
+    def weights(name: str) -> dict[str, torch.Tensor]:
+        folder = tmp_path / name / "out"
+        unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        return unet | load_file(folder / "text_encoder" / "model.safetensors")
+
+    wanted = weights("hand")
+    for name in ("accelerate", "dagster"):
+        assert all(torch.equal(value, wanted[key]) for key, value in weights(name).items()), name

@@ -16,7 +16,7 @@ Read `train` from top to bottom; it leans on small modules:
 - `optimizers`, `lora`: what moves the weights, and which.
 - `holdout`, `samples`: watching the model while it learns.
 - `saves`: crash-safe saves from which a run goes on exactly.
-- `guards`: the lock, the signal to stop, memory that runs out.
+- `guards`, `memory`: the lock, the signal to stop, memory that runs out.
 - `reports`: what a run says while it works, and its curves.
 - `checkpoint`, `card`: the finished diffusers directory, and its description.
 - `launch`: the command line that runs it in a process of its own.

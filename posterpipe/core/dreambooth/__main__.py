@@ -64,12 +64,9 @@ class _Reporter:
             print(report, flush=True)
             return
         if self._tick is None:
-            task = BarProgress().task("training", report.total, "steps")
-            self._tick = self._stack.enter_context(task)
-        shown = {"loss": report.smoothed_loss, "rate": report.lr, "GiB": report.memory_gib}
-        if report.holdout_loss is not None:
-            shown["held-out"] = report.holdout_loss
-        self._tick(report.step - self._step, **shown)
+            task = BarProgress().task("training", report.total, "steps", already=report.step)
+            self._tick, self._step = self._stack.enter_context(task), report.step
+        self._tick(report.step - self._step, **report.numbers())
         self._step = report.step
 
 

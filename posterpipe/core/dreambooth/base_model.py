@@ -6,6 +6,7 @@ from (`core.models`), the finished model (`checkpoint`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -94,6 +95,27 @@ def _variant(folder: Path) -> str | None:
     plain = list(folder.glob("*model.safetensors")) + list(folder.glob("*model.safetensors.index*"))
     half = list(folder.glob("*.fp16*.safetensors"))
     return "fp16" if half and not plain else None
+
+
+def count_parameters(folder: Path) -> dict[str, int]:
+    """How many numbers the U-Net and the text encoder are made of, from the heads of their files.
+
+    Weights that are there in two precisions count once.
+    """
+    counts = {}
+    for part in ("unet", "text_encoder"):
+        half = _variant(folder / part) == "fp16"
+        files = [
+            path
+            for path in (folder / part).glob("*.safetensors")
+            if (".fp16" in path.name) == half and "non_ema" not in path.name
+        ]
+        counts[part] = 0
+        for path in files:
+            with safe_open(path, framework="pt") as weights:
+                shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+            counts[part] += sum(math.prod(shape) for shape in shapes)
+    return counts
 
 
 def disk_dtype(folder: Path) -> torch.dtype:

@@ -45,6 +45,14 @@ class StepReport:
     seconds_left: float
     memory_gib: float
 
+    def numbers(self) -> dict[str, float | str]:
+        """What is shown beside a bar, which counts steps and time itself."""
+        numbers: dict[str, float | str] = {"loss": self.smoothed_loss}
+        if self.holdout_loss is not None:
+            numbers["held-out"] = self.holdout_loss
+        text_rate = "off" if self.text_encoder_lr is None else self.text_encoder_lr
+        return {**numbers, "lr": self.lr, "text lr": text_rate, "GiB": self.memory_gib}
+
     def __str__(self) -> str:
         speed = (
             f"{self.steps_per_second:.2f} steps/s"

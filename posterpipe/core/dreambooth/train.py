@@ -33,16 +33,11 @@ from posterpipe.core.dreambooth.config import (
 from posterpipe.core.dreambooth.data import read_training_set
 from posterpipe.core.dreambooth.draws import positions, step_seed
 from posterpipe.core.dreambooth.errors import TrainingDiverged, TrainingError, TrainingStopped
-from posterpipe.core.dreambooth.guards import (
-    is_out_of_memory,
-    memory_hint,
-    only_run_in,
-    peak_memory_gib,
-    stop_signal,
-)
+from posterpipe.core.dreambooth.guards import only_run_in, stop_signal
 from posterpipe.core.dreambooth.holdout import holdout_loss, lowest, stopped_falling
 from posterpipe.core.dreambooth.inputs import read_inputs
 from posterpipe.core.dreambooth.learner import Learner
+from posterpipe.core.dreambooth.memory import is_out_of_memory, memory_hint, peak_memory_gib
 from posterpipe.core.dreambooth.reports import HoldoutLoss, Journal, StepReport, TrainResult
 from posterpipe.core.dreambooth.saves import newest_save, remove_saves, write_save
 from posterpipe.core.dreambooth.schedule import learning_rate
@@ -86,7 +81,7 @@ def train(
                 say(f"{config.output_dir} is there already, complete")
                 resumed_from = 0
             else:
-                with memory_hint(config.training):
+                with memory_hint(config, accelerator.device):
                     resumed_from = _train(config, versions, run, accelerator, report, say)
             accelerator.wait_for_everyone()
         result = read_result(config, run)

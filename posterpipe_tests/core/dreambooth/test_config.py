@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from posterpipe.core.dreambooth.config import (
 )
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.launch import launch_command
-from posterpipe.settings import TrainingSettings, default_root
+from posterpipe.settings import TrainingSettings, default_root, load_settings
 from posterpipe_tests.core.dreambooth.conftest import MakeConfig, write_training_set
 
 VERSIONS = Versions(training_set="set", base_model="base")
@@ -51,17 +52,36 @@ def test_a_wrong_config_names_the_file_and_the_key(tmp_path: Path, text: str, wo
     assert "run.toml" in str(caught.value) and words in str(caught.value)
 
 
+def guide() -> str:
+    return (default_root() / "docs" / "training.md").read_text("utf-8")
+
+
 def test_the_config_in_the_guide_is_one(tmp_path: Path) -> None:
-    guide = (default_root() / "docs" / "training.md").read_text("utf-8")
-    (block,) = re.findall(r"```toml\n(.*?)```", guide, re.S)
+    blocks = re.findall(r"```toml\n(.*?)```", guide(), re.S)
+    (block,) = [block for block in blocks if block.startswith("base_model")]
     path = tmp_path / "run.toml"
     path.write_text(block)
-    config = RunConfig.from_toml(path)
-    assert config.training.train_batch_size == 8
-    # Whatever it says about settings is about settings that there are.
-    table = guide.split("| you want |")[1].split("## ")[0]
-    named = {name.split(" ")[0] for name in re.findall(r"`([a-z_]+(?: =[^`]*)?)`", table)}
-    assert named - {"sd21", "training"} <= set(TrainingSettings.model_fields)
+    assert RunConfig.from_toml(path).training.train_batch_size == 8
+    path.write_text(re.sub("^# (holdout_set|class_set)", r"\1", block, flags=re.M))
+    assert RunConfig.from_toml(path).class_set == Path("my_class")
+
+
+def test_the_recipes_in_the_guide_are_settings() -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", guide(), re.S)
+    recipes = [tomllib.loads(block) for block in blocks if not block.startswith("base_model")]
+    assert len(recipes) == 5
+    captioner = load_settings("sd21").captioner.model_dump()
+    for recipe in recipes:
+        changed = {**captioner, **recipe.get("captioner", {})}
+        settings = load_settings("sd21", training=recipe["training"], captioner=changed)
+        assert recipe["training"].items() <= settings.training.model_dump().items()
+
+
+def test_what_the_guide_says_of_settings_is_of_settings_that_there_are() -> None:
+    table = guide().split("| you want |")[1].split("## ")[0]
+    named = set(re.findall(r"`(?:\w+\.)?([a-z_]+)(?: = [^`]+)?`", table))
+    assert named - {"training", "fit"} <= set(TrainingSettings.model_fields)
+    assert "early_stop_patience" in named
 
 
 def test_a_missing_config_is_named(tmp_path: Path) -> None:

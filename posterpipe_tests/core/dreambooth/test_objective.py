@@ -86,6 +86,28 @@ def test_zero_terminal_snr_by_hand() -> None:
     torch.testing.assert_close(rescaled, torch.tensor([0.81, 0.2025, 0.0]))
 
 
+def test_zero_terminal_snr_betas_by_hand() -> None:
+    # alpha_bar 0.81, 0.2025, 0 are products of 1 - beta: 1 - 0.81, 1 - 0.2025 / 0.81, 1 - 0.
+    rescaled = objective.zero_terminal_snr(torch.tensor([0.81, 0.36, 0.09]))
+    before = torch.cat([torch.ones(1), rescaled[:-1]])
+    torch.testing.assert_close(1 - rescaled / before, torch.tensor([0.19, 0.75, 1.0]))
+
+
+def test_what_zero_terminal_snr_mends_is_what_the_paper_measured() -> None:
+    # arXiv:2305.08891, table 1, Stable Diffusion: at T, SNR 0.004682 and sqrt(alpha_bar) 0.068265.
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    alphas_bar = DDPMScheduler(**betas).alphas_cumprod.double()
+    last = alphas_bar[-1].item()
+    assert last**0.5 == pytest.approx(0.068265, abs=5e-6)
+    assert last / (1 - last) == pytest.approx(0.004682, abs=5e-6)
+    mended = objective.zero_terminal_snr(alphas_bar)
+    assert mended[-1] == 0
+    # Then v is -x_0: the last step teaches to draw from nothing.
+    latents, noise, _ = samples(1.0)
+    wanted = objective.target("v_prediction", latents, noise, mended[-1:].float())
+    torch.testing.assert_close(wanted, -latents)
+
+
 def test_zero_terminal_snr_is_the_schedule_that_samplers_then_use() -> None:
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     plain = DDPMScheduler(**betas)

@@ -1,0 +1,61 @@
+"""What a run is told when memory runs out: settings that should fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPTextModel
+
+from posterpipe.core.dreambooth.base_model import count_parameters, load_unet
+from posterpipe.core.dreambooth.memory import advice, is_out_of_memory, models_gib
+from posterpipe.settings import TrainingSettings
+
+SD21 = {"unet": 865_910_724, "text_encoder": 340_387_840}
+
+
+def test_parameters_are_counted_without_loading_them(base_model: Path) -> None:
+    encoder = CLIPTextModel.from_pretrained(base_model / "text_encoder")
+    assert count_parameters(base_model) == {
+        "unet": sum(p.numel() for p in load_unet(base_model).parameters()),
+        "text_encoder": sum(p.numel() for p in encoder.parameters()),
+    }
+
+
+def test_what_the_models_take_by_hand() -> None:
+    # Bytes a parameter: 4 weights + 4 gradients + 2 of 8-bit Adam + 2 copies in bf16.
+    thesis = TrainingSettings()
+    assert models_gib(thesis, SD21) == pytest.approx(12 * 1.2063 / 1.0737, rel=1e-3)
+    exact = TrainingSettings(optimizer="adamw", mixed_precision="fp32", train_text_encoder=False)
+    assert models_gib(exact, SD21) == pytest.approx(16 * 0.86591 / 1.07374, rel=1e-3)
+    averaged = exact.model_copy(update={"ema_decay": 0.999})
+    assert models_gib(averaged, SD21) == pytest.approx(20 * 0.86591 / 1.07374, rel=1e-3)
+    lora = thesis.model_copy(update={"method": "lora"})
+    assert models_gib(lora, SD21) == pytest.approx(2 * 1.2063 / 1.0737, rel=1e-3)
+
+
+def test_on_a_small_gpu_what_costs_least_comes_first_until_it_fits() -> None:
+    wide = TrainingSettings(train_batch_size=4, optimizer="adamw")
+    words = advice(wide, SD21, gib=15.0)
+    assert words.index("train_batch_size = 1 with gradient_accumulation_steps = 4") < words.index(
+        'optimizer = "adamw_8bit"'
+    )
+    # 13.5 of 15 GiB with the text encoder leave no room for images, 9.7 do.
+    assert "they take 9.7" in words and "train_text_encoder = false" in words
+    assert "lora" not in words
+    assert 'method = "lora"' in advice(wide, SD21, gib=8.0)
+    assert "adamw_8bit" not in advice(wide, SD21, gib=80.0)
+
+
+def test_where_nothing_is_left_to_change_it_says_so() -> None:
+    least = TrainingSettings(method="lora", gradient_checkpointing=True, train_text_encoder=False)
+    assert "train on smaller images, or on a larger device" in advice(least, SD21, gib=2.0)
+
+
+def test_only_memory_is_taken_for_memory() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
