@@ -25,6 +25,9 @@ BENCHMARKS = (
     "train_unet_text_encoder",
     "train_sd21_gpu",
 )
+REHEARSED = ("train_sd21_gpu",)
+"""Those that only a GPU can measure, and that can be tried without one."""
+
 README = Path(__file__).parents[1] / "README.md"
 MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
@@ -57,10 +60,20 @@ def main() -> None:
         type=Path,
         help="diffusers' train_dreambooth.py, against which training is measured",
     )
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="run a GPU's benchmark on a tiny model, to see that it works; nothing is filed",
+    )
     arguments = parser.parse_args()
     if arguments.peer_script:
         os.environ[PEER_SCRIPT] = str(arguments.peer_script.resolve(strict=True))
     only = arguments.only
+    if arguments.rehearse:
+        if only not in REHEARSED:
+            parser.error(f"--rehearse needs --only with one of {', '.join(REHEARSED)}")
+        show(importlib.import_module(f"benchmarks.{only}").run(rehearse=True))
+        return
     names = (only,) if only else BENCHMARKS
     rows: list[Row] = []
     for name in names:
