@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -54,6 +54,7 @@ _CELL = ["prompt_id", "seed"]
 _EXACT_PROMPTS = 12
 """Up to here all 2^n sign patterns are tried; with more, RESAMPLES of them."""
 _CHUNK = 1_000_000
+"""Random numbers held at once."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,44 @@ def effects(
     return pd.DataFrame(rows, columns=list(Effect.__dataclass_fields__))
 
 
+COMPARISON_COLUMNS = (
+    "metric_id", "comparison", "prompts", "pairs", "mean_difference", "low_95", "high_95",
+    "p_value", "p_adjusted", "effect_size", "win_rate", "win_low_95", "win_high_95",
+    "detectable_difference",
+)  # fmt: skip
+"""Columns of `comparisons`. What each means stands at `Effect`; `p_adjusted` is Holm's."""
+
+
+def comparisons(
+    scores: pd.DataFrame, *, contrasts: Mapping[str, Mapping[str, float]] = CONTRASTS
+) -> pd.DataFrame:
+    """One row a metric and comparison (COMPARISON_COLUMNS): what reports print.
+
+    `scores` is long, one row an image and metric: metric_id, variant, prompt_id, seed, value (NaN
+    where an image has none). Metrics come in the order of their ids, comparisons in that of
+    `contrasts`. One question asked of several metrics gives several chances of a false alarm:
+    `p_adjusted` corrects the p-values of one comparison for the number of metrics. Raises
+    ValueError where an image is there twice for a metric.
+    """
+    tables = []
+    for metric_id, of_metric in scores.groupby("metric_id", sort=True):
+        found = effects(of_metric, value="value", contrasts=contrasts)
+        tables.append(found[found["prompts"] > 0].assign(metric_id=metric_id))
+    if not tables:
+        return pd.DataFrame(columns=list(COMPARISON_COLUMNS))
+    table = pd.concat(tables, ignore_index=True).rename(
+        columns={
+            "contrast": "comparison", "estimate": "mean_difference", "low": "low_95",
+            "high": "high_95", "win_low": "win_low_95", "win_high": "win_high_95",
+            "detectable": "detectable_difference",
+        }
+    )  # fmt: skip
+    table["p_adjusted"] = table.groupby("comparison")["p_value"].transform(
+        lambda p_values: holm(list(p_values))
+    )
+    return table[list(COMPARISON_COLUMNS)]
+
+
 def effect(
     frame: pd.DataFrame,
     contrast: str,
@@ -245,12 +284,10 @@ def sign_flip_p(
     if n <= _EXACT_PROMPTS:
         signs = np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
         return float((np.abs(signs @ values) >= observed - slack).mean())
-    rng = np.random.default_rng(seed)
-    extreme = 0
-    for start in range(0, resamples, max(1, _CHUNK // n)):
-        count = min(max(1, _CHUNK // n), resamples - start)
-        signs = rng.integers(0, 2, (count, n)) * 2.0 - 1.0
-        extreme += int((np.abs(signs @ values) >= observed - slack).sum())
+    extreme = sum(
+        int((np.abs(signs @ values) >= observed - slack).sum())
+        for signs in _patterns(_signs, n, resamples, seed)
+    )
     return (extreme + 1) / (resamples + 1)
 
 
@@ -354,13 +391,41 @@ def bootstrap_interval(
     tail = (1 - confidence) / 2
     widened = math.sqrt(n / (n - 1)) * student_quantile(tail, n - 1)
     level = NormalDist().cdf(widened)
-    rng = np.random.default_rng(seed)
-    means = []
-    for start in range(0, resamples, max(1, _CHUNK // n)):
-        count = min(max(1, _CHUNK // n), resamples - start)
-        means.append(values[rng.integers(0, n, (count, n))].mean(axis=1))
+    means = [shares @ values for shares in _patterns(_shares, n, resamples, seed)]
     low, high = np.quantile(np.concatenate(means), [level, 1 - level])
     return float(low), float(high)
+
+
+def _patterns(
+    draw: Callable[[np.random.Generator, int, int], np.ndarray], n: int, resamples: int, seed: int
+) -> Iterator[np.ndarray]:
+    """Random weights of n values, float64 (some, n) a time, `resamples` in all.
+
+    A report asks for the same ones for every metric and comparison: small ones are kept.
+    """
+    if n * resamples <= _CHUNK:
+        yield _kept_patterns(draw, n, resamples, seed)
+        return
+    rng = np.random.default_rng(seed)
+    at_once = max(1, _CHUNK // n)
+    for start in range(0, resamples, at_once):
+        yield draw(rng, min(at_once, resamples - start), n)
+
+
+@lru_cache(maxsize=4)
+def _kept_patterns(
+    draw: Callable[[np.random.Generator, int, int], np.ndarray], n: int, resamples: int, seed: int
+) -> np.ndarray:
+    return draw(np.random.default_rng(seed), resamples, n)
+
+
+def _shares(rng: np.random.Generator, count: int, n: int) -> np.ndarray:
+    """How much each of n values weighs in the mean of n drawn with replacement."""
+    return rng.multinomial(n, np.full(n, 1 / n), count) / n
+
+
+def _signs(rng: np.random.Generator, count: int, n: int) -> np.ndarray:
+    return rng.integers(0, 2, (count, n)) * 2.0 - 1.0
 
 
 @lru_cache(maxsize=1024)

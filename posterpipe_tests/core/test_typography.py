@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,10 @@ from posterpipe.core.typography.fonts import (
     needs_shaping,
 )
 from posterpipe.core.typography.lines import line_breaks, pieces
-from posterpipe.core.typography.saliency import look
+from posterpipe.core.typography.saliency import components, look
 from posterpipe.settings import LetteringSettings
+from posterpipe.starter.posters import RAW, scenes
+from posterpipe.starter.render import render
 from posterpipe_tests.core.metrics.tiny import generations
 
 SMALL = LetteringSettings(min_width=320, style="geometric")
@@ -86,6 +89,45 @@ def test_the_object_and_the_ground_are_told_apart() -> None:
     assert np.abs(np.array(scene.accent) - ORANGE).max() < 12
     assert look(Image.new("RGB", (64, 96), BLUE)).object_.sum() == 0
     assert columns == 96
+
+
+def test_connected_shapes_are_told_apart() -> None:
+    grid = np.array([[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]], bool)
+    labels = components(grid)
+    assert ((labels > 0) == grid).all() and labels.max() == 3
+    assert (
+        labels[0, 0] == labels[1, 1] and labels[0, 3] == labels[1, 3] and len(set(labels[3])) == 2
+    )
+    assert components(np.ones((3, 3), bool)).min() == 1
+    assert not components(np.zeros((3, 3), bool)).any()
+
+
+def test_what_belongs_to_the_object_is_seen_as_it_and_lettering_is_not() -> None:
+    image = poster(middle=0.4, size=(320, 480))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((110, 186, 210, 194), fill=BLUE)  # a stripe of the ground's colour across it
+    for x in range(80, 240, 14):
+        draw.rectangle((x, 400, x + 9, 418), fill=GREEN)
+    scene = look(image)
+    rows = len(scene.shape)
+    heights = np.nonzero(scene.shape.any(axis=1))[0] / rows
+    assert heights.min() == pytest.approx(0.2, abs=0.03)
+    assert heights.max() == pytest.approx(0.6, abs=0.03)
+    assert scene.marks[round(0.8 * rows) :].sum() > 0.9 * scene.marks.sum() > 0
+
+
+def test_an_object_beside_the_title_is_not_dissolved() -> None:
+    """What stands in the title's way is cleared, and not what the picture is about."""
+    for middle in (0.35, 0.45, 0.55, 0.65):
+        image = poster(middle=middle, size=(320, 480))
+        draw = ImageDraw.Draw(image)
+        for y in (0.1, 0.87):  # crumbs at both ends
+            for x in range(70, 250, 22):
+                draw.ellipse((x, y * 480, x + 8, y * 480 + 8), fill=GREEN)
+        titled, layout = set_title(image, "Plum Countdown", SMALL)
+        disc = np.abs(np.asarray(image).astype(int) - ORANGE).sum(axis=2) < 9
+        kept = np.abs(np.asarray(titled).astype(int) - ORANGE).sum(axis=2) < 9
+        assert layout.covered < 0.01 and (disc & ~kept).sum() < 0.02 * disc.sum()
 
 
 @pytest.mark.parametrize("middle", [0.3, 0.5, 0.7])
@@ -158,10 +200,9 @@ def test_marks_of_the_model_give_way_to_the_title() -> None:
             draw.rectangle((x, y, x + 9, y + 11), fill=GREEN)
     titled, layout = set_title(drawn, "Plum Countdown", SMALL)
     assert layout.box[1] < 412 and layout.box[3] > 392 and layout.scrim
-    left, top, right, bottom = layout.box
-    area = np.asarray(titled)[top:bottom, left:right].astype(int)
-    assert (np.abs(area - layout.colour).sum(axis=2) < 9).any()
-    assert not (np.abs(area - GREEN).sum(axis=2) < 60).any()
+    shown = np.asarray(titled).astype(int)
+    assert (np.abs(shown - layout.colour).sum(axis=2) < 9).any()
+    assert not (np.abs(shown - GREEN).sum(axis=2) < 60).any()  # nor beside the title
 
 
 def test_ink_stands_in_the_middle_and_inside_the_margins() -> None:
@@ -257,6 +298,22 @@ def test_titles_are_read_as_they_are_set() -> None:
         if title_distance([line.text for line in lines], title) > 0:
             wrong.append((style, [line.text for line in lines]))
     assert wrong == []
+
+
+@pytest.mark.slow
+def test_titles_on_fifty_starter_posters_are_read_exactly() -> None:
+    reader = TitleReader()
+    read = {"untitled": 0, "titled": 0}
+    for scene in scenes(RAW):
+        assert scene.title
+        # As large as the starter model draws.
+        untitled = render(replace(scene, title=None), 64, 96, supersample=4)
+        titled, layout = set_title(untitled, scene.title, LetteringSettings())
+        assert layout.contrast >= 4.5 and layout.covered < 0.02
+        for name, image in {"untitled": untitled, "titled": titled}.items():
+            (lines,) = reader([image])
+            read[name] += title_distance([line.text for line in lines], scene.title) == 0
+    assert read["untitled"] == 0 and read["titled"] >= 0.95 * len(RAW)
 
 
 # --- the table

@@ -20,7 +20,7 @@ from posterpipe.core.typography.colour import (
     relative_luminance,
     srgb_to_lab,
 )
-from posterpipe.core.typography.saliency import Scene
+from posterpipe.core.typography.saliency import Scene, components, grown
 
 
 def least_contrast(canvas: Image.Image, around: np.ndarray, colour: Colour) -> float:
@@ -30,7 +30,7 @@ def least_contrast(canvas: Image.Image, around: np.ndarray, colour: Colour) -> f
 
 def _strip(canvas: Image.Image, box: tuple[int, int, int, int], cap: float) -> slice:
     """The rows of an image that a title may touch."""
-    reach = round(2.5 * cap)
+    reach = round(4 * cap)
     return slice(max(0, box[1] - reach), min(canvas.height, box[3] + reach))
 
 
@@ -95,7 +95,8 @@ def clear_ground(
 ) -> tuple[Image.Image, bool]:
     """The image with bare ground below the title, where marks stand in its way.
 
-    The main object stays as it is but for a rim around the letters, and so does a frame line.
+    Lettering that the model meant goes as a whole, also what of it stands out beyond the title. The
+    main object stays as it is but for a rim around the letters, and so does a frame line.
     """
     rows = _strip(canvas, box, cap)
     ground = _bare_ground(canvas, scene)[rows]
@@ -109,14 +110,40 @@ def clear_ground(
         max(left, box[0] - pad), max(top, box[1] - pad),
         min(right, box[2] + pad), min(bottom, box[3] + pad),
     )  # fmt: skip
-    strength = np.clip(3 * scene.object_ / max(float(scene.object_.max()), 1e-9) - 0.5, 0, 1)
-    keep = np.asarray(Image.fromarray(strength).resize(canvas.size, Image.Resampling.BICUBIC))
-    alpha = _fade(canvas.size, rows, inner, 0.9 * cap) * (1 - np.clip(keep[rows], 0, 1))
+    alpha = _fade(canvas.size, rows, inner, 0.9 * cap)
+    alpha = np.maximum(alpha, _on_canvas(_replaced(scene, box, canvas.size, cap), canvas)[rows])
+    alpha *= 1 - _on_canvas(scene.shape, canvas)[rows]
     alpha *= _fade(canvas.size, rows, (left, top, right, bottom), 0.015 * canvas.width)
     # Right around the letters the ground has to be bare whatever is there.
     rim = Image.fromarray(near).convert("L").filter(ImageFilter.GaussianBlur(cap / 12))
     alpha = np.maximum(alpha, np.clip(np.asarray(rim, dtype=np.float32) / 128, 0, 1))
     return _with_rows(canvas, rows, shown + (ground - shown) * alpha[..., None]), True
+
+
+def _on_canvas(cells: np.ndarray, canvas: Image.Image) -> np.ndarray:
+    """float32 (height, width): a grid of 0 to 1 at the image's size, its edges smooth."""
+    large = Image.fromarray(cells.astype(np.float32)).resize(canvas.size, Image.Resampling.BICUBIC)
+    return np.clip(np.asarray(large), 0, 1)
+
+
+def _replaced(
+    scene: Scene, box: tuple[int, int, int, int], size: tuple[int, int], cap: float
+) -> np.ndarray:
+    """bool (rows, columns): the marks that the title stands in for, most of which lie around it."""
+    labels = components(scene.marks >= 0.15)
+    rows, columns = labels.shape
+    across, down = columns / size[0], rows / size[1]
+    reach = 1.5 * cap
+    near = np.zeros(labels.shape, bool)
+    near[
+        max(0, math.floor((box[1] - reach) * down)) : math.ceil((box[3] + reach) * down),
+        max(0, math.floor((box[0] - reach) * across)) : math.ceil((box[2] + reach) * across),
+    ] = True
+    mass = np.bincount(labels.ravel(), weights=scene.marks.ravel())
+    inside = np.bincount(labels.ravel(), weights=(scene.marks * near).ravel())
+    chosen = inside > 0.5 * mass
+    chosen[0] = False
+    return grown(grown(chosen[labels]))
 
 
 _DISTURBING = 20

@@ -39,18 +39,25 @@ class Block:
     marked: float
 
 
-MARGIN = 0.085
-"""Least distance of ink from the edges, in widths: inside of a frame line."""
+MARGIN = 0.115
+"""Least distance of ink from the sides, in widths: inside of a frame line, and clear of it."""
 
-_WIDTHS = (0.80, 0.70, 0.60, 0.48)
+_MARGIN_ENDS = 0.135
+"""Least distance of ink from the upper and the lower edge, in widths: what stands near an end needs
+more air than what stands near a side."""
+
+_WIDTHS = (0.77, 0.69, 0.60, 0.48)
 """Widths that a block may fill, in widths of the image."""
 
 
 def candidates(scene: Scene, title: str, letters: Lettering, size: tuple[int, int]) -> list[Block]:
     """Blocks in the order of their scores, the best first."""
     width, height = size
-    objects, marks = _integral(scene.object_), _integral(scene.marks)
+    objects, shape = _integral(scene.object_), _integral(scene.shape)
+    marks = _integral(scene.marks)
     cells = scene.object_.shape
+    # Lettering that a model draws takes about a thirtieth of a poster; a few crumbs are no title.
+    least_marks = max(0.012 * scene.marks.size, float(scene.marks.sum()))
     blocks: list[Block] = []
     for lines in line_breaks(title):
         base = measure(letters, lines, _MEASURE)
@@ -69,13 +76,14 @@ def candidates(scene: Scene, title: str, letters: Lettering, size: tuple[int, in
                 continue
             cap = base.cap * factor
             left = (width - block_width) / 2
-            low, high = MARGIN * width, height - MARGIN * width - block_height
+            low, high = _MARGIN_ENDS * width, height - _MARGIN_ENDS * width - block_height
             for top in np.linspace(low, high, 61):
                 box = (left, float(top), left + block_width, float(top) + block_height)
                 covered = _inside(objects, _cells(box, size, cells, 0.25 * cap))
-                around = _cells(box, size, cells, 0.5 * cap)
-                marked = _inside(marks, around) / max(1.0, float(scene.marks.sum()))
-                score = _score(box, height, cap, lines, covered, marked)
+                around = _cells(box, size, cells, 0.6 * cap)
+                crowded = _inside(shape, around) / _area(around)
+                marked = _inside(marks, around) / least_marks
+                score = _score(box, height, cap, lines, covered, crowded, marked)
                 whole = (round(box[0]), round(box[1]), round(box[2]), round(box[3]))
                 blocks.append(Block(lines, font_size, cap, whole, score, covered, marked))
     if not blocks:
@@ -91,10 +99,12 @@ def _score(
     cap: float,
     lines: Sequence[str],
     covered: float,
+    crowded: float,
     marked: float,
 ) -> float:
     """Higher is better. The weights say how much one is worth in another: a sixteenth of the object
-    covered is as bad as letters of half the size."""
+    covered is as bad as letters of half the size. `crowded` is the object's share of the block with
+    some air around it."""
     middle = (box[1] + box[3]) / 2 / height
     large = math.log2(cap / (0.07 * height))
     # Titles stand at a sixth of the height from either end; further in they part the picture.
@@ -103,7 +113,7 @@ def _score(
     lengths = [len(line) for line in lines]
     uneven = 1 - min(lengths) / max(lengths)
     return (
-        0.35 * large - 6 * covered + 1.2 * marked - 0.45 * place**2 - 0.4 * clumsy
+        0.35 * large - 6 * covered - 1.5 * crowded + 1.2 * marked - 0.45 * place**2 - 0.4 * clumsy
         - 0.12 * uneven - 0.05 * len(lines)
     )  # fmt: skip
 
@@ -129,6 +139,11 @@ def _cells(
         min(rows, math.ceil((box[3] + pad) * down)),
         min(columns, math.ceil((box[2] + pad) * across)),
     )
+
+
+def _area(cells: tuple[int, int, int, int]) -> int:
+    top, left, bottom, right = cells
+    return max(1, (bottom - top) * (right - left))
 
 
 def _inside(integral: np.ndarray, cells: tuple[int, int, int, int]) -> float:

@@ -13,6 +13,13 @@ from PIL import Image
 
 from posterpipe.core.typography.colour import CREAM, Colour, srgb_to_lab
 
+_SOLID = 0.5
+"""Share of a clear difference from the ground from which a place belongs to a shape; rays and
+gradients stay below."""
+
+_FILLS = 0.5
+"""Share of the image above which what is in the middle is no object on a ground, but a scene."""
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -22,9 +29,11 @@ class Scene:
     """float32 (rows, 3): sRGB of the ground behind everything, by row."""
     object_: np.ndarray
     """float32 (rows, columns): the main object's share in each place; adds up to 1."""
+    shape: np.ndarray
+    """float32 (rows, columns): 1 where the main object is, to be left as it is, else 0."""
     marks: np.ndarray
-    """float32 (rows, columns): what stands out near the ends of the poster, 0 to 1 in each place:
-    lettering that the model meant, and crumbs."""
+    """float32 (rows, columns): what else stands out, 0 to 1 in each place: lettering that the model
+    meant, and crumbs."""
     accent: Colour
     """The colour that the object has most of."""
 
@@ -34,7 +43,9 @@ def look(image: Image.Image) -> Scene:
 
     A poster's ground runs past its object on both sides: its colour by row is the median near both
     edges. What differs from it stands out (saliency as colour contrast with the borders, after Zhu
-    et al. 2014); what stands out near the middle is the object.
+    et al. 2014). Of the shapes that stand out, the one with most of the middle is the object, with
+    what lies within its bounds. Where that would be half the image there is no shape to be told
+    apart, and what is nearer the middle counts more.
     """
     columns = min(96, image.width)
     rows = max(8, round(image.height * columns / image.width))
@@ -54,15 +65,71 @@ def look(image: Image.Image) -> Scene:
     y, x = np.mgrid[0:rows, 0:columns]
     x, y = (x + 0.5) / columns - 0.5, (y + 0.5) / rows - 0.5
     central = np.exp(-0.5 * ((x / 0.25) ** 2 + (y / 0.2) ** 2))
-    weight = apart * central
-    if weight.sum() > 0:  # once more around where it is, since objects stand high or low
-        middle = float((weight * y).sum() / weight.sum())
-        central = np.exp(-0.5 * ((x / 0.3) ** 2 + ((y - middle) / 0.18) ** 2))
-        weight = apart * central
+    shape = _main_shape(apart, central)
+    weight = apart * shape if shape.mean() <= _FILLS else apart * central
     total = float(weight.sum())
     object_ = weight / total if total > 0 else weight
-    marks = apart * (1 - central)
-    return Scene(ground, object_.astype(np.float32), marks.astype(np.float32), _accent(rgb, weight))
+    marks = apart * (1 - shape) if shape.mean() <= _FILLS else apart * (1 - central)
+    return Scene(
+        ground, object_.astype(np.float32), shape, marks.astype(np.float32), _accent(rgb, weight)
+    )
+
+
+def _main_shape(apart: np.ndarray, central: np.ndarray) -> np.ndarray:
+    """float32 (rows, columns): 1 on the shape that has most of the middle, and a cell around it."""
+    solid = apart >= _SOLID
+    # A gap of a few cells, a pale stripe on a hull, does not part a shape; lettering below an
+    # object stands further off.
+    labels = components(grown(grown(solid))) * solid
+    mass = np.bincount(labels.ravel(), weights=(apart * central).ravel())
+    mass[0] = 0  # the ground
+    if mass.sum() <= 0:
+        return np.zeros(apart.shape, np.float32)
+    main = labels == int(mass.argmax())
+    ys, xs = np.nonzero(main)
+    # Flags, spouts and wheels apart from it: shapes whose middle is within its bounds.
+    size = np.maximum(np.bincount(labels.ravel(), minlength=len(mass)), 1)
+    y, x = np.mgrid[0 : apart.shape[0], 0 : apart.shape[1]]
+    middle_y = np.bincount(labels.ravel(), weights=y.ravel(), minlength=len(mass)) / size
+    middle_x = np.bincount(labels.ravel(), weights=x.ravel(), minlength=len(mass)) / size
+    reach = 0.02 * apart.shape[1]
+    belongs = (
+        (middle_y >= ys.min() - reach) & (middle_y <= ys.max() + reach)
+        & (middle_x >= xs.min() - reach) & (middle_x <= xs.max() + reach)
+    )  # fmt: skip
+    belongs[0] = False
+    return grown(belongs[labels]).astype(np.float32)
+
+
+def components(solid: np.ndarray) -> np.ndarray:
+    """int (rows, columns): the connected shapes of a bool grid, numbered from 1; 0 is none.
+
+    Neighbours are the four sides and the four corners.
+    """
+    cells = np.arange(1, solid.size + 1).reshape(solid.shape) * solid
+    while True:
+        # The largest number spreads over its shape; whole runs at once would be quicker, and the
+        # grid is small.
+        spread = cells
+        for axis in (0, 1):
+            padded = np.pad(spread, [(1, 1) if i == axis else (0, 0) for i in (0, 1)])
+            length = solid.shape[axis]
+            spread = np.maximum.reduce(
+                [np.take(padded, range(k, k + length), axis=axis) for k in range(3)]
+            )
+        spread = spread * solid
+        if (spread == cells).all():
+            numbers = np.unique(np.append(cells, 0), return_inverse=True)[1]
+            return numbers[:-1].reshape(solid.shape)
+        cells = spread
+
+
+def grown(cells: np.ndarray) -> np.ndarray:
+    """A bool grid and the cells next to it."""
+    padded = np.pad(cells, 1)
+    rows, columns = cells.shape
+    near = [padded[i : i + rows, j : j + columns] for i in range(3) for j in range(3)]
+    return np.logical_or.reduce(near)
 
 
 def _smooth_rows(ground: np.ndarray) -> np.ndarray:
