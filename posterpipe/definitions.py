@@ -11,6 +11,7 @@ from posterpipe.defs import (
     ingest,
     reports,
     retraining,
+    score_report,
     scoring,
     training,
 )
@@ -30,6 +31,7 @@ def build_defs(settings: Settings, deployment: Deployment | None = None) -> dg.D
     assets = [
         *dg.load_assets_from_modules([ingest, dataset, training, generation, scoring, reports]),
         *reports.dbt_reports(dbt),
+        *dg.load_assets_from_modules([score_report]),
     ]
     assets = with_policy(with_settings_in_code_version(assets, settings))
     return dg.Definitions(

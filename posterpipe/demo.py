@@ -326,6 +326,7 @@ def _conclude(deployment: Deployment, watch: Watch, total: float, home: Path) ->
     console.print(leaderboard_table(deployment))
     console.print(f"scores         {deployment.published_path}", soft_wrap=True)
     console.print(f"contact sheet  {deployment.contact_sheet_path}", soft_wrap=True)
+    console.print(f"score report   {deployment.report_path}", soft_wrap=True)
     if home == deployment.settings.path(Path(".dagster")):
         console.print("look around    make dev, then http://127.0.0.1:3000")
 

@@ -726,6 +726,11 @@ class Settings(BaseSettings):
         Path("data/prompt_suites/animated_movies.yaml"), description="what every model draws"
     )
     store: Path = Field(Path("data/store"), description="everything computed")
+    public_url: str | None = Field(
+        None,
+        pattern=r"^https?://\S+$",
+        description="where a web server shows the store's folder `public`, for links to the report",
+    )
     max_concurrent: Positive = Field(1, description="steps of one run at the same time")
     base_model: ModelRef = Field(description="the Stable Diffusion that is fine-tuned")
     images: ImageSettings = ImageSettings()

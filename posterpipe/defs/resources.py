@@ -92,6 +92,11 @@ class Deployment:
         return self.store_root / "public" / "contact_sheet.png"
 
     @property
+    def report_path(self) -> Path:
+        """The first page of the score report."""
+        return self.store_root / "public" / "report" / "index.html"
+
+    @property
     def warehouse(self) -> Warehouse:
         """The score warehouse; write to it only in steps of the pool `warehouse`."""
         from posterpipe.core.warehouse import Warehouse

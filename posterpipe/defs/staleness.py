@@ -160,6 +160,7 @@ def _lost(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deploymen
         "leaderboard": [deployment.warehouse_path],
         "published_scores": [deployment.published_path],
         "contact_sheet": [deployment.contact_sheet_path],
+        "score_report": [deployment.report_path],
     }.get(name, [])
     version = made.metadata.get(TABLE_VERSION)
     if version is not None and deployment.store.table_version(name) != version.value:

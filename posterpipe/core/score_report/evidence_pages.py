@@ -1,0 +1,430 @@
+"""Copies, legibility, the gate's log, data quality, glossary.
+
+What belongs here: what stands on these pages. What does not: markup and style (the templates).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from posterpipe.core.score_report import charts
+from posterpipe.core.score_report.data import (
+    BASELINE,
+    TUNED,
+    Nearest,
+    Prompt,
+    Published,
+    Row,
+    Shot,
+    number,
+    text,
+    variant_name,
+    variant_order,
+)
+from posterpipe.core.score_report.gallery_pages import (
+    alt_text,
+    gallery_files,
+    picture_of,
+    shot_address,
+)
+from posterpipe.core.score_report.pictures import Pictures
+from posterpipe.core.score_report.words import (
+    DASH,
+    DECIDED,
+    ROWS_SHOWN,
+    code,
+    count,
+    cut,
+    first_of,
+    heads,
+    interval,
+    moment,
+    rounded,
+    share,
+    shares,
+    short,
+)
+
+# --- overfitting and copies -----------------------------------------------------------------------
+
+
+def copying_context(published: Published, pictures: Pictures) -> dict[str, Any]:
+    files = gallery_files(published)
+    compared = [(prompt, shot, shot.nearest) for prompt, shot in published.shots if shot.nearest]
+    flagged = [one for one in compared if one[2].copied]
+    flagged.sort(key=lambda one: -one[2].similarity)
+    cards = [
+        {
+            "image": picture_of(pictures, shot.image),
+            "alt": alt_text(prompt, shot.variant, shot.seed),
+            "poster": picture_of(pictures, nearest.poster),
+            "poster_name": nearest.name,
+            "href": shot_address(files, prompt, shot.seed),
+            "variant": shot.variant,
+            "name": variant_name(shot.variant),
+            "seed": shot.seed,
+            "cosine": nearest.similarity,
+            "bits": nearest.hash_distance,
+            "prompt_id": prompt.prompt_id,
+        }
+        for prompt, shot, nearest in flagged[:COPIES_SHOWN]
+    ]
+    if not compared:
+        headline = "Images have not been compared with posters yet"
+    elif not flagged:
+        headline = "No image counts as a copy"
+    elif len(flagged) == 1:
+        headline = f"One image of {len(compared)} counts as a copy"
+    else:
+        headline = f"{len(flagged)} images of {len(compared)} count as copies"
+    told = "The nearest first."
+    if len(flagged) > COPIES_SHOWN:
+        told += f" {COPIES_SHOWN} of {len(flagged)} are shown."
+    return {
+        "headline": headline,
+        "boards": _nearness_tables(published),
+        "histogram": _nearness(compared),
+        "copies": cards,
+        "copies_told": told,
+        "compared": len(compared),
+    }
+
+
+COPIES_SHOWN = 60
+
+
+def _nearness_tables(published: Published) -> list[dict[str, Any]]:
+    """One table an encoder: the current images, then those of earlier checkpoints."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in published.rows("overfit_and_copy"):
+        groups.setdefault((text(row["encoder"]), text(row["preprocessing"])), []).append(row)
+    tables = []
+    for (encoder, preprocessing), rows in groups.items():
+        gaps = [
+            number(row[n]) for row in rows for n in ("overfit_gap", "gap_low_95", "gap_high_95")
+        ]
+        scale = charts.row_scale(gaps, include=(0.0,))
+        tables.append(
+            {
+                "caption": f"Encoder {encoder}, {preprocessing}",
+                "rows": [
+                    {
+                        "variant": text(row["variant"]),
+                        "name": variant_name(text(row["variant"])),
+                        "checkpoint": short(row["checkpoint_id"], 7),
+                        "current": bool(row["is_current"]),
+                        "holdout": rounded(row["holdout_similarity"]),
+                        "training": rounded(row["training_similarity"]),
+                        "gap": rounded(row["overfit_gap"]),
+                        "interval": interval(row, "gap_low_95", "gap_high_95", sign=True),
+                        "plot": charts.interval_row(
+                            number(row["overfit_gap"]), number(row["gap_low_95"]),
+                            number(row["gap_high_95"]), scale, variant=text(row["variant"]),
+                            zero=0.0,
+                        ),
+                        "nearest": rounded(row["nearest_highest"]),
+                        "threshold": rounded(row["copy_threshold"]),
+                        "copies": f"{count(row, 'copies')} of {count(row, 'compared')}",
+                        "copied": count(row, "copies") > 0,
+                    }
+                    for row in rows
+                ],
+                "axis": charts.axis_row(scale, sign=True),
+            }
+        )  # fmt: skip
+    return tables
+
+
+def _nearness(compared: Sequence[tuple[Prompt, Shot, Nearest]]) -> Markup | None:
+    """How near the images of each variant come to their nearest training poster."""
+    groups: dict[str, list[float]] = {}
+    for _, shot, nearest in compared:
+        groups.setdefault(shot.variant, []).append(nearest.similarity)
+    if not groups:
+        return None
+    limits = [n.threshold for _, _, n in compared if n.threshold is not None]
+    return charts.histogram(
+        "nearness", "Cosine of each image with its nearest training poster, by variant",
+        [
+            (variant_name(variant), groups[variant], charts.variant_class(variant))
+            for variant in sorted(groups, key=variant_order)
+        ],
+        limit=limits[0] if limits else None,
+        limit_label="a copy from here on",
+    )  # fmt: skip
+
+
+# --- legibility -----------------------------------------------------------------------------------
+
+
+def legibility_context(published: Published, pictures: Pictures) -> dict[str, Any]:
+    table = published.rows("legibility")
+    lettering = {"set": "set in type", "drawn": "as drawn"}
+    rows = [
+        {
+            "variant": text(row["variant"]),
+            "name": variant_name(text(row["variant"])),
+            "lettering": lettering.get(text(row["lettering"]), text(row["lettering"])),
+            "exact": f"{count(row, 'exact')} of {count(row, 'images')}",
+            "share": share(row["exact_share"]),
+            "interval": shares(row, "exact_low_95", "exact_high_95"),
+            "bar": charts.share_bar(
+                number(row["exact_share"]), css=charts.variant_class(text(row["variant"]))
+            ),
+            "distance": rounded(row["mean_distance"]),
+            # A distance is never below 0, whatever an interval by Student's t says.
+            "distance_interval": interval(
+                {
+                    "low": max(0.0, number(row["distance_low_95"]) or 0.0),
+                    "high": row["distance_high_95"],
+                },
+                "low",
+                "high",
+            ),
+            "prompts": count(row, "prompts"),
+        }
+        for row in sorted(
+            table,
+            key=lambda row: (row["lettering"] != "drawn", variant_order(text(row["variant"]))),
+        )
+    ]
+    found, asked = (
+        sum(count(row, name) for row in table if row["lettering"] == "set")
+        for name in ("exact", "images")
+    )
+    drawn, drawn_asked = (
+        sum(count(row, name) for row in table if row["lettering"] == "drawn")
+        for name in ("exact", "images")
+    )
+    headline = "Titles have not been read yet"
+    if asked:
+        headline = f"{share(found / asked)} of the set titles are read exactly"
+        if drawn_asked:
+            headline += f", {share(drawn / drawn_asked)} of the drawn ones"
+    elif drawn_asked:
+        headline = f"{share(drawn / drawn_asked)} of the drawn titles are read exactly"
+    misread = [
+        [prompt.prompt_id, variant_name(shot.variant), shot.seed, prompt.title,
+         shot.read.get("set") or "nothing", charts.plain(shot.distance["set"], 2)]
+        for prompt, shot in published.shots
+        if shot.distance.get("set", 0.0) > 0
+    ]  # fmt: skip
+    readers = sorted({text(row["reader"]) for row in table})
+    return {
+        "headline": headline,
+        "rows": rows,
+        "caption": f"Reader: {', '.join(readers)}" if readers else "",
+        "examples": _title_examples(published, pictures),
+        "misread": misread[:ROWS_SHOWN],
+        "misread_columns": heads("Prompt", "Variant", "#Seed", "Title", "Read", "#Distance"),
+        "misread_told": first_of(misread),
+    }
+
+
+TITLES_SHOWN = 24
+
+
+def _title_examples(published: Published, pictures: Pictures) -> list[dict[str, Any]]:
+    """The first seed of every prompt, of the fine-tuned model where there is one."""
+    files = gallery_files(published)
+    cards = []
+    for prompt in published.prompts:
+        seed = prompt.seeds[0]
+        shot = prompt.shots.get((seed, TUNED)) or prompt.shots.get((seed, BASELINE))
+        if shot is None:
+            continue
+        drawn, titled = picture_of(pictures, shot.image), picture_of(pictures, shot.titled)
+        if drawn is None or titled is None:
+            continue
+        cards.append(
+            {
+                "title": prompt.title,
+                "href": shot_address(files, prompt, seed),
+                "drawn": drawn,
+                "drawn_alt": f"As drawn: {alt_text(prompt, shot.variant, seed)}",
+                "set": titled,
+                "set_alt": f"With the title {prompt.title} set in type",
+                "read_drawn": shot.read.get("drawn"),
+                "read_set": shot.read.get("set"),
+            }
+        )
+    return cards[:TITLES_SHOWN]
+
+
+# --- gate -----------------------------------------------------------------------------------------
+
+
+def gate_context(published: Published) -> dict[str, Any]:
+    checks: dict[str, list[Row]] = {}
+    for row in published.rows("gate_checks"):
+        checks.setdefault(text(row["decision_id"]), []).append(row)
+    rows = published.rows("gate_decisions")
+    decisions = [_decision(row, checks.get(text(row["decision_id"]), [])) for row in rows][::-1]
+    headline = "No checkpoint has been judged yet"
+    if decisions:
+        latest = decisions[0]
+        headline = f"The latest decision: {latest['checkpoint']} was {latest['decision']}"
+        if latest["by_person"]:
+            headline = f"The latest decision is a person's: {latest['after']} is served"
+    return {"headline": headline, "decisions": decisions}
+
+
+def _decision(row: Row, checks: Sequence[Row]) -> dict[str, Any]:
+    decision = text(row["decision"])
+    return {
+        "anchor": f"d-{short(row['decision_id'])}",
+        "decision": DECIDED.get(decision, decision) if not row["by_person"] else "by a person",
+        "css": "person" if row["by_person"] else decision if decision in DECIDED else "",
+        "by_person": bool(row["by_person"]),
+        "checkpoint": short(row["checkpoint_id"]),
+        "before": short(row["champion_before"]),
+        "after": short(row["champion_after"]),
+        "when": moment(row["decided_at"]),
+        "who": text(row["decided_by"]) if row["by_person"] else "the gate",
+        "reason": text(row["reason"]),
+        "checks": [
+            {
+                "name": text(check["check_name"]),
+                "outcome": text(check["outcome"]),
+                "css": check["outcome"] if check["outcome"] in ("pass", "fail") else "open",
+                "value": rounded(check["value"]),
+                "interval": interval(check, "low_95", "high_95"),
+                "limit": rounded(check["limit_value"]),
+                "reason": text(check["reason"]),
+            }
+            for check in checks
+        ],
+    }
+
+
+# --- data quality ---------------------------------------------------------------------------------
+
+
+def data_context(published: Published) -> dict[str, Any]:
+    unscored = [
+        [prompt.prompt_id, shot.seed, variant_name(shot.variant), shot.status,
+         cut(shot.reason, 200) or "not scored"]
+        for prompt, shot in published.shots
+        if shot.cosine is None
+    ]  # fmt: skip
+    images = len(published.shots)
+    if not images:
+        headline = "Nothing to check yet"
+    elif not unscored:
+        headline = f"All {images} images have a score"
+    else:
+        have = "has" if len(unscored) == 1 else "have"
+        headline = f"{len(unscored)} of {images} images {have} no score"
+    return {
+        "headline": headline,
+        "quality": _quality(published),
+        "sections": [
+            _freshness_section(published),
+            _metrics_section(published),
+            _checkpoints_section(published),
+        ],
+        "unscored": unscored[:ROWS_SHOWN],
+        "unscored_columns": heads("Prompt", "#Seed", "Variant", "Status", "Reason"),
+        "unscored_told": first_of(unscored),
+    }
+
+
+_STATE_CSS = {False: "seg fine", True: "seg problem"}
+
+
+def _quality(published: Published) -> list[dict[str, Any]]:
+    """The states of each section, with their shares."""
+    groups: dict[str, list[Row]] = {}
+    for row in published.rows("data_quality"):
+        groups.setdefault(text(row["section"]), []).append(row)
+    return [
+        {
+            "section": section,
+            "explanation": text(rows[0]["explanation"]),
+            "total": count(rows[0], "total"),
+            "bar": charts.stacked_bar(
+                [(number(row["share"]) or 0.0, _STATE_CSS[bool(row["is_problem"])]) for row in rows]
+            ),
+            "states": [
+                {
+                    "item": text(row["item"]),
+                    "count": count(row, "items"),
+                    "problem": bool(row["is_problem"]),
+                }
+                for row in rows
+            ],
+        }
+        for section, rows in groups.items()
+    ]
+
+
+def _freshness_section(published: Published) -> dict[str, Any]:
+    return {
+        "title": "Freshness",
+        "told": "When something last happened at each stage.",
+        "columns": heads("Stage", "Latest", "#Items", "What happened", "Run"),
+        "rows": [
+            [
+                text(row["subject"]), moment(row["latest_at"]) or "never", count(row, "items"),
+                text(row["explanation"]), code(short(row["run_id"], 8) or DASH),
+            ]
+            for row in published.rows("freshness")
+        ],
+        "absent": "The freshness of the stages is not known.",
+        "assets": ["freshness"],
+    }  # fmt: skip
+
+
+def _metrics_section(published: Published) -> dict[str, Any]:
+    return {
+        "title": "Metrics",
+        "told": "Numbers of two metric ids are never mixed.",
+        "columns": heads("Name", "What it is", "Preprocessing", "Metric id"),
+        "rows": [
+            [
+                text(row["name"]), text(row["description"]), text(row["preprocessing"]),
+                code(row["metric_id"]),
+            ]
+            for row in published.rows("dim_metric")
+        ],
+        "absent": "No metric has been used yet.",
+        "assets": ["clip_scores"],
+    }  # fmt: skip
+
+
+def _checkpoints_section(published: Published) -> dict[str, Any]:
+    return {
+        "title": "Models",
+        "told": "What images were drawn with.",
+        "columns": heads("Checkpoint", "Kind", "Training set", "Trained", "First seen"),
+        "rows": [
+            [
+                code(short(row["checkpoint_id"])), text(row["kind"]),
+                code(short(row["training_set_version"]) or DASH),
+                moment(row["trained_at"]) or DASH, moment(row["first_seen_at"]),
+            ]
+            for row in published.rows("dim_checkpoint")
+        ],
+        "absent": "No model has drawn anything yet.",
+        "assets": ["base_generations"],
+    }  # fmt: skip
+
+
+# --- glossary -------------------------------------------------------------------------------------
+
+
+def glossary_context(published: Published) -> dict[str, Any]:
+    encoder = next(
+        (
+            text(row["encoder"])
+            for row in published.rows("dim_metric")
+            if row["metric_id"] == published.headline_metric
+        ),
+        "",
+    )
+    values = [shot.cosine for _, shot in published.shots if shot.cosine is not None]
+    span = f"{charts.plain(min(values), 2)} to {charts.plain(max(values), 2)}" if values else ""
+    return {"encoder": encoder, "span": span, "starter": "starter" in encoder}

@@ -1,0 +1,407 @@
+"""The first page: leaderboard, growth, effects, trend, the best and the worst.
+
+What belongs here: what stands on it. What does not: markup and style (`index.html.j2`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from posterpipe.core.score_report import charts
+from posterpipe.core.score_report.data import (
+    BASELINE,
+    TUNED,
+    Published,
+    Row,
+    number,
+    text,
+    variant_name,
+    variant_order,
+)
+from posterpipe.core.score_report.gallery_pages import (
+    alt_text,
+    gallery_files,
+    picture_of,
+    slug_of,
+)
+from posterpipe.core.score_report.pictures import Pictures
+from posterpipe.core.score_report.words import (
+    BETTER,
+    DASH,
+    DECIDED,
+    count,
+    cut,
+    day,
+    interval,
+    moment,
+    plural,
+    rounded,
+    share,
+    short,
+    verdict,
+)
+
+THESIS = {"sd": 0.35, "sd_negative": 0.38, "dreambooth": 0.61, "dreambooth_negative": 0.77}
+
+
+def headline(published: Published) -> tuple[str, str]:
+    """What the report says first: a title, and a sentence with the numbers."""
+    return _headline(published, {text(row["variant"]): row for row in _by_headline(published)})
+
+
+def index_context(published: Published, pictures: Pictures) -> dict[str, Any]:
+    board = {text(row["variant"]): row for row in _by_headline(published)}
+    title, lede = _headline(published, board)
+    growth, growth_rows = _growth(board)
+    first = board.get(TUNED) or board.get(BASELINE)
+    return {
+        "images": len(published.shots),
+        "headline": title,
+        "lede": lede,
+        "byline": _byline(published, board),
+        "figures": _key_figures(board),
+        "growth": growth,
+        "growth_rows": growth_rows,
+        "growth_note": GROWTH_NOTE,
+        "n_prompts": count(first, "prompts"),
+        "boards": _boards(published),
+        "effects": _effects(published),
+        "trends": _trends(published),
+        "extremes": _extremes(published, pictures),
+    }
+
+
+GROWTH_NOTE = (
+    "One image a variant, as in the thesis, supports no ranking: between prompts and seeds scores "
+    "vary by more than its first two rows differ. And 0.61 and 0.77 are outside what raw cosines "
+    "of CLIP reach; they fit the scale of 2.5 · max(cosine, 0), on which this chart is drawn."
+)
+
+
+def _by_headline(published: Published) -> list[Row]:
+    """The rows of the leaderboard by the metric that variants are ranked by, in order."""
+    rows = [
+        row
+        for row in published.rows("leaderboard")
+        if row["metric_id"] == published.headline_metric
+    ]
+    return sorted(rows, key=lambda row: variant_order(text(row["variant"])))
+
+
+def _headline(published: Published, board: Mapping[str, Row]) -> tuple[str, str]:
+    """What the numbers allow to say, and no more."""
+    if not published.shots:
+        return (
+            "No scores yet",
+            "The pipeline has not published any scored image. This page fills by itself as soon as "
+            "it has.",
+        )
+    tuned = board.get(TUNED)
+    if tuned is None or BASELINE not in board:
+        return (
+            "Scores without a comparison",
+            f"There are {len(published.shots)} images, but not of both the base and the fine-tuned "
+            "model, so that nothing can be said about fine-tuning yet.",
+        )
+    difference, low, high = (
+        number(tuned[name]) for name in ("diff_to_sd", "diff_low_95", "diff_high_95")
+    )
+    prompts = count(tuned, "prompts")
+    if difference is None or low is None or high is None:
+        return (
+            "Too few prompts to tell",
+            f"Fine-tuning was compared on {plural(prompts, 'prompt')}. One prompt says nothing "
+            "about others: an interval needs two or more.",
+        )
+    interval = f"{charts.signed(low)} to {charts.signed(high)}"
+    if low > 0:
+        title = "Fine-tuning follows the prompts better"
+        said = "raises the CLIP cosine by"
+    elif high < 0:
+        title = "Fine-tuning follows the prompts worse"
+        said = "changes the CLIP cosine by"
+    else:
+        return (
+            "No difference that this suite can show",
+            f"Fine-tuning changes the CLIP cosine by {charts.signed(difference)}, but the 95 % "
+            f"interval, {interval} over {prompts} prompts, holds zero.",
+        )
+    return (
+        title,
+        f"Compared image by image with the base model, on the same prompts, seeds and noise, it "
+        f"{said} {charts.signed(difference)} on average: {interval} (95 % interval over {prompts} "
+        "prompts).",
+    )
+
+
+def _byline(published: Published, board: Mapping[str, Row]) -> list[str]:
+    if not published.shots:
+        return []
+    told = [f"Scores of {moment(published.scored_at)}"] if published.scored_at else []
+    seeds = {len(prompt.seeds) for prompt in published.prompts}
+    each = f", {plural(seeds.pop(), 'seed')} each" if len(seeds) == 1 else ""
+    told.append(f"{plural(len(published.prompts), 'prompt')}{each}")
+    told.append(f"{len(published.shots)} images")
+    if TUNED in board:
+        told.append(f"Checkpoint {short(board[TUNED]['checkpoint_id'])}")
+    if published.headline_metric:
+        told.append(f"Metric {published.headline_metric}")
+    return told
+
+
+def _key_figures(board: Mapping[str, Row]) -> list[dict[str, str]]:
+    return [
+        {
+            "name": variant_name(variant),
+            "value": rounded(row["mean"]),
+            "note": interval(row, "low_95", "high_95"),
+        }
+        for variant, row in board.items()
+    ]
+
+
+def _scaled(value: Any) -> float | None:
+    known = number(value)
+    return None if known is None else 2.5 * max(known, 0.0)
+
+
+def _growth(board: Mapping[str, Row]) -> tuple[Markup | None, list[dict[str, str]]]:
+    """The thesis's chart from the leaderboard, with the thesis's numbers beside."""
+    points, beside, rows = [], [], []
+    for variant, thesis in THESIS.items():
+        row = board.get(variant)
+        if row is None:
+            continue
+        mean, low, high = (_scaled(row[n]) for n in ("mean", "low_95", "high_95"))
+        label = variant_name(variant).replace(" + ", "|+ ")
+        points.append(charts.Point(label, mean, low, high, variant))
+        beside.append(charts.Point(f"{variant_name(variant)} in the thesis", thesis))
+        rows.append(
+            {
+                "variant": variant,
+                "name": variant_name(variant),
+                "here": charts.plain(mean, 2) if mean is not None else DASH,
+                "interval": (
+                    f"{charts.plain(low, 2)} to {charts.plain(high, 2)}"
+                    if low is not None and high is not None
+                    else DASH
+                ),
+                "thesis": charts.plain(thesis, 2),
+            }
+        )
+    if len(points) < 2:
+        return None, rows
+    chart = charts.points_chart(
+        "growth-chart", "CLIP score by variant, here and in the thesis", points, beside=beside,
+        include=(0.0,), unit="score",
+    )  # fmt: skip
+    return chart, rows
+
+
+def _boards(published: Published) -> list[dict[str, Any]]:
+    """The metric that variants are ranked by, then the other kinds of CLIP-T."""
+    main = published.headline_metric
+    groups = _by_metric(published.rows("leaderboard"))
+    return [
+        _board(metric_id, rows)
+        for metric_id, rows in groups
+        if metric_id == main or metric_id.startswith("clip_t.")
+    ]
+
+
+def _by_metric(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """In the order of the mart, the metric that variants are ranked by first."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(text(row["metric_id"]), []).append(row)
+    return sorted(groups.items(), key=lambda one: not one[1][0]["is_headline"])
+
+
+def _board(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """One metric of the leaderboard, with its marks."""
+    ranked = sorted(rows, key=lambda row: variant_order(text(row["variant"])))
+    scale = charts.row_scale(number(row[n]) for row in rows for n in ("mean", "low_95", "high_95"))
+    shown = []
+    for row in ranked:
+        variant = text(row["variant"])
+        mean, low, high = (number(row[n]) for n in ("mean", "low_95", "high_95"))
+        difference = number(row["diff_to_sd"])
+        shown.append(
+            {
+                "variant": variant,
+                "name": variant_name(variant),
+                "mean": charts.plain(mean) if mean is not None else DASH,
+                "interval": interval(row, "low_95", "high_95"),
+                "plot": charts.interval_row(mean, low, high, scale, variant=variant),
+                "difference": charts.signed(difference) if difference is not None else DASH,
+                "difference_interval": interval(row, "diff_low_95", "diff_high_95", sign=True),
+                "css": verdict(row, "diff_low_95", "diff_high_95"),
+                "prompts": count(row, "prompts"),
+                "images": count(row, "images"),
+                "missing": count(row, "blocked") + count(row, "failed"),
+            }
+        )
+    return {
+        "metric_id": metric_id,
+        "name": text(rows[0]["metric"]),
+        "better": BETTER.get(text(rows[0]["better"]), ""),
+        "rows": shown,
+        "axis": charts.axis_row(scale),
+    }
+
+
+def _effects(published: Published) -> list[dict[str, Any]]:
+    """One table a metric."""
+    return [_effect_table(*one) for one in _by_metric(published.rows("paired_effects"))]
+
+
+def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
+    numbers = [number(row[n]) for row in rows for n in ("mean_difference", "low_95", "high_95")]
+    scale = charts.row_scale(numbers, include=(0.0,))
+    shown = []
+    for row in rows:
+        mean, low, high = (number(row[n]) for n in ("mean_difference", "low_95", "high_95"))
+        question = text(row["question"])
+        variant = BASELINE if text(row["comparison"]).startswith("negative on base") else TUNED
+        win = share(row["win_rate"])
+        wins = number(row["win_low_95"]), number(row["win_high_95"])
+        if wins[0] is not None and wins[1] is not None:
+            win += f" ({100 * wins[0]:.0f} to {100 * wins[1]:.0f})"
+        shown.append(
+            {
+                "name": question[:1].upper() + question[1:],
+                "difference": charts.signed(mean) if mean is not None else DASH,
+                "interval": interval(row, "low_95", "high_95", sign=True),
+                "plot": charts.interval_row(mean, low, high, scale, variant=variant, zero=0.0),
+                "finding": text(row["finding"]),
+                "css": verdict(row, "low_95", "high_95"),
+                "size": rounded(row["effect_size"], 2),
+                "win": win,
+                "detectable": rounded(row["detectable_difference"]),
+                "n": f"{count(row, 'prompts')} · {count(row, 'pairs')}",
+            }
+        )
+    detectable = [
+        n for n in (number(row["detectable_difference"]) for row in rows) if n is not None
+    ]
+    first = rows[0]
+    note = ""
+    if detectable:
+        note = (
+            f"With {count(first, 'prompts')} prompts this suite finds differences from "
+            f"{charts.plain(min(detectable))} to {charts.plain(max(detectable))} on, depending on "
+            "the question, four times of five. Smaller ones may be there unseen."
+        )
+    return {
+        "metric_id": metric_id,
+        "name": text(first["metric"]),
+        "better": BETTER.get(text(first["better"]), ""),
+        "rows": shown,
+        "axis": charts.axis_row(scale, sign=True),
+        "note": note,
+    }
+
+
+def _trends(published: Published) -> list[dict[str, Any]]:
+    """One chart a metric that has judged a fine-tuned checkpoint."""
+    trends = [
+        _trend(index, rows)
+        for index, (_, rows) in enumerate(_by_metric(published.rows("checkpoint_trend")))
+    ]
+    return [trend for trend in trends if trend]
+
+
+def _trend(index: int, rows: Sequence[Row]) -> dict[str, Any] | None:
+    tuned = [row for row in rows if row["kind"] == "tuned" and row["variant"] == TUNED]
+    if not tuned:
+        return None
+    base = next(
+        (r for r in rows if r["kind"] == "base" and r["variant"] == BASELINE and r["is_current"]),
+        None,
+    )
+    reference = None
+    if base is not None:
+        reference = charts.Point(
+            f"Base {rounded(base['mean'], 2)}", number(base["mean"]), number(base["low_95"]),
+            number(base["high_95"]), BASELINE,
+        )  # fmt: skip
+    points = [
+        charts.Point(
+            f"{short(row['checkpoint_id'], 7)}|{day(row['trained_at'])}",
+            number(row["mean"]), number(row["low_95"]), number(row["high_95"]), TUNED,
+            ", ".join(
+                word
+                for word in (
+                    DECIDED.get(text(row["decision"]), ""),
+                    "served" if row["is_champion"] else "",
+                )
+                if word
+            ),
+        )
+        for row in tuned
+    ]  # fmt: skip
+    metric = text(rows[0]["metric"])
+    incomplete = sum(not row["is_complete"] for row in tuned)
+    better = BETTER.get(text(rows[0]["better"]), "")
+    caption = f"{metric} of the fine-tuned model without negative prompt" + (
+        f"; {better}. " if better else ". "
+    )
+    caption += "Dashed: the base model. "
+    caption += "Only answers to the present suite and sampler are compared."
+    if incomplete:
+        caption += f" {plural(incomplete, 'checkpoint')} did not answer all of it."
+    return {
+        "name": metric,
+        "headline": bool(rows[0]["is_headline"]),
+        "chart": charts.points_chart(
+            f"trend-{index}", f"{metric} by checkpoint", points, reference=reference, unit=""
+        ),
+        "caption": caption,
+        "rows": [
+            {
+                "checkpoint": short(row["checkpoint_id"]),
+                "trained": moment(row["trained_at"]) or text(row["kind"]),
+                "variant": variant_name(text(row["variant"])),
+                "mean": rounded(row["mean"]),
+                "interval": interval(row, "low_95", "high_95"),
+                "prompts": count(row, "prompts"),
+                "decision": DECIDED.get(text(row["decision"]), ""),
+                "decision_css": text(row["decision"]) if text(row["decision"]) in DECIDED else "",
+            }
+            for row in rows
+        ],
+    }
+
+
+def _extremes(published: Published, pictures: Pictures) -> list[dict[str, Any]]:
+    """The two best and the two worst prompts, by what fine-tuning changed."""
+    known = sorted(
+        (prompt for prompt in published.prompts if prompt.effect is not None),
+        key=lambda prompt: (-(prompt.effect or 0.0), prompt.prompt_id),
+    )
+    files = gallery_files(published)
+    chosen = known if len(known) <= 4 else [*known[:2], *known[-2:]]
+    cards = []
+    for prompt in chosen:
+        seed = prompt.seeds[0]
+        pair = [prompt.shots.get((seed, variant)) for variant in (BASELINE, TUNED)]
+        shown = [picture_of(pictures, shot.image if shot else None) for shot in pair]
+        if not all(shown):
+            continue
+        slug = slug_of(prompt.prompt_id)
+        cards.append(
+            {
+                "href": f"{files[prompt.prompt_id]}#{slug}",
+                "prompt_id": prompt.prompt_id,
+                "prompt": cut(prompt.prompt, 140),
+                "effect": prompt.effect,
+                "left": shown[0],
+                "left_alt": alt_text(prompt, BASELINE, seed),
+                "right": shown[1],
+                "right_alt": alt_text(prompt, TUNED, seed),
+            }
+        )
+    return cards

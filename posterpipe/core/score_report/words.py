@@ -1,0 +1,113 @@
+"""Words and numbers as the report shows them.
+
+What belongs here: formatting, shared by all pages. What does not: any page.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from posterpipe.core.score_report import charts
+from posterpipe.core.score_report.data import Row, missing, number, text
+
+DASH = "–"
+"""Where there is nothing to show."""
+
+ROWS_SHOWN = 200
+"""Of long lists: the published database has all of them."""
+
+BETTER = {"higher": "higher is better", "lower": "lower is better", "nearer 0": "0 is ideal"}
+
+DECIDED = {"promote": "promoted", "hold": "held", "reject": "rejected"}
+
+
+def count(row: Row | None, name: str) -> int:
+    value = number(row[name]) if row else None
+    return int(value) if value is not None else 0
+
+
+def heads(*names: str) -> list[dict[str, Any]]:
+    """Column heads; # marks one of numbers."""
+    return [{"head": name.lstrip("#"), "num": name.startswith("#")} for name in names]
+
+
+def code(value: Any) -> Markup:
+    return Markup("<code>{}</code>").format(text(value))
+
+
+def rounded(value: Any, digits: int = 3) -> str:
+    known = number(value)
+    if known is None:
+        return DASH
+    return charts.plain(known, 0 if known == int(known) and abs(known) < 1e6 else digits)
+
+
+def interval(row: Row, low: str, high: str, *, sign: bool = False) -> str:
+    bounds = number(row.get(low)), number(row.get(high))
+    if bounds[0] is None or bounds[1] is None:
+        return DASH
+    show: Callable[[float], str] = charts.signed if sign else charts.plain
+    return f"{show(bounds[0])} to {show(bounds[1])}"
+
+
+def _sure(row: Row, low: str, high: str) -> str:
+    """gain or loss where the whole interval says so."""
+    bounds = number(row.get(low)), number(row.get(high))
+    if bounds[0] is not None and bounds[0] > 0:
+        return "gain"
+    return "loss" if bounds[1] is not None and bounds[1] < 0 else ""
+
+
+def moment(value: Any) -> str:
+    if missing(value) or not isinstance(value, dt.datetime):
+        return ""
+    return f"{value.day} {value:%B %Y, %H:%M} UTC"
+
+
+def verdict(row: Row, low: str, high: str) -> str:
+    """gain or loss of an effect, by whether higher or lower is better."""
+    sure = _sure(row, low, high)
+    better = text(row["better"])
+    if not sure or better == "higher":
+        return sure
+    return {"gain": "loss", "loss": "gain"}[sure] if better == "lower" else ""
+
+
+def day(value: Any) -> str:
+    return "" if missing(value) or not isinstance(value, dt.datetime) else f"{value.day} {value:%b}"
+
+
+def short(value: Any, length: int = 12) -> str:
+    return text(value)[:length]
+
+
+def cut(value: str, length: int) -> str:
+    value = " ".join(value.split())
+    return value if len(value) <= length else value[: length - 1].rstrip() + "…"
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def share(value: Any) -> str:
+    """A share of 1 in per cent."""
+    known = number(value)
+    return DASH if known is None else f"{100 * known:.0f} %"
+
+
+def shares(row: Row, low: str, high: str) -> str:
+    bounds = number(row[low]), number(row[high])
+    if bounds[0] is None or bounds[1] is None:
+        return DASH
+    return f"{100 * bounds[0]:.0f} to {100 * bounds[1]:.0f} %"
+
+
+def first_of(rows: Sequence[Any]) -> str:
+    """How many of them a table shows."""
+    more = f"The first {ROWS_SHOWN} of {len(rows)}" if len(rows) > ROWS_SHOWN else ""
+    return more or f"{len(rows)} in all"

@@ -1,0 +1,358 @@
+"""The score report: whole pages, nothing from outside, nothing hostile, replaced at once."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import duckdb
+import pytest
+
+from posterpipe.core.score_report import Written, write_report
+from posterpipe.core.score_report.gallery_pages import IMAGES_A_PAGE, slug_of
+from posterpipe.core.score_report.pages import PAGES
+from posterpipe.core.warehouse import Warehouse, WarehouseMissing, publish
+from posterpipe_tests.report_world import (
+    GONE,
+    HOSTILE,
+    HOSTILE_ID,
+    LONG,
+    copy_of,
+    published_world,
+)
+
+VOID = {"meta", "link", "img", "input", "br", "hr"}
+
+
+class Parsed(HTMLParser):
+    """A page: its tags with their attributes, its text, and tags that were not closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(f"</{tag}> at {self.getpos()}")
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def parsed(folder: Path) -> dict[str, Parsed]:
+    return {file.name: Parsed(file.read_text("utf-8")) for file in sorted(folder.glob("*.html"))}
+
+
+def assert_whole(folder: Path) -> dict[str, Parsed]:
+    """Every page is well-formed, and every link, image and anchor leads somewhere inside."""
+    pages = parsed(folder)
+    assert set(pages) >= {page.file for page in PAGES}
+    anchors = {
+        name: {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+        for name, page in pages.items()
+    }
+    for name, page in pages.items():
+        assert page.wrong == [] and page.open == [], name
+        ids = Counter(attributes["id"] for _, attributes in page.tags if "id" in attributes)
+        assert [one for one, count in ids.items() if count > 1] == [], name
+        for tag, attributes in page.tags:
+            for attribute in ("href", "src", "data-titled", "data-titled-full"):
+                target = attributes.get(attribute)
+                if target is None or target == "data:,":
+                    continue
+                place, _, anchor = target.partition("#")
+                assert not re.match(r"[a-z]+:|//|/", place), (name, tag, target)
+                file = (folder / unquote(place or name)).resolve()
+                assert file.is_relative_to(folder.resolve()) and file.is_file(), (name, target)
+                if anchor:
+                    assert unquote(anchor) in anchors[file.name], (name, target)
+            for attribute in ("aria-labelledby", "for"):
+                for label in attributes.get(attribute, "").split():
+                    assert label in anchors[name], (name, attribute, label)
+    return pages
+
+
+@pytest.fixture(scope="module")
+def world() -> Path:
+    return published_world()
+
+
+@pytest.fixture(scope="module")
+def written(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    folder = tmp_path_factory.mktemp("site") / "report"
+    return write_report(world / "public" / "scores.duckdb", world, folder)
+
+
+@pytest.fixture(scope="module")
+def pages(written: Written) -> dict[str, Parsed]:
+    return assert_whole(written.index.parent)
+
+
+def test_every_section_is_there_and_filled(pages: dict[str, Parsed]) -> None:
+    index = pages["index.html"]
+    sections = {attributes.get("id") for attributes in index.all("section")}
+    assert sections >= {"growth", "leaderboard", "effects", "trend", "extremes"}
+    for name, page in pages.items():
+        assert "Materialize" not in page.text, name
+    assert "Thesis" in index.text and "0.77" in index.text
+    assert "promoted" in index.text and "held" in index.text
+    assert "Smaller ones may be there unseen" in index.text
+    assert "counts as a copy" in pages["copying.html"].text.lower() or (
+        "count as copies" in pages["copying.html"].text
+    )
+    assert "THING 1" in pages["legibility.html"].text
+    assert "by ada" in pages["gate.html"].text and "36 of 36 cells" in pages["gate.html"].text
+    assert "resembles another" in pages["data.html"].text
+    assert "What does 0.30 mean?" in pages["glossary.html"].text
+
+
+def test_numbers_are_those_of_the_marts(world: Path, pages: dict[str, Parsed]) -> None:
+    with duckdb.connect(str(world / "public" / "scores.duckdb"), read_only=True) as connection:
+        rows = connection.execute(
+            "SELECT mean, low_95, high_95, prompts FROM leaderboard WHERE is_headline"
+        ).fetchall()
+        effects = connection.execute(
+            "SELECT mean_difference FROM paired_effects WHERE is_headline"
+        ).fetchall()
+    text = pages["index.html"].text
+    assert len(rows) == 4 and len(effects) == 8
+    for mean, low, high, prompts in rows:
+        assert f"{mean:.3f}" in text and f"{low:.3f} to {high:.3f}" in text
+        assert str(prompts) in text
+    for (difference,) in effects:
+        assert f"{difference:+.3f}".replace("-", "−") in text
+
+
+def test_images_say_what_they_are_and_wait_until_they_are_seen(pages: dict[str, Parsed]) -> None:
+    shown = [image for page in pages.values() for image in page.all("img")]
+    assert len(shown) > 100
+    for image in shown:
+        if "src" not in image:  # the two of the viewer
+            continue
+        assert image["alt"].strip() and len(image["alt"]) < 250
+        assert image["loading"] == "lazy"
+        assert int(image["width"]) > 0 and int(image["height"]) > 0
+        assert image["src"].endswith(".webp")
+
+
+def test_nothing_hostile_becomes_markup(pages: dict[str, Parsed]) -> None:
+    for name, page in pages.items():
+        scripts = page.all("script")
+        assert [one.get("src") for one in scripts] == ["assets/theme.js", "assets/report.js"], name
+        for tag, attributes in page.tags:
+            handlers = [attribute for attribute in attributes if attribute.startswith("on")]
+            assert handlers == [], (name, tag, handlers)
+            assert attributes.get("src") != "x", name
+    gallery = pages["gallery.html"]
+    # What was written is what is read, letter by letter.
+    assert " ".join(HOSTILE.split()) in gallery.text
+    assert " ".join(LONG.split()) in gallery.text
+    assert HOSTILE_ID in gallery.text
+    slug = slug_of(HOSTILE_ID)
+    assert re.fullmatch(r"[A-Za-z0-9_-]+", slug) and slug_of("long") == "long"
+    assert slug in {one.get("id") for one in gallery.all("article")}
+
+
+def test_images_without_a_score_are_shown_as_such(written: Written) -> None:
+    gallery = (written.index.parent / "gallery.html").read_text("utf-8")
+    figures = re.findall(r"<figure.*?</figure>", gallery, flags=re.S)
+    blocked = [one for one in figures if ">blocked<" in one]
+    assert len(blocked) == 3
+    for figure in blocked:
+        assert "no score: all black" in Parsed(figure).text
+        assert "0.000" not in figure and "to base" not in figure
+    failed = [one for one in figures if "Not drawn" in one]
+    assert len(failed) == 1 and "<img" not in failed[0]
+    gone = [one for one in figures if "The file is gone" in one]
+    assert len(gone) == 1 and written.missing == 1
+    data = Parsed((written.index.parent / "data.html").read_text("utf-8")).text
+    assert f"4 of {written.images} images have no score" in data and "all black" in data
+
+
+def test_one_file_is_missing_and_the_others_are_not(world: Path, written: Written) -> None:
+    with duckdb.connect(str(world / "public" / "scores.duckdb"), read_only=True) as connection:
+        (path,) = connection.execute(
+            "SELECT image_path FROM prompt_drilldown WHERE (prompt_id, seed, variant) = (?, ?, ?)",
+            list(GONE),
+        ).fetchall()[0]
+    assert not (world / path).exists()
+    full = written.index.parent / "images" / "full"
+    assert Path(path).name not in {file.name for file in full.iterdir()}
+
+
+def test_nothing_is_asked_of_the_network(written: Written) -> None:
+    for file in written.index.parent.rglob("*"):
+        if file.suffix in (".html", ".css", ".js"):
+            assert not re.search(r"https?://|url\(\s*[\"']?//", file.read_text("utf-8")), file
+
+
+def test_writing_again_costs_no_image_and_changes_nothing(world: Path, written: Written) -> None:
+    folder = written.index.parent
+    again = write_report(world / "public" / "scores.duckdb", world, folder)
+    assert written.made == written.pictures > 100
+    assert again.made == 0 and again.digest == written.digest
+    assert again.bytes == written.bytes
+    full = next((folder / "images" / "full").iterdir())
+    assert full.stat().st_nlink >= 2  # a link into the store, and no second copy
+    assert_whole(folder)
+
+
+def test_an_error_while_writing_leaves_the_old_report(world: Path, tmp_path: Path) -> None:
+    own = copy_of(world, tmp_path / "store")
+    folder = own / "public" / "report"
+    first = write_report(own / "public" / "scores.duckdb", own, folder)
+    before = first.index.read_bytes()
+    with duckdb.connect(str(own / "public" / "scores.duckdb")) as connection:
+        connection.execute(
+            "CREATE OR REPLACE TABLE leaderboard AS SELECT * REPLACE ('?' AS mean) FROM leaderboard"
+        )
+    with pytest.raises(ValueError):
+        write_report(own / "public" / "scores.duckdb", own, folder)
+    (own / "public" / "scores.duckdb").unlink()
+    with pytest.raises(WarehouseMissing, match="published_scores"):
+        write_report(own / "public" / "scores.duckdb", own, folder)
+    assert first.index.read_bytes() == before
+    assert_whole(folder)
+    assert [one.name for one in folder.parent.iterdir()] == ["report"]
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_report(world: Path, tmp_path: Path) -> None:
+    own = copy_of(world, tmp_path / "store")
+    folder = own / "public" / "report"
+    write_report(own / "public" / "scores.duckdb", own, folder)
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from posterpipe.core.score_report import write_report\n"
+        "root = Path(sys.argv[1])\n"
+        "while True:\n"
+        "    print('again', flush=True)\n"
+        "    write_report(root / 'public/scores.duckdb', root, root / 'public/report')\n"
+    )
+    for pause in (0.0, 0.25, 0.6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(own)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        for _ in range(2):
+            process.stdout.readline()
+        time.sleep(pause)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert_whole(folder)
+
+
+def test_an_empty_warehouse_gives_readable_pages(tmp_path: Path) -> None:
+    warehouse = Warehouse(tmp_path / "warehouse.duckdb")
+    with warehouse.write():
+        pass
+    publish(warehouse.path, tmp_path / "public" / "scores.duckdb")
+    written = write_report(
+        tmp_path / "public" / "scores.duckdb", tmp_path, tmp_path / "public" / "report"
+    )
+    pages = assert_whole(written.index.parent)
+    assert written.images == 0
+    assert "No scores yet" in pages["index.html"].text
+    for name in ("index.html", "gallery.html", "copying.html", "legibility.html", "gate.html"):
+        assert "Materialize" in pages[name].text, name
+
+
+def test_a_report_without_some_marts_says_what_to_materialize(world: Path, tmp_path: Path) -> None:
+    own = copy_of(world, tmp_path / "store")
+    with duckdb.connect(str(own / "public" / "scores.duckdb")) as connection:
+        connection.execute("DROP TABLE paired_effects; DROP TABLE checkpoint_trend")
+        connection.execute("ALTER TABLE legibility DROP COLUMN exact_share")
+    written = write_report(own / "public" / "scores.duckdb", own, own / "public" / "report")
+    pages = assert_whole(written.index.parent)
+    assert "Materialize paired_effects" in pages["index.html"].text
+    assert "Materialize checkpoint_trend" in pages["index.html"].text
+    assert "legibility" in pages["legibility.html"].text
+    assert "Materialize" in pages["legibility.html"].text
+
+
+def test_paths_of_the_database_bring_no_other_file_into_the_report(
+    world: Path, tmp_path: Path
+) -> None:
+    own = copy_of(world, tmp_path / "store")
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(next((world / "blobs").rglob("*.png")).read_bytes())
+    with duckdb.connect(str(own / "public" / "scores.duckdb")) as connection:
+        connection.execute(
+            "UPDATE prompt_drilldown SET image_path = '../secret.png' WHERE variant = 'sd'"
+        )
+        connection.execute(
+            "UPDATE prompt_drilldown SET image_path = ? WHERE variant = 'dreambooth'", [str(secret)]
+        )
+    written = write_report(own / "public" / "scores.duckdb", own, own / "public" / "report")
+    assert written.missing > 0
+    assert all(file.read_bytes() != secret.read_bytes()
+               for file in (written.index.parent / "images" / "full").iterdir()
+               if file.name.startswith("secret") or file.stat().st_ino == secret.stat().st_ino
+               )  # fmt: skip
+    assert "The file is gone" in (written.index.parent / "gallery.html").read_text("utf-8")
+
+
+def enlarged(world: Path, target: Path, times: int) -> Path:
+    """A world with so many times the prompts of the study; images are used again."""
+    own = copy_of(world, target)
+    with duckdb.connect(str(own / "public" / "scores.duckdb")) as connection:
+        connection.execute("DELETE FROM prompt_drilldown WHERE prompt_id NOT LIKE 'prompt-%'")
+        connection.execute(
+            """
+            INSERT INTO prompt_drilldown
+            SELECT drilldown.* REPLACE (
+                prompt_id || '-' || number AS prompt_id, generation_key || number AS generation_key
+            )
+            FROM prompt_drilldown AS drilldown, range(1, ?) AS numbers (number)
+            """,
+            [times],
+        )
+    return own
+
+
+def test_a_thousand_images_are_one_page_of_bounded_size(world: Path, tmp_path: Path) -> None:
+    own = enlarged(world, tmp_path / "store", 11)
+    written = write_report(own / "public" / "scores.duckdb", own, own / "public" / "report")
+    assert 1_000 <= written.images <= IMAGES_A_PAGE
+    gallery = written.index.parent / "gallery.html"
+    assert not (written.index.parent / "gallery-2.html").exists()
+    assert gallery.stat().st_size < 2_000 * written.images
+    smalls = [one["src"] for one in Parsed(gallery.read_text("utf-8")).all("img") if "src" in one]
+    assert len(smalls) >= 1_000
+
+
+def test_more_images_go_to_further_pages(world: Path, tmp_path: Path) -> None:
+    own = enlarged(world, tmp_path / "store", 14)
+    written = write_report(own / "public" / "scores.duckdb", own, own / "public" / "report")
+    assert written.images > IMAGES_A_PAGE
+    pages = assert_whole(written.index.parent)
+    numbered = [name for name in pages if name.startswith("gallery")]
+    assert len(numbered) == 2
+    articles = [one["id"] for name in numbered for one in pages[name].all("article")]
+    assert len(articles) == len(set(articles)) == written.images // 12
