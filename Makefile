@@ -1,4 +1,4 @@
-# make demo | dev | test | lint | bench. Needs Python >= 3.11 and make; everything else goes
+# make demo | dev | test | lint | bench | docs. Needs Python >= 3.11 and make; everything else goes
 # into .venv.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ export DAGSTER_DISABLE_TELEMETRY := 1
 export DBT_SEND_ANONYMOUS_USAGE_STATS := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo dev doctor test test-slow lint format bench clean
+.PHONY: help install install-dev demo dev doctor test test-slow lint format bench docs screenshots clean
 
 help:  ## show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -71,8 +71,15 @@ format: install-dev  ## put the formatting right
 bench: install-dev  ## benchmarks; one of them with ONLY=name
 	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY))
 
+docs: install-dev  ## the reference, from docstrings, and the blocks of the guides that follow from the code
+	$(BIN)/python -m docs.tools.pages
+	$(BIN)/python -m docs.tools.reference
+
+screenshots: install-dev  ## the pictures of README and docs, of the real thing; needs a finished make demo
+	$(BIN)/python -m docs.tools.screenshots $(ARGS)
+
 clean:  ## remove what was computed, and .venv; posters and models stay
-	rm -rf $(VENV) .dagster dbt_like_reports/target dbt_like_reports/logs
+	rm -rf $(VENV) .dagster dbt_like_reports/target dbt_like_reports/logs docs/_build
 	@# Training the starter models takes hours; its saves stay.
 	find data/store -mindepth 1 -maxdepth 1 ! -name starter_training -exec rm -rf {} + 2>/dev/null || true
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

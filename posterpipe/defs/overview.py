@@ -11,14 +11,12 @@ OVERVIEW = """\
 **posterpipe** turns a folder of movie posters into a fine-tuned Stable Diffusion model, and into
 evidence of how good that model is.
 
-| group | what happens there |
-|---|---|
-| `ingest` | `raw_posters`: every file that arrived, judged |
-| `dataset` | resized, captioned by BLIP or by people, written as `training_csv` |
-| `training` | `dreambooth_checkpoint`: Stable Diffusion fine-tuned on that training set |
-| `generation` | the prompt suite drawn by the base and by the tuned model, from the same noise |
-| `scoring` | CLIP and other measures in DuckDB; the champion is the checkpoint that is served |
-| `reports` | dbt models over the scores, the published database, pictures and pages to look at |
+- `ingest`: `raw_posters`: every file that arrived, judged
+- `dataset`: resized, captioned by BLIP or by people, written as `training_csv`
+- `training`: `dreambooth_checkpoint`: Stable Diffusion fine-tuned on that training set
+- `generation`: the prompt suite drawn by the base and by the tuned model, from the same noise
+- `scoring`: CLIP and other measures in DuckDB; the champion is the checkpoint that is served
+- `reports`: dbt models over the scores, the published database, pictures and pages to look at
 
 **What runs by itself.** The sensor `arrivals` notices posters, captions and prompts that came,
 changed or went. `automation` rebuilds what depends on a change, and nothing else. The schedule
