@@ -81,6 +81,10 @@ def settings() -> str:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Group) and kind is not ModelRef:
             said = _first_sentence(kind.__doc__ or "")
+            if name == "training":
+                see = "All of them, with unit and source: [training](training.md#every-setting)."
+                parts += ["", f"### {name}", "", f"{said} {see}"]
+                continue
             parts += ["", f"### {name}", "", said, "", *_settings_table(kind, f"{name}.")]
     return "\n".join(parts)
 
@@ -159,10 +163,13 @@ def filled() -> Iterator[tuple[Path, str, str]]:
         text = page.read_text("utf-8")
         new = text
         for name, block in BLOCKS.items():
-            pattern = re.compile(rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)", re.S)
-            if pattern.search(new):
-                content = made.setdefault(name, block())
-                new = pattern.sub(lambda found, c=content: f"{found[1]}{c}\n{found[2]}", new)
+            begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+            before, begun, rest = new.partition(begin)
+            _, ended, after = rest.partition(end)
+            if begun and ended:
+                if name not in made:
+                    made[name] = block()
+                new = f"{before}{begin}{made[name]}\n{end}{after}"
         yield page, text, new
 
 

@@ -22,9 +22,10 @@ GROUPS = ("ingest", "dataset", "training", "generation", "scoring", "reports")
 
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    """Services that were started on a new folder and left alone, until the posters were read."""
+    """Services that were started on a new folder and left alone, until the posters were
+    read and checked, which what follows them waits for."""
     with started(build_deployment(tmp_path_factory.mktemp("deployment"))) as services:
-        services.wait("posters are read", lambda assets: "raw_posters" in assets)
+        services.wait("posters are read", lambda assets: "resized_posters" in assets)
         yield services
 
 
@@ -66,8 +67,7 @@ def test_checks_say_what_they_expected_and_found(services: Services, page: Page)
     page.goto(f"{services.url}/assets/raw_posters?view=checks")
     page.get_by_text("enough_usable_posters").first.click()
     page.get_by_text("A fine-tuning on fewer posters").first.wait_for()
-    # The check may still be under way; the page looks again by itself.
-    page.get_by_text(f"{POSTERS} usable posters; at least 5 are needed").wait_for(timeout=90_000)
+    page.get_by_text(f"{POSTERS} usable posters; at least 5 are needed").wait_for()
     for entry in ("expected", "actual", "offenders"):
         page.get_by_text(entry, exact=True).first.wait_for()
 
@@ -112,7 +112,7 @@ def test_what_is_to_run_by_itself_is_on_and_alerts_wait_for_a_receiver(
 
 
 def _switch(page: Page, name: str) -> Locator:
-    link = page.locator(f"a[href$='/{name}']", has_text=name).first
+    link = page.locator(f"a[href*='posterpipe'][href$='/{name}']").first
     return link.locator("xpath=following-sibling::*").locator("input[type=checkbox]")
 
 
