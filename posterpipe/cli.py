@@ -109,6 +109,19 @@ def rehash() -> None:
     raise typer.Exit(run_rehash())
 
 
+@app.command()
+def studio(
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="Where it listens.")] = 8501,
+    host: Annotated[
+        str, typer.Option(help="Address; with any other than this machine's own, all may come in.")
+    ] = "127.0.0.1",
+) -> None:
+    """Serve the web page on which posters are made, captions mended and scores looked at."""
+    from posterpipe.studio.serve import run_studio
+
+    run_studio(host, port)
+
+
 def main() -> None:
     """Run the command. Errors of posterpipe are one sentence and exit code 1."""
     try:

@@ -156,11 +156,14 @@ def text_limit(model_dir: Path) -> tuple[Callable[[str], int], int]:
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(_model(model_dir) / "tokenizer")
-    # What `tokenizer(text)` asks as well; its own bookkeeping takes four times as long.
-    encode = tokenizer.backend_tokenizer.encode
+    # What `tokenizer(text)` asks as well; its own bookkeeping takes four times as long. A tokenizer
+    # that was saved after use may fill up or cut every text to the model's length.
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
 
     def count(text: str) -> int:
-        return len(encode(text, add_special_tokens=False))
+        return len(backend.encode(text, add_special_tokens=False))
 
     return count, int(tokenizer.model_max_length) - 2
 

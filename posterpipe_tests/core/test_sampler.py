@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -344,6 +345,20 @@ def test_the_token_limit_is_the_tokenizers(model_dir: Path, tmp_path: Path) -> N
     )
     with pytest.raises(PromptSuiteError, match="has 47 tokens and the models read 46"):
         load_suite(suite, count_tokens=count, max_tokens=most)
+
+
+def test_padding_that_a_tokenizer_was_saved_with_is_not_counted(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    from transformers import CLIPTokenizer
+
+    folder = shutil.copytree(model_dir, tmp_path / "model") / "tokenizer"
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokenizer("a", padding="max_length", truncation=True, max_length=TINY_TOKENS)
+    tokenizer.save_pretrained(folder)
+    count, most = text_limit(folder.parent)
+    assert count("a red rocket") == 3
+    assert count("red " * 2 * TINY_TOKENS) > most
 
 
 def test_black_and_constant_images_are_blocked() -> None:

@@ -1,0 +1,170 @@
+"""One request of a visit on its way: asking, waiting, and showing what comes.
+
+What belongs here: what the pages that draw have in common. What does not: what each of them asks
+for (`screens`), and the queue itself (`engine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import streamlit as st
+
+from posterpipe.core.models import ModelMissing
+from posterpipe.core.progress import duration
+from posterpipe.studio import look
+from posterpipe.studio.engine import Job, Order, OrderRejected, QueueFull, View
+from posterpipe.studio.painter import Poster
+from posterpipe.studio.rooms import presence, rooms, visitor
+from posterpipe.studio.served import Served
+
+POLL_SECONDS = 0.7
+"""How often a page asks how far its request is."""
+
+MOST_KEPT = 48
+"""Posters of a visit that are remembered."""
+
+
+def served() -> Served | None:
+    """The models as of now; where there is none, the page says so."""
+    try:
+        return rooms().models.served()
+    except ModelMissing as error:
+        look.note(f"Nothing can be drawn. {error}.", "no-model")
+        return None
+
+
+def history() -> list[Poster]:
+    """The posters of this visit, the latest first."""
+    posters: list[Poster] = st.session_state.setdefault("history", [])
+    return posters
+
+
+Shown = Callable[[Sequence[Poster], bool], None]
+"""Shows posters; the second value tells whether all are there. Before that, buttons that change the
+rest of the page have no place: only a part of it runs again."""
+
+
+class Request:
+    """The request of a page; `page` names it in the visit's state."""
+
+    def __init__(self, page: str) -> None:
+        self._page = page
+
+    @property
+    def job(self) -> Job | None:
+        """What was asked for last."""
+        job: Job | None = st.session_state.get(f"{self._page}-job")
+        return job
+
+    @property
+    def active(self) -> bool:
+        """Whether it is still on its way."""
+        return self.job is not None and not rooms().engine.look(self.job).finished
+
+    @property
+    def trouble(self) -> str:
+        """Why it was not taken, "" where it was."""
+        return str(st.session_state.get(f"{self._page}-trouble", ""))
+
+    def ask(self, order: Callable[[], Order]) -> None:
+        """Send an order. What is wrong with it is shown where its posters would be."""
+        trouble = ""
+        try:
+            job = rooms().engine.submit(order(), visitor(), presence())
+        except (OrderRejected, QueueFull, ModelMissing) as error:
+            trouble = str(error)
+        else:
+            st.session_state[f"{self._page}-job"] = job
+            st.session_state[f"{self._page}-kept"] = 0
+        st.session_state[f"{self._page}-trouble"] = trouble
+
+    def show(self, posters: Shown, nothing: Callable[[], None]) -> None:
+        """The request as it comes along. `posters` shows those that there are; `nothing` what
+        stands there before the first request."""
+        if self.trouble:
+            look.note(self.trouble, f"{self._page}-trouble")
+        if self.active:
+            # Only this part of the page runs again while something is drawn.
+            st.fragment(run_every=POLL_SECONDS)(self._show)(posters, nothing)
+        else:
+            self._show(posters, nothing, final=True)
+
+    def _show(
+        self,
+        posters: Shown,
+        nothing: Callable[[], None],
+        *,
+        final: bool = False,
+    ) -> None:
+        job = self.job
+        if job is None:
+            if not self.trouble:
+                nothing()
+            return
+        view = rooms().engine.look(job)
+        self._remember(view)
+        if view.finished and not final:
+            st.rerun()  # the whole page: buttons come back, and nobody asks any more
+        if not view.finished:
+            self._progress(job, view)
+        for index, problem in enumerate(view.problems):
+            look.note(problem, f"{self._page}-problem-{index}")
+        if view.state == "cancelled":
+            drawn = f" after {_posters(len(view.posters))}" if view.posters else ""
+            look.faint(f"Cancelled{drawn}.", f"{self._page}-cancelled")
+        if view.posters:
+            posters(view.posters, final)
+
+    def _progress(self, job: Job, view: View) -> None:
+        st.progress(view.share, text=said(view))
+        st.button(
+            "Cancel",
+            key=f"do-cancel-{self._page}",
+            on_click=rooms().engine.cancel,
+            args=(job,),
+            icon=":material/close:",
+        )
+
+    def _remember(self, view: View) -> None:
+        kept = int(st.session_state.get(f"{self._page}-kept", 0))
+        for poster in view.posters[kept:]:
+            history().insert(0, poster)
+        del history()[MOST_KEPT:]
+        st.session_state[f"{self._page}-kept"] = len(view.posters)
+
+
+def said(view: View) -> str:
+    """How far a request is, in words; nothing of it was typed."""
+    done = len(view.posters) + len(view.problems)
+    which = f"Poster {done + 1} of {view.total}" if view.total > 1 else "Your poster"
+    if view.state == "waiting" and view.before:
+        ahead = f"{view.before} before you"
+        return f"{done} of {view.total} drawn, {ahead}" if done else f"Waiting: {ahead}"
+    if view.state == "loading":
+        return "Loading the model"
+    if view.state == "drawing" and view.step:
+        left = "" if view.seconds_left is None else f", {duration(view.seconds_left)} left"
+        return f"{which}: step {view.step} of {view.steps}{left}"
+    return f"{which} is next"
+
+
+def _posters(count: int) -> str:
+    return "1 poster" if count == 1 else f"{count} posters"
+
+
+def save_button(
+    poster: Poster, key: str, *, label: str = "Save Poster", primary: bool = True
+) -> None:
+    """A button that saves a poster with its settings inside."""
+    st.download_button(
+        label,
+        poster.png,
+        file_name=look.file_name(poster),
+        mime="image/png",
+        key=f"do-save-{key}",
+        on_click="ignore",  # the page need not run again
+        icon=":material/download:",
+        type="primary" if primary else "secondary",
+        width="stretch",
+    )

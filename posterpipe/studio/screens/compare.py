@@ -1,0 +1,142 @@
+"""Compare: base and champion side by side, on one prompt and one seed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import streamlit as st
+
+from posterpipe.core.prompts import MAX_SEED
+from posterpipe.studio import desk, look
+from posterpipe.studio.engine import MAX_DESCRIPTION, Order, take_order
+from posterpipe.studio.painter import Poster
+from posterpipe.studio.rooms import rooms
+from posterpipe.studio.served import Choice, Served
+
+CHAMPION = "champion"
+
+request = desk.Request("compared")
+
+
+def rivals(models: Served) -> list[Choice]:
+    """What the base model can be compared with, the champion first."""
+    return [choice for choice in models.choices if choice.kind != "base"]
+
+
+def typed(models: Served) -> Order:
+    """The order that the fields hold."""
+    state: Any = st.session_state
+    chosen = state.get("compare.model", CHAMPION)
+    rival = models.champion if chosen == CHAMPION else models.named(chosen)
+    return take_order(
+        description=state["compare.description"],
+        negative=state["compare.negative"],
+        seed=None if state["compare.seed"] is None else int(state["compare.seed"]),
+        choices=[models.base, rival] if rival != models.base else [models.base],
+    )
+
+
+def draw() -> None:
+    """Sends the order."""
+    request.ask(lambda: typed(rooms().models.served()))
+
+
+def keep_seed(seed: int) -> None:
+    """The same noise for the next words."""
+    st.session_state["compare.seed"] = seed
+
+
+def show_posters(posters: Sequence[Poster], final: bool) -> None:
+    """Two posters beside each other, and what their scores say."""
+    with st.container(key="pair-posters"):
+        for column, poster in zip(st.columns(2), posters, strict=False):
+            with column, st.container(key=f"poster-{poster.choice.name[:12]}"):
+                look.faint(poster.choice.label, f"who-{poster.choice.name[:12]}")
+                st.image(poster.png, alt=look.alt_text(poster), width="stretch")
+                look.faint(look.told(poster), f"told-{poster.choice.name[:12]}")
+                for place, text in enumerate(poster.notes):
+                    look.note(text, f"about-{poster.choice.name[:12]}-{place}")
+                desk.save_button(
+                    poster, f"compared-{poster.choice.name[:12]}", label="Save", primary=False
+                )
+    scores = [poster.score for poster in posters]
+    if len(scores) == 2 and scores[0] is not None and scores[1] is not None:
+        look.faint(
+            f"Fit to the words (CLIP cosine): {scores[1] - scores[0]:+.3f} against the base model. "
+            "One pair decides nothing; the page Scores tells how many agree.",
+            "difference",
+        )
+    if final:
+        st.button(
+            "Same seed, other words",
+            key="do-compare-keep",
+            on_click=keep_seed,
+            args=(posters[0].seed,),
+            icon=":material/repeat:",
+        )
+
+
+def show_nothing(models: Served) -> None:
+    """What stands there before the first pair."""
+    look.empty(
+        "Two posters appear here",
+        "Left by the base model, right by the fine-tuned one, from the same noise: what differs "
+        "is what the fine-tuning taught.",
+        "pair",
+    )
+
+
+def main() -> None:
+    """The page."""
+    st.title("Compare", anchor=False)
+    models = desk.served()
+    if models is None:
+        return
+    st.session_state.setdefault("compare.description", st.session_state.get("make.description", ""))
+    st.session_state.setdefault("compare.negative", "")
+    st.session_state.setdefault("compare.seed", None)
+    others = rivals(models)
+    if not others:
+        look.note(
+            "There is no fine-tuned checkpoint yet, so the base model draws alone. Materialize "
+            "dreambooth_checkpoint, or wait for the schedule, and both appear here.",
+            "no-rival",
+        )
+    left, right = st.columns([4, 7], gap="large")
+    with left:
+        st.text_area(
+            "Describe the poster", key="compare.description", max_chars=MAX_DESCRIPTION, height=120
+        )
+        st.button(
+            "Draw both" if others else "Draw",
+            key="do-compare",
+            type="primary",
+            icon=":material/compare:",
+            on_click=draw,
+            disabled=request.active,
+            width="stretch",
+        )
+        with st.expander("Negative prompt, seed, checkpoint", icon=":material/tune:"):
+            st.text_area(
+                "Negative prompt: what to leave out", key="compare.negative", height=80,
+                max_chars=MAX_DESCRIPTION,
+            )  # fmt: skip
+            st.number_input("Seed", 0, MAX_SEED, step=1, key="compare.seed", placeholder="any")
+            if others:
+                names = [choice.name for choice in others if not choice.champion]
+                if models.champion.kind != "base":
+                    names.insert(0, CHAMPION)
+                if st.session_state.get("compare.model") not in names:
+                    st.session_state["compare.model"] = names[0]
+                st.selectbox(
+                    "Compared with the base model",
+                    names,
+                    key="compare.model",
+                    format_func=lambda name: (
+                        (models.champion if name == CHAMPION else models.named(name)).label
+                    ),
+                )
+    with right:
+        request.show(show_posters, lambda: show_nothing(models))
+
+
+main()

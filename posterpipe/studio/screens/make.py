@@ -1,0 +1,235 @@
+"""Make a poster: a description, a button, the poster, and a button that saves it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import streamlit as st
+
+from posterpipe.core.prompts import MAX_SEED, Prompt, PromptSuiteError, load_suite
+from posterpipe.core.typography import STYLES
+from posterpipe.settings import Settings
+from posterpipe.studio import desk, look
+from posterpipe.studio.engine import (
+    MAX_DESCRIPTION,
+    MAX_POSTERS,
+    MAX_TITLE,
+    Order,
+    take_order,
+)
+from posterpipe.studio.painter import Poster
+from posterpipe.studio.rooms import rooms
+from posterpipe.studio.served import Served
+
+CHAMPION = "champion"
+"""The choice of whichever model is the champion when the poster is drawn."""
+
+EXAMPLES = 4
+
+request = desk.Request("made")
+
+
+@st.cache_data(show_spinner=False, ttl=60)
+def suite(settings: Settings) -> list[Prompt]:
+    """The prompts of the suite, which serve as examples; none where it cannot be read."""
+    try:
+        return load_suite(settings.path(settings.prompt_suite))
+    except PromptSuiteError:
+        return []
+
+
+def examples(prompts: list[Prompt]) -> list[Prompt]:
+    """A few prompts from all over the suite."""
+    every = max(1, len(prompts) // EXAMPLES)
+    return prompts[every - 1 :: every][:EXAMPLES]
+
+
+def use_example(prompt: Prompt) -> None:
+    """Puts an example into the fields."""
+    st.session_state["make.description"] = prompt.prompt
+    st.session_state["make.title"] = prompt.title
+
+
+def keep_seed(poster: Poster) -> None:
+    """Same seed, other words."""
+    st.session_state["make.seed"] = poster.seed
+    st.session_state["make.count"] = 1
+    st.session_state["make.description"] = poster.description
+    if poster.title:
+        st.session_state["make.title"] = poster.title
+
+
+def any_seed() -> None:
+    """A new seed each time again."""
+    st.session_state["make.seed"] = None
+
+
+def typed(models: Served) -> Order:
+    """The order that the fields hold."""
+    state: Any = st.session_state
+    chosen = state["make.model"]
+    return take_order(
+        description=state["make.description"],
+        negative=state["make.negative"],
+        title=state["make.title"],
+        style=state["make.style"],
+        count=int(state["make.count"] or 1),
+        seed=None if state["make.seed"] is None else int(state["make.seed"]),
+        choices=[models.named(None if chosen == CHAMPION else chosen)],
+    )
+
+
+def generate() -> None:
+    """Sends the order; the champion is the one of now."""
+    request.ask(lambda: typed(rooms().models.served()))
+
+
+def show_fields(models: Served, prompts: list[Prompt]) -> None:
+    """What is asked for: the description and the button; the rest is folded away."""
+    st.text_area(
+        "Describe the poster",
+        key="make.description",
+        placeholder="a minimalist film poster of a red rocket, only one rocket in the centre, "
+        "cream background",
+        max_chars=MAX_DESCRIPTION,
+        height=120,
+    )
+    if prompts:
+        with st.container(horizontal=True, key="examples", gap="xsmall"):
+            for index, prompt in enumerate(examples(prompts)):
+                # Ids hold letters, digits, - and _ alone.
+                name = prompt.prompt_id.replace("-", " ").replace("_", " ").capitalize()
+                st.button(name, key=f"do-example-{index}", on_click=use_example, args=(prompt,))
+    st.button(
+        "Generate",
+        key="do-generate",
+        type="primary",
+        icon=":material/auto_awesome:",
+        on_click=generate,
+        disabled=request.active,
+        width="stretch",
+    )
+    if st.session_state["make.seed"] is not None:
+        with st.container(horizontal=True, vertical_alignment="center"):
+            look.faint(f"Seed {st.session_state['make.seed']} is kept: change the words.", "seed")
+            st.button("Any seed", key="do-any-seed", on_click=any_seed, type="tertiary")
+    with st.expander("Title, lettering, seed, model", icon=":material/tune:"):
+        st.text_input(
+            "Title, set in type on the poster", key="make.title", max_chars=MAX_TITLE,
+            placeholder="none",
+        )  # fmt: skip
+        st.selectbox(
+            "Lettering",
+            ["auto", *sorted(STYLES)],
+            key="make.style",
+            format_func=lambda name: (
+                "Chosen for the title" if name == "auto" else name.capitalize()
+            ),
+        )
+        st.text_area(
+            "Negative prompt: what to leave out", key="make.negative", height=80,
+            max_chars=MAX_DESCRIPTION,
+        )  # fmt: skip
+        left, right = st.columns(2)
+        with left:
+            st.number_input("Posters", 1, MAX_POSTERS, key="make.count")
+        with right:
+            st.number_input(
+                "Seed", 0, MAX_SEED, step=1, key="make.seed", placeholder="any",
+                help="The same seed, words and model give the same poster again.",
+            )  # fmt: skip
+        names = [CHAMPION, *(choice.name for choice in models.choices if not choice.champion)]
+        if st.session_state["make.model"] not in names:
+            st.session_state["make.model"] = CHAMPION
+        st.selectbox(
+            "Model",
+            names,
+            key="make.model",
+            format_func=lambda name: (
+                (models.champion if name == CHAMPION else models.named(name)).label
+            ),
+        )
+        if models.named(st.session_state["make.model"]).rejected:
+            look.note(
+                "The gate rejected this checkpoint. It can be tried here, and is never served.",
+                "rejected",
+            )
+
+
+def show_posters(posters: Sequence[Poster], final: bool) -> None:
+    """The latest request's posters, each with its buttons."""
+    columns = st.columns(2) if len(posters) > 1 else [st.container()]
+    for index, poster in enumerate(posters):
+        with columns[index % len(columns)], st.container(key=f"poster-{index}"):
+            st.image(poster.png, alt=look.alt_text(poster), width="stretch")
+            look.faint(look.told(poster), f"told-{index}")
+            for place, text in enumerate(poster.notes):
+                look.note(text, f"about-{index}-{place}")
+            desk.save_button(poster, f"made-{index}")
+            if final:
+                st.button(
+                    "Same seed, other words",
+                    key=f"do-keep-{index}",
+                    on_click=keep_seed,
+                    args=(poster,),
+                    icon=":material/repeat:",
+                    width="stretch",
+                )
+
+
+def show_nothing(models: Served) -> None:
+    """What stands in the poster's place before the first one."""
+    if models.champion.kind == "base":
+        who = "The base model will draw it: no fine-tuned checkpoint has passed the gate yet."
+    else:
+        who = "The champion will draw it: the fine-tuned checkpoint that passed the gate last."
+    look.empty("Your poster appears here", f"Describe it and press Generate. {who}", "poster")
+
+
+def show_history() -> None:
+    """What was made in this visit."""
+    posters = desk.history()
+    if not posters:
+        return
+    st.header("This visit", anchor=False, divider="gray")
+    with st.container(horizontal=True, key="history"):
+        for index, poster in enumerate(posters):
+            with st.container(width=150, key=f"poster-past-{index}", gap="xsmall"):
+                st.image(poster.preview, alt=look.alt_text(poster), width="stretch")
+                look.faint(look.told(poster), f"past-{index}")
+                desk.save_button(poster, f"past-{index}", label="Save", primary=False)
+                st.button(
+                    "Again", key=f"do-again-{index}", on_click=keep_seed, args=(poster,),
+                    icon=":material/repeat:", width="stretch",
+                )  # fmt: skip
+
+
+def main() -> None:
+    """The page."""
+    st.title("Make a poster", anchor=False)
+    models = desk.served()
+    if models is None:
+        return
+    rooms().engine.warm(models.champion)
+    prompts = suite(rooms().settings)
+    defaults = {
+        "make.description": "",
+        "make.negative": prompts[0].negative if prompts else "",
+        "make.title": "",
+        "make.style": "auto",
+        "make.count": 1,
+        "make.seed": None,
+        "make.model": CHAMPION,
+    }
+    for key, value in defaults.items():
+        st.session_state.setdefault(key, value)
+    for index, text in enumerate(models.notes):
+        look.note(text, f"models-{index}")
+    left, right = st.columns([5, 6], gap="large")
+    with left:
+        show_fields(models, prompts)
+    with right:
+        request.show(show_posters, lambda: show_nothing(models))
+    show_history()
+
+
+main()

@@ -1,0 +1,217 @@
+"""The painter in a process of its own.
+
+What belongs here: starting that process, talking to it, and noticing that it died. What does not:
+what it does (`painter`), and whose turn it is (`engine`).
+
+Python runs one thread at a time: beside a model at work, or one that is being loaded, pages would
+answer in jerks, and the model would draw in jerks beside pages. And a model that takes more memory
+than there is takes its own process with it, not the studio.
+
+The two talk by pickles over pipes that nobody else has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import IO, TYPE_CHECKING, Any
+
+from posterpipe.settings import Settings
+
+if TYPE_CHECKING:
+    from posterpipe.studio.engine import Order
+    from posterpipe.studio.painter import Poster
+    from posterpipe.studio.served import Choice
+
+STOP_SECONDS = 5.0
+"""How long the process may take to end by itself."""
+
+
+class PainterDied(RuntimeError):
+    """The process ended while it worked. The message is a sentence."""
+
+
+class RemotePainter:
+    """`Painter` in another process, which is started when it is needed and again when it died.
+
+    Called by one thread at a time.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._process: subprocess.Popen[bytes] | None = None
+        self._loaded: set[str] = set()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, None where there is none."""
+        return self._process.pid if self._process and self._process.poll() is None else None
+
+    def ready(self, choice: Choice) -> bool:
+        """Whether the model is loaded."""
+        return self.pid is not None and choice.name in self._loaded
+
+    def prepare(self, choice: Choice) -> None:
+        """Load a model. Raises what `Painter.prepare` raises, and PainterDied."""
+        self._ask(("prepare", (choice,)), lambda step, steps: None)
+
+    def paint(
+        self, order: Order, choice: Choice, seed: int, on_step: Callable[[int, int], None]
+    ) -> Poster:
+        """One poster, as `Painter.paint`. Raises PainterDied as well."""
+        poster: Poster = self._ask(("paint", (order, choice, seed)), on_step)
+        return poster
+
+    def close(self) -> None:
+        """Ends the process."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(OSError):
+            if process.stdin:
+                process.stdin.close()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _ask(self, request: tuple[str, Any], on_step: Callable[[int, int], None]) -> Any:
+        try:
+            process = self._started()
+            assert process.stdin is not None and process.stdout is not None
+            _send(process.stdin, request)
+            stopped: BaseException | None = None
+            while True:
+                what, value = _receive(process.stdout)
+                if what == "step" and stopped is None:
+                    try:
+                        on_step(*value)
+                    except BaseException as error:
+                        # It is told to stop, and what it says until then is not for the next one.
+                        stopped = error
+                        _send(process.stdin, ("stop", ()))
+                elif what in ("done", "error"):
+                    break
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            raise PainterDied(self._obituary()) from error
+        if stopped is not None:
+            raise stopped
+        if what == "error":
+            raise value
+        poster, self._loaded = value
+        return poster
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self._loaded = set()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "posterpipe.studio.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            assert self._process.stdin is not None
+            _send(self._process.stdin, self._settings)
+        return self._process
+
+    def _obituary(self) -> str:
+        process, self._process = self._process, None
+        code = None
+        if process is not None:
+            with contextlib.suppress(OSError):
+                process.kill()
+            code = process.wait()
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        memory = " (where memory ran out, the system ends it so)" if code == -9 else ""
+        return (
+            f"The model's process ended with {how}{memory}; ask again, and a new one is started. "
+            "The server's log tells more"
+        )
+
+
+def _send(pipe: IO[bytes], message: Any) -> None:
+    data = pickle.dumps(message)
+    pipe.write(len(data).to_bytes(8, "big") + data)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes]) -> Any:
+    """The next message. Raises EOFError at the end."""
+    head = pipe.read(8)
+    if len(head) < 8:
+        raise EOFError("the other side has closed the pipe")
+    size = int.from_bytes(head, "big")
+    data = pipe.read(size)
+    if len(data) < size:
+        raise EOFError("the other side has closed the pipe")
+    return pickle.loads(data)
+
+
+class _Stopped(Exception):
+    """The other side wants no more of this poster."""
+
+
+def main() -> None:
+    """The process: answers requests until its input ends."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    # What libraries print must not come between the messages.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    settings: Settings = _receive(sys.stdin.buffer)
+    requests: queue.Queue[Any] = queue.Queue()
+    stop = threading.Event()
+
+    def listen() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                request = _receive(sys.stdin.buffer)
+                if request[0] == "stop":
+                    stop.set()
+                else:
+                    requests.put(request)
+        os._exit(0)  # the studio is gone: nobody waits for what is being drawn
+
+    threading.Thread(target=listen, daemon=True).start()
+
+    from posterpipe.studio.painter import Painter
+
+    painter = Painter(settings)
+
+    def on_step(step: int, steps: int) -> None:
+        _send(answers, ("step", (step, steps)))
+        if stop.is_set():
+            raise _Stopped
+
+    while True:
+        what, values = requests.get()
+        stop.clear()
+        try:
+            poster = None
+            if what == "prepare":
+                (choice,) = values
+                painter.prepare(choice)
+            else:
+                order, choice, seed = values
+                poster = painter.paint(order, choice, seed, on_step)
+            _send(answers, ("done", (poster, painter.loaded)))
+        except _Stopped:
+            _send(answers, ("done", (None, painter.loaded)))
+        except Exception as error:
+            _send(answers, ("error", portable(error)))
+
+
+def portable(error: Exception) -> Exception:
+    """An error that the other side can read: where the own one cannot travel, one of its words."""
+    with contextlib.suppress(Exception):
+        pickle.loads(pickle.dumps(error))
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()
