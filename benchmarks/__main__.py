@@ -24,6 +24,11 @@ BENCHMARKS = (
     "train_unet",
     "train_unet_text_encoder",
     "train_sd21_gpu",
+    "sample_suite",
+    "sample_sd21_gpu",
+    "clip_scoring",
+    "score_into_5m",
+    "leaderboard_5m",
 )
 REHEARSED = ("train_sd21_gpu",)
 """Those that only a GPU can measure, and that can be tried without one."""

@@ -52,8 +52,8 @@ def look(image: Image.Image) -> Scene:
     small = image.convert("RGB").resize((columns, rows), Image.Resampling.BOX)
     rgb = np.asarray(small, dtype=np.float32)
     # Inside of a frame line, where there is one.
-    strip = max(1, columns // 16)
-    left, right = rgb[:, strip : 3 * strip], rgb[:, columns - 3 * strip : columns - strip]
+    strip, inner = max(1, columns // 16), max(2, columns * 5 // 32)
+    left, right = rgb[:, strip:inner], rgb[:, columns - inner : columns - strip]
     ground = _smooth_rows(np.median(np.concatenate([left, right], axis=1), axis=1))
     lab = srgb_to_lab(rgb)
     apart = np.linalg.norm(lab - srgb_to_lab(ground)[:, None, :], axis=2)
@@ -77,17 +77,15 @@ def look(image: Image.Image) -> Scene:
 
 def _main_shape(apart: np.ndarray, central: np.ndarray) -> np.ndarray:
     """float32 (rows, columns): 1 on the shape that has most of the middle, and a cell around it."""
-    solid = apart >= _SOLID
-    # A gap of a few cells, a pale stripe on a hull, does not part a shape; lettering below an
-    # object stands further off.
-    labels = components(grown(grown(solid))) * solid
+    labels = components(apart >= _SOLID)
     mass = np.bincount(labels.ravel(), weights=(apart * central).ravel())
     mass[0] = 0  # the ground
     if mass.sum() <= 0:
         return np.zeros(apart.shape, np.float32)
     main = labels == int(mass.argmax())
     ys, xs = np.nonzero(main)
-    # Flags, spouts and wheels apart from it: shapes whose middle is within its bounds.
+    # Flags, spouts and wheels apart from it: shapes whose middle is within its bounds, and those
+    # within a few cells of it, such as a hull below a pale stripe. Lettering stands further off.
     size = np.maximum(np.bincount(labels.ravel(), minlength=len(mass)), 1)
     y, x = np.mgrid[0 : apart.shape[0], 0 : apart.shape[1]]
     middle_y = np.bincount(labels.ravel(), weights=y.ravel(), minlength=len(mass)) / size
@@ -97,6 +95,10 @@ def _main_shape(apart: np.ndarray, central: np.ndarray) -> np.ndarray:
         (middle_y >= ys.min() - reach) & (middle_y <= ys.max() + reach)
         & (middle_x >= xs.min() - reach) & (middle_x <= xs.max() + reach)
     )  # fmt: skip
+    near = main
+    for _ in range(4):
+        near = grown(near)
+    belongs[np.unique(labels[near])] = True
     belongs[0] = False
     return grown(belongs[labels]).astype(np.float32)
 

@@ -1,0 +1,249 @@
+"""`clip_scoring`: 1,000 images scored against their texts, ours and one by one.
+
+The images lie in a store as PNGs, as the sampler leaves them; both sides open each, and ours also
+keeps every embedding and cosine in the store, as the asset does. The texts are those of the starter
+suite, which four variants and four seeds share. The peer calls `CLIPModel` with its processor for
+one pair after the other; where torchmetrics runs with the installed transformers, its `clip_score`
+is a second one. Loading models is not counted. Cosines are compared.
+
+The model is the starter scorer on a CPU. A second comparison, `clip_scoring.vit_b32`, has random
+weights of the size of CLIP ViT-B/32: there the arithmetic is what takes the time. On a GPU the
+model is of the size of ViT-L/14.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from benchmarks.rows import Row
+from posterpipe.core.metrics.clip import ClipTextSimilarity, clip_t_scores
+from posterpipe.core.models import best_device, locate
+from posterpipe.core.progress import NoProgress
+from posterpipe.core.prompts import load_suite
+from posterpipe.core.store import Store
+from posterpipe.settings import ModelRef, ScorerSettings, load_settings
+from posterpipe.starter.render import render
+from posterpipe.starter.world import sample_scene
+
+PAIRS = 1_000
+FEW_PAIRS = 200
+"""Of the comparison of real size."""
+PRECISION = 1e-4
+"""Within which cosines have to be equal."""
+
+
+def run(pairs: int = PAIRS, few: int = FEW_PAIRS) -> list[Row]:
+    """On the CPU, or on the GPU where there is one."""
+    if best_device().type == "cuda":
+        return _on_gpu(pairs)
+    settings = load_settings("starter")
+    rows = measure("clip_scoring", locate(settings.scorer.model, settings.root), pairs, (64, 96), 4)
+    with tempfile.TemporaryDirectory() as folder:
+        model = build_vit_b32(Path(folder) / "vit_b32")
+        rows += measure("clip_scoring.vit_b32", model, few, (512, 512), None)
+    return rows
+
+
+def _on_gpu(pairs: int) -> list[Row]:
+    from posterpipe_tests.real_size import build_clip_large
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = build_clip_large(Path(folder) / "vit_l14")
+        return measure("clip_scoring_gpu", model, pairs, (512, 512), 10)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Images in a store, each with its text."""
+
+    generations: pd.DataFrame
+    store: Store
+
+    def first(self, count: int) -> Pairs:
+        return Pairs(self.generations[:count], self.store)
+
+    def rest(self, start: int) -> Pairs:
+        return Pairs(self.generations[start:], self.store)
+
+    def each(self) -> list[tuple[Path, str]]:
+        table = self.generations
+        return [
+            (self.store.root / path, text)
+            for path, text in zip(table["image_path"], table["score_text"], strict=True)
+        ]
+
+
+def measure(
+    name: str, model: Path, count: int, size: tuple[int, int], required: float | None
+) -> list[Row]:
+    """Both sides with one model; `size` is that of the images, width and height."""
+    scorer = ScorerSettings(model=ModelRef(id=str(model)))
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = draw_pairs(Store(Path(folder) / "store"), count, size)
+        peers: dict[str, Callable[[Pairs], list[float]]] = {"transformers": OneByOne(model)}
+        reason = ""
+        try:
+            torchmetrics = TorchMetrics(model)
+            torchmetrics(pairs.first(1))
+            peers["torchmetrics"] = torchmetrics
+        except Exception as error:  # whatever it is: it does not run, and that is what is told
+            reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+        for peer in peers.values():
+            peer(pairs.first(2))
+        ClipTextSimilarity(scorer, model.parent)  # so that the files are in memory for both
+        half = count // 2
+        seconds = dict.fromkeys(["ours", *peers], 0.0)
+        found: dict[str, list[float]] = {key: [] for key in seconds}
+
+        def turn(side: str, part: Pairs) -> None:
+            started = time.perf_counter()
+            found[side] += _ours(part, scorer, model) if side == "ours" else peers[side](part)
+            seconds[side] += time.perf_counter() - started
+
+        for side in peers:
+            turn(side, pairs.first(half))
+        turn("ours", pairs)
+        for side in peers:
+            turn(side, pairs.rest(half))
+    rows = []
+    for side in peers:
+        main = side == "transformers"
+        rows.append(
+            Row(
+                name if main else f"{name}.{side}", f"s for {count:,} pairs",
+                round(seconds["ours"], 2), round(seconds[side], 2), f"{side}, one by one",
+                round(seconds[side] / seconds["ours"], 2),
+                f"at least {required:g} times as fast" if required else "",
+            )
+        )  # fmt: skip
+    apart = np.abs(np.array(found["ours"]) - np.array(found["transformers"])).max()
+    if apart > PRECISION and best_device().type == "cpu":
+        raise RuntimeError(
+            f"{name}: cosines differ by {apart:.2g}: the two sides do not do the same work, so "
+            "their times say nothing"
+        )
+    rows.append(
+        Row(
+            f"{name}.difference", "of the cosine at most", float(f"{apart:.2g}"),
+            required=f"at most {PRECISION:g}",
+        )
+    )  # fmt: skip
+    if reason:
+        rows.append(Row(f"{name}.torchmetrics", f"does not run ({reason[:90]})", float("nan")))
+    return rows
+
+
+def _ours(pairs: Pairs, scorer: ScorerSettings, model: Path) -> list[float]:
+    """As the asset scores: embeddings and cosines are kept in the store."""
+    scores = clip_t_scores(pairs.store, pairs.generations, scorer, model.parent, NoProgress())
+    return [float(value) for value in scores["value"]]
+
+
+class OneByOne:
+    """Processor and `CLIPModel` for one pair after the other, as their documentation shows."""
+
+    def __init__(self, model: Path) -> None:
+        from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+        self.device = best_device()
+        self.processor = CLIPProcessor(
+            image_processor=CLIPImageProcessorPil.from_pretrained(model),
+            tokenizer=CLIPTokenizer.from_pretrained(model),
+        )
+        self.model: Any = CLIPModel.from_pretrained(model, dtype=torch.float32)
+        self.model.eval().to(self.device)
+
+    def __call__(self, pairs: Pairs) -> list[float]:
+        """Cosines, in the order of the pairs."""
+        cosines = []
+        for path, text in pairs.each():
+            with Image.open(path) as image:
+                inputs = self.processor(
+                    text=[text], images=image.convert("RGB"), return_tensors="pt", padding=True,
+                    truncation=True,
+                ).to(self.device)  # fmt: skip
+            with torch.inference_mode():
+                output = self.model(**inputs)
+            cosines.append(float(output.logits_per_image / self.model.logit_scale.exp()))
+        return cosines
+
+
+class TorchMetrics:
+    """`torchmetrics.multimodal.CLIPScore`, one pair after the other; raises where it does not run.
+
+    Its score is 100 * max(cosine, 0).
+    """
+
+    def __init__(self, model: Path) -> None:
+        from torchmetrics.multimodal import CLIPScore
+
+        self.metric: Any = CLIPScore(model_name_or_path=str(model)).to(best_device())
+
+    def __call__(self, pairs: Pairs) -> list[float]:
+        cosines = []
+        for path, text in pairs.each():
+            with Image.open(path) as image:
+                pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            self.metric.reset()
+            self.metric.update(pixels.to(best_device()), text)
+            cosines.append(float(self.metric.compute()) / 100)
+        return cosines
+
+
+def draw_pairs(store: Store, count: int, size: tuple[int, int]) -> Pairs:
+    """`count` drawn posters in the store, each beside a text of the starter suite."""
+    from posterpipe.core.images import png_bytes
+
+    settings = load_settings("starter")
+    suite = load_suite(settings.path(settings.prompt_suite))
+    rows = []
+    for number in range(count):
+        scene = sample_scene(np.random.default_rng(number), style="poster")
+        blob = store.put(png_bytes(render(scene, *size, supersample=1)), ".png")
+        rows.append(
+            {
+                "generation_key": f"image {number}",
+                "image": blob,
+                "image_path": store.path(blob, ".png").relative_to(store.root).as_posix(),
+                "score_text": suite[number % len(suite)].score_text,
+                "status": "ok",
+                "reason": "",
+            }
+        )
+    return Pairs(pd.DataFrame(rows), store)
+
+
+def build_vit_b32(folder: Path) -> Path:
+    """Random weights of CLIP ViT-B/32, from the parameters that its authors published."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    from posterpipe_tests.real_size import build_clip_tokenizer
+
+    tokenizer = build_clip_tokenizer(folder, pad_token="<|endoftext|>")
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CLIPModel(
+            CLIPConfig(
+                text_config={"vocab_size": 49408, "projection_dim": 512, **ends},
+                vision_config={"patch_size": 32, "projection_dim": 512},
+                projection_dim=512,
+            )
+        )
+    model.save_pretrained(folder)
+    CLIPImageProcessorPil().save_pretrained(folder)
+    return folder
