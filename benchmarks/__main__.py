@@ -30,7 +30,7 @@ BENCHMARKS = (
     "score_into_5m",
     "leaderboard_5m",
 )
-REHEARSED = ("train_sd21_gpu",)
+REHEARSED = ("train_sd21_gpu", "sample_sd21_gpu")
 """Those that only a GPU can measure, and that can be tried without one."""
 
 README = Path(__file__).parents[1] / "README.md"

@@ -49,9 +49,9 @@ def run(scores: int = SCORES, rounds: int = ROUNDS) -> list[Row]:
         for number in range(rounds + 1):
             for side_name, side in sides.items():
                 generations = side.draw(suite, f"checkpoint {number}")
-                for what, took in side.score(generations, settings, number).items():
+                for what, passed in side.score(generations, settings, number).items():
                     if number:  # the first one loads libraries and reads files
-                        seconds.setdefault((side_name, what), []).append(took)
+                        seconds.setdefault((side_name, what), []).append(passed)
     took = {key: statistics.median(values) for key, values in seconds.items()}
     rows = []
     for what in ("", ".warehouse", ".ten_metrics"):
