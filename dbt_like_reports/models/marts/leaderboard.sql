@@ -1,104 +1,201 @@
--- Seeds of one prompt are not independent answers: they are averaged, and n is the prompts. All
--- variants of a prompt and seed stand side by side, so that the scores are read once.
-{% set variants = var('variants') %}
-with scores as (
-    select * from {{ ref('stg_current_scores') }}
+-- Seeds of one prompt are not independent answers: they are averaged, and n is the prompts.
+--
+-- Millions of scores are joined to their images once and added up by numbers instead of names.
+-- Differences are between images of the same prompt and seed. Where both variants have a score for
+-- the same seeds, that is the difference of the prompt's means; only for prompts where one is
+-- missing are the pairs looked up, and a score without its partner left out.
+with metrics as (
+    select * from {{ ref('stg_metrics') }}
+    where is_current
 ),
 
-cells as (
+images as materialized (
+    select * from {{ ref('stg_current_images') }}
+),
+
+answers as materialized (
+    select
+        variant,
+        prompt_id,
+        min(checkpoint_id) as checkpoint_id,
+        row_number() over () as answer
+    from images
+    group by variant, prompt_id
+),
+
+numbered_images as materialized (
+    select
+        images.generation_key,
+        images.seed,
+        answers.answer
+    from images
+    inner join answers
+        on answers.variant = images.variant and answers.prompt_id = images.prompt_id
+),
+
+scores as not materialized (
+    select
+        score.metric_id,
+        image.answer,
+        image.seed,
+        score.value,
+        score.status
+    from {{ source('warehouse', 'fct_score') }} as score
+    inner join numbered_images as image on image.generation_key = score.generation_key
+    where score.metric_id in (select metric_id from metrics)
+),
+
+sums as materialized (
     select
         metric_id,
-        prompt_id,
-        seed,
-        {%- for variant in variants %}
-        max(value) filter (where variant = '{{ variant }}') as {{ variant }}{{ ',' if not loop.last }}
-        {%- endfor %}
+        answer,
+        count(*) as images,
+        count(value) as scored,
+        count(*) filter (where value is null and status = 'blocked') as blocked,
+        avg(value) as mean,
+        bit_xor(hash(seed)) filter (where value is not null) as seeds
     from scores
-    group by metric_id, prompt_id, seed
+    group by metric_id, answer
 ),
 
--- Same prompt, same seed, same noise: what differs is the variant. A pair without one of its
--- scores is left out.
 prompts as (
     select
-        metric_id,
-        prompt_id,
-        {%- for variant in variants %}
-        avg({{ variant }}) as {{ variant }}_mean,
-        avg({{ variant }} - sd) as {{ variant }}_difference,
-        count({{ variant }} - sd) as {{ variant }}_pairs{{ ',' if not loop.last }}
-        {%- endfor %}
-    from cells
-    group by metric_id, prompt_id
+        sums.metric_id,
+        answers.variant,
+        answers.prompt_id,
+        answers.checkpoint_id,
+        sums.answer,
+        sums.images,
+        sums.scored,
+        sums.blocked,
+        sums.mean,
+        sums.seeds
+    from sums
+    inner join answers on answers.answer = sums.answer
 ),
 
-estimates as (
-    {%- for variant in variants %}
+beside_sd as (
+    select
+        prompts.metric_id,
+        prompts.variant,
+        prompts.prompt_id,
+        prompts.answer,
+        base.answer as base_answer,
+        prompts.scored as pairs,
+        prompts.mean - base.mean as difference,
+        prompts.seeds = base.seeds and prompts.scored = base.scored as is_complete
+    from prompts
+    inner join prompts as base
+        on
+            base.variant = 'sd'
+            and base.metric_id = prompts.metric_id
+            and base.prompt_id = prompts.prompt_id
+    where prompts.variant <> 'sd'
+),
+
+incomplete as (
     select
         metric_id,
-        '{{ variant }}' as variant,
-        count({{ variant }}_mean) as prompts,
-        avg({{ variant }}_mean) as mean,
-        stddev_samp({{ variant }}_mean) as deviation,
-        {%- if variant == 'sd' %}
-        0 as pairs,
-        0 as paired_prompts,
-        cast(null as double) as difference,
-        cast(null as double) as difference_deviation
-        {%- else %}
-        sum({{ variant }}_pairs) as pairs,
-        count({{ variant }}_difference) as paired_prompts,
-        avg({{ variant }}_difference) as difference,
-        stddev_samp({{ variant }}_difference) as difference_deviation
-        {%- endif %}
-    from prompts
-    group by metric_id
-    {{ 'union all' if not loop.last }}
-    {%- endfor %}
+        answer,
+        base_answer
+    from beside_sd
+    where is_complete is not true
 ),
 
-counts as (
+incomplete_scores as materialized (
+    select *
+    from scores
+    where
+        metric_id in (select metric_id from incomplete)
+        and answer in (
+            select answer from incomplete
+            union
+            select base_answer from incomplete
+        )
+),
+
+pairs_looked_up as (
+    select
+        incomplete.metric_id,
+        incomplete.answer,
+        count(other.value - base.value) as pairs,
+        avg(other.value - base.value) as difference
+    from incomplete
+    inner join incomplete_scores as other
+        on other.metric_id = incomplete.metric_id and other.answer = incomplete.answer
+    inner join incomplete_scores as base
+        on
+            base.metric_id = incomplete.metric_id
+            and base.answer = incomplete.base_answer
+            and base.seed = other.seed
+    group by incomplete.metric_id, incomplete.answer
+),
+
+prompt_differences as (
+    select
+        beside_sd.metric_id,
+        beside_sd.variant,
+        case when beside_sd.is_complete then beside_sd.pairs else looked_up.pairs end as pairs,
+        case when beside_sd.is_complete then beside_sd.difference else looked_up.difference end
+            as difference
+    from beside_sd
+    left join pairs_looked_up as looked_up
+        on looked_up.metric_id = beside_sd.metric_id and looked_up.answer = beside_sd.answer
+),
+
+means as (
     select
         metric_id,
         variant,
         min(checkpoint_id) as checkpoint_id,
-        count(*) as images,
-        count(*) filter (where status = 'blocked') as blocked,
-        count(*) filter (where status = 'failed') as failed
-    from scores
+        count(mean) as prompts,
+        cast(sum(images) as bigint) as images,
+        cast(sum(blocked) as bigint) as blocked,
+        cast(sum(images) - sum(scored) - sum(blocked) as bigint) as failed,
+        avg(mean) as mean,
+        stddev_samp(mean) as deviation
+    from prompts
     group by metric_id, variant
 ),
 
-metrics as (
-    select * from {{ ref('stg_metrics') }}
+differences as (
+    select
+        metric_id,
+        variant,
+        count(difference) as prompts,
+        cast(sum(pairs) as bigint) as pairs,
+        avg(difference) as mean,
+        stddev_samp(difference) as deviation
+    from prompt_differences
+    group by metric_id, variant
 )
 
 select
-    counts.metric_id,
+    means.metric_id,
     metrics.metric,
     metrics.better,
     metrics.is_headline,
-    counts.variant,
-    counts.checkpoint_id,
-    found.prompts,
-    counts.images,
-    counts.blocked,
-    counts.failed,
-    round(found.mean, 6) as mean,
-    {{ t_interval('found.mean', 'found.deviation', 'found.prompts', '-') }} as low_95,
-    {{ t_interval('found.mean', 'found.deviation', 'found.prompts', '+') }} as high_95,
-    cast(found.pairs as bigint) as pairs,
-    round(found.difference, 6) as diff_to_sd,
-    {{ t_interval('found.difference', 'found.difference_deviation', 'found.paired_prompts', '-') }}
+    means.variant,
+    means.checkpoint_id,
+    means.prompts,
+    means.images,
+    means.blocked,
+    means.failed,
+    round(means.mean, 6) as mean,
+    {{ t_interval('means.mean', 'means.deviation', 'means.prompts', '-') }} as low_95,
+    {{ t_interval('means.mean', 'means.deviation', 'means.prompts', '+') }} as high_95,
+    coalesce(differences.pairs, 0) as pairs,
+    round(differences.mean, 6) as diff_to_sd,
+    {{ t_interval('differences.mean', 'differences.deviation', 'differences.prompts', '-') }}
         as diff_low_95,
-    {{ t_interval('found.difference', 'found.difference_deviation', 'found.paired_prompts', '+') }}
+    {{ t_interval('differences.mean', 'differences.deviation', 'differences.prompts', '+') }}
         as diff_high_95
-from counts
-inner join estimates as found
-    on found.metric_id = counts.metric_id and found.variant = counts.variant
-inner join metrics on metrics.metric_id = counts.metric_id
+from means
+inner join metrics on metrics.metric_id = means.metric_id
+left join differences
+    on differences.metric_id = means.metric_id and differences.variant = means.variant
 order by
     metrics.is_headline desc,
     metrics.place,
-    counts.metric_id,
-    list_position({{ variants }}, counts.variant)
+    means.metric_id,
+    list_position({{ var('variants') }}, means.variant)

@@ -1,6 +1,7 @@
-with current_metrics as (
-    select distinct metric_id
-    from {{ source('warehouse', 'current_metric') }}
+with metrics as (
+    select metric_id
+    from {{ ref('stg_metrics') }}
+    where is_current
 )
 
 select
@@ -15,4 +16,4 @@ select
 from {{ source('warehouse', 'fct_score') }} as score
 inner join {{ ref('stg_current_images') }} as image
     on image.generation_key = score.generation_key
-inner join current_metrics on current_metrics.metric_id = score.metric_id
+where score.metric_id in (select metric_id from metrics)

@@ -1,4 +1,5 @@
--- `current_metric` holds a metric once for every step that uses it.
+-- `current_metric` holds a metric once for every step that uses it. In a warehouse that was filled
+-- before there was that table, all metrics count.
 with used as (
     select
         metric_id,
@@ -6,6 +7,13 @@ with used as (
         min(place) as place
     from {{ source('warehouse', 'current_metric') }}
     group by metric_id
+    union all
+    select
+        metric_id,
+        metric_id like 'clip\_t.crop.%' escape '\' as is_headline,
+        1 as place
+    from {{ source('warehouse', 'dim_metric') }}
+    where not exists (select 1 from {{ source('warehouse', 'current_metric') }})
 ),
 
 labelled as (
