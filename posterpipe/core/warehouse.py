@@ -222,7 +222,12 @@ CREATE TABLE IF NOT EXISTS current_poster (
 );
 """
 
+TABLES = frozenset({"schema_version", *re.findall(r"CREATE TABLE IF NOT EXISTS (\w+)", _TABLES)})
+"""What the pipeline writes; whatever else lies there is a report."""
+
 # greatest() passes over NULL, so a blocked image would score 0 without the CASE.
+VIEWS = frozenset({"clip_scores"})
+
 _VIEW = """
 CREATE OR REPLACE VIEW clip_scores AS
 WITH current_key AS (
@@ -563,13 +568,20 @@ def _who_is_busy(path: Path, text: str, seconds: float) -> str:
     )
 
 
-def publish(private: Path, public: Path, *, busy_seconds: float = BUSY_SECONDS) -> None:
+def publish(
+    private: Path,
+    public: Path,
+    *,
+    busy_seconds: float = BUSY_SECONDS,
+    finish: Callable[[duckdb.DuckDBPyConnection, str], None] | None = None,
+) -> dict[str, int]:
     """Replaces the analysts' file by a copy of the private one, at once and whole.
 
     The copy is written beside `public`, checked against the original (tables, rows, and every view
     answers), flushed to the disk, made read-only, and renamed. Who has the old file open keeps
-    reading it. On any error the old file stays. Raises WarehouseMissing, WarehouseBusy and
-    PublishError.
+    reading it. On any error the old file stays. `finish` is called with a connection and the name
+    of the copy's database when all rows are there, and may add to it or take away. Returns the rows
+    of each table by `schema.name`. Raises WarehouseMissing, WarehouseBusy and PublishError.
     """
     private, public = Path(private), Path(public)
     if not private.exists():
@@ -584,13 +596,14 @@ def publish(private: Path, public: Path, *, busy_seconds: float = BUSY_SECONDS) 
     folder.mkdir()
     copy = folder / public.name
     try:
-        rows = retry_while_busy(lambda: _copy(private, copy), private, busy_seconds)
+        rows = retry_while_busy(lambda: _copy(private, copy, finish), private, busy_seconds)
         _verify(copy, rows, private)
         with open(copy, "rb+") as file:
             os.fsync(file.fileno())
         copy.chmod(0o444)
         os.replace(copy, public)
         fsync_folder(public.parent)
+        return rows
     except (duckdb.Error, OSError) as error:
         raise PublishError(
             f"{public}: could not be published ({_first_line(error)}); the file of the last time "
@@ -600,8 +613,12 @@ def publish(private: Path, public: Path, *, busy_seconds: float = BUSY_SECONDS) 
         _remove(folder)
 
 
-def _copy(private: Path, copy: Path) -> dict[str, int]:
-    """Writes the copy; rows by table of the original, as of the copied moment."""
+def _copy(
+    private: Path,
+    copy: Path,
+    finish: Callable[[duckdb.DuckDBPyConnection, str], None] | None,
+) -> dict[str, int]:
+    """Writes the copy; the rows that it must have by table."""
     copy.unlink(missing_ok=True)
     with duckdb.connect() as connection:
         connection.execute(f"ATTACH {_quoted(private)} AS original (READ_ONLY)")
@@ -610,6 +627,13 @@ def _copy(private: Path, copy: Path) -> dict[str, int]:
         )
         connection.execute("COPY FROM DATABASE original TO copied")
         rows = _row_counts(connection, "original")
+        if finish:
+            unfinished = _row_counts(connection, "copied")
+            finish(connection, "copied")
+            finished = _row_counts(connection, "copied")
+            gone, new = unfinished.keys() - finished.keys(), finished.keys() - unfinished.keys()
+            rows = {name: count for name, count in rows.items() if name not in gone}
+            rows |= {name: finished[name] for name in new}
         connection.execute("CHECKPOINT copied")
         connection.execute("DETACH copied")
     return rows

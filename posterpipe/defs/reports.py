@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 from dagster_dbt import (
     DagsterDbtTranslator,
     DagsterDbtTranslatorSettings,
@@ -234,40 +235,53 @@ def dbt_reports(project: DbtProject) -> list[dg.AssetsDefinition]:
     """The dbt models, and the publication of them all: a new model is published without a word
     elsewhere."""
     models = dbt_models(project)
-    return [models, publication([spec.key for spec in models.specs])]
+    return [models, publication(sorted(models.keys), sorted(models.check_keys))]
 
 
-def publication(reports: Sequence[dg.AssetKey]) -> dg.AssetsDefinition:
-    """The asset that publishes these reports, with the tables they are made from."""
+def publication(
+    reports: Sequence[dg.AssetKey], tests: Sequence[dg.AssetCheckKey]
+) -> dg.AssetsDefinition:
+    """The asset that publishes these reports, unless one of their tests failed, with the tables
+    they are made from."""
 
     @dg.asset(
         group_name="reports",
         kinds={"python", "duckdb"},
         owners=["team:analytics"],
         code_version="2",
-        deps=["clip_scores", *sorted(reports)],
+        deps=["clip_scores", *reports],
         pool="warehouse",
     )
-    def published_scores(deployment: dg.ResourceParam[Deployment]) -> dg.MaterializeResult:
+    def published_scores(
+        context: dg.AssetExecutionContext, deployment: dg.ResourceParam[Deployment]
+    ) -> dg.MaterializeResult:
         """The analysts' copy of the warehouse: `data/store/public/scores.duckdb`.
 
         Read-only and replaced in one step, so that it can be queried at any time, also while a
-        retraining writes. Readable with DuckDB 1.5 and later. To see a newer copy, close your
-        connections and open it again.
+        retraining writes; only after the tests of all reports passed. Readable with DuckDB 1.5 and
+        later. To see a newer copy, close your connections and open it again. The same tables are in
+        `parquet/` beside it, the last few publications in `snapshots/`.
         """
         import duckdb
 
-        from posterpipe.core.warehouse import publish
+        from posterpipe.core.publication import PUBLICATION_TABLE, publish_scores
 
-        published = deployment.published_path
-        publish(deployment.warehouse_path, published)
-        with duckdb.connect(str(published), read_only=True) as connection:
-            contents = _contents(connection)
+        _require_passed(context.instance, tests)
+        published = publish_scores(
+            deployment.warehouse_path,
+            deployment.published_path.parent,
+            run_id=context.run.run_id,
+            reports=[key.path[-1] for key in reports],
+        )
+        with duckdb.connect(str(published.database), read_only=True) as connection:
+            contents = _contents(connection, PUBLICATION_TABLE)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(_digest(contents)),
             metadata={
-                "path": dg.MetadataValue.path(published),
-                "bytes": published.stat().st_size,
+                "path": dg.MetadataValue.path(published.database),
+                "parquet": dg.MetadataValue.path(published.parquet),
+                "publication": published.publication_id,
+                "bytes": published.database.stat().st_size,
                 "dagster/row_count": sum(rows for name, rows, _ in contents if name == "fct_score"),
                 "tables": dg.MetadataValue.table(
                     [dg.TableRecord({"table": name, "rows": count}) for name, count, _ in contents]
@@ -276,6 +290,23 @@ def publication(reports: Sequence[dg.AssetKey]) -> dg.AssetsDefinition:
         )
 
     return published_scores
+
+
+def _require_passed(instance: dg.DagsterInstance, tests: Sequence[dg.AssetCheckKey]) -> None:
+    """Also where the publication is materialized by itself, whatever was before."""
+    latest = instance.event_log_storage.get_latest_asset_check_execution_by_key(list(tests))
+    failed = [
+        f"{key.name} of {key.asset_key.to_user_string()}"
+        for key, record in latest.items()
+        if record.status == AssetCheckExecutionRecordStatus.FAILED
+    ]
+    if failed:
+        raise dg.Failure(
+            f"not published, since tests failed: {', '.join(sorted(failed))}; the publication of "
+            "the last time stays. Look at the failing check, mend what it names, and materialize "
+            "the report again",
+            allow_retries=False,
+        )
 
 
 @dg.asset(
@@ -329,10 +360,12 @@ def poster_inventory(
     )
 
 
-def _contents(connection: Any) -> list[tuple[str, int, str]]:
-    """Name, rows and a digest of each table, whatever the order of its rows."""
+def _contents(connection: Any, left_out: str) -> list[tuple[str, int, str]]:
+    """Name, rows and a digest of each table but one, whatever the order of its rows."""
     names = connection.execute(
-        "select table_name from duckdb_tables() where not internal order by table_name"
+        "select table_name from duckdb_tables() where not internal and table_name <> ? "
+        "order by table_name",
+        [left_out],
     ).fetchall()
     contents = []
     for (name,) in names:
