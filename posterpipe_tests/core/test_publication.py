@@ -19,9 +19,6 @@ from posterpipe.core.publication import publish_scores
 from posterpipe.core.warehouse import SCHEMA_VERSION, TABLES, PublishError, Warehouse, publish
 from posterpipe_tests.core.test_warehouse import fill, generation, score
 
-READERS = 8
-PUBLICATIONS = 200
-
 
 @pytest.fixture
 def warehouse(tmp_path: Path) -> Warehouse:
@@ -203,7 +200,7 @@ while True:
         (again,) = ask("SELECT publication_id FROM publication")
     whole = told == scores == images == current and name == again
     # Every transaction of the writer adds one image with the score 1.
-    if not whole or abs(total - (scores - 2) - 0.15) > 1e-6 or scores < last:
+    if not whole or abs(total - (scores - 4) - 0.15) > 1e-6 or scores < last:
         print(json.dumps(["torn", name, again, told, scores, images, current, total, last]))
         sys.exit(1)
     last = scores
@@ -220,7 +217,7 @@ print(json.dumps(["fine", len(seen), opened, last]))
 """
 
 WRITER = """
-import sys
+import sys, time
 from pathlib import Path
 import pandas as pd
 from posterpipe.core.warehouse import Warehouse, insert, record_generations
@@ -236,13 +233,16 @@ while not Path(sys.argv[2]).exists():
         insert(connection, "fct_score", pd.DataFrame([score(key, 1.0)]))
         connection.execute("INSERT INTO current_generation VALUES (?)", [key])
     number += 1
+    time.sleep(0.1)  # as long as steps of the pipeline leave it closed, at least
 print(number)
 """
 
 
-@pytest.mark.slow
-def test_eight_readers_query_without_pause_through_200_publications(
-    warehouse: Warehouse, public: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("readers", "publications"), [(2, 6), pytest.param(8, 200, marks=pytest.mark.slow)]
+)
+def test_readers_query_without_pause_through_many_publications(
+    warehouse: Warehouse, public: Path, tmp_path: Path, readers: int, publications: int
 ) -> None:
     """While another process writes: no error, nothing torn or mixed, and who opens anew sees the
     newest."""
@@ -257,27 +257,28 @@ def test_eight_readers_query_without_pause_through_200_publications(
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         return process
 
-    readers = [start(READER, public / "scores.duckdb", done) for _ in range(READERS)]
+    reading = [start(READER, public / "scores.duckdb", done) for _ in range(readers)]
     writer = start(WRITER, warehouse.path, done)
     try:
-        for number in range(PUBLICATIONS):
+        for number in range(publications):
             published = publish_scores(warehouse.path, public, run_id=f"run {number}", kept=3)
         temporary = tmp_path / "temporary"
         temporary.write_text(published.publication_id)
         temporary.rename(done)
         ends = [
             SimpleNamespace(out=process.communicate(timeout=60), code=process.returncode)
-            for process in [writer, *readers]
+            for process in [writer, *reading]
         ]
     finally:
-        for process in [writer, *readers]:
+        for process in [writer, *reading]:
             process.kill()
-    assert [end.code for end in ends] == [0] * (1 + READERS), [end.out for end in ends]
-    assert int(ends[0].out[0]) > 20, "the writer wrote all the while"
+    assert [end.code for end in ends] == [0] * (1 + readers), [end.out for end in ends]
+    assert int(ends[0].out[0]) > publications // 10, "the writer wrote all the while"
     for end in ends[1:]:
-        kind, publications, opened, last = json.loads(end.out[0])
+        kind, seen, opened, last = json.loads(end.out[0])
         assert kind == "fine"
-        assert publications > 5 and opened > 20 and last == published.rows["fct_score"]
+        assert seen > publications // 10 and opened >= seen
+        assert last == published.rows["fct_score"]
     assert len(list((public / "snapshots").iterdir())) == 3
 
 
