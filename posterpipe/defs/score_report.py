@@ -28,12 +28,14 @@ def score_report(
     """
     from posterpipe.core.score_report import write_report
 
-    written = write_report(
-        deployment.published_path,
-        deployment.store_root,
-        deployment.report_path.parent,
-        progress=deployment.progress(context),
-    )
+    # Images of the store are linked here; `posterpipe gc` leaves them alone meanwhile.
+    with deployment.store.lease():
+        written = write_report(
+            deployment.published_path,
+            deployment.store_root,
+            deployment.report_path.parent,
+            progress=deployment.progress(context),
+        )
     address = deployment.settings.public_url
     return dg.MaterializeResult(
         data_version=dg.DataVersion(written.digest),

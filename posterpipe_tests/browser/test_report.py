@@ -145,7 +145,7 @@ def test_light_and_dark(new_page: Callable[..., Page], report: Path) -> None:
     light = new_page(color_scheme="light")
     light.goto(address(report, "index"))
     paper = background(light)
-    light.get_by_role("button", name="Switch between light and dark").click()
+    light.get_by_role("button", name="Dark theme").click()
     ink = background(light)
     assert ink != paper
     light.goto(address(report, "gate"))
@@ -153,7 +153,7 @@ def test_light_and_dark(new_page: Callable[..., Page], report: Path) -> None:
     dark = new_page(color_scheme="dark")
     dark.goto(address(report, "index"))
     assert background(dark) == ink
-    dark.get_by_role("button", name="Switch between light and dark").click()
+    dark.get_by_role("button", name="Light theme").click()
     assert background(dark) == paper
 
 
@@ -236,17 +236,37 @@ def test_nothing_is_fetched_from_elsewhere(page: Page, report: Path) -> None:
     assert asked and all(url.startswith((root, "data:")) for url in asked)
 
 
-def test_a_thousand_images_do_not_stall(page: Page, tmp_path: Path) -> None:
-    own = enlarged(published_world(), tmp_path / "store", 11)
-    folder = own / "public" / "report"
-    written = write_report(own / "public" / "scores.duckdb", own, folder)
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of more than a thousand images."""
+    own = enlarged(published_world(), tmp_path_factory.mktemp("large") / "store", 11)
+    written = write_report(own / "public" / "scores.duckdb", own, own / "public" / "report")
     assert written.images >= 1_000
+    return written.index.parent
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_a_link_leads_to_its_prompt_however_far_down(
+    new_page: Callable[..., Page], large: Path, scripts: bool
+) -> None:
+    page = new_page(java_script_enabled=scripts, viewport={"width": 1280, "height": 900})
+    for prompt in ("prompt-07-9", "prompt-03-4"):
+        page.goto("about:blank")
+        page.goto(address(large, "gallery", f"{prompt}/12"))
+        until(lambda: page.locator(f"#{prompt} .shots[data-seed='12'] img").first.is_visible())  # noqa: B023
+        page.wait_for_timeout(300)
+        box = page.locator(f"#{prompt}").bounding_box()
+        # Without scripts the browser goes to the images of the seed, which stand below the words.
+        assert box is not None and -250 < box["y"] < 120, prompt
+
+
+def test_a_thousand_images_do_not_stall(page: Page, large: Path) -> None:
     page.add_init_script(
         "window.tasks = []; new PerformanceObserver(list => list.getEntries().forEach("
         "one => window.tasks.push(one.duration))).observe({type: 'longtask', buffered: true})"
     )
     start = time.monotonic()
-    page.goto(address(folder, "gallery"))
+    page.goto(address(large, "gallery"))
     page.locator(".prompt h2").first.wait_for()
     assert time.monotonic() - start < 10
     loaded = "[...document.images].filter(image => image.src && image.complete).length"

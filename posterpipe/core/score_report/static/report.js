@@ -10,7 +10,7 @@ function themeSwitch() {
   const button = one(".theme");
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const now = () => document.documentElement.dataset.theme || (dark.matches ? "dark" : "light");
-  const tell = () => { button.textContent = now() === "dark" ? "Light" : "Dark"; };
+  const tell = () => { button.textContent = now() === "dark" ? "Light theme" : "Dark theme"; };
   button.addEventListener("click", () => {
     const next = now() === "dark" ? "light" : "dark";
     document.documentElement.dataset.theme = next;
@@ -58,6 +58,16 @@ function readAddress() {
 
 function addressOf(prompt, extra = "") {
   return `${encodeURIComponent(prompt.dataset.prompt)}/${seedOf(prompt)}${extra}`;
+}
+
+/** Prompts out of sight have no size yet; where one is, is known only when those near it have. */
+function goTo(prompt, tries = 8) {
+  const before = prompt.getBoundingClientRect().top;
+  prompt.scrollIntoView({ behavior: "instant" });
+  const after = prompt.getBoundingClientRect().top;
+  if (tries > 0 && (Math.abs(after - before) > 1 || tries > 5)) {
+    requestAnimationFrame(() => goTo(prompt, tries - 1));
+  }
 }
 
 function gallery() {
@@ -123,7 +133,7 @@ function gallery() {
     if (!prompt) return;
     prompt.hidden = false;
     if (seed) chooseSeed(prompt, seed);
-    prompt.scrollIntoView();
+    goTo(prompt);
     if (flip) viewer.open(prompt, flip[1] || flip[0], flip[0]);
   }
   addEventListener("hashchange", follow);
@@ -232,7 +242,7 @@ function makeViewer(prompts) {
   }
   dialog.addEventListener("close", () => {
     setAddress(addressOf(prompt));
-    prompt.scrollIntoView({ block: "nearest" });
+    goTo(prompt);
     opener?.focus({ preventScroll: true });
   });
 
