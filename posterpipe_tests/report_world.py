@@ -22,12 +22,8 @@ import duckdb
 import pandas as pd
 from PIL import Image, ImageDraw
 
-from posterpipe.core.warehouse import (
-    Warehouse,
-    insert,
-    publish,
-    record_generations,
-)
+from posterpipe.core.publication import publish_scores
+from posterpipe.core.warehouse import Warehouse, insert, record_generations
 from posterpipe.settings import default_root
 from posterpipe_tests import study
 
@@ -60,8 +56,7 @@ def published_world() -> Path:
         env={**os.environ, "POSTERPIPE_WAREHOUSE": str(warehouse.path)},
         check=True,
     )  # fmt: skip
-    published = folder / "public" / "scores.duckdb"
-    publish(warehouse.path, published)
+    published = publish_scores(warehouse.path, folder / "public", run_id="publishing").database
     with duckdb.connect(str(published), read_only=True) as connection:
         paths = connection.execute(
             """

@@ -87,6 +87,9 @@ MARTS: Mapping[str, tuple[str, ...]] = {
         "section", "item", "items", "total", "share", "is_problem", "explanation",
     ),
     "freshness": ("subject", "latest_at", "run_id", "items", "explanation"),
+    "publication": (
+        "publication_id", "published_at", "run_id", "posterpipe", "schema_version", "dbt", "duckdb",
+    ),
     "dim_metric": ("metric_id", "name", "encoder", "preprocessing", "description"),
     "dim_checkpoint": (
         "checkpoint_id", "kind", "training_set_version", "trained_at", "first_seen_at",

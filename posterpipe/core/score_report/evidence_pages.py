@@ -325,6 +325,7 @@ def data_context(published: Published) -> dict[str, Any]:
             _freshness_section(published),
             _metrics_section(published),
             _checkpoints_section(published),
+            _publication_section(published),
         ],
         "unscored": unscored[:ROWS_SHOWN],
         "unscored_columns": heads("Prompt", "#Seed", "Variant", "Status", "Reason"),
@@ -392,6 +393,24 @@ def _metrics_section(published: Published) -> dict[str, Any]:
         ],
         "absent": "No metric has been used yet.",
         "assets": ["clip_scores"],
+    }  # fmt: skip
+
+
+def _publication_section(published: Published) -> dict[str, Any]:
+    return {
+        "title": "This publication",
+        "told": "Which snapshot of the database the report was written from, and by what.",
+        "columns": heads("Snapshot", "Published", "Run", "posterpipe", "Schema", "dbt", "DuckDB"),
+        "rows": [
+            [
+                code(row["publication_id"]), moment(row["published_at"]),
+                code(short(row["run_id"], 8)), text(row["posterpipe"]),
+                text(row["schema_version"]), text(row["dbt"]), text(row["duckdb"]),
+            ]
+            for row in published.rows("publication")
+        ],
+        "absent": "The database does not tell when it was published.",
+        "assets": [],
     }  # fmt: skip
 
 
