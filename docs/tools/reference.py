@@ -32,6 +32,8 @@ def build(target: Path) -> int:
         # Not about us: what libraries say when they are imported.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"(?!pdoc)")
+        # Nor this, which says that a default is what some variable of this machine holds.
+        warnings.filterwarnings("ignore", message="The default value of")
         pdoc.render.configure(docformat="markdown", footer_text="posterpipe")
         pdoc.pdoc(*MODULES, output_directory=target)
     return len(list(target.rglob("*.html")))

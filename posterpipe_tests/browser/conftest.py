@@ -36,6 +36,12 @@ PATIENCE_MS = 30_000
 Violations = Callable[["Page"], list[str]]
 
 
+def executable() -> str | None:
+    """The browser to use; None for Playwright's own."""
+    installed = next(filter(None, map(shutil.which, NAMES)), None)
+    return os.environ.get("POSTERPIPE_TEST_BROWSER") or installed
+
+
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     """One browser for all tests of this folder.
@@ -46,11 +52,9 @@ def browser() -> Iterator[Browser]:
     """
     from playwright.sync_api import Error, sync_playwright
 
-    installed = next(filter(None, map(shutil.which, NAMES)), None)
-    path = os.environ.get("POSTERPIPE_TEST_BROWSER") or installed
     with sync_playwright() as playwright:
         try:
-            browser = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
+            browser = playwright.chromium.launch(executable_path=executable(), args=list(ARGUMENTS))
         except Error as error:
             if os.environ.get("CI"):
                 raise
