@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import duckdb
 import httpx
 from PIL import Image
 
@@ -41,10 +42,50 @@ COLOURS = (256, 128, 64)
 OPENED = ("ingest", "dataset", "training", "generation", "scoring")
 """Groups that the graph shows opened; with the reports it would be too small to read."""
 
+SHEET_HEIGHT = 1010
+"""Pixels of the contact sheet: its title and the first four prompts."""
+
+PAPER = "#f6f4f0"
 PATIENCE_MS = 120_000
 PROMPT = "a minimalist film poster of an orange rocket on a blue background"
 
 Take = Callable[["Browser", Deployment], "Iterator[tuple[str, bytes]]"]
+
+
+# ---- what was drawn
+
+
+def sheets(_: Browser, deployment: Deployment) -> Iterator[tuple[str, bytes]]:
+    """The first prompts by all variants, and posters before and after their title is set: always
+    the first prompts and their first seed."""
+    with Image.open(deployment.contact_sheet_path) as sheet:
+        buffer = io.BytesIO()
+        sheet.crop((0, 0, sheet.width, SHEET_HEIGHT)).save(buffer, "PNG")
+    yield "contact-sheet", buffer.getvalue()
+
+    with duckdb.connect(str(deployment.published_path), read_only=True) as connection:
+        pairs = connection.execute(
+            """
+            select image_path, titled_image_path
+            from prompt_drilldown
+            where variant = 'dreambooth_negative' and titled_image_path is not null
+            qualify row_number() over (partition by prompt_id order by seed) = 1
+            order by seed
+            limit 8
+            """
+        ).fetchall()
+    if not pairs:
+        return
+    width, height, gap = 190, 285, 10
+    sheet = Image.new("RGB", (gap + len(pairs) * (width + gap), 2 * (height + gap) + gap), PAPER)
+    for column, pair in enumerate(pairs):
+        for row, path in enumerate(pair):
+            with Image.open(deployment.store_root / path) as image:
+                poster = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            sheet.paste(poster, (gap + column * (width + gap), gap + row * (height + gap)))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    yield "titled-posters", buffer.getvalue()
 
 
 # ---- the Dagster UI
@@ -60,7 +101,7 @@ def dagster(browser: Browser, deployment: Deployment) -> Iterator[tuple[str, byt
         str(ROOT / "workspace.yaml"),
     ]
     with served([*command, "--host", "127.0.0.1", "--port"]) as url:
-        page = window(browser, 1680, 860)
+        page = window(browser, 1680, 980)
         expanded = ",".join(f"global@global:{group}" for group in OPENED)
         page.goto(f"{url}/asset-groups?expanded={expanded}")
         page.locator("foreignObject", has_text="raw_posters").first.wait_for()
@@ -160,7 +201,7 @@ def studio(browser: Browser, deployment: Deployment) -> Iterator[tuple[str, byte
 
 # ---- how pictures are taken
 
-TAKES: dict[str, Take] = {"dagster": dagster, "report": report, "studio": studio}
+TAKES: dict[str, Take] = {"sheets": sheets, "dagster": dagster, "report": report, "studio": studio}
 
 
 def window(browser: Browser, width: int, height: int, scheme: str = "light") -> Page:
