@@ -194,7 +194,8 @@ def studio(browser: Browser, deployment: Deployment) -> Iterator[tuple[str, byte
         page.goto(f"{url}/captions")
         page.get_by_role("heading", level=1).wait_for()
         page.locator("img").nth(2).wait_for()
-        page.wait_for_timeout(3000)
+        page.locator("[data-testid=stStatusWidget]").wait_for(state="detached")
+        page.wait_for_timeout(2000)
         yield "studio-captions", page.screenshot()
         page.close()
 
