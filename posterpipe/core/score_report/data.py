@@ -228,8 +228,8 @@ def read_published(path: Path) -> Published:
             table = _table(connection, name, columns)
             if table is not None:
                 marts[name] = table
-    return Published(marts, _prompts(records(marts["prompt_drilldown"])) if (
-        "prompt_drilldown" in marts) else ())  # fmt: skip
+    images = marts.get("prompt_drilldown")
+    return Published(marts, () if images is None else _prompts(records(images)))
 
 
 def _table(
