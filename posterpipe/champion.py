@@ -78,8 +78,9 @@ def _decide(
     now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
     write_decisions(warehouse, row(read_decisions(warehouse), base, who or getpass.getuser(), now))
     served = gate.champion_of(read_decisions(warehouse), base)
-    Console(highlight=False).print(
-        f"Served: {served}. Materialize the asset `champion` so that everything shows it."
+    Console(highlight=False, soft_wrap=True).print(
+        f"Served: {served}. Where the sensors run (make dev), reports follow within minutes; else "
+        "materialize the asset `champion`, or run `posterpipe demo`."
     )
 
 

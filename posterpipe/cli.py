@@ -122,6 +122,63 @@ def studio(
     run_studio(host, port)
 
 
+champion = typer.Typer(
+    no_args_is_help=False,
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    help="Show which checkpoint is served, and why; pin one, or go back to the one before.",
+)
+app.add_typer(champion, name="champion")
+
+Why = Annotated[str, typer.Option(help="The reason; kept in the log, which everybody sees.")]
+Who = Annotated[str | None, typer.Option(help="Who decides; your login, where it is left out.")]
+
+
+@champion.callback()
+def _champion(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        show()
+
+
+@champion.command()
+def show() -> None:
+    """Print the checkpoint that is served, and the latest decisions with their reasons."""
+    from posterpipe.champion import show as show_champion
+
+    show_champion()
+
+
+@champion.command()
+def pin(
+    checkpoint: Annotated[str, typer.Argument(help="Its id, or the beginning of it.")],
+    why: Why,
+    who: Who = None,
+) -> None:
+    """Serve a checkpoint until it is unpinned, whatever the gate decides meanwhile.
+
+    What the gate rejected cannot be pinned.
+    """
+    from posterpipe.champion import pin as pin_champion
+
+    pin_champion(checkpoint, why, who)
+
+
+@champion.command()
+def unpin(why: Why, who: Who = None) -> None:
+    """Give the choice back to the gate."""
+    from posterpipe.champion import unpin as unpin_champion
+
+    unpin_champion(why, who)
+
+
+@champion.command()
+def rollback(why: Why, who: Who = None) -> None:
+    """Go back to the champion before the present one, and pin it."""
+    from posterpipe.champion import rollback as roll_back
+
+    roll_back(why, who)
+
+
 def main() -> None:
     """Run the command. Errors of posterpipe are one sentence and exit code 1."""
     try:

@@ -7,6 +7,7 @@ from posterpipe.defs import (
     arrivals,
     checks,
     dataset,
+    evidence,
     generation,
     ingest,
     reports,
@@ -29,7 +30,9 @@ def build_defs(settings: Settings, deployment: Deployment | None = None) -> dg.D
     deployment = deployment or Deployment(settings)
     dbt = reports.dbt_project(settings)
     assets = [
-        *dg.load_assets_from_modules([ingest, dataset, training, generation, scoring, reports]),
+        *dg.load_assets_from_modules(
+            [ingest, dataset, training, generation, scoring, evidence, reports]
+        ),
         *reports.dbt_reports(dbt),
         *dg.load_assets_from_modules([score_report]),
     ]

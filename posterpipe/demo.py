@@ -122,7 +122,11 @@ def require_inputs(settings: Settings) -> None:
     from posterpipe.core.models import locate
     from posterpipe.core.prompts import load_suite
 
-    for ref in (settings.base_model, settings.captioner.model, settings.scorer.model):
+    refs = [settings.base_model, settings.captioner.model, settings.scorer.model]
+    refs += settings.evidence.image_encoders
+    for ref in (settings.evidence.pickscore, settings.evidence.pickscore_processor):
+        refs += [ref] if ref else []
+    for ref in refs:
         locate(ref, settings.root)
     load_suite(settings.path(settings.prompt_suite))
 
@@ -324,6 +328,7 @@ def _conclude(deployment: Deployment, watch: Watch, total: float, home: Path) ->
     else:
         console.print(f"Everything is up to date: nothing computed, {total:.1f} s.")
     console.print(leaderboard_table(deployment))
+    console.print(champion_line(deployment), soft_wrap=True)
     console.print(f"scores         {deployment.published_path}", soft_wrap=True)
     console.print(f"contact sheet  {deployment.contact_sheet_path}", soft_wrap=True)
     console.print(f"score report   {deployment.report_path}", soft_wrap=True)
@@ -334,7 +339,7 @@ def _conclude(deployment: Deployment, watch: Watch, total: float, home: Path) ->
 def leaderboard_table(deployment: Deployment) -> Table:
     """The leaderboard of the published database, for the terminal.
 
-    Cosines are raw; differences are to `sd`, paired by prompt and seed.
+    Of the scorer's own metric. Cosines are raw; differences are to `sd`, paired by prompt and seed.
     """
     import duckdb
 
@@ -355,9 +360,7 @@ def leaderboard_table(deployment: Deployment) -> Table:
     )
     for name in ("variant", "images", "cosine", "95 % interval", "difference", "95 % interval"):
         table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=True)
-    if len(metrics) > 1:
-        table.add_column("metric")
-    for variant, images, blocked, _, mean, low, high, diff, diff_low, diff_high, metric in rows:
+    for variant, images, blocked, _, mean, low, high, diff, diff_low, diff_high, _ in rows:
         table.add_row(
             variant,
             f"{images}" + (f" ({blocked} blocked)" if blocked else ""),
@@ -365,13 +368,24 @@ def leaderboard_table(deployment: Deployment) -> Table:
             _interval(low, high, ".3f"),
             _number(diff, "+.3f"),
             _interval(diff_low, diff_high, "+.3f"),
-            *([metric] if len(metrics) > 1 else []),
         )
     prompts = max((row[3] for row in rows), default=0)
     table.caption = (
         f"Intervals over {prompts} prompts, seeds averaged. Metric: {', '.join(metrics)}"
     )
     return table
+
+
+def champion_line(deployment: Deployment) -> str:
+    """Which checkpoint is served, and what the gate said of the newest one."""
+    row = deployment.store.read_table("champion").iloc[0]
+    told = {"promote": "promoted", "hold": "held", "reject": "rejected"}[str(row["decision"])]
+    served = "the base model" if row["kind"] == "base" else f"checkpoint {row['checkpoint_id']}"
+    pinned = ", pinned by a person" if row["pinned"] else ""
+    return (
+        f"champion       {served}{pinned}. The newest checkpoint {row['challenger']} is {told}: "
+        f"{row['reason']}"
+    )
 
 
 def _number(value: float | None, form: str = ".3f") -> str:

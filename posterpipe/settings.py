@@ -563,6 +563,11 @@ class LetteringSettings(Group):
     min_width: Positive = Field(
         768, description="pixels; smaller images are enlarged by a whole factor before the title"
     )
+    seeds: Positive | None = Field(
+        None,
+        description="images of each prompt and variant that are lettered, and on which the title "
+        "is read, those of its first seeds; none: all. Together a second or two of a CPU core each",
+    )
     contrast: float = Field(
         4.5, ge=1, le=15, description="least contrast of letters and ground; 4.5 is WCAG 2.2's AA"
     )
@@ -619,6 +624,9 @@ class CheckSettings(Group):
     )
     max_blocked_share: Share = Field(
         0.05, description="generated images that show nothing; more is a warning"
+    )
+    min_titles_read: Share = Field(
+        0.95, description="titles set in type that an OCR reads exactly; fewer is a warning"
     )
     max_scoring_delay_hours: float = Field(
         24, gt=0, description="hours that new generations may wait for their scores"

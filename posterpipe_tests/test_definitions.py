@@ -122,7 +122,7 @@ def test_a_setting_changes_the_code_version_of_what_it_decides_and_of_nothing_el
 
     before, after = versions(build_defs(settings)), versions(build_defs(changed))
     differing = {name for name in before if before[name] != after[name]}
-    assert differing == {"base_generations", "tuned_generations"}
+    assert differing == {"base_generations", "tuned_generations", "champion_generations"}
 
 
 def test_dbt_models_are_what_dagster_dbt_makes_of_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import io
 import json
 import shutil
@@ -18,14 +19,24 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from posterpipe.core import statistics
+from posterpipe.core.evidence import read_decisions, write_decisions
 from posterpipe.core.garbage import find_garbage, remove_garbage
+from posterpipe.core.gate import GateError, pin, unpin
+from posterpipe.core.models import fingerprint
 from posterpipe.core.progress import BarProgress
 from posterpipe.core.store import Store
 from posterpipe.core.trace import trace
 from posterpipe.definitions import build_defs
 from posterpipe.defs.resources import Deployment
 from posterpipe.defs.staleness import DATA_VERSION, stale_assets
-from posterpipe.demo import ROOTS, Watch, end_dead_runs, leaderboard_table, materialize
+from posterpipe.demo import (
+    ROOTS,
+    Watch,
+    champion_line,
+    end_dead_runs,
+    leaderboard_table,
+    materialize,
+)
 from posterpipe.settings import Settings, default_root, load_settings
 from posterpipe_tests.core.metrics.test_clip import build_tiny_clip
 from posterpipe_tests.core.test_garbage import age
@@ -147,7 +158,7 @@ def scores(pipeline: Pipeline) -> pd.DataFrame:
 
 def test_every_asset_and_check_ran_and_passed(pipeline: Pipeline) -> None:
     specs = build_defs(pipeline.settings).resolve_all_asset_specs()
-    assert len(specs) == 24
+    assert len(specs) == 30
     assert set(pipeline.versions()) == {spec.key.to_user_string() for spec in specs}
     made = pipeline.versions()
     assert made.pop("class_images")  # prior preservation is off: there are none
@@ -215,9 +226,18 @@ def test_tables_tell_their_rows_and_columns(pipeline: Pipeline) -> None:
 
 def test_the_published_leaderboard_is_what_the_scores_say(pipeline: Pipeline) -> None:
     with duckdb.connect(str(pipeline.deployment.published_path), read_only=True) as connection:
-        board = connection.execute("from leaderboard where is_headline").df().set_index("variant")
-        rows = connection.execute("select * from clip_scores where is_current").df()
-        rows = rows[rows["metric_id"] == board["metric_id"].iloc[0]]
+        boards = connection.execute("select * from leaderboard").df()
+        both = connection.execute("select * from clip_scores where is_current").df()
+    # CLIP-T with crop and with pad.
+    boards = boards[boards["metric_id"].isin(both["metric_id"])]
+    assert sorted(name.split(".")[1] for name in boards["metric_id"].unique()) == ["crop", "pad"]
+    assert boards["is_headline"].tolist() == [True] * 4 + [False] * 4
+    for metric_id, rows in both.groupby("metric_id"):
+        compare(boards[boards["metric_id"] == metric_id].set_index("variant"), rows)
+
+
+def compare(board: pd.DataFrame, rows: pd.DataFrame) -> None:
+    """The leaderboard of one metric against its scores."""
     expected = statistics.leaderboard(rows).set_index("variant")
     assert list(board.index) == list(expected.index)
     assert board["images"].tolist() == [IMAGES_A_VARIANT] * 4
@@ -240,7 +260,78 @@ def test_analysts_may_read_while_the_pipeline_writes(pipeline: Pipeline) -> None
         pipeline.deployment.warehouse.write(),
     ):
         row = connection.execute("select count(*) from clip_scores").fetchone()
-    assert row == (4 * IMAGES_A_VARIANT,)
+    assert row == (2 * 4 * IMAGES_A_VARIANT,)
+
+
+def champion_row(pipeline: Pipeline) -> pd.Series:
+    return pipeline.deployment.store.read_table("champion").iloc[0]
+
+
+def test_the_gate_has_judged_the_first_checkpoint_against_the_base_model(
+    pipeline: Pipeline,
+) -> None:
+    row = champion_row(pipeline)
+    decisions = read_decisions(pipeline.deployment.warehouse)
+    assert decisions["checkpoint_id"].tolist() == [row["challenger"]]
+    assert decisions["champion_before"].tolist() == [model_fingerprint(pipeline)]
+    # Four steps on six posters prove nothing.
+    assert row["decision"] in ("hold", "reject") and row["reason"]
+    assert row["kind"] == "base" and row["checkpoint_id"] == model_fingerprint(pipeline)
+    metadata = pipeline.latest("champion").metadata
+    assert {"checks", "log", "decision", "reason", "champion"} <= metadata.keys()
+    assert "champion       the base model" in champion_line(pipeline.deployment)
+
+
+def model_fingerprint(pipeline: Pipeline) -> str:
+    return fingerprint(pipeline.settings.base_model, pipeline.settings.root)
+
+
+def test_all_evidence_is_in_the_published_database(pipeline: Pipeline) -> None:
+    with duckdb.connect(str(pipeline.deployment.published_path), read_only=True) as connection:
+        counts = dict(
+            connection.execute(
+                "select name, count(*) from fct_score join dim_metric using (metric_id) group by 1"
+            ).fetchall()
+        )
+        decided = connection.execute("select count(*) from fct_promotion").fetchall()
+    images = 4 * IMAGES_A_VARIANT
+    titled = 4 * 1  # one prompt has a title, and the starter profile letters its first seed
+    assert counts == {
+        "CLIP-T": 2 * images, "CLIP-I holdout": images, "CLIP-I training": images,
+        "CLIP-I overfit gap": images, "CLIP-I nearest training poster": images,
+        "perceptual hash distance": images, "diversity": images,
+        "title edit distance, drawn": titled, "title exact, drawn": titled,
+        "title edit distance, set": titled, "title exact, set": titled,
+    }  # fmt: skip
+    assert decided == [(1,)]
+
+
+def test_a_pin_makes_the_champion_stale_and_is_followed(pipeline: Pipeline) -> None:
+    specs = build_defs(pipeline.settings, pipeline.deployment).resolve_all_asset_specs()
+    before = pipeline.versions()
+    decisions = read_decisions(pipeline.deployment.warehouse)
+    base, challenger = model_fingerprint(pipeline), champion_row(pipeline)["challenger"]
+    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+    if champion_row(pipeline)["decision"] == "reject":
+        with pytest.raises(GateError, match="never served"):
+            pin(decisions, challenger, base, who="Ida", why="I like it", decided_at=now)
+    row = pin(decisions, base, base, who="Ida", why="until the fair", decided_at=now)
+    write_decisions(pipeline.deployment.warehouse, row)
+    stale = stale_assets(specs, pipeline.instance, pipeline.deployment)
+    assert stale == {dg.AssetKey("champion"): "another checkpoint was chosen"}
+    watch = pipeline.run()
+    assert {"champion", "published_scores"} <= watch.seconds.keys()
+    assert "fidelity_scores" not in watch.seconds, "nothing is measured again"
+    assert champion_row(pipeline)["pinned"]
+    assert pipeline.versions()["published_scores"] != before["published_scores"]
+    assert stale_assets(specs, pipeline.instance, pipeline.deployment) == {}
+    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+    free = unpin(
+        read_decisions(pipeline.deployment.warehouse), base, who="Ida", why="over", decided_at=now
+    )
+    write_decisions(pipeline.deployment.warehouse, free)
+    pipeline.run()
+    assert not champion_row(pipeline)["pinned"]
 
 
 def test_progress_is_shown_for_the_long_steps(pipeline: Pipeline) -> None:

@@ -8,8 +8,10 @@ of generations, and reading from it what the gate asks. What does not: the metri
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
@@ -32,7 +34,7 @@ from posterpipe.core.metrics.pickscore import (
 )
 from posterpipe.core.progress import Progress
 from posterpipe.core.quality import holdout_posters
-from posterpipe.core.store import Store
+from posterpipe.core.store import Store, write_atomic
 from posterpipe.core.warehouse import Warehouse, insert
 from posterpipe.settings import GateSettings, Settings
 
@@ -44,6 +46,10 @@ EVIDENCE_COLUMNS = (
 it for (clip, fidelity, diversity, preference, copies) or "". In rows with the role copies,
 `nearest_poster` is the content hash of the nearest training image and `copied` says whether
 similarity or perceptual hash is that of a copy."""
+
+
+TOLD = "decisions.json"
+"""File of the store that repeats fct_promotion."""
 
 
 @dataclass(frozen=True)
@@ -217,9 +223,35 @@ def read_decisions(warehouse: Warehouse) -> pd.DataFrame:
 
 
 def write_decisions(warehouse: Warehouse, rows: pd.DataFrame) -> None:
-    """Adds rows of fct_promotion."""
+    """Adds rows of fct_promotion, and tells them to those who cannot open the warehouse."""
     with warehouse.write() as connection:
         insert(connection, "fct_promotion", rows)
+    tell_decisions(warehouse, read_decisions(warehouse))
+
+
+def tell_decisions(warehouse: Warehouse, decisions: pd.DataFrame) -> None:
+    """Writes all decisions (DECISION_COLUMNS) beside the warehouse, where it says otherwise.
+
+    Sensors and the studio ask who is champion while a step may be writing, when the warehouse
+    cannot be opened. The warehouse is what counts: the step of `champion` tells again what was
+    lost between the two.
+    """
+    if told_decisions(warehouse.path.parent)["decision_id"].tolist() != list(
+        decisions["decision_id"]
+    ):
+        text = decisions.to_json(orient="records", date_format="iso", date_unit="us", indent=1)
+        write_atomic(warehouse.path.parent / TOLD, text.encode())
+
+
+def told_decisions(store_root: Path) -> pd.DataFrame:
+    """The decisions (DECISION_COLUMNS) as they were told last; opens no database."""
+    try:
+        rows = json.loads((Path(store_root) / TOLD).read_text("utf-8"))
+        decisions = pd.DataFrame(rows, columns=list(DECISION_COLUMNS))
+        times = pd.to_datetime(decisions["decided_at"], format="ISO8601")
+        return decisions.assign(decided_at=times.dt.tz_localize(None))
+    except (FileNotFoundError, ValueError):
+        return pd.DataFrame(columns=list(DECISION_COLUMNS))  # the next telling mends it
 
 
 def judge(

@@ -23,6 +23,7 @@ GAP = 10
 LABEL_SIZE = 12
 TITLE_SIZE = 20
 MISSING = "missing"
+_SUBTITLE_LINES = 2
 
 
 def contact_sheet(
@@ -66,29 +67,50 @@ def grid(
     cell: tuple[int, int] = (128, 192),
     heading_width: int = 220,
     title: str | None = None,
+    subtitle: str = "",
+    notes: Mapping[tuple[str, str], str] | None = None,
+    blocks: int = 1,
 ) -> Image.Image:
     """Images by row and column, such as prompts by variants, with headings.
 
     `cells`: by (row, column); one that is not there, or cannot be read, shows as missing. `cell`:
-    width and height in pixels; `heading_width`: pixels for the rows' headings, which wrap.
+    width and height in pixels; `heading_width`: pixels for the rows' headings, which wrap, as does
+    the `subtitle`. `notes`: a line below some cells. `blocks`: the rows are dealt to so many blocks
+    beside each other, so that many rows still make a picture that fits a screen.
     """
     title_height = _title_height(title)
+    if subtitle:
+        title_height += _SUBTITLE_LINES * _line_height(LABEL_SIZE + 2) + GAP
     head = _line_height(LABEL_SIZE + 2) + GAP
-    step = (cell[0] + GAP, cell[1] + GAP)
-    width = GAP + heading_width + GAP + len(columns) * step[0]
-    sheet = _canvas(width, title_height + head + len(rows) * step[1] + GAP)
+    note_height = _line_height(LABEL_SIZE) if notes else 0
+    step = (cell[0] + GAP, cell[1] + note_height + GAP)
+    blocks = max(1, min(blocks, len(rows)))
+    deep = -(-len(rows) // blocks)
+    block_width = GAP + heading_width + GAP + len(columns) * step[0]
+    apart = (blocks - 1) * 2 * GAP
+    sheet = _canvas(blocks * block_width + apart, title_height + head + deep * step[1] + GAP)
     draw = ImageDraw.Draw(sheet)
     if title:
-        _write(draw, (GAP, GAP), title, TITLE_SIZE, width - 2 * GAP)
-    start = GAP + heading_width + GAP
-    for index, column in enumerate(columns):
-        place = (start + index * step[0], title_height + GAP)
-        _write(draw, place, column, LABEL_SIZE + 2, cell[0])
-    for number, row in enumerate(rows):
-        top = title_height + head + number * step[1]
-        _write(draw, (GAP, top), row, LABEL_SIZE + 2, heading_width, lines=cell[1] // 18)
+        _write(draw, (GAP, GAP), title, TITLE_SIZE, sheet.width - 2 * GAP)
+    if subtitle:
+        place, width = (GAP, _title_height(title) + GAP // 2), sheet.width - 2 * GAP
+        _write(draw, place, subtitle, LABEL_SIZE + 2, width, lines=_SUBTITLE_LINES)
+    for block in range(blocks):
+        left = block * (block_width + 2 * GAP)
+        start = left + GAP + heading_width + GAP
         for index, column in enumerate(columns):
-            _place(sheet, cells.get((row, column)), (start + index * step[0], top), cell)
+            place = (start + index * step[0], title_height + GAP)
+            _write(draw, place, column, LABEL_SIZE + 2, cell[0])
+        for number, row in enumerate(rows[block * deep : (block + 1) * deep]):
+            top = title_height + head + number * step[1]
+            heading = (left + GAP, top)
+            _write(draw, heading, row, LABEL_SIZE + 2, heading_width, lines=cell[1] // 18)
+            for index, column in enumerate(columns):
+                place = (start + index * step[0], top)
+                _place(sheet, cells.get((row, column)), place, cell)
+                note = (notes or {}).get((row, column), "")
+                if note:
+                    _write(draw, (place[0], top + cell[1] + 2), note, LABEL_SIZE, cell[0])
     return sheet
 
 

@@ -360,6 +360,16 @@ def champion_of(decisions: pd.DataFrame, base_model: str) -> str:
     return pinned or champion
 
 
+def defender_of(decisions: pd.DataFrame, base_model: str, challenger: str) -> str:
+    """The checkpoint that a challenger has to beat: what would be served without it.
+
+    Decisions about the challenger itself do not count. So judging it again, also after it was
+    promoted, asks the same question as the first time, and its promotion makes nothing stale.
+    """
+    champion, pinned = _state(decisions, base_model, without=challenger)
+    return pinned or champion
+
+
 def pinned(decisions: pd.DataFrame) -> str | None:
     """The checkpoint that a person has pinned, or None."""
     return _state(decisions, "")[1]
@@ -380,7 +390,7 @@ def pin(
     GateError for a checkpoint that is rejected or not known, and without a name or reason.
     """
     _named(who, why)
-    latest = _latest(decisions)
+    latest = verdicts(decisions)
     if latest.get(checkpoint) == "reject":
         raise GateError(
             f"the gate rejected the checkpoint {checkpoint}, and what is rejected is never served; "
@@ -428,22 +438,27 @@ def rollback(
         now = champion_of(_ordered(decisions).iloc[:end], base_model)
         if now != served[-1]:
             served.append(now)
-    latest = _latest(decisions)
+    latest = verdicts(decisions)
     earlier = [name for name in served[:-1] if latest.get(name) != "reject"]
     if not earlier:
         raise GateError(f"{served[-1]} is the first champion: there is none to go back to")
     return pin(decisions, earlier[-1], base_model, who=who, why=why, decided_at=decided_at)
 
 
-def _state(decisions: pd.DataFrame, base_model: str) -> tuple[str, str | None]:
-    """The champion by the gate, and what is pinned."""
+def _state(
+    decisions: pd.DataFrame, base_model: str, *, without: str | None = None
+) -> tuple[str, str | None]:
+    """The champion by the gate, and what is pinned; as if `without` did not exist."""
     promoted: list[str] = [base_model]
     now: str | None = None
     rejected: set[str] = set()
     for row in _ordered(decisions).itertuples(index=False):
         checkpoint = str(row.checkpoint_id)
         if row.decided_by != GATE:
-            now = checkpoint if json.loads(str(row.numbers))["pinned"] else None
+            pinned = json.loads(str(row.numbers))["pinned"] and checkpoint != without
+            now = checkpoint if pinned else None
+        elif checkpoint == without:
+            continue
         elif row.decision == "promote":
             rejected.discard(checkpoint)
             promoted.append(checkpoint)
@@ -454,8 +469,8 @@ def _state(decisions: pd.DataFrame, base_model: str) -> tuple[str, str | None]:
     return next(name for name in reversed(promoted) if name not in rejected), now
 
 
-def _latest(decisions: pd.DataFrame) -> dict[str, str]:
-    """The gate's latest verdict by checkpoint."""
+def verdicts(decisions: pd.DataFrame) -> dict[str, str]:
+    """The gate's latest verdict (promote, hold, reject) by checkpoint."""
     own = _ordered(decisions)
     own = own[own["decided_by"] == GATE]
     return dict(zip(own["checkpoint_id"].astype(str), own["decision"].astype(str), strict=True))

@@ -20,7 +20,7 @@ Condition = dg.AutomationCondition
 ON_SCHEDULE = ("dreambooth_checkpoint",)
 """Assets that cost hours and follow a schedule of their own: nothing here requests them."""
 
-LEVELS = 6
+LEVELS = 10
 """How far up an asset looks for work that is not done; more than any chain of the graph has."""
 
 TICK_SECONDS = 15

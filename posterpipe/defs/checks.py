@@ -467,6 +467,133 @@ def clip_scores_checks(
     )
 
 
+# -- evidence --------------------------------------------------------------------------------------
+
+TITLED_POSTERS = [
+    _spec(
+        "titled_posters",
+        "every_title_is_set",
+        "A title that no installed font can write, or that fits nowhere, leaves its poster without "
+        "one. When this warns, do what each reason says; the other posters are lettered.",
+        severity=WARN,
+    ),
+]
+
+FIDELITY_SCORES = [
+    _spec(
+        "fidelity_scores",
+        "every_image_is_measured",
+        "A number that could not be measured makes the evidence incomplete, and the gate then "
+        "holds a new checkpoint, however good. When this fails, mend what the reasons name and "
+        "materialize the asset again: only what is missing is measured.",
+        severity=ERROR,
+    ),
+    _spec(
+        "fidelity_scores",
+        "few_images_are_copies",
+        "A model that has learned its posters by heart hands out other people's work. When this "
+        "warns, look at the named images beside their nearest posters; the gate rejects the "
+        "checkpoint. Limit: `gate.copy_limit`.",
+        severity=WARN,
+    ),
+]
+
+LEGIBILITY_SCORES = [
+    _spec(
+        "legibility_scores",
+        "set_titles_are_read",
+        "A title that an OCR cannot read is hard to read for people. When this warns, look at the "
+        "named posters: the ground may be busy, or the letters small. Limit: "
+        "`checks.min_titles_read`.",
+        severity=WARN,
+    ),
+]
+
+CHAMPION = [
+    _spec(
+        "champion",
+        "served_checkpoint_is_sound",
+        "What is served is there, and the gate did not reject it. When this fails, someone removed "
+        "the checkpoint's files or wrote into the database: materialize the asset again, or go "
+        "back with `posterpipe champion rollback`.",
+        severity=ERROR,
+    ),
+]
+
+
+@dg.multi_asset_check(specs=TITLED_POSTERS, can_subset=True)
+def titled_posters_checks(
+    context: dg.AssetCheckExecutionContext, titled_posters: Table
+) -> Iterator[dg.AssetCheckResult]:
+    """The checks of `titled_posters`."""
+    from posterpipe.core import quality
+
+    yield from _results(
+        context,
+        TITLED_POSTERS,
+        {"every_title_is_set": lambda: quality.unset_titles(titled_posters)},
+    )
+
+
+@dg.multi_asset_check(specs=FIDELITY_SCORES, can_subset=True)
+def fidelity_scores_checks(
+    context: dg.AssetCheckExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    fidelity_scores: Table,
+) -> Iterator[dg.AssetCheckResult]:
+    """The checks of `fidelity_scores`."""
+    from posterpipe.core import quality
+
+    limit = deployment.settings.gate.copy_limit
+    yield from _results(
+        context,
+        FIDELITY_SCORES,
+        {
+            "every_image_is_measured": lambda: quality.unmeasured_images(fidelity_scores),
+            "few_images_are_copies": lambda: quality.copied_posters(fidelity_scores, limit),
+        },
+    )
+
+
+@dg.multi_asset_check(specs=LEGIBILITY_SCORES, can_subset=True)
+def legibility_scores_checks(
+    context: dg.AssetCheckExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    legibility_scores: Table,
+) -> Iterator[dg.AssetCheckResult]:
+    """The checks of `legibility_scores`."""
+    from posterpipe.core import quality
+
+    limit = deployment.settings.checks.min_titles_read
+    yield from _results(
+        context,
+        LEGIBILITY_SCORES,
+        {"set_titles_are_read": lambda: quality.unread_titles(legibility_scores, limit)},
+    )
+
+
+@dg.multi_asset_check(specs=CHAMPION, can_subset=True)
+def champion_checks(
+    context: dg.AssetCheckExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    champion: Table,
+) -> Iterator[dg.AssetCheckResult]:
+    """The checks of `champion`."""
+    from posterpipe.core import quality
+    from posterpipe.core.evidence import told_decisions
+    from posterpipe.core.gate import verdicts
+
+    row = champion.iloc[0]
+    folder = deployment.store_root / row["path"]
+    there = row["kind"] == "base" or (folder / "model_index.json").is_file()
+    verdict = verdicts(told_decisions(deployment.store_root)).get(row["checkpoint_id"], "")
+    yield from _results(
+        context,
+        CHAMPION,
+        {"served_checkpoint_is_sound": lambda: quality.rejected_champion(champion, verdict, there)},
+    )
+
+
 def _materialized_at(instance: dg.DagsterInstance, name: str) -> dt.datetime:
     """When an asset was last materialized; long ago where that is not on record."""
     record = instance.get_latest_materialization_event(dg.AssetKey(name))

@@ -5,12 +5,14 @@ not: how anything is measured or decided (`core.evidence`, `core.metrics`, `core
 `core.typography`).
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import dagster as dg
 
 from posterpipe.defs.resources import (
+    BASE_MODEL,
+    CHALLENGER,
+    CHAMPION,
+    LAST_DECISION,
+    MODEL_FINGERPRINT,
     TABLES,
     Deployment,
     Table,
@@ -46,24 +48,25 @@ def champion_generations(
     base_generations: Table,
     tuned_generations: Table,
 ) -> dg.Output[Table]:
-    """What the present champion draws for the suite: what a new checkpoint has to beat.
+    """What the newest checkpoint has to beat: the suite as the champion before it draws it.
 
-    Drawn anew only when the suite or the sampler changed since; the base model's and the newest
-    checkpoint's images are there already.
+    Drawn anew only when the suite or the sampler changed since; the base model's images are there
+    already. Decisions about the newest checkpoint itself do not count here, so its promotion makes
+    nothing of this stale; a pin or a rollback by a person does.
     """
     from posterpipe.core.evidence import read_decisions
-    from posterpipe.core.gate import champion_of
+    from posterpipe.core.gate import defender_of
     from posterpipe.core.prompts import suite_prompts
     from posterpipe.core.provenance import require_checkpoint
-    from posterpipe.core.sampler import DELAYED_VARIANTS, TUNED_VARIANTS, generate
+    from posterpipe.core.sampler import generate
+    from posterpipe.defs.generation import DELAYED_VARIANTS, TUNED_VARIANTS
 
     base = str(base_generations["checkpoint_id"].iloc[0])
-    champion = champion_of(read_decisions(deployment.warehouse), base)
-    known = {base: base_generations}
-    if len(tuned_generations):
-        known[str(tuned_generations["checkpoint_id"].iloc[0])] = tuned_generations
-    table = known.get(champion)
-    if table is None:
+    challenger = str(tuned_generations["checkpoint_id"].iloc[0])
+    champion = defender_of(read_decisions(deployment.warehouse), base, challenger)
+    if champion == base:
+        table = base_generations
+    else:
         folder = deployment.store_root / "checkpoints" / champion
         require_checkpoint(deployment.store, folder, checkpoint_id=champion)
         table = generate(
@@ -76,7 +79,15 @@ def champion_generations(
             deployment.progress(context),
             run_id=context.run.run_id,
         )
-    return table_output(table, {"champion": champion, **counts(table, "status")})
+    return table_output(
+        table,
+        {
+            CHAMPION: champion,
+            CHALLENGER: challenger,
+            BASE_MODEL: base,
+            **counts(table, "status"),
+        },
+    )
 
 
 @dg.asset(
@@ -107,9 +118,10 @@ def titled_posters(
     base_generations: Table,
     tuned_generations: Table,
 ) -> dg.Output[Table]:
-    """Every generated poster with its title set in type.
+    """Generated posters with their titles set in type, which the model cannot draw.
 
-    Models of this size draw shapes like letters and no words. Scores are always taken of the images
+    Models of this size draw shapes like letters and no words. The images of the first seeds of each
+    prompt (setting `lettering.seeds`), never chosen ones. Scores are always taken of the images
     before this step, since CLIP reads.
     """
     import pandas as pd
@@ -117,6 +129,9 @@ def titled_posters(
     from posterpipe.core.typography import set_titles
 
     generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
+    most = deployment.settings.lettering.seeds
+    if most is not None:
+        generations = generations.groupby(["variant", "prompt_id"], sort=False).head(most)
     titled = set_titles(
         deployment.store, generations, deployment.settings.lettering, deployment.progress(context)
     )
@@ -174,6 +189,7 @@ def fidelity_scores(
     import pandas as pd
 
     from posterpipe.core.evidence import held_out, measure, posters_of
+    from posterpipe.core.models import fingerprint
 
     store = deployment.store
     progress = deployment.progress(context)
@@ -210,6 +226,9 @@ def fidelity_scores(
                 )
             ),
             **counts(table, "status"),
+            MODEL_FINGERPRINT: fingerprint(
+                deployment.settings.scorer.model, deployment.settings.root
+            ),
         },
     )
 
@@ -238,7 +257,11 @@ def legibility_scores(
     tuned_generations: Table,
     titled_posters: Table,
 ) -> dg.Output[Table]:
-    """Whether a real OCR reads the title, as the model drew it and as it was set in type."""
+    """Whether a real OCR reads the title, as the model drew it and as it was set in type.
+
+    Both are read on the same images, those that are lettered. An image that was read before is not
+    read again.
+    """
     import pandas as pd
 
     from posterpipe.core.evidence import record_readings, record_titles
@@ -247,8 +270,9 @@ def legibility_scores(
 
     generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
     record_titles(deployment.warehouse, titled_posters, run_id=context.run.run_id)
+    lettered = generations["generation_key"].isin(titled_posters["generation_key"])
     readings = []
-    for where, images in (("drawn", generations), ("set", titled_posters)):
+    for where, images in (("drawn", generations[lettered]), ("set", titled_posters)):
         metrics, scores, read = measure_legibility(
             deployment.store, images, where, deployment.progress(context)
         )
@@ -258,7 +282,9 @@ def legibility_scores(
         )  # fmt: skip
         record_readings(deployment.warehouse, read, where, run_id=context.run.run_id)
         readings.append(read.assign(lettering=where))
-    table = pd.concat(readings, ignore_index=True)
+    table = pd.concat(readings, ignore_index=True)[
+        ["generation_key", "lettering", "title", "read", "distance", "exact"]
+    ]
     shares = table.groupby("lettering")["exact"].mean()
     return table_output(
         table,
@@ -286,6 +312,7 @@ def legibility_scores(
         challenger="string: the checkpoint that was judged",
         decision="string: promote, hold or reject",
         reason="string: what decided",
+        last_decision="string: decision_id of the latest row of fct_promotion",
     ),
 )
 def champion(
@@ -305,58 +332,51 @@ def champion(
     """
     import pandas as pd
 
-    from posterpipe.core.evidence import judge, read_decisions
+    from posterpipe.core.evidence import judge, read_decisions, tell_decisions
     from posterpipe.core.gate import champion_of, pinned
 
     warehouse = deployment.warehouse
     base = str(base_generations["checkpoint_id"].iloc[0])
     before = str(champion_generations["checkpoint_id"].iloc[0])
     challenger = str(tuned_generations["checkpoint_id"].iloc[0])
-    told: dict[str, Any] = {"challenger": challenger, "decision": "", "reason": "it is served"}
-    checks: Mapping[str, Any] = {}
-    if challenger != before:
-        generations = pd.concat([tuned_generations, champion_generations], ignore_index=True)
-        decision = judge(
-            warehouse,
-            generations,
-            fidelity_scores,
-            challenger=challenger,
-            champion=before,
-            settings=deployment.settings.gate,
-            run_id=context.run.run_id,
-        )
-        told |= {"decision": decision.verdict, "reason": decision.reason}
-        checks = {
-            "checks": table_preview(
-                pd.DataFrame(
-                    [(c.name, c.outcome, c.value, c.low, c.high, c.limit, c.reason)
-                     for c in decision.checks],
-                    columns=["check", "outcome", "value", "low", "high", "limit", "reason"],
-                )
-            )
-        }  # fmt: skip
+    decision = judge(
+        warehouse,
+        pd.concat([tuned_generations, champion_generations], ignore_index=True),
+        fidelity_scores,
+        challenger=challenger,
+        champion=before,
+        settings=deployment.settings.gate,
+        run_id=context.run.run_id,
+    )
     decisions = read_decisions(warehouse)
+    tell_decisions(warehouse, decisions)
     served = champion_of(decisions, base)
     tuned = served != base
+    last = str(decisions["decision_id"].iloc[-1])
     row = {
         "checkpoint_id": served,
         "path": f"checkpoints/{served}" if tuned else "",
         "kind": "tuned" if tuned else "base",
         "pinned": pinned(decisions) is not None,
-        **told,
+        "challenger": challenger,
+        "decision": decision.verdict,
+        "reason": decision.reason,
+        "last_decision": last,
     }
+    checks = pd.DataFrame(
+        [(c.name, c.outcome, c.value, c.low, c.high, c.limit, c.reason) for c in decision.checks],
+        columns=["check", "outcome", "value", "low", "high", "limit", "reason"],
+    )
+    log = ["decided_at", "checkpoint_id", "champion_before", "decision", "reason", "decided_by"]
     return table_output(
         pd.DataFrame([row]),
         {
-            "champion": served,
-            "decision": told["decision"] or "none",
-            "reason": told["reason"],
-            **checks,
-            "log": table_preview(
-                decisions.iloc[::-1],
-                ["decided_at", "checkpoint_id", "champion_before", "decision", "reason",
-                 "decided_by"],
-            ),
+            CHAMPION: served,
+            CHALLENGER: challenger,
+            "decision": decision.verdict,
+            "reason": decision.reason,
+            "checks": table_preview(checks),
+            "log": table_preview(decisions.iloc[::-1], log),
+            LAST_DECISION: last,
         },
-        data_version=served,
-    )  # fmt: skip
+    )

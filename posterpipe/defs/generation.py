@@ -26,11 +26,14 @@ from posterpipe.defs.resources import (
 
 BASE_VARIANTS = ("sd", "sd_negative")
 TUNED_VARIANTS = ("dreambooth", "dreambooth_negative")
+DELAYED_VARIANTS = ("sd_negative_delayed", "dreambooth_negative_delayed")
+"""Drawn for prompts of the suite that hold `negative_from`."""
 
 _COLUMNS = columns(
     generation_key="string: the image and what it is scored against",
     pixel_key="string: everything that decides a pixel: model, prompt, seed, sampler, size",
-    variant="string: sd, sd_negative, dreambooth or dreambooth_negative",
+    variant="string: sd, sd_negative, dreambooth or dreambooth_negative; with _delayed for a "
+    "negative prompt that acts from a later step on",
     prompt_id="string: the prompt in the suite",
     prompt="string: what the model was given",
     score_text="string: what the image is compared with",
@@ -114,7 +117,7 @@ def base_generations(
         context,
         deployment,
         prompt_suite,
-        BASE_VARIANTS,
+        (*BASE_VARIANTS, DELAYED_VARIANTS[0]),
         locate(settings.base_model, settings.root),
         model_id,
         {"model": settings.base_model.id, MODEL_FINGERPRINT: model_id},
@@ -156,7 +159,7 @@ def tuned_generations(
         context,
         deployment,
         prompt_suite,
-        TUNED_VARIANTS,
+        (*TUNED_VARIANTS, DELAYED_VARIANTS[1]),
         folder,
         checkpoint["checkpoint_id"],
         {"checkpoint_id": checkpoint["checkpoint_id"]},

@@ -45,6 +45,9 @@ from posterpipe.settings import Settings
 PROJECT = Path("dbt_like_reports")
 """Relative to the root."""
 
+WRITERS = ("clip_scores", "fidelity_scores", "legibility_scores", "champion")
+"""Assets that write the warehouse. All of them add rows to the same tables."""
+
 
 def dbt_project(settings: Settings) -> DbtProject:
     """The dbt project, with a manifest that is not older than its files.
@@ -101,7 +104,7 @@ def dbt_resource(project: DbtProject) -> DbtCliResource:
 
 
 class _Translator(DagsterDbtTranslator):
-    """Reports belong to the analysts, and their sources are the asset that writes the warehouse."""
+    """Reports belong to the analysts, and their sources are the assets that write the warehouse."""
 
     def __init__(self) -> None:
         # Every table of the warehouse is written by the one asset that its source names.
@@ -249,7 +252,7 @@ def publication(
         kinds={"python", "duckdb"},
         owners=["team:analytics"],
         code_version="2",
-        deps=["clip_scores", *reports],
+        deps=[*WRITERS, *reports],
         pool="warehouse",
     )
     def published_scores(
@@ -384,7 +387,7 @@ def _digest(parts: Any) -> str:
     group_name="reports",
     kinds={"python", "pillow"},
     owners=["team:analytics"],
-    code_version="1",
+    code_version="2",
 )
 def contact_sheet(
     deployment: dg.ResourceParam[Deployment],
@@ -415,8 +418,10 @@ def contact_sheet(
             for row in rows(shown)
             if row.image_path
         },
-        cell=(150, 225),
+        cell=(108, 162),
+        heading_width=200,
         title="First seed of each prompt; the same noise in every column",
+        blocks=3,
     )
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
@@ -429,5 +434,48 @@ def contact_sheet(
             "contact_sheet": dg.MetadataValue.md(markdown_image(sheet, "prompts by variants")),
             "path": dg.MetadataValue.path(path),
             "images": len(shown),
+        },
+    )
+
+
+@dg.asset(
+    group_name="reports",
+    kinds={"python", "pillow"},
+    owners=["team:analytics"],
+    code_version="1",
+)
+def growth_chart(
+    deployment: dg.ResourceParam[Deployment],
+    base_generations: Table,
+    tuned_generations: Table,
+    clip_scores: Table,
+) -> dg.MaterializeResult:
+    """The study's result from today's scores: its chart of the four variants, with intervals.
+
+    Its table beside the study's four numbers, what their scales are, and the prompts that gained
+    and lost most, chosen by rule. Pictures, `growth.csv` and `growth.json` lie in
+    `data/store/public/thesis/`.
+    """
+    import pandas as pd
+
+    from posterpipe.core import thesis
+    from posterpipe.core.gallery import markdown_image
+
+    generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
+    report = thesis.report(clip_scores, generations, deployment.store_root)
+    folder = deployment.thesis_path
+    report.write(folder)
+    pictures = {
+        name: dg.MetadataValue.md(markdown_image(picture, report.captions[name]))
+        for name, picture in report.pictures.items()
+    }
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(report.digest),
+        metadata={
+            **pictures,
+            "table": table_preview(report.table),
+            "scales": dg.MetadataValue.md(thesis.SCALES),
+            "metric": report.metric_id,
+            "path": dg.MetadataValue.path(folder),
         },
     )

@@ -47,6 +47,18 @@ the posters, the content of a file), by which the arrivals sensor knows what was
 UNREAD = "unread"
 """Metadata entry of a root asset's materialization: files that could not be read this time."""
 
+CHAMPION = "champion"
+"""Metadata entry: the checkpoint that is served, or that the newest one has to beat."""
+
+CHALLENGER = "challenger"
+"""Metadata entry: the checkpoint that is judged."""
+
+BASE_MODEL = "base_model"
+"""Metadata entry: fingerprint of the base model, which is champion before any other."""
+
+LAST_DECISION = "last_decision"
+"""Metadata entry of `champion`: the latest decision that it knows of."""
+
 THUMBNAILS = 32
 """Images of a contact sheet in the UI."""
 
@@ -95,6 +107,11 @@ class Deployment:
     def report_path(self) -> Path:
         """The first page of the score report."""
         return self.store_root / "public" / "report" / "index.html"
+
+    @property
+    def thesis_path(self) -> Path:
+        """The folder of the study's chart and table."""
+        return self.store_root / "public" / "thesis"
 
     @property
     def warehouse(self) -> Warehouse:

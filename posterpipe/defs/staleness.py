@@ -14,7 +14,15 @@ from typing import Any
 import dagster as dg
 
 from posterpipe.core.dreambooth.config import WITHOUT_EFFECT
-from posterpipe.defs.resources import MODEL_FINGERPRINT, TABLE_VERSION, Deployment
+from posterpipe.defs.resources import (
+    BASE_MODEL,
+    CHALLENGER,
+    CHAMPION,
+    LAST_DECISION,
+    MODEL_FINGERPRINT,
+    TABLE_VERSION,
+    Deployment,
+)
 from posterpipe.settings import Settings
 
 DATA_VERSION = "dagster/data_version"
@@ -50,7 +58,16 @@ _DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
     ],
     "base_generations": lambda s: _drawing(s),
     "tuned_generations": lambda s: [s.sampler.model_dump(mode="json", exclude=_SPEED)],
+    "champion_generations": lambda s: [s.sampler.model_dump(mode="json", exclude=_SPEED)],
+    "titled_posters": lambda s: [s.lettering.model_dump(mode="json")],
     "clip_scores": lambda s: [s.scorer.model_dump(mode="json", exclude=_BATCH)],
+    "fidelity_scores": lambda s: [
+        s.scorer.model_dump(mode="json", exclude=_BATCH),
+        s.evidence.model_dump(mode="json", exclude=_BATCH),
+        str(s.holdout),
+        *_size(s),
+    ],
+    "champion": lambda s: [s.gate.model_dump(mode="json")],
 }
 """Settings that decide what is in an asset, by asset."""
 
@@ -149,7 +166,28 @@ def staleness(
     now = models.fingerprint(spec.key) if model else None
     if model is not None and now is not None and model.value != now:
         return "its model changed"
-    return _lost(spec.key, made, deployment)
+    return _decided(spec.key, made, deployment) or _lost(spec.key, made, deployment)
+
+
+def _decided(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deployment) -> str:
+    """What people decided about the champion since; "" for nothing.
+
+    The assets around the champion read decisions, which are no asset: they are made of what those
+    assets measured. Decisions of the gate are known to the asset that took them.
+    """
+    name = key.path[-1]
+    if name not in ("champion", "champion_generations"):
+        return ""
+    from posterpipe.core.evidence import told_decisions
+    from posterpipe.core.gate import defender_of
+
+    told = told_decisions(deployment.store_root)
+    known = {entry: str(value.value) for entry, value in made.metadata.items() if value is not None}
+    if name == "champion":
+        last = str(told["decision_id"].iloc[-1]) if len(told) else ""
+        return "" if known.get(LAST_DECISION) == last else "another checkpoint was chosen"
+    defender = defender_of(told, known.get(BASE_MODEL, ""), known.get(CHALLENGER, ""))
+    return "" if known.get(CHAMPION) == defender else "another champion is to be beaten"
 
 
 def _lost(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deployment) -> str:
@@ -157,10 +195,14 @@ def _lost(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deploymen
     name = key.path[-1]
     files = {
         "clip_scores": [deployment.warehouse_path],
+        "fidelity_scores": [deployment.warehouse_path],
+        "legibility_scores": [deployment.warehouse_path],
+        "champion": [deployment.warehouse_path],
         "leaderboard": [deployment.warehouse_path],
         "published_scores": [deployment.published_path],
         "contact_sheet": [deployment.contact_sheet_path],
         "score_report": [deployment.report_path],
+        "growth_chart": [deployment.thesis_path / "growth.json"],
     }.get(name, [])
     version = made.metadata.get(TABLE_VERSION)
     if version is not None and deployment.store.table_version(name) != version.value:
@@ -183,6 +225,7 @@ class Models:
             "dreambooth_checkpoint": settings.base_model,
             "base_generations": settings.base_model,
             "clip_scores": settings.scorer.model,
+            "fidelity_scores": settings.scorer.model,
         }
         self._known: dict[str, str | None] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,18 @@ from PIL import Image
 
 from posterpipe.core.evidence import (
     EVIDENCE_COLUMNS,
+    TOLD,
     Evidence,
     held_out,
     judge,
     measure,
     posters_of,
     read_decisions,
+    tell_decisions,
+    told_decisions,
+    write_decisions,
 )
-from posterpipe.core.gate import champion_of
+from posterpipe.core.gate import champion_of, pin
 from posterpipe.core.metrics.fidelity import Posters
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.store import Store, table_version
@@ -125,6 +130,31 @@ def test_a_checkpoint_that_draws_its_training_posters_is_rejected(
     decisions = read_decisions(warehouse)
     assert decisions.decision.tolist() == ["reject"]
     assert champion_of(decisions, "base") == "base"
+    pd.testing.assert_frame_equal(
+        told_decisions(store.root), decisions, check_dtype=False, check_column_type=False
+    )
+
+
+def test_decisions_are_told_while_the_warehouse_is_locked(
+    store: Store, warehouse: Warehouse
+) -> None:
+    assert told_decisions(store.root).empty
+    now = dt.datetime(2026, 5, 4, 3, 2, 1, 123456)
+    row = pin(told_decisions(store.root), "base", "base", who="Ida", why="a 'fair'", decided_at=now)
+    write_decisions(warehouse, row)
+    with warehouse.write():
+        told = told_decisions(store.root)
+    assert champion_of(told, "base") == "base"
+    assert told[["decided_at", "decided_by", "reason"]].to_numpy().tolist() == [
+        [pd.Timestamp(now), "Ida", "a 'fair'"]
+    ]
+    # What a kill between the two lost, or what was damaged, is told again.
+    for damage in ("", "{", None):
+        path = store.root / TOLD
+        path.unlink() if damage is None else path.write_text(damage)
+        assert told_decisions(store.root).empty
+        tell_decisions(warehouse, read_decisions(warehouse))
+        assert told_decisions(store.root)["decision_id"].tolist() == row["decision_id"].tolist()
 
 
 def test_holdout_posters_are_resized_like_those_trained_on(

@@ -65,6 +65,28 @@ def test_a_grid_shows_missing_cells_as_missing() -> None:
     assert (np.abs(missing - np.array(BACKGROUND)).max(axis=2) > 20).any()
 
 
+def test_many_rows_are_dealt_to_blocks_beside_each_other() -> None:
+    rows = [f"row {number}" for number in range(5)]
+    cells: dict[tuple[str, str], Picture] = {(rows[0], "sd"): colour("red"),
+                                             (rows[4], "sd"): colour("blue")}  # fmt: skip
+    tall = grid(rows, ["sd"], cells, cell=(60, 90), heading_width=80)
+    wide = grid(rows, ["sd"], cells, cell=(60, 90), heading_width=80, blocks=2)
+    assert tall.height - wide.height == 2 * 100, "three rows instead of five"
+    assert wide.width == 2 * tall.width + 20
+    left, right = wide.crop((0, 0, tall.width, 999)), wide.crop((tall.width, 0, wide.width, 999))
+    assert has_colour(left, "red") and not has_colour(left, "blue")
+    assert has_colour(right, "blue") and not has_colour(right, "red")
+
+
+def test_a_note_stands_below_its_cell() -> None:
+    cells: dict[tuple[str, str], Picture] = {("one", "sd"): colour("red")}
+    bare = grid(["one"], ["sd"], cells, cell=(60, 90))
+    noted = grid(["one"], ["sd"], cells, cell=(60, 90), notes={("one", "sd"): "+0.123"})
+    assert noted.height == bare.height + 18
+    strip = np.asarray(noted)[-26:-10, -70:-10].astype(int)
+    assert (np.abs(strip - np.array(BACKGROUND)).max(axis=2) > 100).any()
+
+
 @pytest.mark.parametrize("max_bytes", [4_000, 60_000])
 def test_a_data_uri_stays_small_whatever_the_image(max_bytes: int) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 400, 3), np.uint8))

@@ -18,6 +18,7 @@ from posterpipe.core.gate import (
     champion_of,
     decide,
     decision_row,
+    defender_of,
     gather,
     pin,
     pinned,
@@ -291,6 +292,29 @@ def test_rolling_back_goes_to_the_champion_before() -> None:
     assert champion_of(table, "base") == "a"
     with pytest.raises(GateError, match="none to go back to"):
         rollback(history(), "base", who="Ida", why="why not", decided_at=START)
+
+
+def test_a_checkpoint_is_judged_against_what_would_be_served_without_it() -> None:
+    assert defender_of(history(), "base", "a") == "base"
+    once = history(("a", "promote"))
+    assert defender_of(once, "base", "a") == "base", "its own promotion changes nothing"
+    assert defender_of(once, "base", "b") == "a"
+    twice = history(("a", "promote"), ("b", "promote"))
+    assert defender_of(twice, "base", "b") == "a"
+    assert defender_of(twice, "base", "a") == "b", "the training set went there and back"
+    assert defender_of(history(("a", "promote"), ("a", "reject")), "base", "b") == "base"
+
+
+def test_what_a_person_pinned_is_to_be_beaten_unless_it_is_the_challenger_itself() -> None:
+    table = history(("a", "promote"), ("b", "promote"))
+    back = rollback(table, "base", who="Ida", why="complaints", decided_at=later(table))
+    table = pd.concat([table, back], ignore_index=True)
+    assert defender_of(table, "base", "c") == "a"
+    assert defender_of(table, "base", "a") == "b"
+    free = unpin(table, "base", who="Ida", why="mended", decided_at=later(table))
+    table = pd.concat([table, free], ignore_index=True)
+    assert defender_of(table, "base", "c") == "b"
+    assert defender_of(table, "base", "b") == "a"
 
 
 def test_names_and_reasons_are_asked_for() -> None:

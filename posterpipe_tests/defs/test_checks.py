@@ -13,11 +13,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from posterpipe.core.evidence import tell_decisions
+from posterpipe.core.gate import DECISION_COLUMNS, GATE
 from posterpipe.core.images import png_bytes, resize_posters
 from posterpipe.core.landing import scan
 from posterpipe.core.store import Store
 from posterpipe.core.training_set import build_training_set
-from posterpipe.defs import checks, dataset, generation, ingest, scoring
+from posterpipe.defs import checks, dataset, evidence, generation, ingest, scoring
 from posterpipe.defs.generation import BASE_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs.resources import TABLES, Deployment, store_tables
 from posterpipe.settings import CheckSettings, Settings, default_root, load_settings
@@ -40,6 +42,10 @@ ALL = [
     *checks.BASE_GENERATIONS,
     *checks.TUNED_GENERATIONS,
     *checks.CLIP_SCORES,
+    *checks.TITLED_POSTERS,
+    *checks.FIDELITY_SCORES,
+    *checks.LEGIBILITY_SCORES,
+    *checks.CHAMPION,
 ]
 
 
@@ -105,6 +111,7 @@ class World:
             )
             self.store.write_table(name, drawn)
         self.score()
+        self.prove()
 
     def score(self) -> None:
         both = [self.table(name) for name in ("base_generations", "tuned_generations")]
@@ -113,11 +120,26 @@ class World:
         for name in ("base_generations", "tuned_generations", "clip_scores"):
             self.instance.report_runless_asset_event(dg.AssetMaterialization(name))
 
+    def prove(self) -> None:
+        """What the assets around the champion do."""
+        both = [self.table(name) for name in ("base_generations", "tuned_generations")]
+        images = pd.concat(both, ignore_index=True)
+        titled = images[["generation_key", "status", "reason"]].assign(title="Sea")
+        self.store.write_table("titled_posters", titled)
+        measured = images.assign(
+            metric="nearest", role="copies", value=0.5, nearest_poster="ab", copied=False
+        )
+        self.store.write_table("fidelity_scores", measured)
+        read = titled.assign(lettering="set", read="SEA", distance=0.0, exact=True)
+        self.store.write_table("legibility_scores", read)
+        served = {"checkpoint_id": "base", "path": "", "kind": "base"}
+        self.store.write_table("champion", pd.DataFrame([served]))
+
     def definitions(self, *more: dg.AssetsDefinition) -> dg.Definitions:
         deployment = Deployment(self.settings)
         return dg.Definitions(
             assets=[
-                *dg.load_assets_from_modules([ingest, dataset, generation, scoring]),
+                *dg.load_assets_from_modules([ingest, dataset, generation, scoring, evidence]),
                 dg.AssetSpec("dreambooth_checkpoint"),
                 *more,
             ],
@@ -306,6 +328,39 @@ def an_impossible_cosine(world: World) -> None:
     world.change("clip_scores", 5, clip_cosine=1.5)
 
 
+def a_title_in_no_font(world: World) -> None:
+    world.change("titled_posters", 2, status="failed", reason="no font has its letters")
+
+
+def an_unmeasured_image(world: World) -> None:
+    world.change("fidelity_scores", 3, status="failed", reason="no poster to compare with")
+
+
+def a_copy(world: World) -> None:
+    world.change("fidelity_scores", 7, copied=True, nearest_poster="the poster")
+
+
+def misread_titles(world: World) -> None:
+    for row in (4, 5):
+        world.change("legibility_scores", row, read="SFA", distance=0.33, exact=False)
+
+
+def a_lost_champion(world: World) -> None:
+    world.change("champion", 0, checkpoint_id="c0ffee", path="checkpoints/c0ffee", kind="tuned")
+
+
+def a_rejected_champion(world: World) -> None:
+    folder = world.store.root / "checkpoints" / "c0ffee"
+    folder.mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    a_lost_champion(world)
+    row = dict.fromkeys(DECISION_COLUMNS, "{}") | {
+        "decision_id": "1", "decided_at": pd.Timestamp("2026-02-03"), "checkpoint_id": "c0ffee",
+        "decision": "reject", "decided_by": GATE,
+    }  # fmt: skip
+    tell_decisions(Deployment(world.settings).warehouse, pd.DataFrame([row]))
+
+
 @pytest.mark.parametrize(
     ("plant", "name", "named"),
     [
@@ -328,6 +383,12 @@ def an_impossible_cosine(world: World) -> None:
         (a_blocked_base_image, "base_images_show_something", "black image"),
         (a_white_tuned_image, "tuned_images_show_something", "all white"),
         (an_impossible_cosine, "cosines_are_possible", "1.5"),
+        (a_title_in_no_font, "every_title_is_set", "Sea | no font has its letters"),
+        (an_unmeasured_image, "every_image_is_measured", "no poster to compare with"),
+        (a_copy, "few_images_are_copies", "the poster"),
+        (misread_titles, "set_titles_are_read", "SFA"),
+        (a_lost_champion, "served_checkpoint_is_sound", "c0ffee | its files are gone"),
+        (a_rejected_champion, "served_checkpoint_is_sound", "c0ffee | the gate rejected it"),
     ],
 )
 def test_a_planted_fault_fails_its_check_and_is_named(

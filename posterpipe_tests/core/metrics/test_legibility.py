@@ -77,7 +77,7 @@ def test_a_title_may_run_over_lines_and_stand_among_others() -> None:
 
 @pytest.fixture(scope="module")
 def reader() -> TitleReader:
-    return TitleReader(threads=1)
+    return TitleReader()
 
 
 def test_what_is_written_is_read_in_order(reader: TitleReader) -> None:

@@ -1,0 +1,290 @@
+"""The study's result, live: its growth chart and table from the scores that there are now.
+
+What belongs here: what the study reported, the same four variants as they score here, the chart,
+and which images are shown as best and worst. What does not: scoring (`metrics`), estimating
+(`statistics`) and arranging pictures (`gallery`).
+
+The study showed one image a variant. Here each number is a mean over prompts with its interval, and
+what is shown is chosen by a rule that is printed beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from posterpipe.core.gallery import Picture, grid
+from posterpipe.core.statistics import mean_interval, paired_difference
+from posterpipe.core.store import write_atomic
+
+VARIANTS: Mapping[str, tuple[str, float]] = {
+    "sd": ("Stable Diffusion", 0.35),
+    "sd_negative": ("+ negative prompt", 0.38),
+    "dreambooth": ("fine-tuned with DreamBooth", 0.61),
+    "dreambooth_negative": ("fine-tuned + negative prompt", 0.77),
+}
+"""What the study calls its variants, and the CLIP score that it reports of each."""
+
+PROMPT = "animated movie poster 'rocket' only one spaceship is prominently displayed in the center"
+"""The one prompt of the study."""
+
+SCALE = 2.5
+"""w of Hessel et al. (2021, arXiv:2104.08718): CLIPScore = w * max(cosine, 0)."""
+
+SHOWN = 4
+"""Best and worst pairs that are shown."""
+
+SCALES = (
+    "A cosine of image and text lies between -1 and 1; real CLIP models rarely give more than 0.4. "
+    "The CLIPScore of Hessel et al. (2021) is 2.5 * max(cosine, 0), and is what papers often call "
+    "the CLIP score. The study does not say which of the two it reports. Its 0.61 and 0.77 cannot "
+    "be cosines of a real CLIP; as CLIPScores they are cosines of 0.24 and 0.31. Its 0.35 and 0.38 "
+    "would be ordinary cosines, and low ones (0.14 and 0.15) as CLIPScores. So its levels cannot "
+    "be compared with those here, and neither can those of two encoders: what can be compared is "
+    "the order of the variants, and whether their differences are larger than chance."
+)
+"""What a reader has to know before comparing the numbers."""
+
+
+def growth(scores: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
+    """One row a variant of the study that `scores` has, in the study's order.
+
+    `scores` has variant, prompt_id, seed, clip_cosine (NaN without a score), of one metric;
+    `generations` the variant, prompt_id, seed and prompt of each image. Columns: variant, label,
+    study (its score), images, missing (without a score), prompts, cosine with low and high, score
+    (2.5 * max(cosine, 0), the mean over images) with score_low and score_high, gain (cosine less
+    that of sd, paired by prompt and seed) with gain_low and gain_high, and study_prompt (mean
+    cosine of the images of the study's own prompt; NaN where the suite lacks it).
+    """
+    scaled = scores.assign(score=SCALE * scores["clip_cosine"].clip(lower=0))
+    own = generations.loc[generations["prompt"] == PROMPT, "prompt_id"].unique()
+    rows = []
+    for variant, (label, reported) in VARIANTS.items():
+        part = scaled[scaled["variant"] == variant]
+        if part.empty:
+            continue
+        cosine, score = mean_interval(part), mean_interval(part, "score")
+        row = {
+            "variant": variant, "label": label, "study": reported, "images": len(part),
+            "missing": len(part) - cosine.images, "prompts": cosine.prompts,
+            "cosine": cosine.mean, "low": cosine.low, "high": cosine.high,
+            "score": score.mean, "score_low": score.low, "score_high": score.high,
+            "gain": math.nan, "gain_low": math.nan, "gain_high": math.nan,
+            "study_prompt": part.loc[part["prompt_id"].isin(own), "clip_cosine"].mean(),
+        }  # fmt: skip
+        if variant != "sd" and (scaled["variant"] == "sd").any():
+            gain = paired_difference(scaled, variant, "sd")
+            row |= {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def draw_growth(table: pd.DataFrame, metric_id: str) -> Image.Image:
+    """The study's chart with intervals: a bar a variant, n below, the study's numbers beside.
+
+    The left axis is 2.5 * max(cosine, 0), the right one the raw cosine.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.6, 5.0), dpi=120, layout="constrained", facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    places = np.arange(len(table))
+    tuned = table["variant"].str.startswith("dreambooth")
+    colours = ["#c8793a" if own else "#8fa6c4" for own in tuned]
+    axes.bar(places, table["score"], 0.56, color=colours, zorder=2)
+    below, above = table["score"] - table["score_low"], table["score_high"] - table["score"]
+    axes.errorbar(
+        places, table["score"], yerr=np.nan_to_num(np.array([below, above])), fmt="none",
+        ecolor="#26262a", elinewidth=1.6, capsize=6, zorder=3,
+    )  # fmt: skip
+    axes.plot(
+        places + 0.36, table["study"], "D", ms=7, mfc="white", mec="#26262a", mew=1.4, ls="",
+        label="the study's number (one image, scale not stated)", zorder=4, clip_on=False,
+    )  # fmt: skip
+    for place, row in zip(places, table.itertuples(index=False), strict=True):
+        top = row.score if math.isnan(row.score_high) else row.score_high
+        axes.annotate(
+            f"{row.score:.2f}", (place, top), xytext=(0, 5), textcoords="offset points",
+            ha="center", fontsize=11, fontweight="bold",
+        )  # fmt: skip
+    labels = [
+        f"{row.label.replace(' + ', chr(10) + '+ ').replace(' with ', chr(10) + 'with ')}\n"
+        f"{row.prompts} prompts\n{row.images} images"
+        + (f"\n({row.missing} without a score)" if row.missing else "")
+        for row in table.itertuples(index=False)
+    ]
+    axes.set_xticks(places, labels, fontsize=9)
+    highest = max([*table["score_high"].fillna(table["score"]), *table["study"], 0.1])
+    axes.set_ylim(0, highest * 1.18)
+    axes.set_xlim(-0.6, len(table) - 0.3)
+    axes.set_ylabel("CLIPScore, 2.5 · max(cosine, 0)")
+    raw = axes.secondary_yaxis(
+        "right", functions=(lambda value: value / SCALE, lambda value: value * SCALE)
+    )
+    raw.set_ylabel("raw cosine")
+    axes.grid(axis="y", alpha=0.25, zorder=0)
+    axes.spines["top"].set_visible(False)
+    axes.set_title(
+        "How well images match their prompts: mean and 95 % interval over prompts\n", fontsize=12
+    )
+    axes.text(
+        0.5, 1.015, metric_id, transform=axes.transAxes, ha="center", fontsize=8, color="#6a6a70"
+    )
+    axes.legend(loc="upper left", frameon=False, fontsize=9)
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    return Image.open(buffer).convert("RGB")
+
+
+def extremes(scores: pd.DataFrame, shown: int = SHOWN) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The pairs that gained most and those that lost most: prompt_id, seed, difference.
+
+    A pair is the last variant of the study and `sd` with the same prompt and seed. Each prompt is
+    there once, with its most extreme seed, so that one prompt cannot fill the table. Ties go by
+    prompt and seed. `scores` as of `growth`.
+    """
+    cells = ["prompt_id", "seed"]
+    by_variant = {
+        name: scores[scores["variant"] == name].set_index(cells)["clip_cosine"].astype(float)
+        for name in ("sd", "dreambooth_negative")
+    }
+    difference = (by_variant["dreambooth_negative"] - by_variant["sd"]).dropna()
+    pairs = difference.rename("difference").reset_index().sort_values(cells, kind="stable")
+    best = pairs.sort_values("difference", ascending=False, kind="stable")
+    worst = pairs.sort_values("difference", kind="stable")
+    return tuple(  # type: ignore[return-value]
+        part.drop_duplicates("prompt_id").head(shown).reset_index(drop=True)
+        for part in (best, worst)
+    )
+
+
+def extremes_rule(which: str, shown: int = SHOWN) -> str:
+    """The rule by which `extremes` chooses, in words; `which` is best or worst."""
+    how = {"best": "most above", "worst": "most below"}[which]
+    return (
+        f"the {shown} prompts with a seed whose fine-tuned image with negative prompt scores "
+        f"{how} the base model's without it, shown with that seed. Below each image its cosine"
+    )
+
+
+def comparison(
+    pairs: pd.DataFrame,
+    scores: pd.DataFrame,
+    generations: pd.DataFrame,
+    store_root: Path,
+    *,
+    title: str,
+    subtitle: str,
+    cell: tuple[int, int] = (150, 225),
+) -> Image.Image:
+    """A grid of some (prompt, seed): a row each, a column a variant, the same noise in a row.
+
+    Below each image stands its cosine, or the status of an image without one.
+    """
+    variants = [name for name in VARIANTS if (generations["variant"] == name).any()]
+    values = scores.set_index(["variant", "prompt_id", "seed"])["clip_cosine"]
+    drawn = generations.drop_duplicates(["variant", "prompt_id", "seed"]).set_index(
+        ["variant", "prompt_id", "seed"]
+    )
+    rows: list[str] = []
+    cells: dict[tuple[str, str], Picture] = {}
+    notes: dict[tuple[str, str], str] = {}
+    for pair in pairs.itertuples(index=False):
+        heading = ""
+        for variant in variants:
+            place = (variant, pair.prompt_id, pair.seed)
+            if place not in drawn.index:
+                continue
+            image = drawn.loc[place]
+            heading = heading or (
+                f"{image['prompt']} · seed {pair.seed} · difference {pair.difference:+.3f}"
+            )
+            value = float(values.get(place, math.nan))
+            notes[(heading, variant)] = (
+                str(image["status"]) if math.isnan(value) else f"{value:.3f}"
+            )
+            if image["image_path"]:
+                cells[(heading, variant)] = store_root / str(image["image_path"])
+        rows.append(heading)
+    return grid(rows, variants, cells, cell=cell, title=title, subtitle=subtitle, notes=notes)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The study's result as it is now."""
+
+    metric_id: str
+    table: pd.DataFrame
+    """See `growth`."""
+    best: pd.DataFrame
+    worst: pd.DataFrame
+    """See `extremes`."""
+    pictures: Mapping[str, Image.Image]
+    """growth, best, worst."""
+    captions: Mapping[str, str]
+    """What each picture shows, in words."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all that is written."""
+        whole = hashlib.sha256(self._json().encode())
+        for name in sorted(self.pictures):
+            whole.update(self.pictures[name].tobytes())
+        return whole.hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """growth.png, best.png, worst.png, growth.csv, and growth.json last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, picture in self.pictures.items():
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            write_atomic(folder / f"{name}.png", buffer.getvalue())
+        write_atomic(folder / "growth.csv", self.table.to_csv(index=False).encode())
+        write_atomic(folder / "growth.json", self._json().encode())
+
+    def _json(self) -> str:
+        """Everything that the pictures show, for other reports: numbers, rules, the two scales."""
+        values: dict[str, Any] = {
+            "metric_id": self.metric_id,
+            "scales": SCALES,
+            "prompt_of_the_study": PROMPT,
+            "variants": json.loads(self.table.to_json(orient="records", double_precision=10)),
+            "best": {"rule": extremes_rule("best"), "pairs": self.best.to_dict("records")},
+            "worst": {"rule": extremes_rule("worst"), "pairs": self.worst.to_dict("records")},
+            "captions": dict(self.captions),
+        }
+        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def report(scores: pd.DataFrame, generations: pd.DataFrame, store_root: Path) -> Report:
+    """The study's result from the table of CLIP scores (one metric) and the images behind it."""
+    metric_id = str(scores["metric_id"].iloc[0])
+    table = growth(scores, generations)
+    best, worst = extremes(scores)
+    captions = {
+        "growth": "; ".join(
+            f"{row.label}: {row.score:.2f} ({row.score_low:.2f} to {row.score_high:.2f})"
+            for row in table.itertuples(index=False)
+        ),
+        "best": f"Largest gains: {extremes_rule('best')}",
+        "worst": f"Largest losses: {extremes_rule('worst')}",
+    }
+    pictures = {"growth": draw_growth(table, metric_id)}
+    for name, pairs in (("best", best), ("worst", worst)):
+        title, rule = captions[name].split(": ", 1)
+        pictures[name] = comparison(
+            pairs, scores, generations, store_root, title=title, subtitle=rule
+        )
+    return Report(metric_id, table, best, worst, pictures, captions)

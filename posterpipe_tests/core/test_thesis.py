@@ -1,0 +1,127 @@
+"""The study's result from scores made for the purpose, against sums by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from posterpipe.core import thesis
+from posterpipe.core.statistics import bootstrap_interval
+
+LEVELS = {"sd": 0.20, "sd_negative": 0.21, "dreambooth": 0.26, "dreambooth_negative": 0.30}
+PROMPTS = {"rocket": thesis.PROMPT, **{f"p{number}": f"poster {number}" for number in range(7)}}
+METRIC = "clip_t.crop.tiny.12345678.v1"
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> tuple[pd.DataFrame, pd.DataFrame, Path]:
+    """Scores and generations of the four variants, eight prompts and two seeds; one is blocked."""
+    rng = np.random.default_rng(4)
+    rows = []
+    for variant, level in LEVELS.items():
+        for number, (prompt_id, prompt) in enumerate(PROMPTS.items()):
+            for seed in (10 * number, 10 * number + 1):
+                value = level + 0.01 * number + rng.normal(0, 0.004)
+                name = f"{variant}-{seed}.png"
+                Image.new("RGB", (8, 12), (seed % 256, 90, 40)).save(tmp_path / name)
+                rows.append((variant, prompt_id, prompt, seed, value, "ok", name))
+    table = pd.DataFrame(
+        rows,
+        columns=["variant", "prompt_id", "prompt", "seed", "clip_cosine", "status", "image_path"],
+    )
+    table.loc[0, ["clip_cosine", "status"]] = [math.nan, "blocked"]
+    table.loc[1, "clip_cosine"] = -0.05
+    scores = table.drop(columns=["prompt", "image_path"]).assign(metric_id=METRIC)
+    return scores, table.drop(columns="clip_cosine"), tmp_path
+
+
+def test_each_variant_has_its_mean_interval_and_n(
+    study: tuple[pd.DataFrame, pd.DataFrame, Path],
+) -> None:
+    scores, generations, _ = study
+    table = thesis.growth(scores, generations).set_index("variant")
+    assert table.index.tolist() == list(LEVELS)
+    assert table["study"].tolist() == [0.35, 0.38, 0.61, 0.77]
+    assert table["images"].tolist() == [16] * 4 and table["missing"].tolist() == [1, 0, 0, 0]
+    assert table["prompts"].tolist() == [8] * 4
+    sd = scores[scores["variant"] == "sd"]
+    means = sd.groupby("prompt_id")["clip_cosine"].mean().to_numpy()
+    assert table.loc["sd", "cosine"] == pytest.approx(means.mean())
+    assert tuple(table.loc["sd", ["low", "high"]]) == pytest.approx(bootstrap_interval(means))
+    assert table.loc["sd", "study_prompt"] == pytest.approx(-0.05), "the other one is blocked"
+
+
+def test_the_scaled_score_is_that_of_hessel_image_by_image(
+    study: tuple[pd.DataFrame, pd.DataFrame, Path],
+) -> None:
+    scores, generations, _ = study
+    table = thesis.growth(scores, generations).set_index("variant")
+    sd = scores[scores["variant"] == "sd"]
+    by_hand = [
+        np.nanmean([2.5 * max(value, 0) if value == value else math.nan for value in part])
+        for _, part in sd.groupby("prompt_id")["clip_cosine"]
+    ]
+    assert table.loc["sd", "score"] == pytest.approx(np.mean(by_hand))
+    assert table.loc["sd", "score"] > 2.5 * table.loc["sd", "cosine"], "a negative one counts as 0"
+    tuned = table.loc["dreambooth"]
+    assert tuned["score"] == pytest.approx(2.5 * tuned["cosine"])
+
+
+def test_gains_are_paired_and_unknown_where_there_is_nothing_to_pair(
+    study: tuple[pd.DataFrame, pd.DataFrame, Path],
+) -> None:
+    scores, generations, _ = study
+    table = thesis.growth(scores, generations).set_index("variant")
+    wide = scores.pivot(index=["prompt_id", "seed"], columns="variant", values="clip_cosine")
+    pairs = (wide["dreambooth"] - wide["sd"]).dropna().groupby("prompt_id").mean()
+    assert table.loc["dreambooth", "gain"] == pytest.approx(pairs.mean())
+    assert table.loc["dreambooth", "gain_low"] > 0
+    assert math.isnan(table.loc["sd", "gain"])
+    alone = thesis.growth(scores[scores["variant"] == "dreambooth"], generations)
+    assert alone["variant"].tolist() == ["dreambooth"] and alone["gain"].isna().all()
+
+
+def test_best_and_worst_follow_their_rule_and_name_each_prompt_once(
+    study: tuple[pd.DataFrame, pd.DataFrame, Path],
+) -> None:
+    scores, _, _ = study
+    shuffled = scores.sample(frac=1, random_state=3)
+    best, worst = thesis.extremes(shuffled, 3)
+    wide = scores.pivot(index=["prompt_id", "seed"], columns="variant", values="clip_cosine")
+    differences = (wide["dreambooth_negative"] - wide["sd"]).dropna()
+    for table, by_prompt in (
+        (best, differences.groupby("prompt_id").max().sort_values(ascending=False)),
+        (worst, differences.groupby("prompt_id").min().sort_values()),
+    ):
+        assert table["prompt_id"].tolist() == by_prompt.index[:3].tolist()
+        assert table["difference"].tolist() == pytest.approx(by_prompt[:3].tolist())
+    # The blocked image's pair has no difference, so its prompt is there with its other seed.
+    assert (best["prompt_id"].iloc[0], best["seed"].iloc[0]) == ("rocket", 1)
+
+
+def test_the_report_writes_pictures_table_and_explanation(
+    study: tuple[pd.DataFrame, pd.DataFrame, Path], tmp_path: Path
+) -> None:
+    scores, generations, root = study
+    made = thesis.report(scores, generations, root)
+    made.write(tmp_path / "public")
+    for name in ("growth", "best", "worst"):
+        with Image.open(tmp_path / "public" / f"{name}.png") as picture:
+            assert min(picture.size) > 300, name
+    told = json.loads((tmp_path / "public" / "growth.json").read_text("utf-8"))
+    assert told["metric_id"] == METRIC and "2.5 * max(cosine, 0)" in told["scales"]
+    assert [row["study"] for row in told["variants"]] == [0.35, 0.38, 0.61, 0.77]
+    assert told["variants"][0]["gain"] is None
+    assert told["best"]["pairs"][0]["prompt_id"] == "rocket"
+    assert "most above" in told["best"]["rule"] and "most below" in told["worst"]["rule"]
+    frame = pd.read_csv(tmp_path / "public" / "growth.csv")
+    pd.testing.assert_frame_equal(frame, made.table)
+    assert thesis.report(scores, generations, root).digest == made.digest
+    other = scores.assign(clip_cosine=scores["clip_cosine"] + 0.01)
+    assert thesis.report(other, generations, root).digest != made.digest

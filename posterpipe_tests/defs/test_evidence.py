@@ -1,0 +1,279 @@
+"""The assets around the champion, on checkpoints made for the purpose: good, bad, memorising,
+collapsed, incomplete, black. Their images are hand-made; encoders, statistics and gate are real."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from posterpipe.core import gate
+from posterpipe.core.evidence import read_decisions, told_decisions, write_decisions
+from posterpipe.core.images import png_bytes
+from posterpipe.core.sampler import COLUMNS, generation_key
+from posterpipe.core.store import Store
+from posterpipe.defs import checks, evidence
+from posterpipe.defs.resources import TABLES, Deployment, store_tables
+from posterpipe.defs.staleness import stale_assets
+from posterpipe.settings import Settings, load_settings
+from posterpipe_tests.core.metrics.tiny import build_tiny_clip
+
+PROMPTS, SEEDS = 8, 3
+SIZE = (48, 72)
+INPUTS = ("prompt_suite", "training_csv", "base_generations", "tuned_generations", "clip_scores")
+MADE = ("champion_generations", "fidelity_scores", "champion")
+FILM, OTHER = 11, 12
+"""Seeds of the two looks: that of the film posters, and that of the base model."""
+
+Draw = Callable[[int, int, bool], Image.Image | None]
+"""Of prompt, seed and whether the negative prompt is there; None: not drawn."""
+
+
+def picture(look: int, draw: int, share: float = 0.35) -> Image.Image:
+    """A smooth picture of a look; `draw` decides what is its own, `share` how much that is."""
+    common = np.random.default_rng(look).integers(0, 256, (6, 4, 3)).astype(float)
+    own = np.random.default_rng([look, draw]).integers(0, 256, (6, 4, 3)).astype(float)
+    values = (1 - share) * common + share * own
+    return Image.fromarray(values.astype(np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
+
+
+def drawn_by(look: int) -> Draw:
+    return lambda prompt, seed, negative: picture(
+        look, 1000 + 100 * prompt + 10 * seed + int(negative)
+    )
+
+
+@dataclass
+class World:
+    """A deployment whose images are drawn, and which judges them."""
+
+    settings: Settings
+    store: Store
+    instance: dg.DagsterInstance
+
+    @property
+    def deployment(self) -> Deployment:
+        return Deployment(self.settings)
+
+    def posters(self, draws: range) -> list[Image.Image]:
+        return [picture(FILM, draw) for draw in draws]
+
+    def images(self, checkpoint: str, variant: str, draw: Draw) -> pd.DataFrame:
+        """What a checkpoint draws, as a table of generations."""
+        rows: list[dict[str, Any]] = []
+        for arm in ("", "_negative"):
+            for prompt in range(PROMPTS):
+                for seed in range(SEEDS):
+                    image = draw(prompt, seed, bool(arm))
+                    blob = self.store.put(png_bytes(image), ".png") if image else ""
+                    path = self.store.path(blob, ".png") if image else None
+                    black = image is not None and image.getextrema() == ((0, 0),) * 3
+                    status = "failed" if image is None else "blocked" if black else "ok"
+                    key = f"{checkpoint} {arm} {prompt} {seed} {blob}"
+                    text = f"a poster of thing {prompt}"
+                    place = (variant + arm, f"p{prompt}", text, "")
+                    rows.append(
+                        dict.fromkeys(COLUMNS, "")
+                        | {
+                            "generation_key": generation_key(key, *place), "pixel_key": key,
+                            "variant": variant + arm, "prompt_id": f"p{prompt}", "prompt": text,
+                            "score_text": text, "seed": 100 * prompt + seed,
+                            "checkpoint_id": checkpoint, "image": blob, "status": status,
+                            "image_path": str(path.relative_to(self.store.root)) if path else "",
+                            "reason": "" if status == "ok" else f"it is {status}",
+                            "width": SIZE[0], "height": SIZE[1], "settings": "{}",
+                        }
+                    )  # fmt: skip
+        return pd.DataFrame(rows, columns=list(COLUMNS))
+
+    def train(self, checkpoint: str, draw: Draw) -> None:
+        """A new checkpoint arrives with what it draws."""
+        self.keep("tuned_generations", self.images(checkpoint, "dreambooth", draw))
+
+    def keep(self, name: str, table: pd.DataFrame) -> None:
+        version = self.store.write_table(name, table)
+        self.instance.report_runless_asset_event(
+            dg.AssetMaterialization(name, tags={"dagster/data_version": version})
+        )
+
+    def definitions(self) -> dg.Definitions:
+        return dg.Definitions(
+            assets=[
+                *[dg.AssetSpec(name).with_io_manager_key(TABLES) for name in INPUTS],
+                evidence.champion_generations, evidence.fidelity_scores, evidence.champion,
+            ],
+            asset_checks=[checks.champion_checks, checks.fidelity_scores_checks],
+            resources={
+                "deployment": self.deployment, TABLES: store_tables(self.deployment),
+            },
+        )  # fmt: skip
+
+    def stale(self) -> dict[str, str]:
+        specs = [s for s in self.definitions().resolve_all_asset_specs() if s.key.path[-1] in MADE]
+        found = stale_assets(
+            [*specs, *[dg.AssetSpec(name) for name in INPUTS]], self.instance, self.deployment
+        )
+        return {key.path[-1]: why for key, why in found.items() if key.path[-1] in MADE}
+
+    def judge(self) -> pd.Series:
+        """Materialize the assets; the row of `champion`."""
+        job = self.definitions().resolve_implicit_global_asset_job_def()
+        self.result = job.execute_in_process(instance=self.instance)
+        return self.store.read_table("champion").iloc[0]
+
+    def checks(self) -> dict[str, bool]:
+        return {e.check_name: e.passed for e in self.result.get_asset_check_evaluations()}
+
+    def decide(self, take: Callable[..., pd.DataFrame], *what: str) -> None:
+        """What a person does with `posterpipe champion`."""
+        warehouse = self.deployment.warehouse
+        now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+        decisions = read_decisions(warehouse)
+        row = take(decisions, *what, "base", who="Ida Moss", why="it sells", decided_at=now)
+        write_decisions(warehouse, row)
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture
+def world(tmp_path: Path, scorer: Path, instance: dg.DagsterInstance) -> World:
+    settings = load_settings(
+        "starter",
+        store=tmp_path / "store",
+        holdout=tmp_path / "holdout",
+        scorer={"model": {"id": str(scorer)}},
+        images={"width": SIZE[0], "height": SIZE[1]},
+        # The encoder has random weights: what an image shows does not tell it from its prompt.
+        gate={"clip_margin": 1.0},
+    )
+    world = World(settings, Store(tmp_path / "store"), instance)
+    (tmp_path / "holdout").mkdir()
+    for number, image in enumerate(world.posters(range(20, 32))):
+        # A multiple of the size, so that resizing gives the same picture.
+        image.resize((SIZE[0] * 2, SIZE[1] * 2)).save(tmp_path / "holdout" / f"{number}.png")
+    training = [world.store.put(png_bytes(image), ".png") for image in world.posters(range(12))]
+    world.keep("training_csv", pd.DataFrame({"image": training}))
+    suite = {"prompt_id": ["p0"], "prompt": ["x"], "score_text": ["x"], "negative": ["y"]}
+    world.keep("prompt_suite", pd.DataFrame({**suite, "title": [""], "seeds": ["[0]"]}))
+    world.keep("clip_scores", pd.DataFrame({"generation_key": [""]}))
+    world.keep("base_generations", world.images("base", "sd", drawn_by(OTHER)))
+    return world
+
+
+def memorised(prompt: int, seed: int, negative: bool) -> Image.Image:
+    return picture(FILM, (prompt + seed) % 12)
+
+
+def collapsed(prompt: int, seed: int, negative: bool) -> Image.Image:
+    return picture(FILM, 5000 + prompt)
+
+
+def incomplete(prompt: int, seed: int, negative: bool) -> Image.Image | None:
+    good = drawn_by(FILM)(prompt, seed, negative)
+    return None if (prompt, seed, negative) == (2, 1, True) else good
+
+
+def sometimes_black(prompt: int, seed: int, negative: bool) -> Image.Image | None:
+    good = drawn_by(FILM)(prompt, seed, negative)
+    return Image.new("RGB", SIZE) if seed == 0 and prompt < 2 else good
+
+
+def less_like_film_posters(prompt: int, seed: int, negative: bool) -> Image.Image:
+    return picture(FILM + 7, 1000 + 100 * prompt + 10 * seed + int(negative), share=0.8)
+
+
+def test_a_good_checkpoint_is_promoted_and_served(world: World) -> None:
+    world.train("good", drawn_by(FILM))
+    row = world.judge()
+    assert (row["decision"], row["checkpoint_id"], row["kind"]) == ("promote", "good", "tuned")
+    assert row["path"] == "checkpoints/good"
+    numbers = read_decisions(world.deployment.warehouse)
+    assert numbers["champion_before"].tolist() == ["base"] and numbers["decided_by"][0] == "gate"
+    # It is served before its files are there: the check says so.
+    assert not world.checks()["served_checkpoint_is_sound"]
+    (world.store.root / "checkpoints" / "good").mkdir(parents=True)
+    (world.store.root / "checkpoints" / "good" / "model_index.json").write_text("{}")
+    world.judge()
+    assert world.checks()["served_checkpoint_is_sound"]
+
+
+@pytest.mark.parametrize(
+    ("draw", "decision", "because"),
+    [
+        (memorised, "reject", "copies: 48 of 48"),
+        (collapsed, "reject", "the images of a prompt are too much alike"),
+        (sometimes_black, "reject", "4 of 48 images are black"),
+        (incomplete, "hold", "47 of 48 cells have a score"),
+        (less_like_film_posters, "reject", "lower than the champion's"),
+    ],
+)
+def test_a_checkpoint_that_is_not_good_is_not_served(
+    world: World, draw: Draw, decision: str, because: str
+) -> None:
+    if draw is less_like_film_posters:  # than a base model that is like them already
+        world.keep("base_generations", world.images("base", "sd", drawn_by(FILM)))
+    world.train("new", draw)
+    row = world.judge()
+    assert (row["decision"], row["checkpoint_id"], row["kind"]) == (decision, "base", "base")
+    assert because in row["reason"]
+    assert world.checks()["served_checkpoint_is_sound"]
+    assert world.checks()["few_images_are_copies"] == (draw is not memorised)
+    assert world.checks()["every_image_is_measured"] == (draw is not incomplete)
+
+
+def test_judging_again_decides_nothing_new_and_a_promotion_makes_nothing_stale(
+    world: World,
+) -> None:
+    world.train("good", drawn_by(FILM))
+    first = world.judge()
+    assert first["decision"] == "promote"
+    assert world.stale() == {}
+    pd.testing.assert_series_equal(world.judge(), first)
+    assert len(read_decisions(world.deployment.warehouse)) == 1
+
+
+def test_the_next_checkpoint_is_measured_against_the_champion(world: World, tmp_path: Path) -> None:
+    world.train("good", drawn_by(FILM))
+    world.judge()
+    # What the first checkpoint draws lies in the store, as after a real run.
+    served = world.store.read_table("tuned_generations")
+    world.train("worse", memorised)
+    assert set(world.stale()) == {"champion_generations", "fidelity_scores", "champion"}
+    world.keep("tuned_generations", served)
+    assert world.stale() == {}, "there and back again"
+
+
+def test_a_pin_and_a_rollback_are_noticed_and_shown(world: World) -> None:
+    world.train("good", drawn_by(FILM))
+    world.judge()
+    world.decide(gate.rollback)
+    assert world.stale() == {"champion": "another checkpoint was chosen"}
+    row = world.judge()
+    assert (row["checkpoint_id"], row["kind"], row["pinned"]) == ("base", "base", True)
+    assert world.stale() == {}
+    log = read_decisions(world.deployment.warehouse)
+    assert log["decided_by"].tolist() == ["gate", "Ida Moss"]
+    assert log["reason"].iloc[-1] == "it sells"
+    world.decide(gate.unpin)
+    assert world.judge()["checkpoint_id"] == "good"
+    assert told_decisions(world.store.root)["decision_id"].tolist() == (
+        read_decisions(world.deployment.warehouse)["decision_id"].tolist()
+    )
+
+
+def test_a_rejected_checkpoint_cannot_be_pinned(world: World) -> None:
+    world.train("copy", memorised)
+    world.judge()
+    with pytest.raises(gate.GateError, match="never served"):
+        world.decide(gate.pin, "copy")
