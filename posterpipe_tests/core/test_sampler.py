@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -190,6 +192,46 @@ def test_a_batch_that_does_not_fit_is_halved(
     assert sampler.batch_size == 1
     for one, other in zip(expected, images, strict=True):
         assert abs(pixels(one) - pixels(other)).max() <= 1
+
+
+def test_what_is_drawn_before_memory_runs_out_is_kept(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    sampler = Sampler(model_dir, with_batch(2), model_id="tiny")
+    draw = sampler._draw
+    asked: list[list[int]] = []
+
+    def memory_goes(requests: list[ImageRequest], on_step: object) -> list[Image.Image]:
+        asked.append([request.seed for request in requests])
+        if len(asked) > 1 and len(requests) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return draw(requests, on_step)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sampler, "_draw", memory_goes)
+    assert len(sampler(REQUESTS)) == len(REQUESTS)
+    seeds = [request.seed for request in REQUESTS]
+    assert asked == [seeds[:2], seeds[2:4], *([seed] for seed in seeds[2:])]
+
+
+def test_each_prompt_and_negative_is_encoded_once(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = Sampler(model_dir, with_batch(2), model_id="tiny")
+    forward = sampler.text_encoder.forward
+    calls = 0
+
+    def counted(*args: object, **values: object) -> object:
+        nonlocal calls
+        calls += 1
+        return forward(*args, **values)
+
+    monkeypatch.setattr(sampler.text_encoder, "forward", counted)
+    requests = [ImageRequest(f"poster {n % 2}", "busy", n) for n in range(4)]
+    sampler(requests)
+    sampler(requests)
+    assert calls == 3, "two prompts and one negative, in four batches"
 
 
 def test_a_delayed_negative_prompt_acts_from_its_step_on(model_dir: Path) -> None:
@@ -526,6 +568,38 @@ def test_a_stopped_run_keeps_what_is_drawn(
     assert table_version(drawn(store, model_dir)) == table_version(uninterrupted)
 
 
+def test_images_are_written_while_the_next_are_drawn(
+    store: Store, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first image's writing waits for the second batch, which would never begin otherwise."""
+    call, keep = Sampler.__call__, sampler_module._Drawing._keep
+    second_began, calls, in_time = threading.Event(), 0, []
+
+    def counted(self: Sampler, requests: Sequence[ImageRequest], on_step: None = None) -> Images:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            second_began.set()
+        return call(self, requests, on_step)
+
+    def waits(self: Any, *args: Any) -> Any:
+        in_time.append(second_began.wait(20))
+        return keep(self, *args)
+
+    monkeypatch.setattr(Sampler, "__call__", counted)
+    monkeypatch.setattr(sampler_module._Drawing, "_keep", waits)
+    assert (drawn(store, model_dir).status == "ok").all()
+    assert calls >= 2 and all(in_time)
+
+
+def test_prompts_of_any_script_are_kept_in_the_image(store: Store, model_dir: Path) -> None:
+    """A tEXt chunk holds Latin-1 only."""
+    suite = [Prompt("star", "星の船 – a ‘star’", "a star", "", "", (1,))]
+    table = drawn(store, model_dir, suite, ("sd",))
+    with Image.open(store.root / str(table.image_path[0])) as image:
+        assert image.info["parameters"].splitlines()[0] == "星の船 – a ‘star’"
+
+
 def test_a_model_that_gives_nothing_finite_is_blocked(store: Store, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -573,6 +647,7 @@ def test_an_unknown_variant_is_refused(store: Store, model_dir: Path) -> None:
 _KILLED = """
 import sys
 from pathlib import Path
+from typing import Any
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.sampler import Sampler, generate
 from posterpipe.core.store import Store
