@@ -34,7 +34,7 @@ from posterpipe.core.sampler import (
     text_limit,
 )
 from posterpipe.core.store import Store, table_version
-from posterpipe.settings import SamplerSettings, default_root
+from posterpipe.settings import SamplerSettings
 from posterpipe_tests.models import (
     TINY_HEIGHT,
     TINY_TOKENS,
