@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,11 @@ SCALES = (
     "the order of the variants, and whether their differences are larger than chance."
 )
 """What a reader has to know before comparing the numbers."""
+
+
+def _rows(table: pd.DataFrame) -> Iterator[Any]:
+    """The rows as named tuples."""
+    return iter(table.itertuples(index=False))
 
 
 def growth(scores: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
@@ -113,7 +118,7 @@ def draw_growth(table: pd.DataFrame, metric_id: str) -> Image.Image:
         places + 0.36, table["study"], "D", ms=7, mfc="white", mec="#26262a", mew=1.4, ls="",
         label="the study's number (one image, scale not stated)", zorder=4, clip_on=False,
     )  # fmt: skip
-    for place, row in zip(places, table.itertuples(index=False), strict=True):
+    for place, row in zip(places, _rows(table), strict=True):
         top = row.score if math.isnan(row.score_high) else row.score_high
         axes.annotate(
             f"{row.score:.2f}", (place, top), xytext=(0, 5), textcoords="offset points",
@@ -123,7 +128,7 @@ def draw_growth(table: pd.DataFrame, metric_id: str) -> Image.Image:
         f"{row.label.replace(' + ', chr(10) + '+ ').replace(' with ', chr(10) + 'with ')}\n"
         f"{row.prompts} prompts\n{row.images} images"
         + (f"\n({row.missing} without a score)" if row.missing else "")
-        for row in table.itertuples(index=False)
+        for row in _rows(table)
     ]
     axes.set_xticks(places, labels, fontsize=9)
     highest = max([*table["score_high"].fillna(table["score"]), *table["study"], 0.1])
@@ -131,7 +136,11 @@ def draw_growth(table: pd.DataFrame, metric_id: str) -> Image.Image:
     axes.set_xlim(-0.6, len(table) - 0.3)
     axes.set_ylabel("CLIPScore, 2.5 · max(cosine, 0)")
     raw = axes.secondary_yaxis(
-        "right", functions=(lambda value: value / SCALE, lambda value: value * SCALE)
+        "right",
+        functions=(
+            lambda score: np.asarray(score, float) / SCALE,
+            lambda raw: np.asarray(raw, float) * SCALE,
+        ),
     )
     raw.set_ylabel("raw cosine")
     axes.grid(axis="y", alpha=0.25, zorder=0)
@@ -195,13 +204,13 @@ def comparison(
     """
     variants = [name for name in VARIANTS if (generations["variant"] == name).any()]
     values = scores.set_index(["variant", "prompt_id", "seed"])["clip_cosine"]
-    drawn = generations.drop_duplicates(["variant", "prompt_id", "seed"]).set_index(
+    drawn: Any = generations.drop_duplicates(["variant", "prompt_id", "seed"]).set_index(
         ["variant", "prompt_id", "seed"]
     )
     rows: list[str] = []
     cells: dict[tuple[str, str], Picture] = {}
     notes: dict[tuple[str, str], str] = {}
-    for pair in pairs.itertuples(index=False):
+    for pair in _rows(pairs):
         heading = ""
         for variant in variants:
             place = (variant, pair.prompt_id, pair.seed)
@@ -276,7 +285,7 @@ def report(scores: pd.DataFrame, generations: pd.DataFrame, store_root: Path) ->
     captions = {
         "growth": "; ".join(
             f"{row.label}: {row.score:.2f} ({row.score_low:.2f} to {row.score_high:.2f})"
-            for row in table.itertuples(index=False)
+            for row in _rows(table)
         ),
         "best": f"Largest gains: {extremes_rule('best')}",
         "worst": f"Largest losses: {extremes_rule('worst')}",

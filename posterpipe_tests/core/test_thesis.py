@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ def study(tmp_path: Path) -> tuple[pd.DataFrame, pd.DataFrame, Path]:
                 name = f"{variant}-{seed}.png"
                 Image.new("RGB", (8, 12), (seed % 256, 90, 40)).save(tmp_path / name)
                 rows.append((variant, prompt_id, prompt, seed, value, "ok", name))
-    table = pd.DataFrame(
+    table: Any = pd.DataFrame(
         rows,
         columns=["variant", "prompt_id", "prompt", "seed", "clip_cosine", "status", "image_path"],
     )
@@ -45,7 +46,7 @@ def test_each_variant_has_its_mean_interval_and_n(
     study: tuple[pd.DataFrame, pd.DataFrame, Path],
 ) -> None:
     scores, generations, _ = study
-    table = thesis.growth(scores, generations).set_index("variant")
+    table: Any = thesis.growth(scores, generations).set_index("variant")
     assert table.index.tolist() == list(LEVELS)
     assert table["study"].tolist() == [0.35, 0.38, 0.61, 0.77]
     assert table["images"].tolist() == [16] * 4 and table["missing"].tolist() == [1, 0, 0, 0]
@@ -61,7 +62,7 @@ def test_the_scaled_score_is_that_of_hessel_image_by_image(
     study: tuple[pd.DataFrame, pd.DataFrame, Path],
 ) -> None:
     scores, generations, _ = study
-    table = thesis.growth(scores, generations).set_index("variant")
+    table: Any = thesis.growth(scores, generations).set_index("variant")
     sd = scores[scores["variant"] == "sd"]
     by_hand = [
         np.nanmean([2.5 * max(value, 0) if value == value else math.nan for value in part])
@@ -77,7 +78,7 @@ def test_gains_are_paired_and_unknown_where_there_is_nothing_to_pair(
     study: tuple[pd.DataFrame, pd.DataFrame, Path],
 ) -> None:
     scores, generations, _ = study
-    table = thesis.growth(scores, generations).set_index("variant")
+    table: Any = thesis.growth(scores, generations).set_index("variant")
     wide = scores.pivot(index=["prompt_id", "seed"], columns="variant", values="clip_cosine")
     pairs = (wide["dreambooth"] - wide["sd"]).dropna().groupby("prompt_id").mean()
     assert table.loc["dreambooth", "gain"] == pytest.approx(pairs.mean())
