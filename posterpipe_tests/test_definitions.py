@@ -25,7 +25,8 @@ from posterpipe.defs.overview import OVERVIEW
 from posterpipe.settings import default_root, load_settings
 
 SNAPSHOT = Path(__file__).parent / "graph.txt"
-HEAVY = ("torch", "diffusers", "transformers", "accelerate", "pandas", "duckdb", "matplotlib")
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "pandas", "duckdb", "matplotlib",
+         "streamlit")  # fmt: skip
 
 
 def describe_graph() -> str:

@@ -7,8 +7,10 @@ for (`screens`), and the queue itself (`engine`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.progress import duration
@@ -18,8 +20,8 @@ from posterpipe.studio.painter import Poster
 from posterpipe.studio.rooms import presence, rooms, visitor
 from posterpipe.studio.served import Served
 
-POLL_SECONDS = 0.7
-"""How often a page asks how far its request is."""
+POLL_SECONDS = 0.3
+"""How often a page shows how far its request is."""
 
 MOST_KEPT = 48
 """Posters of a visit that are remembered."""
@@ -40,9 +42,24 @@ def history() -> list[Poster]:
     return posters
 
 
-Shown = Callable[[Sequence[Poster], bool], None]
-"""Shows posters; the second value tells whether all are there. Before that, buttons that change the
-rest of the page have no place: only a part of it runs again."""
+class Layout(Protocol):
+    """How a page shows the posters of its request."""
+
+    def places(self, count: int) -> Sequence[DeltaGenerator]:
+        """A place on the page for each of so many posters."""
+        ...
+
+    def poster(self, poster: Poster, index: int, final: bool) -> None:
+        """One poster in its place; `final` tells whether all are there."""
+        ...
+
+    def nothing(self) -> None:
+        """What stands there before the first request."""
+        ...
+
+    def after(self, posters: Sequence[Poster]) -> None:
+        """What stands below the posters when all are there."""
+        ...
 
 
 class Request:
@@ -79,45 +96,38 @@ class Request:
             st.session_state[f"{self._page}-kept"] = 0
         st.session_state[f"{self._page}-trouble"] = trouble
 
-    def show(self, posters: Shown, nothing: Callable[[], None]) -> None:
-        """The request as it comes along. `posters` shows those that there are; `nothing` what
-        stands there before the first request."""
+    def show(self, layout: Layout) -> None:
+        """The request as it comes along; returns when nothing more comes.
+
+        To be called last on a page: while something is drawn, the page goes on running here, and
+        whatever is clicked runs it anew. (A fragment that runs every second would do too, but one
+        in many pages stood still under load, its last answer lost.)
+        """
         if self.trouble:
             look.note(self.trouble, f"{self._page}-trouble")
-        if self.active:
-            # Only this part of the page runs again while something is drawn.
-            st.fragment(run_every=POLL_SECONDS)(self._show)(posters, nothing)
-        else:
-            self._show(posters, nothing, final=True)
-
-    def _show(
-        self,
-        posters: Shown,
-        nothing: Callable[[], None],
-        *,
-        final: bool = False,
-    ) -> None:
         job = self.job
         if job is None:
             if not self.trouble:
-                nothing()
+                layout.nothing()
             return
         view = rooms().engine.look(job)
-        self._remember(view)
-        if view.finished and not final:
-            st.rerun()  # the whole page: buttons come back, and nobody asks any more
-        if not view.finished:
-            self._progress(job, view)
-        for index, problem in enumerate(view.problems):
-            look.note(problem, f"{self._page}-problem-{index}")
-        if view.state == "cancelled":
-            drawn = f" after {_posters(len(view.posters))}" if view.posters else ""
-            look.faint(f"Cancelled{drawn}.", f"{self._page}-cancelled")
-        if view.posters:
-            posters(view.posters, final)
+        if view.finished:
+            self._remember(view)
+            if view.state == "cancelled":
+                drawn = f" after {_posters(len(view.posters))}" if view.posters else ""
+                look.faint(f"Cancelled{drawn}.", f"{self._page}-cancelled")
+            self._problems(view, 0)
+            for index, place in enumerate(layout.places(len(view.posters))):
+                with place:
+                    layout.poster(view.posters[index], index, True)
+            if view.posters:
+                layout.after(view.posters)
+            return
+        self._follow(job, view, layout)
+        st.rerun()  # buttons come back
 
-    def _progress(self, job: Job, view: View) -> None:
-        st.progress(view.share, text=said(view))
+    def _follow(self, job: Job, view: View, layout: Layout) -> None:
+        bar = st.empty()
         st.button(
             "Cancel",
             key=f"do-cancel-{self._page}",
@@ -125,6 +135,27 @@ class Request:
             args=(job,),
             icon=":material/close:",
         )
+        troubles = st.container()
+        places = layout.places(view.total)
+        shown = told = 0
+        while True:
+            bar.progress(view.share, text=said(view))
+            with troubles:
+                told = self._problems(view, told)
+            for index in range(shown, len(view.posters)):
+                with places[index]:
+                    layout.poster(view.posters[index], index, False)
+            shown = len(view.posters)
+            self._remember(view)
+            if view.finished:
+                return
+            view = rooms().engine.wait(job, POLL_SECONDS)
+
+    def _problems(self, view: View, told: int) -> int:
+        """Shows those after the first `told`; how many there are."""
+        for index in range(told, len(view.problems)):
+            look.note(view.problems[index], f"{self._page}-problem-{index}")
+        return len(view.problems)
 
     def _remember(self, view: View) -> None:
         kept = int(st.session_state.get(f"{self._page}-kept", 0))

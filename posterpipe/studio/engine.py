@@ -219,6 +219,7 @@ class Engine:
         self._wanted: Choice | None = None
         """A model to load while nobody waits."""
         self._loading_ahead = False
+        self._warmed: set[str] = set()
         self._numbers = itertools.count(1)
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -242,9 +243,14 @@ class Engine:
             return job
 
     def warm(self, choice: Choice) -> None:
-        """Has a model loaded while nothing is asked for, so that the first poster comes soon."""
+        """Has a model loaded while nothing is asked for, so that the first poster comes soon.
+
+        Once each: later, what people ask for decides which models stay in memory.
+        """
         with self._changed:
-            if self._current is None and not self._waiting:
+            idle = self._current is None and not self._waiting
+            if idle and choice.name not in self._warmed:
+                self._warmed.add(choice.name)
                 self._wanted = choice
                 self._awake()
 

@@ -30,6 +30,8 @@ STYLE = """
   [class*="st-key-empty"] { border: 1px dashed rgb(128 128 128 / 45%); border-radius: 8px;
     padding: 3.5rem 1.5rem; }
   [class*="st-key-empty"] h2 { font-size: 1.5rem; }
+  /* While a poster is drawn the page runs on; the progress bar tells that better. */
+  [data-testid="stStatusWidget"] { display: none; }
   /* Two posters stay beside each other on a phone. */
   [class*="st-key-pair"] [data-testid="stHorizontalBlock"] { flex-wrap: nowrap; gap: 0.75rem; }
   [class*="st-key-pair"] [data-testid="stColumn"] { min-width: 0; flex: 1 1 0; }

@@ -115,6 +115,7 @@ class RemotePainter:
                 [sys.executable, "-m", "posterpipe.studio.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for the studio, whose end it notices
             )
             assert self._process.stdin is not None
             _send(self._process.stdin, self._settings)

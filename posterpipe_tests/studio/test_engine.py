@@ -139,6 +139,26 @@ def test_a_waiting_request_is_cancelled_at_once_and_the_next_moves_up(
     assert engine.look(third).before == 1
 
 
+def test_a_model_is_loaded_ahead_once_and_a_failure_of_that_stops_nothing(
+    engine: Engine, painter: HandPainter, base: Choice
+) -> None:
+    loaded: list[str] = []
+
+    def prepare(choice: Choice) -> None:
+        loaded.append(choice.name)
+        if choice.name == "broken":
+            raise ModelMissing("the model is not there")
+
+    painter.prepare = prepare  # type: ignore[method-assign]
+    engine.warm(base)
+    until(lambda: loaded == [base.name])
+    engine.warm(base)
+    engine.warm(Choice("broken", "tuned", base.folder))
+    until(lambda: loaded == [base.name, "broken"])
+    painter.steps.release(2)
+    assert engine.wait(engine.submit(order(base), "ann"), PATIENCE).state == "done"
+
+
 def test_a_second_request_of_the_same_visit_waits_for_the_first(
     engine: Engine, painter: HandPainter, base: Choice
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 from streamlit.testing.v1 import AppTest
 
 from posterpipe.settings import Settings
-from posterpipe.studio import caption_desk, desk, rooms
+from posterpipe.studio import caption_desk, rooms
 from posterpipe.studio.caption_desk import CaptionDesk
 from posterpipe.studio.painter import Painter
 from posterpipe_tests.studio.test_published import publication
@@ -118,19 +117,6 @@ def test_the_same_seed_stays_for_other_words_until_it_is_given_up() -> None:
     assert [poster.seed for poster in made(at)] == [seed, seed]
     press(at, "Any seed")
     assert at.number_input(key="make.seed").value is None
-
-
-def test_two_visits_at_once_both_get_their_posters(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = map(str, itertools.count())  # AppTest gives every visit the same one
-    monkeypatch.setattr(desk, "visitor", lambda: next(names))
-    visits = [page("make"), page("make")]
-    for number, at in enumerate(visits):
-        at.text_area(key="make.description").set_value(f"rocket {number}")
-        at.number_input(key="make.count").set_value(2)
-        press(at, "Generate")
-    for number, at in enumerate(visits):
-        until(at, lambda at=at: len(made(at)) == 2)  # type: ignore[misc]
-        assert {poster.description for poster in made(at)} == {f"rocket {number}"}
 
 
 def test_a_rejected_checkpoint_is_marked_and_not_the_default(deployment: Settings) -> None:

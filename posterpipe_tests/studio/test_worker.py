@@ -6,15 +6,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 
+from posterpipe.core.provenance import CheckpointMismatch
 from posterpipe.settings import Settings
-from posterpipe.studio.engine import Cancelled, Engine, take_order
-from posterpipe.studio.painter import Painter
-from posterpipe.studio.served import Models
+from posterpipe.studio.engine import Cancelled, Engine, Order, take_order
+from posterpipe.studio.painter import Painter, Poster
+from posterpipe.studio.served import Choice, Models
 from posterpipe.studio.worker import PainterDied, RemotePainter
+
+OnStep = Callable[[int, int], None]
 
 
 @pytest.fixture
@@ -24,42 +28,56 @@ def remote(deployment: Settings) -> Iterator[RemotePainter]:
     remote.close()
 
 
-def test_a_poster_from_the_process_is_that_of_this_one_and_a_kill_costs_one_request(
+def order(settings: Settings) -> Order:
+    base = Models(settings).served().base
+    return take_order(description="a red rocket", choices=[base], seed=7, title="Red One")
+
+
+def paint(painter: RemotePainter | Painter, asked: Order, on_step: OnStep | None = None) -> Poster:
+    (choice,), (seed,) = asked.choices, asked.seeds
+    return painter.paint(asked, choice, seed, on_step or (lambda step, steps: None))
+
+
+def test_the_process_paints_as_this_one_does_and_can_be_stopped(
     deployment: Settings, remote: RemotePainter
 ) -> None:
     # One test for all, since each process loads torch anew.
-    base = Models(deployment).served().base
-    order = take_order(description="a red rocket", choices=[base], seed=7, title="Red One")
+    asked = order(deployment)
+    (base,) = asked.choices
     assert not remote.ready(base)
     steps: list[tuple[int, int]] = []
-    poster = remote.paint(order, base, 7, lambda step, of: steps.append((step, of)))
+    poster = paint(remote, asked, lambda step, of: steps.append((step, of)))
     assert steps == [(1, 3), (2, 3), (3, 3)]
     assert remote.ready(base)
-    here = Painter(deployment).paint(order, base, 7, lambda step, of: None)
-    assert poster.png == here.png and poster.score == pytest.approx(here.score)
+    here = paint(Painter(deployment), asked)
+    pixels = [np.asarray(one.image, dtype=int) for one in (poster, here)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+    assert poster.score == pytest.approx(here.score, abs=1e-3)
 
     def cancel(step: int, of: int) -> None:
         raise Cancelled
 
     with pytest.raises(Cancelled):
-        remote.paint(order, base, 7, cancel)
-    assert remote.paint(order, base, 7, lambda step, of: None).png == poster.png
+        paint(remote, asked, cancel)
+    assert paint(remote, asked).png == poster.png
 
-    gone = type(base)("feedfacefeed", "tuned", deployment.root / "nowhere")
-    with pytest.raises(Exception, match="no finished checkpoint"):
+    gone = Choice("feedfacefeed", "tuned", deployment.root / "nowhere")
+    with pytest.raises(CheckpointMismatch, match="no finished checkpoint"):
         remote.prepare(gone)
 
-    killed = remote.pid
-    assert killed is not None
+
+@pytest.mark.slow
+def test_a_killed_process_costs_one_request(deployment: Settings, remote: RemotePainter) -> None:
+    asked = order(deployment)
 
     def kill(step: int, of: int) -> None:
-        os.kill(killed, signal.SIGKILL)
+        assert remote.pid is not None
+        os.kill(remote.pid, signal.SIGKILL)
 
     with pytest.raises(PainterDied, match="memory ran out"):
-        remote.paint(order, base, 7, kill)
+        paint(remote, asked, kill)
     engine = Engine(remote)
-    view = engine.wait(engine.submit(order, "ann"), 120)
-    assert view.state == "done" and view.posters[0].png == poster.png
+    assert engine.wait(engine.submit(asked, "ann"), 120).state == "done"
     engine.close()
     assert remote.pid is None
 

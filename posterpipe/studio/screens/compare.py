@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from posterpipe.core.prompts import MAX_SEED
 from posterpipe.studio import desk, look
@@ -45,27 +46,42 @@ def keep_seed(seed: int) -> None:
     st.session_state["compare.seed"] = seed
 
 
-def show_posters(posters: Sequence[Poster], final: bool) -> None:
+class Pair:
     """Two posters beside each other, and what their scores say."""
-    with st.container(key="pair-posters"):
-        for column, poster in zip(st.columns(2), posters, strict=False):
-            with column, st.container(key=f"poster-{poster.choice.name[:12]}"):
-                look.faint(poster.choice.label, f"who-{poster.choice.name[:12]}")
-                st.image(poster.png, alt=look.alt_text(poster), width="stretch")
-                look.faint(look.told(poster), f"told-{poster.choice.name[:12]}")
-                for place, text in enumerate(poster.notes):
-                    look.note(text, f"about-{poster.choice.name[:12]}-{place}")
-                desk.save_button(
-                    poster, f"compared-{poster.choice.name[:12]}", label="Save", primary=False
-                )
-    scores = [poster.score for poster in posters]
-    if len(scores) == 2 and scores[0] is not None and scores[1] is not None:
-        look.faint(
-            f"Fit to the words (CLIP cosine): {scores[1] - scores[0]:+.3f} against the base model. "
-            "One pair decides nothing; the page Scores tells how many agree.",
-            "difference",
+
+    def places(self, count: int) -> list[DeltaGenerator]:
+        """See `desk.Layout`."""
+        with st.container(key="pair-posters"):
+            return list(st.columns(max(2, count)))[:count]
+
+    def poster(self, poster: Poster, index: int, final: bool) -> None:
+        """See `desk.Layout`."""
+        with st.container(key=f"poster-{index}"):
+            look.faint(poster.choice.label, f"who-{index}")
+            st.image(poster.png, alt=look.alt_text(poster), width="stretch")
+            look.faint(look.told(poster), f"told-{index}")
+            for place, text in enumerate(poster.notes):
+                look.note(text, f"about-{index}-{place}")
+            desk.save_button(poster, f"compared-{index}", label="Save", primary=False)
+
+    def nothing(self) -> None:
+        """See `desk.Layout`."""
+        look.empty(
+            "Two posters appear here",
+            "Left by the base model, right by the fine-tuned one, from the same noise: what "
+            "differs is what the fine-tuning taught.",
+            "pair",
         )
-    if final:
+
+    def after(self, posters: Sequence[Poster]) -> None:
+        """See `desk.Layout`."""
+        scores = [poster.score for poster in posters]
+        if len(scores) == 2 and scores[0] is not None and scores[1] is not None:
+            look.faint(
+                f"Fit to the words (CLIP cosine): {scores[1] - scores[0]:+.3f} against the base "
+                "model. One pair decides nothing; the page Scores tells how many agree.",
+                "difference",
+            )
         st.button(
             "Same seed, other words",
             key="do-compare-keep",
@@ -73,16 +89,6 @@ def show_posters(posters: Sequence[Poster], final: bool) -> None:
             args=(posters[0].seed,),
             icon=":material/repeat:",
         )
-
-
-def show_nothing(models: Served) -> None:
-    """What stands there before the first pair."""
-    look.empty(
-        "Two posters appear here",
-        "Left by the base model, right by the fine-tuned one, from the same noise: what differs "
-        "is what the fine-tuning taught.",
-        "pair",
-    )
 
 
 def main() -> None:
@@ -136,7 +142,7 @@ def main() -> None:
                     ),
                 )
     with right:
-        request.show(show_posters, lambda: show_nothing(models))
+        request.show(Pair())
 
 
 main()

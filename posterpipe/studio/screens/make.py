@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from posterpipe.core.prompts import MAX_SEED, Prompt, PromptSuiteError, load_suite
 from posterpipe.core.typography import STYLES
@@ -155,11 +156,22 @@ def show_fields(models: Served, prompts: list[Prompt]) -> None:
             )
 
 
-def show_posters(posters: Sequence[Poster], final: bool) -> None:
-    """The latest request's posters, each with its buttons."""
-    columns = st.columns(2) if len(posters) > 1 else [st.container()]
-    for index, poster in enumerate(posters):
-        with columns[index % len(columns)], st.container(key=f"poster-{index}"):
+class Result:
+    """The posters of the latest request, two in a row, each with its buttons."""
+
+    def __init__(self, models: Served) -> None:
+        self._models = models
+
+    def places(self, count: int) -> list[DeltaGenerator]:
+        """See `desk.Layout`."""
+        if count == 1:
+            return [st.container()]
+        columns = st.columns(2)
+        return [columns[index % 2].container() for index in range(count)]
+
+    def poster(self, poster: Poster, index: int, final: bool) -> None:
+        """See `desk.Layout`."""
+        with st.container(key=f"poster-{index}"):
             st.image(poster.png, alt=look.alt_text(poster), width="stretch")
             look.faint(look.told(poster), f"told-{index}")
             for place, text in enumerate(poster.notes):
@@ -175,14 +187,16 @@ def show_posters(posters: Sequence[Poster], final: bool) -> None:
                     width="stretch",
                 )
 
+    def nothing(self) -> None:
+        """See `desk.Layout`."""
+        if self._models.champion.kind == "base":
+            who = "The base model will draw it: no fine-tuned checkpoint has passed the gate yet."
+        else:
+            who = "The champion will draw it: the fine-tuned checkpoint that passed the gate last."
+        look.empty("Your poster appears here", f"Describe it and press Generate. {who}", "poster")
 
-def show_nothing(models: Served) -> None:
-    """What stands in the poster's place before the first one."""
-    if models.champion.kind == "base":
-        who = "The base model will draw it: no fine-tuned checkpoint has passed the gate yet."
-    else:
-        who = "The champion will draw it: the fine-tuned checkpoint that passed the gate last."
-    look.empty("Your poster appears here", f"Describe it and press Generate. {who}", "poster")
+    def after(self, posters: Sequence[Poster]) -> None:
+        """See `desk.Layout`."""
 
 
 def show_history() -> None:
@@ -228,8 +242,10 @@ def main() -> None:
     with left:
         show_fields(models, prompts)
     with right:
-        request.show(show_posters, lambda: show_nothing(models))
+        result = st.container()
     show_history()
+    with result:
+        request.show(Result(models))
 
 
 main()

@@ -1,18 +1,20 @@
 """Scores: the leaderboard and the gallery of the published database."""
 
 import datetime as dt
+import time
 from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 import streamlit as st
+from streamlit import runtime
 from streamlit.elements.lib.column_types import ColumnConfig
 
 from posterpipe.studio import look
 from posterpipe.studio.published import PublishedError, Signature
 from posterpipe.studio.rooms import rooms
 
-LOOK_SECONDS = 3.0
+LOOK_SECONDS = 1.0
 """How often the page asks whether there is a new publication."""
 
 VARIANTS = {
@@ -40,11 +42,17 @@ COLUMNS = {
 }
 
 
-@st.fragment(run_every=LOOK_SECONDS)
 def watch(shown: Signature | None) -> None:
-    """Runs the page again when there is a publication that it does not show."""
-    if rooms().published.signature() != shown:
-        st.rerun()
+    """Waits for a publication that the page does not show, and runs the page again.
+
+    To be called last. Whatever is clicked meanwhile ends it.
+    """
+    spot = st.empty()
+    while runtime.exists():
+        time.sleep(LOOK_SECONDS)
+        spot.empty()  # where a page that was left ends
+        if rooms().published.signature() != shown:
+            st.rerun()
 
 
 @st.cache_data(show_spinner=False, max_entries=8)
@@ -147,9 +155,14 @@ def show_cell(cell: object, variant: str, seed: int) -> None:
 def main() -> None:
     """The page."""
     st.title("Scores", anchor=False)
-    published = rooms().published
-    signature = published.signature()
+    signature = rooms().published.signature()
+    show(signature)
     watch(signature)
+
+
+def show(signature: Signature | None) -> None:
+    """A publication."""
+    published = rooms().published
     moment = published.published_at()
     if signature is None or moment is None:
         look.empty(
