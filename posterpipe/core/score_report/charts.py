@@ -309,7 +309,11 @@ def points_chart(
             mark = _mark(x, y, point.variant, size=4 if crowded else 6)
             parts.append(mark)
             if not crowded:
-                parts.append(_text(x + 1.6, y - 9, plain(point.value, 2), "value", "start"))
+                # On the side where the line is not, so that the number stays clear of it.
+                after = points[index + 1].value if index + 1 < len(points) else None
+                rises = joined and after is not None and not missing(after) and after > point.value
+                side, anchor = (-1.6, "end") if rises else (1.6, "start")
+                parts.append(_text(x + side, y - 9, plain(point.value, 2), "value", anchor))
             if point.note:
                 parts.append(_text(x, _TOP - 6, point.note, "note"))
         # Labels of a crowd would run into each other.

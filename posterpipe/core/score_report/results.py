@@ -10,6 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from posterpipe.core import thesis
 from posterpipe.core.score_report import charts
 from posterpipe.core.score_report.data import (
     BASELINE,
@@ -44,8 +45,6 @@ from posterpipe.core.score_report.words import (
     verdict,
 )
 
-THESIS = {"sd": 0.35, "sd_negative": 0.38, "dreambooth": 0.61, "dreambooth_negative": 0.77}
-
 
 def headline(published: Published) -> tuple[str, str]:
     """What the report says first: a title, and a sentence with the numbers."""
@@ -65,20 +64,13 @@ def index_context(published: Published, pictures: Pictures) -> dict[str, Any]:
         "figures": _key_figures(board),
         "growth": growth,
         "growth_rows": growth_rows,
-        "growth_note": GROWTH_NOTE,
+        "scales": thesis.SCALES,
         "n_prompts": count(first, "prompts"),
         "boards": _boards(published),
         "effects": _effects(published),
         "trends": _trends(published),
         "extremes": _extremes(published, pictures),
     }
-
-
-GROWTH_NOTE = (
-    "One image a variant, as in the thesis, supports no ranking: between prompts and seeds scores "
-    "vary by more than its first two rows differ. And 0.61 and 0.77 are outside what raw cosines "
-    "of CLIP reach; they fit the scale of 2.5 · max(cosine, 0), on which this chart is drawn."
-)
 
 
 def _by_headline(published: Published) -> list[Row]:
@@ -165,20 +157,20 @@ def _key_figures(board: Mapping[str, Row]) -> list[dict[str, str]]:
 
 def _scaled(value: Any) -> float | None:
     known = number(value)
-    return None if known is None else 2.5 * max(known, 0.0)
+    return None if known is None else thesis.SCALE * max(known, 0.0)
 
 
 def _growth(board: Mapping[str, Row]) -> tuple[Markup | None, list[dict[str, str]]]:
     """The thesis's chart from the leaderboard, with the thesis's numbers beside."""
     points, beside, rows = [], [], []
-    for variant, thesis in THESIS.items():
+    for variant, (_, reported) in thesis.VARIANTS.items():
         row = board.get(variant)
         if row is None:
             continue
         mean, low, high = (_scaled(row[n]) for n in ("mean", "low_95", "high_95"))
         label = variant_name(variant).replace(" + ", "|+ ")
         points.append(charts.Point(label, mean, low, high, variant))
-        beside.append(charts.Point(f"{variant_name(variant)} in the thesis", thesis))
+        beside.append(charts.Point(f"{variant_name(variant)} in the thesis", reported))
         rows.append(
             {
                 "variant": variant,
@@ -189,7 +181,7 @@ def _growth(board: Mapping[str, Row]) -> tuple[Markup | None, list[dict[str, str
                     if low is not None and high is not None
                     else DASH
                 ),
-                "thesis": charts.plain(thesis, 2),
+                "thesis": charts.plain(reported, 2),
             }
         )
     if len(points) < 2:
