@@ -29,6 +29,6 @@ exists already is taken from the store and not computed again. `retrain` does no
 night.
 
 **Where to look.** Each asset shows thumbnails, tables and plots of its numbers; its checks say what
-they expected and found. The tag `posterpipe/reason` of a run says why it was started. Guides are in
-`docs/` of the project.
+they expected and found. `score_report` has the link to the report that most people read. The tag
+`posterpipe/reason` of a run says why it was started. Guides are in `docs/` of the project.
 """
