@@ -139,7 +139,13 @@ def measure(
         )
     )  # fmt: skip
     if reason:
-        rows.append(Row(f"{name}.torchmetrics", f"does not run ({reason[:90]})", float("nan")))
+        rows.append(
+            Row(
+                f"{name}.torchmetrics",
+                f"does not run ({reason.replace(str(model), 'the model')[:80]})",
+                0.0,
+            )
+        )
     return rows
 
 
@@ -174,7 +180,8 @@ class OneByOne:
                 ).to(self.device)  # fmt: skip
             with torch.inference_mode():
                 output = self.model(**inputs)
-            cosines.append(float(output.logits_per_image / self.model.logit_scale.exp()))
+                cosine = output.logits_per_image / self.model.logit_scale.exp()
+            cosines.append(float(cosine))
         return cosines
 
 
@@ -187,7 +194,10 @@ class TorchMetrics:
     def __init__(self, model: Path) -> None:
         from torchmetrics.multimodal import CLIPScore
 
-        self.metric: Any = CLIPScore(model_name_or_path=str(model)).to(best_device())
+        # It knows OpenAI's models by name; any other is given ready-made.
+        peer = OneByOne(model)
+        self.metric: Any = CLIPScore(model_name_or_path=lambda: (peer.model, peer.processor))
+        self.metric.to(best_device())
 
     def __call__(self, pairs: Pairs) -> list[float]:
         cosines = []
