@@ -4,7 +4,8 @@ What the asset `clip_scores` runs for the images of a new checkpoint: ask which 
 encode the others, write images, metric and scores, make them the current ones, read them back.
 Each side has a store of its own, so that both encode everything; they take turns, each round with
 another checkpoint. `score_into_5m.warehouse` is the same for images that the store knows, where the
-database is nearly all of the work, and `score_into_5m.ten_metrics` writing ten scores an image.
+database is nearly all of the work, `score_into_5m.ten_metrics` writing ten scores an image, and
+`score_into_5m.cpu` the first in CPU seconds, which other work on the machine changes little.
 """
 
 from __future__ import annotations
@@ -54,11 +55,13 @@ def run(scores: int = SCORES, rounds: int = ROUNDS) -> list[Row]:
                         seconds.setdefault((side_name, what), []).append(passed)
     took = {key: statistics.median(values) for key, values in seconds.items()}
     rows = []
-    for what in ("", ".warehouse", ".ten_metrics"):
+    for what in ("", ".cpu", ".warehouse", ".ten_metrics"):
         ours, peer = took["full", what], took["empty", what]
+        unit = "CPU s" if what == ".cpu" else "s"
         rows.append(
             Row(
-                f"score_into_5m{what}", f"s for {len(generations)} images", round(ours, 3),
+                f"score_into_5m{what}",
+                f"{unit} for {len(generations)} images", round(ours, 3),
                 round(peer, 3), "in an empty warehouse", round(ours / peer, 2),
                 "" if what else f"ours / peer at most {REQUIRED:g}",
             )
@@ -113,7 +116,9 @@ class _Side:
 
     def score(self, generations: pd.DataFrame, settings: Settings, number: int) -> dict[str, float]:
         """Seconds by what was done."""
+        busy = time.process_time()
         took = {"": self._clip(generations, settings, f"run {number}")}
+        took[".cpu"] = time.process_time() - busy
         # The same pictures in another study: the store has their cosines, the warehouse no row.
         again = generations.assign(
             generation_key=[f"again {key}" for key in generations["generation_key"]]
