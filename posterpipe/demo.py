@@ -36,7 +36,7 @@ LOGGER = "demo"
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 PID_TAG, HOST_TAG = "posterpipe/pid", "posterpipe/host"
-ROOTS = ("raw_posters", "human_captions", "prompt_suite")
+ROOTS = ("raw_posters", "holdout_posters", "human_captions", "prompt_suite")
 """Assets that read the outside world: only running them tells whether it changed."""
 
 QUIET = {

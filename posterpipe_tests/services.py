@@ -30,12 +30,14 @@ from posterpipe_tests.core.tiny_blip import build_tiny_blip
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
 
 POSTERS = 6
+HELD_OUT = 3
 PATIENCE = 2_400.0
 """Seconds; everything from an empty store takes about three minutes on two free cores."""
 
 PROFILE = """
 base_model = {{ id = "{folder}/base" }}
 landing = "{folder}/landing"
+holdout = "{folder}/holdout"
 captions = "{folder}/captions.csv"
 prompt_suite = "{folder}/suite.yaml"
 store = "{folder}/store"
@@ -249,6 +251,9 @@ def build_deployment(folder: Path) -> Path:
     (folder / "landing").mkdir()
     for number in range(POSTERS):
         draw_poster(folder / "landing" / f"poster {number}.png", number)
+    (folder / "holdout").mkdir()
+    for number in range(HELD_OUT):
+        draw_poster(folder / "holdout" / f"held {number}.png", 200 + number)
     (folder / "suite.yaml").write_text(SUITE, "utf-8")
     profile = PROFILE.format(folder=folder, width=TINY_WIDTH, height=TINY_HEIGHT)
     (folder / "tiny.toml").write_text(profile, "utf-8")

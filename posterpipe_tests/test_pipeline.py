@@ -158,7 +158,7 @@ def scores(pipeline: Pipeline) -> pd.DataFrame:
 
 def test_every_asset_and_check_ran_and_passed(pipeline: Pipeline) -> None:
     specs = build_defs(pipeline.settings).resolve_all_asset_specs()
-    assert len(specs) == 31
+    assert len(specs) == 32
     assert set(pipeline.versions()) == {spec.key.to_user_string() for spec in specs}
     made = pipeline.versions()
     assert made.pop("class_images")  # prior preservation is off: there are none

@@ -12,13 +12,14 @@ long to wait, never what is new.
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from posterpipe.core.landing import landing_digest, poster_entries
-from posterpipe.core.listing import Entry, listing_digest, source_name
+from posterpipe.core.listing import Entry, Folder, PlaceMissing, listing_digest, source_name
 from posterpipe.core.store import Store, content_key
 from posterpipe.settings import AutomationSettings
 
@@ -138,6 +139,27 @@ def posters_source(
     return Source(
         landing_digest(entries, store), f"{_count(len(posters), 'poster')} in {location}", young
     )
+
+
+def holdout_entries(folder: Path) -> list[Entry]:
+    """The listing of the holdout folder, which need not be there. Raises OSError where it is there
+    and cannot be listed."""
+    if not folder.exists():
+        return []
+    try:
+        return Folder(folder).entries()
+    except PlaceMissing as error:
+        raise NotADirectoryError(
+            errno.ENOTDIR, "not a folder that can be listed", folder
+        ) from error
+
+
+def holdout_source(folder: Path, store: Store, settings: AutomationSettings, now: float) -> Source:
+    """The source of `holdout_posters`: a folder that may be empty or missing. Raises OSError."""
+    entries = holdout_entries(folder)
+    posters = poster_entries(entries)
+    seen = f"{_count(len(posters), 'poster')} in {folder}" if posters else f"no posters in {folder}"
+    return Source(landing_digest(entries, store), seen, _young(posters, settings, now))
 
 
 def captions_source(

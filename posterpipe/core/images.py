@@ -48,6 +48,10 @@ SAVING = 8
 takes to make it, and hardly longer for several."""
 
 
+_LOOKS = (128, 128)
+"""Pixels that are more than enough for a perceptual hash, which looks at 32 x 32."""
+
+
 class ImageRejected(ValueError):
     """Bytes that are no usable image. The message says why and what to do."""
 
@@ -108,6 +112,17 @@ def decode(image: Image.Image) -> None:
         image.load()
     except Exception as error:  # as above
         raise ImageRejected(f"cannot be decoded ({error}); copy or export it again") from error
+
+
+def decode_for_looks(image: Image.Image) -> None:
+    """Decode an image far enough for its `perceptual_hash`, and read it to its end.
+
+    JPEGs at a fraction of their size, in half the time: damage is found all the same, and the hash
+    is as near to that of the picture without any shrinking. Raises ImageRejected.
+    """
+    if format_name(image) == "JPEG":
+        image.draft(None, _LOOKS)
+    decode(image)
 
 
 def prepare(data: bytes, settings: ImageSettings) -> Image.Image:

@@ -24,7 +24,7 @@ import pandas as pd
 from posterpipe.core.images import (
     ImageRejected,
     TooManyPixels,
-    decode,
+    decode_for_looks,
     format_name,
     open_image,
     perceptual_hash,
@@ -44,7 +44,7 @@ from posterpipe.core.progress import NoProgress, Progress
 from posterpipe.core.store import Store, compute_missing, content_key
 from posterpipe.settings import ImageSettings
 
-INSPECT_VERSION = 2
+INSPECT_VERSION = 3
 """Raise it when `_judge` judges otherwise: every file is then read again."""
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif")
@@ -359,7 +359,7 @@ def _content(
         store.forget_results(_CONTENTS, [key] if content else [])
         content = {"poster_id": poster_id, **_judge(data, limits)}
     if content["decoded"] and not content["problem"]:
-        store.put(data)
+        store.put(data, blob=poster_id)
     return content
 
 
@@ -376,7 +376,7 @@ def _judge(data: bytes, limits: ImageSettings) -> dict[str, Any]:
         with _decoding:
             image = open_image(data, limits.max_pixels)
             content.update(format=format_name(image), width=image.width, height=image.height)
-            decode(image)
+            decode_for_looks(image)
             content["perceptual_hash"] = perceptual_hash(image)
     except TooManyPixels as error:
         width, height = error.size

@@ -29,6 +29,9 @@ from posterpipe.core.parallel import cores
 FETCHES = 32
 """Objects of a bucket fetched at the same time: they wait for the network, not for a core."""
 
+_AT_THE_DISK = 4
+"""Files of a folder that are being read, or kept, while every core works on another one."""
+
 _ETAGS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "version_id")
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
 
@@ -131,7 +134,7 @@ class Folder(Place):
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.abspath(path))
         self.location = str(self.path)
-        self.threads = cores()
+        self.threads = cores() + _AT_THE_DISK
 
     def entries(self) -> list[Entry]:
         """See `Place.entries`. A nested folder that cannot be entered is a problem's entry."""

@@ -32,7 +32,7 @@ from typing import Any
 
 import pandas as pd
 
-from posterpipe.core.store import Store, TableMissing, content_key, write_atomic
+from posterpipe.core.store import Store, TableMissing, content_key, write_atomic, writing
 from posterpipe.settings import default_root
 
 ENVIRONMENT = "environment"
@@ -193,8 +193,9 @@ def _record_training_set(store: Store, version: str) -> None:
     buffer = io.BytesIO()
     lineage.to_parquet(buffer, index=False)
     path = lineage_path(store, training_set)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, buffer.getvalue())
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, buffer.getvalue())
 
 
 def _table_or_none(store: Store, name: str, version: str | None) -> pd.DataFrame | None:

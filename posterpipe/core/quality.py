@@ -113,6 +113,21 @@ def rejected_share(posters: pd.DataFrame, max_share: float) -> Finding:
     )
 
 
+def some_held_out(holdout: pd.DataFrame, folder: Path) -> Finding:
+    """Whether `holdout_posters` has a usable one; `folder` is where they lie."""
+    usable = int((holdout["status"] == "ok").sum())
+    refused = holdout[holdout["status"] != "ok"]
+    return Finding(
+        passed=usable > 0,
+        summary=f"{usable} usable holdout posters in {folder}",
+        remedy="put film posters there that are not trained on, mend the refused ones, or set "
+        "POSTERPIPE_HOLDOUT to another folder",
+        expected="at least 1",
+        actual=usable,
+        offenders=refused[["source_name", "status", "reason"]],
+    )
+
+
 def near_duplicates(posters: pd.DataFrame, max_share: float) -> Finding:
     """Which share of the usable posters in `raw_posters` resembles an earlier one."""
     usable = posters[posters["status"] == "ok"]

@@ -611,6 +611,7 @@ def generate(
         "generation",
         list(requests),
         lambda missing: drawing.draw({key: requests[key] for key in missing}),
+        save_every=1,  # an image costs a hundred times as much as saving its row
         usable=lambda row: store.has(row["image"], ".png"),
     )
     rows = []

@@ -103,13 +103,17 @@ class Store:
 
     # -- blobs ------------------------------------------------------------------------------------
 
-    def put(self, data: bytes, suffix: str = "") -> str:
-        """Keep bytes; the sha256 (hex) under which they lie. Nothing is written when present."""
-        blob = hashlib.sha256(data).hexdigest()
+    def put(self, data: bytes, suffix: str = "", *, blob: str | None = None) -> str:
+        """Keep bytes; the sha256 (hex) under which they lie. Nothing is written when present.
+
+        `blob`: that hash, where it was computed before.
+        """
+        blob = blob or hashlib.sha256(data).hexdigest()
         target = self.path(blob, suffix)
         if not self.keep(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(target, data)
+            with writing(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(target, data)
         return blob
 
     def path(self, blob: str, suffix: str = "") -> Path:
@@ -324,19 +328,23 @@ class Store:
         `version`: its `table_version`, where that was computed before.
         """
         version = version or table_version(frame)
-        folder = self.folder("tables", name)
+        with writing(self.root / "tables" / name):
+            folder = self.folder("tables", name)
         file = folder / f"{version}.parquet"
         if not self.keep(file):
             buffer = io.BytesIO()
             frame.reset_index(drop=True).to_parquet(buffer, index=False)
-            write_atomic(file, buffer.getvalue())
+            with writing(file):
+                write_atomic(file, buffer.getvalue())
         before = self.table_version(name)
         if before is not None:
             # Who reads it now has asked for the current table a moment ago.
             self.keep(folder / f"{before}.parquet")
         current = {"version": version, "rows": len(frame), "columns": list(map(str, frame.columns))}
         # Last, since it is what makes the new table visible.
-        write_atomic(folder / "current.json", (json.dumps(current, indent=1) + "\n").encode())
+        pointer = folder / "current.json"
+        with writing(pointer):
+            write_atomic(pointer, (json.dumps(current, indent=1) + "\n").encode())
         return version
 
     def read_table(self, name: str, version: str | None = None) -> pd.DataFrame:
@@ -370,16 +378,26 @@ class Store:
     @contextmanager
     def _index(self) -> Iterator[sqlite3.Connection]:
         path = self.root / "index.sqlite"
+        writable = os.access(self.root, os.W_OK)
         try:
-            connection = sqlite3.connect(path, timeout=BUSY_SECONDS)
+            if writable:
+                connection = sqlite3.connect(path, timeout=BUSY_SECONDS)
+            else:
+                # SQLite wants to write beside the file even to read it, unless it is told that
+                # nobody changes it.
+                connection = sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)
         except sqlite3.OperationalError as error:
             raise StoreError(
                 f"{path}: cannot be opened ({error}); make the folder writable or choose another "
                 "one with POSTERPIPE_STORE"
             ) from error
         with closing(connection):
-            _prepare_index(connection, path)
-            yield connection
+            if writable:
+                _prepare_index(connection, path)
+            try:
+                yield connection
+            except sqlite3.OperationalError as error:
+                raise StoreError(f"{path}: {_cannot_be_written(error)}") from error
 
 
 def _prepare_index(connection: sqlite3.Connection, path: Path) -> None:
@@ -551,8 +569,32 @@ _ENCODER = json.JSONEncoder(
 )
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While inside, errors of the system name what could not be written and say what to do.
+
+    Raises StoreError for them. For what lies in the store.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise  # something to be read is gone
+    except OSError as error:
+        raise StoreError(f"{path}: {_cannot_be_written(error.strerror or error)}") from error
+
+
+def _cannot_be_written(why: object) -> str:
+    return (
+        f"cannot be written ({why}); make room on the disk, make the store's folder writable, or "
+        "choose another one with POSTERPIPE_STORE. What was done is kept: run it again"
+    )
+
+
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that others see all of it or nothing, even after a power cut."""
+    """Write a file so that others see all of it or nothing, even after a power cut.
+
+    Raises OSError, which names the file.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -560,8 +602,11 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk is told without one
         raise
     fsync_folder(path.parent)
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from posterpipe.core.store import Store, fsync_folder, write_atomic
+from posterpipe.core.store import Store, fsync_folder, write_atomic, writing
 from posterpipe.settings import DEFAULT_TEMPLATE
 
 COLUMNS = ["file_name", "caption", "poster_id", "image"]
@@ -67,9 +67,11 @@ def build_training_set(
         )
     text = csv_text(frame)
     version = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    folder = store.folder("training_sets") / version
+    folder = store.root / "training_sets" / version
     if not (store.keep(folder) and _is_complete(folder, frame)):
-        _write(store, frame, text, folder)
+        with writing(folder):
+            store.folder("training_sets")
+            _write(store, frame, text, folder)
     return frame, folder, version
 
 

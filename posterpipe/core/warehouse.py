@@ -315,12 +315,17 @@ class Warehouse:
             try:
                 self._prepare(connection)
                 yield connection
-            except BaseException:
+                connection.commit()
+            except BaseException as error:
                 # An error may have ended the transaction already.
                 with contextlib.suppress(duckdb.Error):
                     connection.rollback()
+                if isinstance(error, duckdb.IOException | duckdb.FatalException):
+                    raise WarehouseError(
+                        f"{self.path}: could not be written ({_first_line(error)}); make room on "
+                        "the disk, and materialize the asset again: nothing of it was written"
+                    ) from error
                 raise
-            connection.commit()
 
     @contextmanager
     def read(self) -> Iterator[duckdb.DuckDBPyConnection]:

@@ -18,7 +18,7 @@ from posterpipe.settings import Settings
 if TYPE_CHECKING:
     from posterpipe.core.arrivals import LastRead, Memory, Source
 
-ROOTS = ("raw_posters", "human_captions", "prompt_suite")
+ROOTS = ("raw_posters", "holdout_posters", "human_captions", "prompt_suite")
 """Assets that read the outside world."""
 
 ROOT_TAG = "posterpipe/arrived"
@@ -54,9 +54,10 @@ def sensors(settings: Settings) -> tuple[dg.SensorDefinition, ...]:
         target=dg.AssetSelection.assets(*ROOTS),
         minimum_interval_seconds=settings.automation.sensor_interval_seconds,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Looks at the posters, at captions by people (text files beside them, and the "
-        "CSV) and at the prompt suite, and requests the asset whose source changed. Waits for "
-        "files that are still being written. Says in its skip reason what it saw.",
+        description="Looks at the posters, at those held out, at captions by people (text files "
+        "beside them, and the CSV) and at the prompt suite, and requests the asset whose source "
+        "changed. Waits for files that are still being written. Says in its skip reason what it "
+        "saw.",
     )
     def arrivals(
         context: dg.SensorEvaluationContext, deployment: dg.ResourceParam[Deployment]
@@ -138,6 +139,7 @@ class _Listing:
             Source,
             captions_source,
             file_source,
+            holdout_source,
             posters_source,
         )
 
@@ -146,6 +148,9 @@ class _Listing:
         try:
             if name == "prompt_suite":
                 return file_source(settings.path(settings.prompt_suite), automation, now)
+            if name == "holdout_posters":
+                folder = settings.path(settings.holdout)
+                return holdout_source(folder, self._deployment.store, automation, now)
             if self._problem:
                 return Source("", "", problem=self._problem)
             if name == "human_captions":

@@ -40,7 +40,8 @@ refresh_dataset = dg.define_asset_job(
 )
 retrain = dg.define_asset_job(
     "retrain",
-    dg.AssetSelection.assets("dreambooth_checkpoint").downstream(),
+    dg.AssetSelection.assets("class_images")
+    | dg.AssetSelection.assets("dreambooth_checkpoint").downstream(),
     description="Fine-tunes on the training set as it is, then draws, scores, judges and "
     "publishes. The schedule `training` starts it at night when enough is new; by hand it does not "
     "wait, and the launchpad takes other training settings for one run.",

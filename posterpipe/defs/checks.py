@@ -131,6 +131,35 @@ def raw_posters_checks(
     )
 
 
+HOLDOUT_POSTERS = [
+    _spec(
+        "holdout_posters",
+        "there_are_holdout_posters",
+        "Without posters that were never trained on, nothing tells learning from copying, and no "
+        "leak into the training set is found. Training works all the same: when this warns, put "
+        "some film posters into the holdout folder, or mend those that were refused.",
+        severity=WARN,
+    ),
+]
+
+
+@dg.multi_asset_check(specs=HOLDOUT_POSTERS, can_subset=True)
+def holdout_posters_checks(
+    context: dg.AssetCheckExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    holdout_posters: Table,
+) -> Iterator[dg.AssetCheckResult]:
+    """The check of `holdout_posters`."""
+    from posterpipe.core import quality
+
+    folder = deployment.settings.path(deployment.settings.holdout)
+    yield from _results(
+        context,
+        HOLDOUT_POSTERS,
+        {"there_are_holdout_posters": lambda: quality.some_held_out(holdout_posters, folder)},
+    )
+
+
 RESIZED_POSTERS = [
     _spec(
         "resized_posters",
@@ -258,7 +287,7 @@ TRAINING_CSV = [
         "Limit: `checks.holdout_distance`.",
         severity=ERROR,
         blocking=True,
-        reads=("raw_posters",),
+        reads=("raw_posters", "holdout_posters"),
     ),
 ]
 
@@ -269,8 +298,9 @@ def training_csv_checks(
     deployment: dg.ResourceParam[Deployment],
     training_csv: Table,
     raw_posters: Table,
+    holdout_posters: Table,
 ) -> Iterator[dg.AssetCheckResult]:
-    """The checks of `training_csv`; each holdout file is read once."""
+    """The checks of `training_csv`."""
     from posterpipe.core import quality
 
     settings = deployment.settings
@@ -283,15 +313,6 @@ def training_csv_checks(
         count_tokens, max_tokens = text_limit(locate(settings.base_model, settings.root))
         return quality.long_captions(training_csv, count_tokens, max_tokens)
 
-    def held_out() -> "Finding":
-        holdout = quality.holdout_posters(
-            settings.path(settings.holdout),
-            settings.images,
-            deployment.store,
-            deployment.progress(context),
-        )
-        return quality.holdout_overlap(training_csv, raw_posters, holdout, limits.holdout_distance)
-
     yield from _results(
         context,
         TRAINING_CSV,
@@ -303,7 +324,9 @@ def training_csv_checks(
                 training_csv, deployment.store_root / "training_sets"
             ),
             "captions_fit_the_text_encoder": long_captions,
-            "no_poster_is_held_out": held_out,
+            "no_poster_is_held_out": lambda: quality.holdout_overlap(
+                training_csv, raw_posters, holdout_posters, limits.holdout_distance
+            ),
         },
     )
 

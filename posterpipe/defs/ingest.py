@@ -1,8 +1,10 @@
 """Posters as they arrive.
 
-What belongs here: the asset over the landing folder or bucket. What does not: judging and decoding
-files (`core.landing`), and noticing that they arrived (`arrivals`).
+What belongs here: the assets over the landing folder or bucket, and over the holdout folder. What
+does not: judging and decoding files (`core.landing`), and noticing that they arrived (`arrivals`).
 """
+
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -21,25 +23,30 @@ from posterpipe.defs.resources import (
     thumbnails,
 )
 
+if TYPE_CHECKING:
+    from posterpipe.core.store import Store
+
+_COLUMNS = columns(
+    poster_id="string: sha256 of the file's bytes, the poster's name from here on",
+    source_name="string: path inside the folder",
+    size_bytes="int: size of the file",
+    format="string: what the content is, whatever the extension says",
+    width="int: pixels, as stored",
+    height="int: pixels, as stored",
+    perceptual_hash="string: 16 hex digits, alike for pictures that look alike; only where ok",
+    status="string: ok, rejected or duplicate",
+    reason="string: why it is not ok, and what to do",
+    near_duplicate_of="string: an earlier poster that it resembles; it is used all the same",
+)
+
 
 @dg.asset(
     group_name="ingest",
     kinds={"python", "pillow"},
     owners=["team:data"],
-    code_version="1",
+    code_version="2",
     io_manager_key=TABLES,
-    metadata=columns(
-        poster_id="string: sha256 of the file's bytes, the poster's name from here on",
-        source_name="string: path inside the landing folder",
-        size_bytes="int: size of the file",
-        format="string: what the content is, whatever the extension says",
-        width="int: pixels, as stored",
-        height="int: pixels, as stored",
-        perceptual_hash="string: 16 hex digits, alike for pictures that look alike; only where ok",
-        status="string: ok, rejected or duplicate",
-        reason="string: why it is not ok, and what to do",
-        near_duplicate_of="string: an earlier poster that it resembles; it is used all the same",
-    ),
+    metadata=_COLUMNS,
 )
 def raw_posters(
     context: dg.AssetExecutionContext, deployment: dg.ResourceParam[Deployment]
@@ -60,28 +67,67 @@ def raw_posters(
     entries = list_posters(place)
     digest = landing_digest(entries, store)
     posters = scan(place, settings.images, store, deployment.progress(context), entries=entries)
-    usable = posters[posters["status"] == "ok"]
-    refused = posters[posters["status"] != "ok"]
-    resembling = usable[usable["near_duplicate_of"] != ""]
+    resembling = posters[posters["near_duplicate_of"] != ""]
     return table_output(
         posters,
         {
-            "contact_sheet": thumbnails(
-                [
-                    (store.path(row.poster_id), row.source_name)
-                    for row in rows(usable.head(THUMBNAILS))
-                ],
-                total=len(usable),
-            ),
-            **counts(posters, "status"),
-            "refused": table_preview(refused, ["source_name", "status", "reason"]),
+            **_shown(posters, store),
             "near_duplicates": len(resembling),
             "resembling": table_preview(resembling, ["source_name", "near_duplicate_of"]),
-            "posters": table_preview(posters.drop(columns="poster_id")),
             "folder": dg.MetadataValue.path(place.location)
             if isinstance(place, Folder)
             else dg.MetadataValue.text(place.location),
             SOURCE_DIGEST: digest,
-            UNREAD: int(((refused["status"] == "rejected") & (refused["poster_id"] == "")).sum()),
         },
     )
+
+
+@dg.asset(
+    group_name="ingest",
+    kinds={"python", "pillow"},
+    owners=["team:data"],
+    code_version="1",
+    io_manager_key=TABLES,
+    metadata=_COLUMNS,
+)
+def holdout_posters(
+    context: dg.AssetExecutionContext, deployment: dg.ResourceParam[Deployment]
+) -> dg.Output[Table]:
+    """Film posters that are never trained on, judged like the others.
+
+    What generated posters are compared with, and what no training set may contain. They lie in
+    `data/holdout_posters/` (the setting `holdout`); the sensor `arrivals` notices when that folder
+    changes. Without any the table is empty, and so are the scores against them.
+    """
+    from posterpipe.core.arrivals import holdout_entries
+    from posterpipe.core.landing import landing_digest
+    from posterpipe.core.quality import holdout_posters as read
+
+    settings = deployment.settings
+    store = deployment.store
+    folder = settings.path(settings.holdout)
+    digest = landing_digest(holdout_entries(folder), store)
+    posters = read(folder, settings.images, store, deployment.progress(context))
+    return table_output(
+        posters,
+        {
+            **_shown(posters, store),
+            "folder": dg.MetadataValue.path(folder),
+            SOURCE_DIGEST: digest,
+        },
+    )
+
+
+def _shown(posters: Table, store: "Store") -> dict[str, Any]:
+    """What the UI shows of a table of posters, and how many could not be read."""
+    usable = posters[posters["status"] == "ok"]
+    refused = posters[posters["status"] != "ok"]
+    images = [(store.path(row.poster_id), row.source_name) for row in rows(usable.head(THUMBNAILS))]
+    unread = (refused["status"] == "rejected") & (refused["poster_id"] == "")
+    return {
+        "contact_sheet": thumbnails(images, total=len(usable)),
+        **counts(posters, "status"),
+        "refused": table_preview(refused, ["source_name", "status", "reason"]),
+        "posters": table_preview(posters.drop(columns="poster_id")),
+        UNREAD: int(unread.sum()),
+    }

@@ -11,7 +11,7 @@ OVERVIEW = """\
 **posterpipe** turns a folder of movie posters into a fine-tuned Stable Diffusion model, and into
 evidence of how good that model is.
 
-- `ingest`: `raw_posters`: every file that arrived, judged
+- `ingest`: `raw_posters`, `holdout_posters`: every file that arrived, judged
 - `dataset`: resized, captioned by BLIP or by people, written as `training_csv`
 - `training`: `dreambooth_checkpoint`: Stable Diffusion fine-tuned on that training set
 - `generation`: the prompt suite drawn by the base and by the tuned model, from the same noise

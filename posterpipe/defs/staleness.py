@@ -38,11 +38,8 @@ _WORDING = {"template", "trigger"}  # applied to captions when training.csv is b
 _PRIOR = {"prior_preservation", "class_prompt", "class_image_count"}
 
 _DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
-    "raw_posters": lambda s: [
-        s.images.min_side,
-        s.images.max_pixels,
-        s.images.near_duplicate_distance,
-    ],
+    "raw_posters": lambda s: _judging(s),
+    "holdout_posters": lambda s: _judging(s),
     "resized_posters": lambda s: _size(s),
     "poster_captions": lambda s: [
         s.captioner.model_dump(mode="json", exclude=_BATCH | _WORDING),
@@ -71,6 +68,23 @@ _DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
 }
 """Settings that decide what is in an asset, by asset."""
 
+_LIMITS: Mapping[str, tuple[str, ...]] = {
+    "raw_posters": ("min_posters", "max_rejected_share", "max_near_duplicate_share"),
+    "resized_posters": ("max_blank_share",),
+    "poster_captions": ("max_repeated_share", "max_shared_captions", "min_distinct_captions"),
+    "training_csv": ("min_posters", "holdout_distance"),
+    "base_generations": ("max_blocked_share",),
+    "tuned_generations": ("max_blocked_share",),
+    "clip_scores": ("max_scoring_delay_hours", "max_score_age_days"),
+}
+"""Limits of the checks of an asset (settings `checks`). Another limit makes the asset again, from
+the store, since its checks run with it; what comes out is the same, so nothing else follows."""
+
+
+def _judging(settings: Settings) -> list[Any]:
+    images = settings.images
+    return [images.min_side, images.max_pixels, images.near_duplicate_distance]
+
 
 def _size(settings: Settings) -> list[Any]:
     images = settings.images
@@ -86,17 +100,19 @@ def _drawing(settings: Settings) -> list[Any]:
 
 
 def with_settings_in_code_version(assets: Iterable[Any], settings: Settings) -> list[Any]:
-    """The assets with a code version that also changes with the settings that decide them.
+    """The assets with a code version that also changes with the settings that decide them, or what
+    their checks say.
 
     A changed learning rate then makes the checkpoint stale just as changed code does, in the UI
     and for automation.
     """
 
     def spec_with_settings(spec: dg.AssetSpec) -> dg.AssetSpec:
-        deciding = _DECIDING.get(spec.key.to_user_string())
-        if deciding is None:
+        name = spec.key.to_user_string()
+        if name not in _DECIDING:
             return spec
-        text = json.dumps(deciding(settings), sort_keys=True)
+        limits = settings.checks.model_dump(mode="json", include=set(_LIMITS.get(name, ())))
+        text = json.dumps([*_DECIDING[name](settings), limits], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return spec.replace_attributes(code_version=f"{spec.code_version}-{digest}")
 

@@ -38,6 +38,7 @@ class Place:
         self.folder = folder / "landing"
         self.suite = folder / "suite.yaml"
         self.captions = folder / "captions.csv"
+        self.holdout = folder / "holdout"
         if not self.folder.exists():
             self.folder.mkdir()
             self.write(self.suite, SUITE)
@@ -50,6 +51,7 @@ class Place:
                 "landing": self.folder,
                 "prompt_suite": self.suite,
                 "captions": self.captions,
+                "holdout": self.holdout,
                 "store": folder / "store",
                 "automation": automation,
                 "checks": {"min_posters": 1},
@@ -127,7 +129,7 @@ def place(tmp_path: Path, instance: dg.DagsterInstance) -> Place:
     place = Place(tmp_path, instance)
     assert place.look() == []
     assert place.look() == list(ROOTS)
-    assert place.daemon.work() == [True, True, True]
+    assert place.daemon.work() == [True] * len(ROOTS)
     assert place.look() == []
     return place
 
@@ -182,6 +184,22 @@ def test_captions_request_captions_and_prompts_request_prompts(place: Place) -> 
     # A caption is given by name, so with captions a poster concerns both.
     place.put("d.png")
     assert place.settle() == [["raw_posters", "human_captions"]]
+
+
+def test_held_out_posters_are_looked_for_whether_or_not_there_is_a_folder(place: Place) -> None:
+    assert f"no posters in {place.holdout}" in place.said
+    held = place.put("held.png")
+    place.holdout.mkdir()
+    held = held.rename(place.holdout / held.name)
+    assert place.settle() == [["holdout_posters"]]
+    place.written(held, age=1)
+    assert place.look() == []
+    assert "waiting for held.png" in place.said
+    shutil.rmtree(place.holdout)
+    assert place.settle() == [["holdout_posters"]]
+    place.holdout.write_text("no folder")
+    assert place.settle() == []
+    assert f"{place.holdout}: cannot be read (not a folder" in place.said
 
 
 def test_a_file_that_is_being_written_is_waited_for_by_name(place: Place) -> None:

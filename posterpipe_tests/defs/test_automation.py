@@ -520,3 +520,63 @@ def test_posters_that_come_and_go_rebuild_the_dataset_from_the_store(
     (tmp_path / "0.png").rename(landing / "0.png")
     assert look_again() == (6, files)
     assert not daemon.tick()
+
+
+def test_another_limit_and_other_holdout_posters_run_the_checks_again(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    landing, holdout = tmp_path / "landing", tmp_path / "holdout"
+    landing.mkdir()
+    for number in range(6):
+        pixels = random.Random(number).randbytes(80 * 120 * 3)
+        Image.frombytes("RGB", (80, 120), pixels).save(landing / f"{number}.png")
+        (landing / f"{number}.txt").write_text(f"poster number {number}", encoding="utf-8")
+
+    def definitions(**checks: int) -> dg.Definitions:
+        settings = load_settings(
+            "starter",
+            landing=landing,
+            holdout=holdout,
+            captions=tmp_path / "captions.csv",
+            store=tmp_path / "store",
+            images={"width": 32, "height": 48},
+            checks=checks,
+        )
+        return build_defs(settings)
+
+    def passed(name: str) -> bool:
+        """Whether a check of the training set passed on what is there now."""
+        key = dg.AssetCheckKey(dg.AssetKey("training_csv"), name)
+        record = instance.get_latest_asset_check_evaluation_record(key)
+        assert record is not None and isinstance(record.evaluation, dg.AssetCheckEvaluation)
+        return record.evaluation.passed
+
+    daemon = Daemon(definitions(), instance)
+    for name in (
+        *("raw_posters", "human_captions", "holdout_posters"),
+        *("resized_posters", "poster_captions", "training_csv"),
+    ):
+        assert daemon.run(name), name
+    assert passed("no_poster_is_held_out")
+    daemon.tick()
+    assert not daemon.tick()
+
+    # A poster that is trained on is held out as well, and no more.
+    holdout.mkdir()
+    (holdout / "held.png").write_bytes((landing / "0.png").read_bytes())
+    assert daemon.run("holdout_posters")
+    assert daemon.tick() == ["training_csv"]
+    daemon.work()
+    assert not passed("no_poster_is_held_out")
+    (holdout / "held.png").unlink()
+    assert daemon.run("holdout_posters")
+    assert daemon.tick() == ["training_csv"]
+    daemon.work()
+    assert passed("no_poster_is_held_out")
+
+    # More posters are wanted than there are.
+    assert passed("enough_training_rows")
+    daemon.load(definitions(min_posters=7))
+    assert daemon.tick() == ["training_csv"]
+    daemon.work()
+    assert not passed("enough_training_rows")

@@ -15,6 +15,7 @@ from PIL import Image
 
 from posterpipe.core.evidence import tell_decisions
 from posterpipe.core.gate import DECISION_COLUMNS, GATE
+from posterpipe.core import quality
 from posterpipe.core.images import png_bytes, resize_posters
 from posterpipe.core.landing import scan
 from posterpipe.core.store import Store
@@ -36,6 +37,7 @@ CAPTIONS = ("a car", "a castle", "a rocket", "an umbrella", "a guitar", "a mushr
 PROMPTS = ("cat", "sea")
 ALL = [
     *checks.RAW_POSTERS,
+    *checks.HOLDOUT_POSTERS,
     *checks.RESIZED_POSTERS,
     *checks.POSTER_CAPTIONS,
     *checks.TRAINING_CSV,
@@ -91,6 +93,12 @@ class World:
         self.store.write_table("resized_posters", resized)
         self.store.write_table("poster_captions", captions)
         self.store.write_table("training_csv", training.assign(training_set=version))
+
+    def hold_out(self) -> None:
+        """What `holdout_posters` does."""
+        limits = self.settings.images
+        held = quality.holdout_posters(self.settings.holdout, limits, self.store)
+        self.store.write_table("holdout_posters", held)
 
     def draw(self) -> None:
         """What the assets from the prompts to the scores do, with one picture for all."""
@@ -185,6 +193,7 @@ def world(tmp_path: Path, instance: dg.DagsterInstance) -> Iterator[World]:
     )
     world = World(settings, Store(tmp_path / "store"), instance)
     world.ingest()
+    world.hold_out()
     world.draw()
     yield world
 
@@ -299,12 +308,25 @@ def a_long_caption(world: World) -> None:
 def a_held_out_copy(world: World) -> None:
     held = Path(world.settings.holdout)
     shutil.copyfile(world.landing / POSTERS[2], held / "another name.png")
+    world.hold_out()
 
 
 def a_held_out_jpeg(world: World) -> None:
     with Image.open(world.landing / POSTERS[2]) as image:
         small = image.convert("RGB").resize((160, 240))
     small.save(Path(world.settings.holdout) / "small.jpg", quality=60)
+    world.hold_out()
+
+
+def no_holdout_folder(world: World) -> None:
+    shutil.rmtree(world.settings.holdout)
+    world.hold_out()
+
+
+def a_broken_holdout_poster(world: World) -> None:
+    (held,) = Path(world.settings.holdout).iterdir()
+    held.write_text("no picture any more")
+    world.hold_out()
 
 
 def an_undrawn_base_image(world: World) -> None:
@@ -378,6 +400,7 @@ def a_rejected_champion(world: World) -> None:
         (a_long_caption, "captions_fit_the_text_encoder", "a rocket and"),
         (a_held_out_copy, "no_poster_is_held_out", f"{POSTERS[2]} | another name.png"),
         (a_held_out_jpeg, "no_poster_is_held_out", f"{POSTERS[2]} | small.jpg | the same picture"),
+        (a_broken_holdout_poster, "there_are_holdout_posters", "pocket_realm.png"),
         (an_undrawn_base_image, "every_base_image_drawn", "out of memory"),
         (an_undrawn_tuned_image, "every_tuned_image_drawn", "not in the table"),
         (a_blocked_base_image, "base_images_show_something", "black image"),
@@ -418,14 +441,23 @@ def costly_step() -> None:
 def test_a_held_out_poster_stops_the_training_until_it_is_removed(world: World) -> None:
     a_held_out_copy(world)
     key = dg.AssetKey("training_csv")
-    selection = dg.AssetSelection.assets(key, "costly_step")
+    selection = dg.AssetSelection.assets("holdout_posters", key, "costly_step")
     result = world.run(selection, costly_step)
     assert not result.success
-    assert materialized(result) == {"training_csv"}
+    assert materialized(result) == {"holdout_posters", "training_csv"}
     (Path(world.settings.holdout) / "another name.png").unlink()
     result = world.run(selection, costly_step)
     assert result.success
-    assert materialized(result) == {"training_csv", "costly_step"}
+    assert materialized(result) == {"holdout_posters", "training_csv", "costly_step"}
+
+
+def test_a_missing_holdout_folder_is_warned_of_and_stops_nothing(world: World) -> None:
+    no_holdout_folder(world)
+    result = world.run(dg.AssetSelection.assets("holdout_posters", "training_csv"))
+    assert result.success
+    failed = [e for e in result.get_asset_check_evaluations() if not e.passed]
+    assert [e.check_name for e in failed] == ["there_are_holdout_posters"]
+    assert "POSTERPIPE_HOLDOUT" in (failed[0].description or "")
 
 
 def test_a_warning_stops_nothing(world: World) -> None:

@@ -16,7 +16,14 @@ from posterpipe.defs.staleness import stale_assets
 from posterpipe.settings import Settings, load_settings
 from posterpipe_tests.core.tiny_blip import build_tiny_blip
 
-STAGES = ("raw_posters", "human_captions", "resized_posters", "poster_captions", "training_csv")
+STAGES = (
+    "raw_posters",
+    "holdout_posters",
+    "human_captions",
+    "resized_posters",
+    "poster_captions",
+    "training_csv",
+)
 
 
 class Dataset:
@@ -73,6 +80,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dataset]:
         "starter",
         landing=folder / "landing",
         captions=folder / "captions.csv",
+        holdout=folder / "holdout",
         store=folder / "store",
         images={"width": 32, "height": 48},
         captioner={

@@ -1,0 +1,30 @@
+"""What all tests share: how long a session may take.
+
+What belongs here: options of the session. What does not: fixtures, which lie beside their tests.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+_STARTED = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--budget SECONDS`, for slow tests where time is short."""
+    parser.addoption(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="begin no test when so many seconds are over; those left out are named at the end",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leaves a test out when time is over."""
+    budget = item.config.getoption("--budget")
+    if budget is not None and time.monotonic() - _STARTED > budget:
+        pytest.skip(f"left out, {budget:g} s are over: {item.nodeid}")
