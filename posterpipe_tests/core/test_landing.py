@@ -112,7 +112,7 @@ def test_the_bomb_is_not_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     def must_not_run(image: Image.Image) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(landing, "decode", must_not_run)
+    monkeypatch.setattr(landing, "decode_for_looks", must_not_run)
     assert scan(folder, LIMITS)["status"].tolist() == ["rejected"]
 
 
@@ -177,13 +177,13 @@ def inspected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Sizes of the images that were decoded."""
     sizes: list[tuple[int, int]] = []
-    decode = landing.decode
+    decode = landing.decode_for_looks
 
     def counting(image: Image.Image) -> None:
         sizes.append(image.size)
         decode(image)
 
-    monkeypatch.setattr(landing, "decode", counting)
+    monkeypatch.setattr(landing, "decode_for_looks", counting)
     return sizes
 
 
