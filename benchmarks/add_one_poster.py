@@ -53,7 +53,7 @@ class _Counted:
 
     @contextmanager
     def task(
-        self, description: str, total: int, unit: str = "items"
+        self, description: str, total: int, unit: str = "items", *, already: int = 0
     ) -> Iterator[Callable[..., None]]:
         def tick(n: int = 1, **numbers: Any) -> None:
             with self._lock:

@@ -185,7 +185,7 @@ class Counted:
 
     @contextmanager
     def task(
-        self, description: str, total: int, unit: str = "items"
+        self, description: str, total: int, unit: str = "items", *, already: int = 0
     ) -> Iterator[Callable[..., None]]:
         name = next((task for task in TASKS.values() if description.startswith(task)), description)
 
