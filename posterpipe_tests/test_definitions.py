@@ -22,6 +22,7 @@ from posterpipe.definitions import build_defs, defs
 from posterpipe.defs import reports
 from posterpipe.defs.arrivals import REASON_TAG
 from posterpipe.defs.overview import OVERVIEW
+from posterpipe.defs.staleness import _LIMITS
 from posterpipe.settings import default_root, load_settings
 
 SNAPSHOT = Path(__file__).parent / "graph.txt"
@@ -124,6 +125,27 @@ def test_a_setting_changes_the_code_version_of_what_it_decides_and_of_nothing_el
     before, after = versions(build_defs(settings)), versions(build_defs(changed))
     differing = {name for name in before if before[name] != after[name]}
     assert differing == {"base_generations", "tuned_generations", "champion_generations"}
+
+
+def test_a_limit_changes_the_code_version_of_what_is_checked_against_it() -> None:
+    settings = load_settings("starter")
+
+    def versions(**limits: object) -> dict[str, str | None]:
+        checks = settings.checks.model_copy(update=limits)
+        defs = build_defs(settings.model_copy(update={"checks": checks}))
+        return {
+            spec.key.to_user_string(): spec.code_version for spec in defs.resolve_all_asset_specs()
+        }
+
+    before = versions()
+    unlike = {
+        name: 0.123 if field.annotation is not int else 7
+        for name, field in type(settings.checks).model_fields.items()
+        if name != "freshness_cron"
+    }
+    after = versions(**unlike)
+    assert {name for name in before if before[name] != after[name]} == set(_LIMITS)
+    assert set(unlike) == {name for limits in _LIMITS.values() for name in limits}
 
 
 def test_dbt_models_are_what_dagster_dbt_makes_of_them() -> None:

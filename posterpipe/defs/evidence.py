@@ -158,7 +158,7 @@ def titled_posters(
     code_version="1",
     io_manager_key=TABLES,
     pool="warehouse",
-    deps=["clip_scores"],
+    deps=["clip_scores", "holdout_posters"],
     metadata=columns(
         generation_key="string: the image and what it is scored against",
         metric_id="string: encoder, preprocessing, posters compared with, version",

@@ -76,6 +76,7 @@ _LIMITS: Mapping[str, tuple[str, ...]] = {
     "base_generations": ("max_blocked_share",),
     "tuned_generations": ("max_blocked_share",),
     "clip_scores": ("max_scoring_delay_hours", "max_score_age_days"),
+    "legibility_scores": ("min_titles_read",),
 }
 """Limits of the checks of an asset (settings `checks`). Another limit makes the asset again, from
 the store, since its checks run with it; what comes out is the same, so nothing else follows."""
@@ -109,10 +110,11 @@ def with_settings_in_code_version(assets: Iterable[Any], settings: Settings) -> 
 
     def spec_with_settings(spec: dg.AssetSpec) -> dg.AssetSpec:
         name = spec.key.to_user_string()
-        if name not in _DECIDING:
+        if name not in _DECIDING and name not in _LIMITS:
             return spec
+        deciding = _DECIDING[name](settings) if name in _DECIDING else []
         limits = settings.checks.model_dump(mode="json", include=set(_LIMITS.get(name, ())))
-        text = json.dumps([*_DECIDING[name](settings), limits], sort_keys=True)
+        text = json.dumps([*deciding, limits], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return spec.replace_attributes(code_version=f"{spec.code_version}-{digest}")
 

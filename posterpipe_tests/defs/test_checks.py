@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from posterpipe.core import quality
 from posterpipe.core.evidence import tell_decisions
 from posterpipe.core.gate import DECISION_COLUMNS, GATE
-from posterpipe.core import quality
 from posterpipe.core.images import png_bytes, resize_posters
 from posterpipe.core.landing import scan
 from posterpipe.core.store import Store
