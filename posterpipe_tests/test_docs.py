@@ -173,11 +173,13 @@ def test_commands_exist() -> None:
             assert {word for word in words[1:] if "=" not in word} <= targets, where
         elif program == "posterpipe":
             assert words[1] in subcommands, where
-            options = {name for each in subcommands[words[1]].params for name in each.opts}
-            options |= {
-                name for each in subcommands[words[1]].params for name in each.secondary_opts
+            command, rest = subcommands[words[1]], words[2:]
+            while rest and rest[0] in getattr(command, "commands", {}):
+                command, rest = command.commands[rest[0]], rest[1:]
+            options = {
+                name for each in command.params for name in (*each.opts, *each.secondary_opts)
             }
-            given = {word.partition("=")[0] for word in words[2:] if word.startswith("-")}
+            given = {word.partition("=")[0] for word in rest if word.startswith("--")}
             assert given <= options | {"--help"}, where
         elif program in ("python", "accelerate"):
             if "-m" in words:
