@@ -306,6 +306,20 @@ def test_eight_bit_adam_trains_on_cpu_and_resumes(
     assert equal(unet_weights(whole.output_dir), unet_weights(cut.output_dir))
 
 
+def test_the_scaler_of_fp16_is_saved_and_taken_up_again(make_config: MakeConfig) -> None:
+    settings = {"mixed_precision": "fp16", "max_train_steps": 6, "save_every_steps": 2}
+    whole, cut = make_config("whole", **settings), make_config("cut", **settings)
+    uninterrupted = train(whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, interrupt_at(5))
+    state = json.loads((cut.work_dir / "saves" / "step-00000004" / "state.json").read_text())
+    assert state["scaler"]["scale"] > 0 and state["scaler"]["_growth_tracker"] >= 0
+    resumed = train(cut)
+    assert resumed.resumed_from == 4 and losses(resumed) == losses(uninterrupted)
+    assert equal(unet_weights(whole.output_dir), unet_weights(cut.output_dir))
+    assert equal(text_weights(whole.output_dir), text_weights(cut.output_dir))
+
+
 def test_a_finished_run_is_not_done_again(make_config: MakeConfig) -> None:
     config = make_config()
     first = train(config)
