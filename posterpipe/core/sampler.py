@@ -14,6 +14,7 @@ removed (Ban et al. 2024, arXiv:2406.02965).
 from __future__ import annotations
 
 import datetime as dt
+import gc
 import inspect
 import io
 import json
@@ -23,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,7 +242,9 @@ class Sampler:
             settings.height // shrink,
             settings.width // shrink,
         )
-        self._text_embeds = lru_cache(_CACHED_TEXTS)(self._encode)
+        # A plain dict: lru_cache around a method would be a cycle of references, and the model's
+        # gigabytes would stay until the garbage collector happens to come by.
+        self._embeds: dict[str, Tensor] = {}
 
     def __call__(
         self,
@@ -342,6 +344,14 @@ class Sampler:
         self.batch_size //= 2
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _text_embeds(self, text: str) -> Tensor:
+        """As `_encode`, and kept: prompts come again for every seed."""
+        if text not in self._embeds:
+            if len(self._embeds) >= _CACHED_TEXTS:
+                self._embeds.clear()
+            self._embeds[text] = self._encode(text)
+        return self._embeds[text]
 
     def _encode(self, text: str) -> Tensor:
         """Hidden states of one text, (tokens, width). One by one: a batch's makeup would show in
@@ -720,6 +730,9 @@ class _Drawing:
                 tick(len(batch))
             for future in writing:
                 yield future.result()
+        # The next step may need the model's gigabytes, and the collector counts objects, not bytes.
+        del sampler
+        gc.collect()
         if self.failed and len(self.failed) == len(missing):
             raise SamplerError(
                 f"{self.model_dir}: not one of {len(missing)} images could be drawn "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -683,3 +685,17 @@ def test_a_killed_run_resumes_and_equals_the_uninterrupted_one(
     for path in set(resumed.image_path):
         mine, theirs = store.root / str(path), tmp_path / "other" / str(path)
         assert mine.read_bytes() == theirs.read_bytes()
+
+
+def test_a_sampler_that_is_let_go_of_gives_its_memory_back_at_once(model_dir: Path) -> None:
+    Sampler(model_dir, SETTINGS, model_id="tiny")  # the first one imports, which is not at issue
+    gc.collect()
+    gc.disable()
+    try:
+        sampler = Sampler(model_dir, SETTINGS, model_id="tiny")
+        sampler(REQUESTS[:1])
+        weights = weakref.ref(next(sampler.unet.parameters()))
+        del sampler
+        assert weights() is None
+    finally:
+        gc.enable()
