@@ -351,7 +351,7 @@ class _Reports(dg.PipesTempFileMessageReader):
         if message["method"] != "report_custom_message":
             return False
         try:
-            report = StepReport(**params.get("payload"))
+            report = StepReport(**(params.get("payload") or {}))
         except TypeError:  # somebody else's
             return False
         self._show(report)
