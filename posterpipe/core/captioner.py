@@ -17,7 +17,14 @@ import pandas as pd
 from PIL import Image
 
 from posterpipe.core.captions import HumanCaption
-from posterpipe.core.models import best_device, fingerprint, locate, quiet_hub, torch_dtype
+from posterpipe.core.models import (
+    best_device,
+    fingerprint,
+    give_memory_back,
+    locate,
+    quiet_hub,
+    torch_dtype,
+)
 from posterpipe.core.parallel import cores
 from posterpipe.core.progress import NoProgress, Progress
 from posterpipe.core.store import Store, compute_missing, content_key
@@ -220,6 +227,8 @@ def _described(
             for key, row in zip(missing, caption_files(captioner, paths), strict=True):
                 yield key, {**row, "image": image_of[key]}
                 tick()
+        del captioner
+        give_memory_back()
 
     rows = compute_missing(
         store,

@@ -7,11 +7,15 @@ themselves (`captioner`, `sampler`, `metrics`).
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import hashlib
 import json
 import logging
 import os
 import re
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -205,3 +209,16 @@ def torch_dtype(precision: Precision) -> torch.dtype:
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def give_memory_back() -> None:
+    """Returns to the system what models took that are no longer needed.
+
+    Python's collector counts objects and not gigabytes, so a model in a cycle of references stays
+    for long; and weights that were freed stay with the C library in pieces, 6 GB of them after
+    Stable Diffusion 2.1 had drawn in fp32. What runs next, a training process for one, needs them.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)

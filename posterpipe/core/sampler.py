@@ -14,7 +14,6 @@ removed (Ban et al. 2024, arXiv:2406.02965).
 from __future__ import annotations
 
 import datetime as dt
-import gc
 import inspect
 import io
 import json
@@ -31,7 +30,13 @@ import pandas as pd
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from posterpipe.core.models import ModelMissing, best_device, quiet_hub, torch_dtype
+from posterpipe.core.models import (
+    ModelMissing,
+    best_device,
+    give_memory_back,
+    quiet_hub,
+    torch_dtype,
+)
 from posterpipe.core.progress import Progress
 from posterpipe.core.prompts import Prompt, suite_prompts
 from posterpipe.core.provenance import record_environment
@@ -730,9 +735,8 @@ class _Drawing:
                 tick(len(batch))
             for future in writing:
                 yield future.result()
-        # The next step may need the model's gigabytes, and the collector counts objects, not bytes.
         del sampler
-        gc.collect()
+        give_memory_back()
         if self.failed and len(self.failed) == len(missing):
             raise SamplerError(
                 f"{self.model_dir}: not one of {len(missing)} images could be drawn "

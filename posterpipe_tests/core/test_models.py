@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from posterpipe.core import models
-from posterpipe.core.models import ModelMissing, fingerprint, locate
+from posterpipe.core.models import ModelMissing, fingerprint, give_memory_back, locate
 from posterpipe.settings import ModelRef
 
 
@@ -130,3 +131,22 @@ def test_the_fingerprint_follows_weights_and_configuration_only(root: Path) -> N
 def test_the_fingerprint_of_a_hub_model_is_its_id_and_revision(root: Path) -> None:
     refs = [ModelRef(id="owner/name", revision=revision) for revision in ("a", "b")]
     assert fingerprint(refs[0], root) != fingerprint(refs[1], root)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the system as Linux answers")
+def test_memory_goes_back_to_the_system() -> None:
+    import torch
+
+    def held() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    block = torch.ones(8_000_000)
+    del block  # glibc learns from it: blocks of less come from the heap from now on
+    between = [(torch.ones(2_500_000), torch.ones(50_000)) for _ in range(40)]
+    kept = [small for _, small in between]
+    del between
+    before = held()
+    give_memory_back()
+    # 400 MB were free, in pieces between the small ones.
+    assert held() < before - 200e6
+    assert len(kept) == 40
