@@ -57,11 +57,17 @@ def visitor() -> str:
     return context.session_id if context else "nobody"
 
 
+def is_served() -> bool:
+    """Whether a browser sees the page; not so in tests that run a page by itself."""
+    # Streamlit's tests put something in the runtime's place that claims to be one.
+    return runtime.exists() and type(runtime.get_instance()) is runtime.Runtime
+
+
 def presence() -> Callable[[], bool]:
     """Tells, from any thread, whether this visit's page is still open."""
     name = visitor()
 
     def open_still() -> bool:
-        return not runtime.exists() or runtime.get_instance().is_active_session(name)
+        return not is_served() or runtime.get_instance().is_active_session(name)
 
     return open_still

@@ -26,6 +26,9 @@ CHAMPION = "champion"
 
 EXAMPLES = 4
 
+SINGLE_WIDTH = 380
+"""Pixels of a poster alone: with its buttons it then fits on a screen."""
+
 request = desk.Request("made")
 
 
@@ -165,7 +168,7 @@ class Result:
     def places(self, count: int) -> list[DeltaGenerator]:
         """See `desk.Layout`."""
         if count == 1:
-            return [st.container()]
+            return [st.container(width=SINGLE_WIDTH)]
         columns = st.columns(2)
         return [columns[index % 2].container() for index in range(count)]
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 import streamlit as st
-from streamlit import runtime
 from streamlit.elements.lib.column_types import ColumnConfig
 
 from posterpipe.studio import look
 from posterpipe.studio.published import PublishedError, Signature
-from posterpipe.studio.rooms import rooms
+from posterpipe.studio.rooms import is_served, rooms
 
 LOOK_SECONDS = 1.0
 """How often the page asks whether there is a new publication."""
@@ -48,7 +47,7 @@ def watch(shown: Signature | None) -> None:
     To be called last. Whatever is clicked meanwhile ends it.
     """
     spot = st.empty()
-    while runtime.exists():
+    while is_served():
         time.sleep(LOOK_SECONDS)
         spot.empty()  # where a page that was left ends
         if rooms().published.signature() != shown:
