@@ -30,7 +30,7 @@ ARGUMENTS = (
     "--disable-sync",
 )
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-PATIENCE_MS = 30_000
+PATIENCE_MS = 60_000
 """How long Playwright waits for what a test expects; two busy cores are slow."""
 
 Violations = Callable[["Page"], list[str]]
