@@ -7,7 +7,9 @@ made from what (the assets), which assets are stale (`staleness`) and the net be
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import dagster as dg
@@ -19,9 +21,6 @@ Condition = dg.AutomationCondition
 
 ON_SCHEDULE = ("dreambooth_checkpoint",)
 """Assets that cost hours and follow a schedule of their own: nothing here requests them."""
-
-LEVELS = 10
-"""How far up an asset looks for work that is not done; more than any chain of the graph has."""
 
 TICK_SECONDS = 15
 """Seconds between two evaluations of the policy: 0.1 s of work each, and a change takes one tick
@@ -65,8 +64,8 @@ everything = dg.define_asset_job(
 JOBS = (refresh_dataset, retrain, evaluate, everything)
 
 
-def rebuild_when_inputs_change() -> dg.AutomationCondition:
-    """Run an asset when what it is made from changed, and only then.
+def rebuild_when_inputs_change(upstream: Iterable[dg.AssetKey]) -> dg.AutomationCondition:
+    """Run an asset when what it is made from changed, and only then; `upstream` as `all_upstream`.
 
         due        = latch(input changed | code changed | missing | failed for the first time)
         requested  = due & not in progress & nothing upstream busy
@@ -92,9 +91,10 @@ def rebuild_when_inputs_change() -> dg.AutomationCondition:
       everything done.
     - *not in progress*: the change is taken up after the run, not by a second one beside it.
     - *nothing upstream busy*, or about to be tried again: an asset with two inputs that come from
-      one source runs once, when both are there. It looks through all levels, since an input may
-      be due before anything between it and the source has started; but not past an asset that
-      follows a schedule, since what the base model draws need not wait for a training.
+      one source runs once, when both are there. It looks all the way up, since an input may be due
+      before anything between it and the source has started; but not past an asset that follows a
+      schedule, since what the base model draws need not wait for a training. Each upstream asset
+      is named: conditions on inputs of inputs follow every path, and 26 assets have thousands.
     - *inputs there*: an asset whose input was never made cannot run.
     - *blocking checks passed* on the latest materialization of each input, also when only the
       check ran again.
@@ -122,21 +122,29 @@ def rebuild_when_inputs_change() -> dg.AutomationCondition:
     return (
         due.since(Condition.newly_requested() & ~due).with_label("due")
         & ~Condition.in_progress()
-        & ~_anything_upstream(busy)
+        & ~reduce(or_, [Condition.asset_matches(key, busy) for key in upstream]).with_label(
+            "anything upstream is busy"
+        )
         & ~Condition.any_deps_missing()
         & Condition.all_deps_blocking_checks_passed()
     ).with_label("rebuild when inputs change")
 
 
-def _anything_upstream(condition: dg.AutomationCondition) -> dg.AutomationCondition:
-    """True when the condition holds for an input, or further up without passing ON_SCHEDULE."""
-    scheduled = dg.AssetSelection.assets(*ON_SCHEDULE)
-    further = Condition.any_deps_match(condition).ignore(scheduled)
-    for _ in range(LEVELS - 2):
-        further = Condition.any_deps_match(condition | further).ignore(scheduled)
-    return (
-        Condition.any_deps_match(condition) | Condition.any_deps_match(further).ignore(scheduled)
-    ).with_label("anything upstream is busy")
+def all_upstream(
+    key: dg.AssetKey, reads: Mapping[dg.AssetKey, Sequence[dg.AssetKey]]
+) -> list[dg.AssetKey]:
+    """An asset's inputs, and what is further up without passing ON_SCHEDULE; sorted.
+
+    `reads`: the inputs of every asset.
+    """
+    found = set(reads[key])
+    ahead = [name for name in found if name.path[-1] not in ON_SCHEDULE]
+    while ahead:
+        for name in reads.get(ahead.pop(), ()):
+            if name not in found and name.path[-1] not in ON_SCHEDULE:
+                found.add(name)
+                ahead.append(name)
+    return sorted(found)
 
 
 def with_policy(assets: Iterable[Any]) -> list[Any]:
@@ -144,12 +152,20 @@ def with_policy(assets: Iterable[Any]) -> list[Any]:
 
     Assets without inputs read the outside world, and only a look at it tells whether it changed.
     """
-    policy = rebuild_when_inputs_change()
+    assets = list(assets)
+    reads: dict[dg.AssetKey, list[dg.AssetKey]] = {}
+
+    def remembered(spec: dg.AssetSpec) -> dg.AssetSpec:
+        reads[spec.key] = [dep.asset_key for dep in spec.deps]
+        return spec
 
     def spec_with_policy(spec: dg.AssetSpec) -> dg.AssetSpec:
         if not follows_its_inputs(spec):
             return spec
+        policy = rebuild_when_inputs_change(all_upstream(spec.key, reads))
         return spec.replace_attributes(automation_condition=policy)
+
+    list(dg.map_asset_specs(remembered, assets))
 
     return list(dg.map_asset_specs(spec_with_policy, assets))
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from posterpipe.definitions import build_defs
-from posterpipe.defs.automation import LEVELS, ON_SCHEDULE, rebuild_when_inputs_change
+from posterpipe.defs.automation import ON_SCHEDULE, all_upstream, rebuild_when_inputs_change
 from posterpipe.defs.resources import Deployment
 from posterpipe.settings import load_settings
 from posterpipe_tests.defs.conftest import MakeWorld
@@ -444,16 +444,18 @@ def test_only_what_reads_the_checkpoint_waits_for_a_training(make_world: MakeWor
 
 def test_all_but_the_outside_world_and_the_training_follow_by_themselves() -> None:
     defs = build_defs(load_settings("starter"))
-    condition = rebuild_when_inputs_change()
+    specs = list(defs.resolve_all_asset_specs())
+    reads = {spec.key: [dep.asset_key for dep in spec.deps] for spec in specs}
     following, others = set(), set()
-    for spec in defs.resolve_all_asset_specs():
+    for spec in specs:
         name = spec.key.to_user_string()
         if spec.automation_condition is None:
             others.add(name)
             assert not list(spec.deps) or name in ON_SCHEDULE, name
         else:
             following.add(name)
-            assert spec.automation_condition == condition, name
+            policy = rebuild_when_inputs_change(all_upstream(spec.key, reads))
+            assert spec.automation_condition == policy, name
     assert {"raw_posters", "prompt_suite", "dreambooth_checkpoint"} <= others
     assert {"resized_posters", "poster_captions", "training_csv", "tuned_generations"} <= following
     assert {"clip_scores", "leaderboard", "published_scores", "contact_sheet"} <= following
@@ -465,19 +467,22 @@ def test_the_daemon_evaluates_the_policy_and_the_sweep_unless_told_otherwise() -
         sensor = defs.resolve_sensor_def(name)
         assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
     # A condition that cannot be serialized would need the code server to evaluate it.
-    assert rebuild_when_inputs_change().is_serializable
+    assert rebuild_when_inputs_change([dg.AssetKey("a")]).is_serializable
 
 
-def test_the_policy_sees_the_whole_way_up() -> None:
-    """No chain of assets below a source or a checkpoint is longer than the policy looks."""
+def test_the_policy_sees_the_whole_way_up_but_not_past_a_schedule() -> None:
+    """A change of a poster holds up whatever lies below it; a training only what reads it."""
     specs = build_defs(load_settings("starter")).resolve_all_asset_specs()
     reads = {spec.key: [dep.asset_key for dep in spec.deps] for spec in specs}
+    names = {key.path[-1]: key for key in reads}
 
-    def levels(key: dg.AssetKey) -> int:
-        above = 0 if key.path[-1] in ON_SCHEDULE else max(map(levels, reads[key]), default=0)
-        return above + 1
+    def above(name: str) -> set[str]:
+        return {key.path[-1] for key in all_upstream(names[name], reads)}
 
-    assert max(map(levels, reads)) - 1 <= LEVELS
+    assert {"raw_posters", "prompt_suite", "champion", "leaderboard"} <= above("published_scores")
+    assert "dreambooth_checkpoint" not in above("published_scores")
+    assert above("tuned_generations") == {"dreambooth_checkpoint", "prompt_suite"}
+    assert above("base_generations") == {"prompt_suite"}
 
 
 def test_a_tick_without_a_change_requests_nothing_and_is_cheap(
