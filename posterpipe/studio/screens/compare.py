@@ -46,6 +46,13 @@ def keep_seed(seed: int) -> None:
     st.session_state["compare.seed"] = seed
 
 
+def who(choice: Choice) -> str:
+    """A model in a word or two, so that both stand on one line on a phone."""
+    if choice.kind == "base":
+        return "Base model"
+    return "Champion" if choice.champion else f"Checkpoint {choice.name[:8]}"
+
+
 class Pair:
     """Two posters beside each other, and what their scores say."""
 
@@ -57,7 +64,7 @@ class Pair:
     def poster(self, poster: Poster, index: int, final: bool) -> None:
         """See `desk.Layout`."""
         with st.container(key=f"poster-{index}"):
-            look.faint(poster.choice.label, f"who-{index}")
+            look.faint(who(poster.choice), f"who-{index}")
             st.image(poster.png, alt=look.alt_text(poster), width="stretch")
             look.faint(look.told(poster), f"told-{index}")
             for place, text in enumerate(poster.notes):

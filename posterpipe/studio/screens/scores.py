@@ -112,7 +112,9 @@ def show_leaderboard(table: pd.DataFrame | None, metric: str) -> None:
             columns[name] = st.column_config.NumberColumn(label, format="%.3f")
         elif name in table:
             columns[name] = st.column_config.Column(label)
-    st.dataframe(table, hide_index=True, width="stretch", column_config=columns)
+    st.dataframe(
+        table, hide_index=True, width="stretch", column_config=columns, placeholder="\u2013"
+    )
 
 
 def show_gallery(signature: Signature | None, metric: str) -> None:
