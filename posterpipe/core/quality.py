@@ -580,17 +580,21 @@ def _near_pairs(
 
 
 def missing_images(
-    generations: pd.DataFrame, suite: pd.DataFrame, variants: Sequence[str]
+    generations: pd.DataFrame,
+    suite: pd.DataFrame,
+    variants: Sequence[str],
+    delayed: Sequence[str] = (),
 ) -> Finding:
     """Which (variant, prompt, seed) of the suite was not drawn.
 
-    `suite`: the table `prompt_suite`. A blocked image was drawn; it counts elsewhere.
+    `suite`: the table `prompt_suite`; `delayed`: variants of the prompts that hold `negative_from`
+    only. A blocked image was drawn; it counts elsewhere.
     """
     expected = [
         (variant, str(row.prompt_id), int(seed))
         for row in suite.itertuples(index=False)
         for seed in json.loads(str(row.seeds))
-        for variant in variants
+        for variant in (*variants, *(delayed if _holds(row, "negative_from") else ()))
     ]
     columns = (generations[name] for name in ("variant", "prompt_id", "seed", "status", "reason"))
     state = {
@@ -783,6 +787,11 @@ def rejected_champion(champion: pd.DataFrame, verdict: str, there: bool) -> Find
 
 
 # -- words and numbers -----------------------------------------------------------------------------
+
+
+def _holds(row: Any, name: str) -> bool:
+    """Whether a row has a value in a column that its table may lack."""
+    return bool(pd.notna(getattr(row, name, None)))
 
 
 def _share(part: int, whole: int) -> float:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from posterpipe.defs.generation import BASE_VARIANTS, TUNED_VARIANTS
+from posterpipe.defs.generation import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs.resources import Deployment, Table, table_preview
 from posterpipe.settings import Settings
 
@@ -382,7 +382,7 @@ def base_generations_checks(
         BASE_GENERATIONS,
         {
             "every_base_image_drawn": lambda: quality.missing_images(
-                base_generations, prompt_suite, BASE_VARIANTS
+                base_generations, prompt_suite, BASE_VARIANTS, DELAYED_VARIANTS[:1]
             ),
             "base_images_show_something": lambda: _blank_generations(
                 context, deployment, base_generations
@@ -406,7 +406,7 @@ def tuned_generations_checks(
         TUNED_GENERATIONS,
         {
             "every_tuned_image_drawn": lambda: quality.missing_images(
-                tuned_generations, prompt_suite, TUNED_VARIANTS
+                tuned_generations, prompt_suite, TUNED_VARIANTS, DELAYED_VARIANTS[1:]
             ),
             "tuned_images_show_something": lambda: _blank_generations(
                 context, deployment, tuned_generations

@@ -580,6 +580,20 @@ def test_every_missing_cell_is_named_with_its_reason() -> None:
     assert not quality.missing_images(cells("sd"), SUITE, ("sd", "sd_negative")).passed
 
 
+def test_delayed_variants_are_expected_of_the_prompts_that_hold_them() -> None:
+    suite = pd.DataFrame(
+        {"prompt_id": ["cat", "sea"], "seeds": ["[1, 2]", "[3]"], "negative_from": [0.4, math.nan]}
+    )
+    cells = [("sd", "cat", 1), ("sd", "cat", 2), ("sd", "sea", 3), ("late", "cat", 1)]
+    drawn = pd.DataFrame(cells, columns=["variant", "prompt_id", "seed"])
+    drawn = drawn.assign(status="ok", reason="")
+    finding = quality.missing_images(drawn, suite, ["sd"], ["late"])
+    assert finding.offenders.to_numpy().tolist() == [["late", "cat", 2, "not in the table"]]
+    assert quality.missing_images(
+        drawn, suite.drop(columns="negative_from"), ["sd"], ["late"]
+    ).passed
+
+
 def scores(*values: float, status: str = "ok") -> pd.DataFrame:
     return pd.DataFrame(
         {
