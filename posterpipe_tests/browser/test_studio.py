@@ -250,6 +250,12 @@ def test_the_pages_have_no_serious_accessibility_violations(
             describe(page, "a red rocket")
             made(page).wait_for(timeout=LONG_MS)
             page.get_by_role("button", name="Cancel").wait_for(state="detached")
+            with studio.model_held():
+                describe(page, "a blue boat")
+                page.get_by_role("button", name="Cancel").wait_for()
+                if violations := serious_violations(page):
+                    found["make, while drawing"] = violations
+            page.get_by_role("img", name="Poster drawn from: a blue boat").first.wait_for()
         if violations := serious_violations(page):
             found[path or "make"] = violations
     assert found == {}
