@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -180,3 +181,44 @@ def test_rehash_of_a_missing_folder_is_one_sentence(tmp_path: Path) -> None:
     assert result.stderr.startswith("posterpipe: ")
     assert "nowhere" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_champion_is_shown_pinned_and_rolled_back_by_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from posterpipe.cli import app
+    from posterpipe.core.evidence import read_decisions, told_decisions, write_decisions
+    from posterpipe.core.gate import GATE, GateError
+    from posterpipe.core.warehouse import Warehouse
+
+    monkeypatch.setenv("POSTERPIPE_STORE", str(tmp_path))
+    warehouse = Warehouse(tmp_path / "warehouse.duckdb")
+
+    def run(*words: str) -> str:
+        result = CliRunner().invoke(app, ["champion", *words])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return " ".join(result.output.split())
+
+    assert "the base model" in run() and "No checkpoint has been judged" in run("show")
+    promoted = {
+        "decision_id": "1", "decided_at": pd.Timestamp("2026-02-03"), "checkpoint_id": "c0ffee12",
+        "champion_before": "", "decision": "promote", "reason": "every check passed",
+        "numbers": "{}", "decided_by": GATE, "run_id": "run",
+    }  # fmt: skip
+    write_decisions(warehouse, pd.DataFrame([promoted]))
+    assert "Served: c0ffee12 (a fine-tuned checkpoint)" in run()
+    run("rollback", "--why", "draws hands", "--who", "Ida Moss")
+    assert "the base model, pinned" in run() and "draws hands" in run() and "Ida Moss" in run()
+    run("pin", "c0ff", "--why", "it sells", "--who", "Otto")
+    assert "Served: c0ffee12 (a fine-tuned checkpoint, pinned)" in run()
+    run("unpin", "--why", "enough")
+    log = read_decisions(warehouse)
+    assert log["reason"].tolist() == ["every check passed", "draws hands", "it sells", "enough"]
+    assert log["decided_by"].tolist()[1:3] == ["Ida Moss", "Otto"] and log["decided_by"].iloc[3]
+    assert told_decisions(tmp_path)["decision_id"].tolist() == log["decision_id"].tolist()
+    with pytest.raises(GateError, match="has not seen the checkpoint nobody"):
+        run("pin", "nobody", "--why", "x")
