@@ -97,7 +97,11 @@ def plural(count: int, word: str) -> str:
 def share(value: Any) -> str:
     """A share of 1 in per cent."""
     known = number(value)
-    return DASH if known is None else f"{100 * known:.0f} %"
+    if known is None:
+        return DASH
+    # Nearly all is not all, and nearly none is not none.
+    digits = 1 if 0 < known < 0.005 or 0.995 <= known < 1 else 0
+    return f"{100 * known:.{digits}f} %"
 
 
 def shares(row: Row, low: str, high: str) -> str:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posterpipe.core.score_report import charts
+from posterpipe.core.score_report.words import share
 
 numbers = st.floats(-1e6, 1e6).map(lambda value: round(value, 6))
 
@@ -91,3 +92,9 @@ def test_numbers_are_written_with_a_true_minus_and_no_minus_zero() -> None:
     assert charts.signed(-0.0421) == "−0.042" and charts.signed(0.1) == "+0.100"
     assert charts.signed(-0.0001) == "0.000" and charts.plain(-0.0001) == "0.000"
     assert charts.plain(-1.25, 1) == "−1.2"
+
+
+def test_nearly_all_is_not_all() -> None:
+    assert [share(value) for value in (1, 0.996, 0.5, 0.004, 0, None)] == [
+        "100 %", "99.6 %", "50 %", "0.4 %", "0 %", "–",
+    ]  # fmt: skip
