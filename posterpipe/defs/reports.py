@@ -27,6 +27,7 @@ from dagster_dbt import (
     DbtProject,
 )
 from dagster_dbt.asset_utils import get_upstream_unique_ids
+from dagster_dbt.errors import DagsterDbtCliRuntimeError
 from packaging.version import Version
 
 from posterpipe.defs.generation import BASE_VARIANTS, TUNED_VARIANTS
@@ -53,11 +54,21 @@ def dbt_project(settings: Settings) -> DbtProject:
     """The dbt project, with a manifest that is not older than its files.
 
     `make install` writes the manifest. Where it is missing or behind, as after a pull or while a
-    report is edited, it is written here, which takes some seconds.
+    report is edited, it is written here, which takes some seconds. A mistake in a report must not
+    keep the rest of the pipeline from loading: then the manifest of before stays, and the next run
+    of the reports fails with dbt's message.
     """
     project = DbtProject(project_dir=settings.path(PROJECT))
     if _manifest_is_behind(project):
-        _write_manifest(project)
+        try:
+            _write_manifest(project)
+        except DagsterDbtCliRuntimeError as error:
+            if not project.manifest_path.exists():
+                raise
+            dg.get_dagster_logger().error(
+                f"{project.project_dir}: dbt cannot read the reports, so they stay as they were "
+                f"before the last edit. {error}"
+            )
     return project
 
 
@@ -188,17 +199,32 @@ def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
             _environment(POSTERPIPE_WAREHOUSE=str(deployment.warehouse_path)),
             deployment.progress(context).task("build reports", total, "models and tests") as tick,
         ):
-            for event in dbt.cli(["build"], context=context, target_path=Path(target)).stream():
-                tick()
-                if isinstance(event, dg.Output):
-                    # Held back until dbt has closed the database, so that the table can be read.
-                    outputs.append(event)
-                else:
-                    yield event
+            build = dbt.cli(
+                ["build", "--exclude-resource-type", "unit_test"],
+                context=context,
+                target_path=Path(target),
+            )
+            try:
+                for event in build.stream().fetch_column_metadata():
+                    tick()
+                    if isinstance(event, dg.Output):
+                        # Held back until dbt has closed the database, so that it can be read.
+                        outputs.append(event)
+                    else:
+                        yield event
+            finally:
+                _close_dbt()
         for output in outputs:
             yield _with_content(output, deployment)
 
     return models
+
+
+def _close_dbt() -> None:
+    """Columns are looked up by dbt in this process, which would keep the database open."""
+    from dbt.adapters.duckdb.connections import DuckDBConnectionManager
+
+    DuckDBConnectionManager.close_all_connections()
 
 
 def _with_content(output: dg.Output[Any], deployment: Deployment) -> dg.Output[Any]:

@@ -1,0 +1,335 @@
+"""Reports as Dagster assets: built by dbt, tested, published; a new file is a new report."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import dagster as dg
+import duckdb
+import numpy as np
+import pandas as pd
+import pytest
+
+from posterpipe.core import statistics
+from posterpipe.core.gate import champion_of
+from posterpipe.defs import reports
+from posterpipe.defs.automation import with_policy
+from posterpipe.defs.resources import Deployment
+from posterpipe.settings import Settings, default_root, load_settings
+from posterpipe_tests import study
+
+NEW = "seed_spread"
+
+
+@dataclass
+class World:
+    """A copy of the dbt project with one more file, over the warehouse of a study."""
+
+    settings: Settings
+    deployment: Deployment
+    instance: dg.DagsterInstance
+    assets: list[dg.AssetsDefinition]
+    result: dg.ExecuteInProcessResult
+
+    def materialize(self, *names: str) -> dg.ExecuteInProcessResult:
+        return run(self.assets, self.deployment, self.instance, names)
+
+    def query(self, sql: str) -> pd.DataFrame:
+        with duckdb.connect(str(self.deployment.published_path), read_only=True) as connection:
+            return connection.execute(sql).df()
+
+
+def run(
+    assets: list[dg.AssetsDefinition],
+    deployment: Deployment,
+    instance: dg.DagsterInstance,
+    names: tuple[str, ...] = (),
+) -> dg.ExecuteInProcessResult:
+    project = reports.dbt_project(deployment.settings)
+    return dg.materialize(
+        assets,
+        instance=instance,
+        resources={"deployment": deployment, "dbt": reports.dbt_resource(project)},
+        selection=dg.AssetSelection.assets(*names) if names else None,
+        raise_on_error=False,
+    )
+
+
+def the_file_of_the_guide() -> str:
+    """What docs/adding_a_report.md tells people to write."""
+    page = (default_root() / "docs" / "adding_a_report.md").read_text("utf-8")
+    (block,) = re.findall(r"```sql\n(.+?)```", page, flags=re.DOTALL)
+    return str(block)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    root = tmp_path_factory.mktemp("reports")
+    shutil.copytree(
+        default_root() / "dbt_like_reports",
+        root / "dbt_like_reports",
+        ignore=shutil.ignore_patterns("logs"),
+    )
+    new = root / "dbt_like_reports" / "models" / "marts" / f"{NEW}.sql"
+    new.write_text(the_file_of_the_guide(), "utf-8")
+    settings = load_settings("starter", root=root, store=root / "store")
+    deployment = Deployment(settings)
+    study.fill(deployment.warehouse_path)
+    assets = with_policy(reports.dbt_reports(reports.dbt_project(settings)))
+    (root / "home").mkdir()
+    with dg.DagsterInstance.local_temp(str(root / "home")) as instance:
+        result = run(assets, deployment, instance)
+        assert result.success, [e.message for e in result.all_events if e.is_failure]
+        yield World(settings, deployment, instance, assets, result)
+
+
+def materialization(result: dg.ExecuteInProcessResult, name: str) -> dg.AssetMaterialization:
+    (event,) = [
+        event.step_materialization_data.materialization
+        for event in result.get_asset_materialization_events()
+        if event.asset_key == dg.AssetKey(name)
+    ]
+    return event
+
+
+def test_one_new_file_is_an_asset_with_the_policy_and_a_published_table(world: World) -> None:
+    specs = {spec.key.path[-1]: spec for assets in world.assets for spec in assets.specs}
+    spec = specs[NEW]
+    assert spec.group_name == "reports" and spec.owners == ["team:analytics"]
+    assert {dep.asset_key.path[-1] for dep in spec.deps} == {"prompt_drilldown"}
+    assert spec.automation_condition is not None
+    assert spec.automation_condition == specs["leaderboard"].automation_condition
+    assert dg.AssetKey(NEW) in {dep.asset_key for dep in specs["published_scores"].deps}
+    table = world.query(f"from {NEW}")
+    assert len(table) == 6 * 4 and table["spread_over_seeds"].notna().all()
+    assert (world.deployment.published_path.parent / "parquet" / f"{NEW}.parquet").exists()
+    assert materialization(world.result, NEW).metadata["dagster/row_count"].value == len(table)
+
+
+def test_every_test_of_dbt_is_a_blocking_check_that_passed(world: World) -> None:
+    checks = {
+        (e.asset_key.path[-1], e.check_name): e for e in world.result.get_asset_check_evaluations()
+    }
+    assert len(checks) >= 15
+    assert all(check.passed for check in checks.values())
+    keys = [key for assets in world.assets for key in assets.check_keys]
+    assert {(key.asset_key.path[-1], key.name) for key in keys} == set(checks)
+    specs = [spec for assets in world.assets for spec in assets.check_specs]
+    assert all(spec.blocking for spec in specs)
+
+
+def test_columns_are_described_and_lead_back_to_what_they_come_from(world: World) -> None:
+    specs = {spec.key.path[-1]: spec for assets in world.assets for spec in assets.specs}
+    for name in specs.keys() - {NEW, "published_scores"}:
+        schema = specs[name].metadata["dagster/column_schema"]
+        assert all(column.description and column.type for column in schema.columns), name
+        found = materialization(world.result, name).metadata["dagster/column_lineage"]
+        lineage = found.value.deps_by_column  # type: ignore[union-attr]
+        assert set(lineage) == {column.name for column in schema.columns}, name
+    board = materialization(world.result, "leaderboard").metadata["dagster/column_lineage"]
+    origins = {
+        (dep.asset_key.path[-1], dep.column_name)
+        for dep in board.value.deps_by_column["mean"]  # type: ignore[union-attr]
+    }
+    assert ("clip_scores", "value") in origins
+    spread = materialization(world.result, NEW).metadata["dagster/column_lineage"]
+    (dep,) = spread.value.deps_by_column["spread_over_seeds"]  # type: ignore[union-attr]
+    assert (dep.asset_key.path[-1], dep.column_name) == ("prompt_drilldown", "clip_cosine")
+
+
+def test_every_column_of_staging_and_marts_is_described_and_contracts_are_enforced(
+    world: World,
+) -> None:
+    import json
+
+    manifest = json.loads(reports.dbt_project(world.settings).manifest_path.read_bytes())
+    models = [node for node in manifest["nodes"].values() if node["resource_type"] == "model"]
+    assert len(models) >= 15
+    with world.deployment.warehouse.read() as connection:
+        for node in models:
+            if node["name"] == NEW:
+                continue
+            described = node["columns"]
+            assert all(len(column["description"]) > 4 for column in described.values())
+            if node["config"]["materialized"] == "table":
+                assert node["config"]["contract"]["enforced"], node["name"]
+                rows = connection.execute(
+                    "select column_name, comment from duckdb_columns() where table_name = ?",
+                    [node["name"]],
+                ).fetchall()
+                assert [name for name, _ in rows] == list(described), node["name"]
+                assert all(comment for _, comment in rows), node["name"]
+
+
+def test_the_leaderboard_is_what_python_computes(world: World) -> None:
+    board = world.query("from leaderboard")
+    rows = current_scores(world)
+    assert len(board) == board.groupby("metric_id").size().sum() == 4 * rows["metric_id"].nunique()
+    for metric_id, own in board.groupby("metric_id"):
+        scores = rows[rows["metric_id"] == metric_id]
+        expected = statistics.leaderboard(scores, value="value").set_index("variant")
+        got = own.set_index("variant").loc[expected.index]
+        for column, name in (
+            ("prompts", "prompts"), ("images", "images"), ("mean", "mean"),
+            ("pairs", "pairs"), ("diff_to_sd", "difference"),
+        ):  # fmt: skip
+            np.testing.assert_allclose(
+                got[column].astype(float), expected[name].astype(float), atol=1e-6, err_msg=column
+            )
+        missing = got["blocked"] + got["failed"]
+        assert missing.tolist() == expected["missing"].tolist()
+        for variant, row in got.iterrows():
+            means = scores[scores["variant"] == variant].groupby("prompt_id")["value"].mean()
+            np.testing.assert_allclose(
+                row[["low_95", "high_95"]].astype(float), t_interval(means.dropna()), atol=2e-6
+            )
+
+
+def test_the_paired_effects_are_what_python_computes(world: World) -> None:
+    effects = world.query("from paired_effects")
+    rows = current_scores(world)
+    assert set(effects["comparison"]) == set(statistics.CONTRASTS)
+    for metric_id, own in effects.groupby("metric_id"):
+        expected = statistics.effects(rows[rows["metric_id"] == metric_id], value="value")
+        expected = expected.set_index("contrast")
+        got = own.set_index("comparison").loc[expected.index]
+        for column, name in (
+            ("mean_difference", "estimate"), ("effect_size", "effect_size"),
+            ("win_rate", "win_rate"), ("win_low_95", "win_low"), ("win_high_95", "win_high"),
+            ("detectable_difference", "detectable"), ("prompts", "prompts"), ("pairs", "pairs"),
+        ):  # fmt: skip
+            np.testing.assert_allclose(
+                got[column].astype(float), expected[name].astype(float), atol=3e-6, err_msg=column
+            )
+
+
+def test_who_is_champion_after_each_decision_is_what_the_gate_says(world: World) -> None:
+    log = world.query("from gate_decisions order by decided_at")
+    with world.deployment.warehouse.read() as connection:
+        decisions = connection.execute("from fct_promotion order by decided_at").df()
+    expected = [champion_of(decisions.iloc[: end + 1], study.BASE) for end in range(len(decisions))]
+    assert log["champion_after"].tolist() == expected
+    assert expected == [study.BASE, study.OLD, study.BASE, study.NEW]
+    assert log["is_latest"].tolist() == [False, False, False, True]
+    assert log["checks_undecided"].tolist() == [1, 0, 0, 0]
+    trend = world.query("from checkpoint_trend where is_headline")
+    assert set(trend.loc[trend["is_champion"], "checkpoint_id"]) == {study.NEW}
+    assert set(trend["checkpoint_id"]) == {study.BASE, study.OLD, study.NEW}
+
+
+def test_counts_of_posters_copies_and_readings_are_those_of_the_tables(world: World) -> None:
+    quality = world.query("from data_quality").set_index(["section", "item"])["items"]
+    assert quality["posters"].to_dict() == {"ok": 5, "rejected": 2, "duplicate": 1}
+    assert quality["captions"].to_dict() == {"human": 1, "model": 3, "model, to look at": 1}
+    assert quality["training set"].to_dict() == {"trained on": 4, "left out": 1}
+    assert quality["images of sd"].to_dict() == {"ok": 17, "blocked": 1}
+    drill = world.query("from prompt_drilldown")
+    assert len(drill) == 72 and drill["clip_cosine"].isna().sum() == 3
+    copies = world.query("from overfit_and_copy where is_current")
+    assert copies["copies"].sum() == drill["copied"].fillna(False).sum() > 0
+    read = world.query("from legibility where lettering = 'set'")
+    assert read["exact"].sum() == (drill["title_distance_set"] == 0).sum() > 0
+    shown = drill[drill["copied"].notna()].iloc[0]
+    assert shown["nearest_poster_name"] == "poster 1.png"
+    assert dict(shown["scores"])["CLIP-T crop"] == shown["clip_cosine"]
+
+
+def current_scores(world: World) -> pd.DataFrame:
+    return world.query(
+        """
+        select image.variant, image.prompt_id, image.seed, score.metric_id, score.value
+        from fct_score as score
+        join fct_image as image using (generation_key)
+        semi join current_generation using (generation_key)
+        """
+    )
+
+
+def t_interval(values: pd.Series) -> list[float]:
+    """95 % interval of a mean by Student's t, the quantile by integrating its density."""
+    n = len(values)
+    half = t_quantile(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)
+    return [values.mean() - half, values.mean() + half]
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """By the trapezoidal rule over t = tan(x): no table, no series."""
+    x = np.linspace(0, math.pi / 2, 400_001)[:-1]
+    t = np.tan(x)
+    log_density = -(degrees + 1) / 2 * np.log1p(t * t / degrees)
+    constant = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
+    density = np.exp(log_density + constant) / math.sqrt(degrees * math.pi) * (1 + t * t)
+    steps = (density[1:] + density[:-1]) / 2 * np.diff(x)
+    area = 0.5 + np.concatenate([[0.0], np.cumsum(steps)])
+    return float(np.interp(probability, area, t))
+
+
+@pytest.mark.parametrize("probability", [0.975, 0.8])
+def test_quantiles_of_t_in_sql_are_right_to_five_digits(world: World, probability: float) -> None:
+    macro = (world.settings.path(reports.PROJECT) / "macros" / "t_interval.sql").read_text("utf-8")
+    from jinja2 import Environment
+
+    module = Environment(extensions=["jinja2.ext.do"]).from_string(macro).module
+    degrees = [1, 2, 3, 7, 12, 29, 30, 31, 39, 60, 119, 1000]
+    sql = module.t_quantile("d", probability)  # type: ignore[attr-defined]
+    rows = duckdb.sql(f"select d, {sql} from (select unnest({degrees}) as d)").fetchall()
+    for found_degrees, quantile in rows:
+        assert quantile == pytest.approx(t_quantile(probability, found_degrees), rel=1e-5)
+
+
+def test_t_intervals_and_the_bootstrap_of_python_agree(world: World) -> None:
+    """Two methods of one question: over 200 simulated studies of 24 prompts their ends lie within
+    8 % of the interval's half width of each other on average, and 25 % at most."""
+    rng = np.random.default_rng(5)
+    distances = []
+    for _ in range(200):
+        values = pd.Series(rng.normal(0.02, 0.03, 24))
+        by_t = t_interval(values)
+        by_bootstrap = statistics.bootstrap_interval(values.to_numpy(), resamples=4000)
+        half = (by_t[1] - by_t[0]) / 2
+        distances += [abs(a - b) / half for a, b in zip(by_t, by_bootstrap, strict=True)]
+    assert np.mean(distances) < 0.08 and np.max(distances) < 0.25
+
+
+def test_a_failing_test_keeps_the_publication_of_before(world: World) -> None:
+    before = world.deployment.published_path.read_bytes()
+    test = world.settings.path(reports.PROJECT) / "tests" / "never_true.sql"
+    test.write_text("select * from {{ ref('leaderboard') }}", "utf-8")
+    try:
+        assets = with_policy(reports.dbt_reports(reports.dbt_project(world.settings)))
+        result = run(assets, world.deployment, world.instance, ("leaderboard", "published_scores"))
+        assert not result.success
+        failed = [e for e in result.get_asset_check_evaluations() if not e.passed]
+        assert [check.check_name for check in failed] == ["never_true"]
+        # Nor when somebody asks for the publication alone.
+        alone = run(assets, world.deployment, world.instance, ("published_scores",))
+        assert not alone.success
+        (message,) = [
+            event.event_specific_data.user_failure_data.description  # type: ignore[union-attr]
+            for event in alone.all_events
+            if event.is_step_failure
+        ]
+        assert "never_true of leaderboard" in message
+    finally:
+        test.unlink()
+    assert world.deployment.published_path.read_bytes() == before
+    assert world.materialize("leaderboard", "published_scores").success
+
+
+def test_a_file_that_dbt_cannot_read_stops_nothing_else(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = world.settings.path(reports.PROJECT) / "models" / "marts" / "broken.sql"
+    broken.write_text("select {{ ref('leaderboard' }}", "utf-8")
+    try:
+        assets = reports.dbt_reports(reports.dbt_project(world.settings))
+    finally:
+        broken.unlink()
+    assert {spec.key for a in assets for spec in a.specs} == {
+        spec.key for a in world.assets for spec in a.specs
+    }
+    assert "dbt cannot read the reports" in caplog.text and "broken" in caplog.text
