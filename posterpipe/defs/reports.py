@@ -204,27 +204,17 @@ def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
                 context=context,
                 target_path=Path(target),
             )
-            try:
-                for event in build.stream().fetch_column_metadata():
-                    tick()
-                    if isinstance(event, dg.Output):
-                        # Held back until dbt has closed the database, so that it can be read.
-                        outputs.append(event)
-                    else:
-                        yield event
-            finally:
-                _close_dbt()
+            for event in build.stream():
+                tick()
+                if isinstance(event, dg.Output):
+                    # Held back until dbt has closed the database, so that the table can be read.
+                    outputs.append(event)
+                else:
+                    yield event
         for output in outputs:
             yield _with_content(output, deployment)
 
     return models
-
-
-def _close_dbt() -> None:
-    """Columns are looked up by dbt in this process, which would keep the database open."""
-    from dbt.adapters.duckdb.connections import DuckDBConnectionManager
-
-    DuckDBConnectionManager.close_all_connections()
 
 
 def _with_content(output: dg.Output[Any], deployment: Deployment) -> dg.Output[Any]:
