@@ -174,6 +174,7 @@ def dbt_specs(project: DbtProject) -> tuple[list[dg.AssetSpec], list[dg.AssetChe
 def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
     """The dbt models as assets, their tests as checks."""
     specs, check_specs = dbt_specs(project)
+    asset_of = _assets_of_tables(project)
 
     @dg.multi_asset(
         name="dbt_models",
@@ -191,6 +192,7 @@ def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
             with deployment.warehouse.write():
                 pass  # adds what a newer posterpipe has and this file lacks
         outputs: list[dg.Output[Any]] = []
+        queries: dict[str, str] = {}
         step = context.op_execution_context
         total = len(step.selected_output_names) + len(step.selected_asset_check_keys)
         with (
@@ -211,18 +213,57 @@ def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
                     outputs.append(event)
                 else:
                     yield event
+            for file in Path(target, "compiled").rglob("models/**/*.sql"):
+                queries[file.stem] = file.read_text("utf-8")
         for output in outputs:
-            yield _with_content(output, deployment)
+            query = queries.get(output.output_name, "")
+            yield _with_content(output, deployment, asset_of, query)
 
     return models
 
 
-def _with_content(output: dg.Output[Any], deployment: Deployment) -> dg.Output[Any]:
-    """dbt's output of a model with the hash of the table as data version, and its first rows."""
+def _assets_of_tables(project: DbtProject) -> dict[str, dg.AssetKey]:
+    """The asset that makes each table that a model may read."""
+    manifest = json.loads(project.manifest_path.read_bytes())
+    translator = _Translator()
+    tables = {node["identifier"]: name for name, node in manifest["sources"].items()}
+    tables |= {
+        node["alias"]: name
+        for name, node in manifest["nodes"].items()
+        if node["resource_type"] in ("model", "seed", "snapshot")
+    }
+    return {
+        table: translator.get_asset_spec(manifest, name, project).key
+        for table, name in tables.items()
+    }
+
+
+def _with_content(
+    output: dg.Output[Any],
+    deployment: Deployment,
+    asset_of: Mapping[str, dg.AssetKey],
+    query: str,
+) -> dg.Output[Any]:
+    """dbt's output of a model with the hash of the table as data version, its first rows, and where
+    its columns come from."""
+    from posterpipe.core.column_lineage import column_origins
     from posterpipe.core.store import table_version
 
     with deployment.warehouse.read() as connection:
         table = connection.sql(f'select * from "{output.output_name}"').df()
+        types: dict[str, dict[str, str]] = {}
+        for name, column, kind in connection.execute(
+            "select table_name, column_name, data_type from duckdb_columns() where not internal"
+        ).fetchall():
+            types.setdefault(name, {})[column] = kind
+    lineage = {
+        column: [
+            dg.TableColumnDep(asset_of[name], origin)
+            for name, origin in origins
+            if name in asset_of
+        ]
+        for column, origins in column_origins(query, types).items()
+    }
     return dg.Output(
         output.value,
         output_name=output.output_name,
@@ -230,6 +271,7 @@ def _with_content(output: dg.Output[Any], deployment: Deployment) -> dg.Output[A
         metadata={
             **output.metadata,
             "dagster/row_count": len(table),
+            "dagster/column_lineage": dg.TableColumnLineage(lineage),
             "table": table_preview(table),
         },
     )

@@ -129,6 +129,18 @@ def test_columns_are_described_in_the_ui(world: World) -> None:
         assert all(column.description and column.type for column in schema.columns), name
 
 
+def test_columns_lead_back_to_what_they_come_from(world: World) -> None:
+    def origins(name: str, column: str) -> set[tuple[str, str]]:
+        metadata = materialization(world.result, name).metadata["dagster/column_lineage"]
+        deps = metadata.value.deps_by_column[column]  # type: ignore[union-attr]
+        return {(dep.asset_key.path[-1], dep.column_name) for dep in deps}
+
+    assert ("clip_scores", "value") in origins("leaderboard", "mean")
+    assert origins("leaderboard", "variant") == {("clip_scores", "variant")}
+    assert origins(NEW, "spread_over_seeds") == {("prompt_drilldown", "clip_cosine")}
+    assert ("poster_inventory", "source_name") in origins("prompt_drilldown", "nearest_poster_name")
+
+
 def test_every_column_of_staging_and_marts_is_described_and_contracts_are_enforced(
     world: World,
 ) -> None:
