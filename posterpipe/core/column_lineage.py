@@ -12,7 +12,7 @@ from sqlglot import exp, parse_one
 from sqlglot.errors import SqlglotError
 from sqlglot.lineage import lineage
 from sqlglot.optimizer.qualify import qualify
-from sqlglot.optimizer.scope import build_scope
+from sqlglot.optimizer.scope import Scope, build_scope
 
 DIALECT = "duckdb"
 
@@ -26,7 +26,7 @@ def column_origins(
     count. A query that cannot be analysed has no origins: they are for people, and no report fails
     for want of them.
     """
-    tables = {name: dict(types) for name, types in columns.items()}
+    tables: dict[str, object] = {name: dict(types) for name, types in columns.items()}
     try:
         query = parse_one(sql, dialect=DIALECT)
         for table in query.find_all(exp.Table):
@@ -38,19 +38,26 @@ def column_origins(
         if scope is None or not isinstance(query, exp.Query):
             return {}
         return {
-            name: _leaves(name, query, tables, scope) for name in query.named_selects if name != "*"
+            name: [
+                (table, column)
+                for table, column in _leaves(name, query, tables, scope)
+                if column in columns.get(table, {})
+            ]
+            for name in query.named_selects
+            if name != "*"
         }
     except (SqlglotError, ValueError, RecursionError):
         return {}
 
 
 def _leaves(
-    column: str, query: exp.Query, tables: dict[str, dict[str, str]], scope: object
+    column: str, query: exp.Query, tables: dict[str, object], scope: Scope
 ) -> list[tuple[str, str]]:
-    node = lineage(column, query, schema=tables, dialect=DIALECT, scope=scope, copy=False)  # type: ignore[arg-type]
-    found = {
-        (step.expression.name, step.name.rpartition(".")[2].strip('"'))
-        for step in node.walk()
-        if isinstance(step.expression, exp.Table)
-    }
-    return sorted((table, name) for table, name in found if name in tables.get(table, {}))
+    node = lineage(column, query, schema=tables, dialect=DIALECT, scope=scope, copy=False)
+    return sorted(
+        {
+            (step.expression.name, step.name.rpartition(".")[2].strip('"'))
+            for step in node.walk()
+            if isinstance(step.expression, exp.Table)
+        }
+    )
