@@ -256,14 +256,13 @@ def _with_content(
             "select table_name, column_name, data_type from duckdb_columns() where not internal"
         ).fetchall():
             types.setdefault(name, {})[column] = kind
-    lineage = {
-        column: [
-            dg.TableColumnDep(asset_of[name], origin)
-            for name, origin in origins
-            if name in asset_of
-        ]
-        for column, origins in column_origins(query, types).items()
-    }
+    lineage = {}
+    for column, origins in column_origins(query, types).items():
+        # Several tables belong to one asset.
+        keys = dict.fromkeys(
+            (asset_of[name], origin) for name, origin in origins if name in asset_of
+        )
+        lineage[column] = [dg.TableColumnDep(key, origin) for key, origin in keys]
     return dg.Output(
         output.value,
         output_name=output.output_name,
