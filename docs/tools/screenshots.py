@@ -42,9 +42,7 @@ COLOURS = (256, 128, 64)
 OPENED = ("ingest", "dataset", "training", "generation", "scoring")
 """Groups that the graph shows opened; with the reports it would be too small to read."""
 
-SHEET_HEIGHT = 1010
-"""Pixels of the contact sheet: its title and the first four prompts."""
-
+VARIANTS = ("sd", "sd_negative", "dreambooth", "dreambooth_negative")
 PAPER = "#f6f4f0"
 PATIENCE_MS = 120_000
 PROMPT = "a minimalist film poster of an orange rocket on a blue background"
@@ -58,34 +56,42 @@ Take = Callable[["Browser", Deployment], "Iterator[tuple[str, bytes]]"]
 def sheets(_: Browser, deployment: Deployment) -> Iterator[tuple[str, bytes]]:
     """The first prompts by all variants, and posters before and after their title is set: always
     the first prompts and their first seed."""
-    with Image.open(deployment.contact_sheet_path) as sheet:
-        buffer = io.BytesIO()
-        sheet.crop((0, 0, sheet.width, SHEET_HEIGHT)).save(buffer, "PNG")
-    yield "contact-sheet", buffer.getvalue()
+    from posterpipe.core.gallery import grid
 
     with duckdb.connect(str(deployment.published_path), read_only=True) as connection:
-        pairs = connection.execute(
+        firsts = connection.execute(
             """
-            select image_path, titled_image_path
+            select prompt, seed, variant, image_path, titled_image_path
             from prompt_drilldown
-            where variant = 'dreambooth_negative' and titled_image_path is not null
-            qualify row_number() over (partition by prompt_id order by seed) = 1
+            where image_path is not null
+            qualify row_number() over (partition by prompt_id, variant order by seed) = 1
             order by seed
-            limit 8
             """
         ).fetchall()
+    store = deployment.store_root
+    rows = list(dict.fromkeys(f"{prompt} · seed {seed}" for prompt, seed, *_ in firsts))
+    cells = {
+        (f"{prompt} · seed {seed}", variant): store / path
+        for prompt, seed, variant, path, _ in firsts
+    }
+    sheet = grid(rows[:4], VARIANTS, cells, cell=(150, 225))
+    yield "contact-sheet", as_png(sheet)
+
+    pairs = [
+        (path, titled)
+        for *_, variant, path, titled in firsts
+        if variant == VARIANTS[-1] and titled is not None
+    ][:8]
     if not pairs:
         return
     width, height, gap = 190, 285, 10
     sheet = Image.new("RGB", (gap + len(pairs) * (width + gap), 2 * (height + gap) + gap), PAPER)
     for column, pair in enumerate(pairs):
         for row, path in enumerate(pair):
-            with Image.open(deployment.store_root / path) as image:
+            with Image.open(store / path) as image:
                 poster = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
             sheet.paste(poster, (gap + column * (width + gap), gap + row * (height + gap)))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    yield "titled-posters", buffer.getvalue()
+    yield "titled-posters", as_png(sheet)
 
 
 # ---- the Dagster UI
@@ -101,8 +107,13 @@ def dagster(browser: Browser, deployment: Deployment) -> Iterator[tuple[str, byt
         str(ROOT / "workspace.yaml"),
     ]
     with served([*command, "--host", "127.0.0.1", "--port"]) as url:
-        page = window(browser, 1680, 980)
+        page = window(browser, 1500, 1080)
         expanded = ",".join(f"global@global:{group}" for group in OPENED)
+        page.goto(f"{url}/asset-groups")
+        page.locator("foreignObject", has_text="ingest").first.wait_for()
+        # All of the width to the graph: the UI remembers what was folded.
+        page.get_by_text("Hide navigation").click()
+        page.get_by_placeholder("Jump to").locator("xpath=following::button[1]").click()
         page.goto(f"{url}/asset-groups?expanded={expanded}")
         page.locator("foreignObject", has_text="raw_posters").first.wait_for()
         page.wait_for_timeout(6000)  # the graph moves into its place, and its states come in
@@ -245,6 +256,13 @@ def served(command: list[str]) -> Iterator[str]:
             process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+def as_png(image: Image.Image) -> bytes:
+    """The file of an image."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def small(png: bytes) -> bytes:
