@@ -111,9 +111,7 @@ def dagster(browser: Browser, deployment: Deployment) -> Iterator[tuple[str, byt
         expanded = ",".join(f"global@global:{group}" for group in OPENED)
         page.goto(f"{url}/asset-groups")
         page.locator("foreignObject", has_text="ingest").first.wait_for()
-        # All of the width to the graph: the UI remembers what was folded.
-        page.get_by_text("Hide navigation").click()
-        page.get_by_placeholder("Jump to").locator("xpath=following::button[1]").click()
+        page.get_by_text("Hide navigation").click()  # which the UI remembers
         page.goto(f"{url}/asset-groups?expanded={expanded}")
         page.locator("foreignObject", has_text="raw_posters").first.wait_for()
         page.wait_for_timeout(6000)  # the graph moves into its place, and its states come in
