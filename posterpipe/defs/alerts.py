@@ -198,16 +198,18 @@ def failed_run(instance: dg.DagsterInstance, run: dg.DagsterRun, ended_at: float
 
 
 def reason_of(error: Any) -> str:
-    """The innermost message of a step's error: as it is for posterpipe's own, else with its
-    class."""
+    """What a step's error says: posterpipe's own sentence where there is one among its causes, else
+    the innermost message with its class."""
     if error is None:
         return ""
-    while error.cause is not None:
+    while True:
+        message = str(error.message).strip()
+        name, _, rest = message.partition(": ")
+        if name.startswith("posterpipe.") and rest:
+            return rest
+        if error.cause is None:
+            return message
         error = error.cause
-    message = str(error.message).strip()
-    name, _, rest = message.partition(": ")
-    own = name.startswith("posterpipe.")
-    return rest if own and rest else message
 
 
 def _events(
