@@ -28,7 +28,10 @@ from posterpipe_tests.core.metrics.tiny import build_tiny_clip
 
 PROMPTS, SEEDS = 8, 3
 SIZE = (48, 72)
-INPUTS = ("prompt_suite", "training_csv", "base_generations", "tuned_generations", "clip_scores")
+INPUTS = (
+    "prompt_suite", "training_csv", "holdout_posters", "base_generations", "tuned_generations",
+    "clip_scores",
+)  # fmt: skip
 MADE = ("champion_generations", "fidelity_scores", "champion")
 FILM, OTHER = 11, 12
 """Seeds of the two looks: that of the film posters, and that of the base model."""
@@ -163,6 +166,7 @@ def world(tmp_path: Path, scorer: Path, instance: dg.DagsterInstance) -> World:
         # A multiple of the size, so that resizing gives the same picture.
         image.resize((SIZE[0] * 2, SIZE[1] * 2)).save(tmp_path / "holdout" / f"{number}.png")
     training = [world.store.put(png_bytes(image), ".png") for image in world.posters(range(12))]
+    world.keep("holdout_posters", pd.DataFrame({"source_name": ["0.png"]}))
     world.keep("training_csv", pd.DataFrame({"image": training}))
     suite = {"prompt_id": ["p0"], "prompt": ["x"], "score_text": ["x"], "negative": ["y"]}
     world.keep("prompt_suite", pd.DataFrame({**suite, "title": [""], "seeds": ["[0]"]}))
