@@ -620,7 +620,7 @@ def test_a_full_disk_is_told_and_when_there_is_room_the_run_goes_on(world: World
             assert not report["success"]
             told = report["failures"][0]
             stopped.append(told.partition(":")[0])
-            assert "be written (" in told and "room on the disk" in told, told
+            assert "room on the disk" in told or "writable" in told, told
             assert str(root) in told
             assert_sound(root)
         assert len(set(stopped)) > 1, stopped  # it came further each time

@@ -415,7 +415,9 @@ def _prepare_index(connection: sqlite3.Connection, path: Path) -> None:
             return
         except sqlite3.OperationalError as error:
             # Changing the journal mode does not wait for other processes as transactions do.
-            if "locked" not in str(error) or time.monotonic() > deadline:
+            if "locked" not in str(error):
+                raise StoreError(f"{path}: {_cannot_be_written(error)}") from error
+            if time.monotonic() > deadline:
                 raise StoreError(
                     f"{path}: cannot be used ({error}); make it writable, or end the process that "
                     "holds it"
