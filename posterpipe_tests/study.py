@@ -10,6 +10,7 @@ import datetime as dt
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -40,7 +41,7 @@ def generations(
     checkpoint: str, variants: Sequence[str], prompts: int, seeds: int, *, blocked: int = 0
 ) -> pd.DataFrame:
     """`sampler.COLUMNS`; the first `blocked` images are."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for prompt in range(prompts):
         for seed in range(seeds):
             for variant in variants:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import duckdb
 import pandas as pd
@@ -46,6 +47,7 @@ def test_a_publication_tells_what_it_is(warehouse: Warehouse, public: Path) -> N
     report(warehouse, "mine")
     published = publish_scores(warehouse.path, public, run_id="the run", reports=["mine"])
     with duckdb.connect(str(public / "scores.duckdb"), read_only=True) as connection:
+        row: Any
         (row,) = connection.execute("FROM publication").df().itertuples(index=False)
         tables = {name for (name,) in connection.execute("SHOW TABLES").fetchall()}
         told = connection.execute(
