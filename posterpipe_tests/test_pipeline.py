@@ -356,7 +356,10 @@ def test_rerunning_every_step_gives_the_same_versions_from_the_store(pipeline: P
     assert result.success
     assert pipeline.latest("dreambooth_checkpoint").metadata["reused"].value is True
     assert pipeline.latest("clip_scores").metadata["newly_scored"].value == 0
-    assert pipeline.versions() == before
+    after = pipeline.versions()
+    # The report names the publication it was written from, and this is another one.
+    assert before.pop("score_report") and after.pop("score_report")
+    assert after == before
     assert contents(pipeline.deployment.store) == files
 
 

@@ -660,11 +660,14 @@ def test_a_read_only_store_can_be_read_and_is_told_and_left_alone(world: World) 
 # -- posters ---------------------------------------------------------------------------------------
 
 
-def keep_replacing(path: Path, contents: list[bytes], seconds: float) -> None:
-    """Replaces a file over and over: at once by another one, and by writing over it bit by bit."""
+def keep_replacing(path: Path, contents: list[bytes], enough: Path) -> None:
+    """Replaces a file over and over, until `enough` is there: at once by another one, by writing
+    over it bit by bit, and then a little while not at all."""
     other = path.with_name(".other")
-    until, turn = time.monotonic() + seconds, 0
-    while time.monotonic() < until or turn % 4:
+    turn = 0
+    while not enough.exists() or turn % 4:
+        if turn % 4 == 0:
+            time.sleep(0.2)
         data = contents[turn % len(contents)]
         if turn % 4 < 2:
             other.write_bytes(data)
@@ -688,9 +691,13 @@ def test_a_poster_that_is_replaced_while_it_is_read_is_one_or_the_other(tmp_path
     whole = {hashlib.sha256(data).hexdigest() for data in contents}
     kept = Store(tmp_path / "store")
     limits = ImageSettings(width=64, height=96)
-    writer = in_process(keep_replacing, poster, contents, 4.0)
+    enough = tmp_path / "enough"
+    writer = in_process(keep_replacing, poster, contents, enough)
     seen: Counter[str] = Counter()
+    deadline = time.monotonic() + 60
     while writer.is_alive():
+        if min(seen["ok"], seen["rejected"]) >= 10 or time.monotonic() > deadline:
+            enough.touch()
         row = landing.scan(folder, limits, kept).iloc[0]
         seen[row["status"]] += 1
         if row["status"] == "ok":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -133,8 +135,8 @@ def test_the_fingerprint_of_a_hub_model_is_its_id_and_revision(root: Path) -> No
     assert fingerprint(refs[0], root) != fingerprint(refs[1], root)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks the system as Linux answers")
-def test_memory_goes_back_to_the_system() -> None:
+def _given_back() -> float:
+    """Bytes that the system has again, of 400 MB that are free in pieces between others."""
     import torch
 
     def held() -> float:
@@ -147,6 +149,12 @@ def test_memory_goes_back_to_the_system() -> None:
     del between
     before = held()
     give_memory_back()
-    # 400 MB were free, in pieces between the small ones.
-    assert held() < before - 200e6
     assert len(kept) == 40
+    return before - held()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the system as Linux answers")
+def test_memory_goes_back_to_the_system() -> None:
+    # In a process of its own: what others have freed before would be counted as well.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        assert process.submit(_given_back).result() > 200e6

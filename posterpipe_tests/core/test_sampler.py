@@ -159,7 +159,8 @@ def test_every_scheduler_and_precision_draws(
 def test_without_guidance_the_negative_prompt_is_not_asked(model_dir: Path) -> None:
     settings = SETTINGS.model_copy(update={"guidance_scale": 1.0})
     one, other = Sampler(model_dir, settings, model_id="tiny")(REQUESTS[:2])
-    assert (pixels(one) == pixels(other)).all()
+    # Two images of one batch: the last digits depend on their place in it.
+    assert abs(pixels(one) - pixels(other)).max() <= 1
 
 
 def test_steps_are_told_over_all_batches_and_can_be_stopped(model_dir: Path) -> None:
