@@ -215,7 +215,8 @@ def measure_legibility(
     " / "), distance, exact. Readings are kept, so that another title reads no image again.
     """
     distance_metric, exact_metric = metrics = legibility_metrics(where)
-    titled = images[images["title"].map(lambda title: bool(plain(str(title))))]
+    # As booleans also where there is no row: no rows of another type would be read as column names.
+    titled = images[images["title"].map(lambda title: bool(plain(str(title)))).astype(bool)]
     drawn = titled[titled["status"] == "ok"]
     files = {str(r.image): store.root / str(r.image_path) for r in drawn.itertuples(index=False)}
     read, unreadable = _readings(store, files, progress)

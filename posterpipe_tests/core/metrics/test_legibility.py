@@ -139,3 +139,10 @@ def test_an_unreadable_image_is_a_row_with_the_reason(tmp_path: Path) -> None:
     assert scores.status.tolist() == ["failed", "ok", "failed", "ok"]
     assert "cannot be read" in scores.reason[0] and len(read) == 1
     assert isinstance(read, pd.DataFrame)
+
+
+def test_a_suite_without_titles_has_nothing_to_read(tmp_path: Path) -> None:
+    columns = ["generation_key", "image", "image_path", "title", "status", "reason"]
+    nothing = pd.DataFrame(columns=columns)
+    metrics, scores, read = measure_legibility(Store(tmp_path), nothing, "set", NoProgress())
+    assert len(metrics) == 2 and scores.empty and read.empty
