@@ -46,6 +46,37 @@
     )
 {%- endmacro %}
 
+{#
+  Two-sided p-value of no mean difference over prompts by Student's t, so that it is below 0.05 where
+  the 95 % interval leaves 0 out: the distribution has a closed form for whole degrees of freedom
+  (Abramowitz & Stegun 26.7.3 and 26.7.4). NULL with fewer than two prompts.
+#}
+{% macro t_p_value(mean, deviation, count) -%}
+    {%- set degrees = "(" ~ count ~ " - 1)" -%}
+    {%- set t_squared = "(" ~ mean ~ " * " ~ mean ~ " * " ~ count ~ " / (" ~ deviation ~ " * " ~ deviation ~ "))" -%}
+    {%- set sine = "sqrt(" ~ t_squared ~ " / (" ~ degrees ~ " + " ~ t_squared ~ "))" -%}
+    {%- set cosine_squared = "(" ~ degrees ~ " / (" ~ degrees ~ " + " ~ t_squared ~ "))" -%}
+    case
+        when {{ count }} < 2 then null
+        when {{ mean }} = 0 then 1
+        when {{ deviation }} = 0 then 0
+        when {{ degrees }} % 2 = 0 then
+            round(1 - {{ sine }} * list_sum([
+                exp(lgamma(k + 0.5) - lgamma(k + 1)) / sqrt(pi()) * pow({{ cosine_squared }}, k)
+                for k in range(0, {{ degrees }} // 2)
+            ]), 6)
+        else
+            round(1 - 2 / pi() * (
+                asin({{ sine }})
+                + {{ sine }} * sqrt({{ cosine_squared }}) * coalesce(list_sum([
+                    exp(lgamma(k + 1) - lgamma(k + 1.5)) * sqrt(pi()) / 2
+                    * pow({{ cosine_squared }}, k)
+                    for k in range(0, {{ degrees }} // 2)
+                ]), 0)
+            ), 6)
+    end
+{%- endmacro %}
+
 {# One end of the 95 % interval of a share (Wilson 1927): `wins` of `count`, halves allowed. #}
 {% macro wilson_interval(wins, count, side) -%}
     {%- set z = 1.959963984540054 -%}

@@ -186,44 +186,6 @@ def effects(
     return pd.DataFrame(rows, columns=list(Effect.__dataclass_fields__))
 
 
-COMPARISON_COLUMNS = (
-    "metric_id", "comparison", "prompts", "pairs", "mean_difference", "low_95", "high_95",
-    "p_value", "p_adjusted", "effect_size", "win_rate", "win_low_95", "win_high_95",
-    "detectable_difference",
-)  # fmt: skip
-"""Columns of `comparisons`. What each means stands at `Effect`; `p_adjusted` is Holm's."""
-
-
-def comparisons(
-    scores: pd.DataFrame, *, contrasts: Mapping[str, Mapping[str, float]] = CONTRASTS
-) -> pd.DataFrame:
-    """One row a metric and comparison (COMPARISON_COLUMNS): what reports print.
-
-    `scores` is long, one row an image and metric: metric_id, variant, prompt_id, seed, value (NaN
-    where an image has none). Metrics come in the order of their ids, comparisons in that of
-    `contrasts`. One question asked of several metrics gives several chances of a false alarm:
-    `p_adjusted` corrects the p-values of one comparison for the number of metrics. Raises
-    ValueError where an image is there twice for a metric.
-    """
-    tables = []
-    for metric_id, of_metric in scores.groupby("metric_id", sort=True):
-        found = effects(of_metric, value="value", contrasts=contrasts)
-        tables.append(found[found["prompts"] > 0].assign(metric_id=metric_id))
-    if not tables:
-        return pd.DataFrame(columns=list(COMPARISON_COLUMNS))
-    table = pd.concat(tables, ignore_index=True).rename(
-        columns={
-            "contrast": "comparison", "estimate": "mean_difference", "low": "low_95",
-            "high": "high_95", "win_low": "win_low_95", "win_high": "win_high_95",
-            "detectable": "detectable_difference",
-        }
-    )  # fmt: skip
-    table["p_adjusted"] = table.groupby("comparison")["p_value"].transform(
-        lambda p_values: holm(list(p_values))
-    )
-    return table[list(COMPARISON_COLUMNS)]
-
-
 def effect(
     frame: pd.DataFrame,
     contrast: str,
@@ -289,18 +251,6 @@ def sign_flip_p(
         for signs in _patterns(_signs, n, resamples, seed)
     )
     return (extreme + 1) / (resamples + 1)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979): the chance of any false alarm stays at 5 %
-    where those below 0.05 are called effects. NaN stays NaN and does not count."""
-    known = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
-    corrected = [math.nan] * len(p_values)
-    highest = 0.0
-    for rank, (p, index) in enumerate(known):
-        highest = max(highest, min(1.0, p * (len(known) - rank)))
-        corrected[index] = highest
-    return corrected
 
 
 def hedges_g(differences: np.ndarray) -> float:

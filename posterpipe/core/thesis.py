@@ -24,7 +24,7 @@ import pandas as pd
 from PIL import Image
 
 from posterpipe.core.gallery import Picture, grid
-from posterpipe.core.statistics import mean_interval, paired_difference
+from posterpipe.core.statistics import effects, mean_interval, paired_difference
 from posterpipe.core.store import write_atomic
 
 VARIANTS: Mapping[str, tuple[str, float]] = {
@@ -237,6 +237,8 @@ class Report:
     metric_id: str
     table: pd.DataFrame
     """See `growth`."""
+    effects: pd.DataFrame
+    """See `statistics.effects`: the 2 x 2 design, with bootstrap intervals and p-values."""
     best: pd.DataFrame
     worst: pd.DataFrame
     """See `extremes`."""
@@ -254,13 +256,14 @@ class Report:
         return whole.hexdigest()
 
     def write(self, folder: Path) -> None:
-        """growth.png, best.png, worst.png, growth.csv, and growth.json last."""
+        """growth.png, best.png, worst.png, growth.csv, effects.csv, and growth.json last."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, picture in self.pictures.items():
             buffer = io.BytesIO()
             picture.save(buffer, "PNG")
             write_atomic(folder / f"{name}.png", buffer.getvalue())
         write_atomic(folder / "growth.csv", self.table.to_csv(index=False).encode())
+        write_atomic(folder / "effects.csv", self.effects.to_csv(index=False).encode())
         write_atomic(folder / "growth.json", self._json().encode())
 
     def _json(self) -> str:
@@ -270,6 +273,7 @@ class Report:
             "scales": SCALES,
             "prompt_of_the_study": PROMPT,
             "variants": json.loads(self.table.to_json(orient="records", double_precision=10)),
+            "effects": json.loads(self.effects.to_json(orient="records", double_precision=10)),
             "best": {"rule": extremes_rule("best"), "pairs": self.best.to_dict("records")},
             "worst": {"rule": extremes_rule("worst"), "pairs": self.worst.to_dict("records")},
             "captions": dict(self.captions),
@@ -296,4 +300,4 @@ def report(scores: pd.DataFrame, generations: pd.DataFrame, store_root: Path) ->
         pictures[name] = comparison(
             pairs, scores, generations, store_root, title=title, subtitle=rule
         )
-    return Report(metric_id, table, best, worst, pictures, captions)
+    return Report(metric_id, table, effects(scores), best, worst, pictures, captions)

@@ -193,8 +193,7 @@ def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
                 pass  # adds what a newer posterpipe has and this file lacks
         outputs: list[dg.Output[Any]] = []
         queries: dict[str, str] = {}
-        step = context.op_execution_context
-        total = len(step.selected_output_names) + len(step.selected_asset_check_keys)
+        total = len(context.selected_asset_keys) + len(context.selected_asset_check_keys)
         with (
             # dbt's logs and artifacts of a run are in Dagster's log; kept, they would pile up.
             tempfile.TemporaryDirectory() as target,
@@ -499,7 +498,7 @@ def contact_sheet(
     group_name="reports",
     kinds={"python", "pillow"},
     owners=["team:analytics"],
-    code_version="1",
+    code_version="2",
 )
 def growth_chart(
     deployment: dg.ResourceParam[Deployment],
@@ -509,8 +508,9 @@ def growth_chart(
 ) -> dg.MaterializeResult:
     """The study's result from today's scores: its chart of the four variants, with intervals.
 
-    Its table beside the study's four numbers, what their scales are, and the prompts that gained
-    and lost most, chosen by rule. Pictures, `growth.csv` and `growth.json` lie in
+    Its table beside the study's four numbers, what their scales are, what fine-tuning and the
+    negative prompt each do (bootstrap over prompts), and the prompts that gained and lost most,
+    chosen by rule. Pictures, `growth.csv`, `effects.csv` and `growth.json` lie in
     `data/store/public/thesis/`.
     """
     import pandas as pd
@@ -531,6 +531,7 @@ def growth_chart(
         metadata={
             **pictures,
             "table": table_preview(report.table),
+            "effects": table_preview(report.effects),
             "scales": dg.MetadataValue.md(thesis.SCALES),
             "metric": report.metric_id,
             "path": dg.MetadataValue.path(folder),

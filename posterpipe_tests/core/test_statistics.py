@@ -11,16 +11,13 @@ import pytest
 
 from posterpipe.core import statistics
 from posterpipe.core.statistics import (
-    COMPARISON_COLUMNS,
     CONTRASTS,
     DESIGN,
     bootstrap_interval,
-    comparisons,
     effect,
     effects,
     exchanged_prompts,
     hedges_g,
-    holm,
     leaderboard,
     mean_interval,
     paired_difference,
@@ -268,66 +265,6 @@ def test_sign_flips_give_the_exact_p_value_for_few_and_nearly_so_for_many() -> N
     )
     assert sign_flip_p(values) == pytest.approx(exact, abs=0.02)
     assert sign_flip_p(values) == sign_flip_p(values)
-
-
-def test_holm_corrects_from_the_smallest_on() -> None:
-    # 0.01 * 3, 0.02 * 2, then 0.03 * 1, which may not fall below the one before.
-    assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
-    assert holm([0.5, 0.9]) == [1.0, 1.0]
-    corrected = holm([0.01, math.nan])
-    assert corrected[0] == 0.01 and math.isnan(corrected[1])
-
-
-def test_comparisons_have_one_row_a_metric_and_comparison_with_corrected_p_values() -> None:
-    rng = np.random.default_rng(9)
-    metrics = {"m.strong": 0.03, "m.none": 0.0, "m.weak": 0.006}
-    scores = pd.concat(
-        [
-            study(rng, tuned=tuned).rename(columns={"clip_cosine": "value"}).assign(metric_id=name)
-            for name, tuned in metrics.items()
-        ]
-    )
-    found = comparisons(scores)
-    assert tuple(found.columns) == COMPARISON_COLUMNS
-    assert list(found.metric_id.unique()) == sorted(metrics) and len(found) == 3 * len(CONTRASTS)
-    for name, own in found.groupby("metric_id"):
-        alone = effects(scores[scores.metric_id == name], value="value")
-        for ours, theirs in {
-            "mean_difference": "estimate", "low_95": "low", "high_95": "high",
-            "p_value": "p_value", "effect_size": "effect_size", "win_rate": "win_rate",
-            "win_low_95": "win_low", "win_high_95": "win_high",
-            "detectable_difference": "detectable", "prompts": "prompts", "pairs": "pairs",
-        }.items():  # fmt: skip
-            assert list(own[ours]) == list(alone[theirs]), ours
-        assert list(own.comparison) == list(alone.contrast)
-    # Three metrics answer each question: Holm's correction is for three.
-    for _, asked in found.groupby("comparison"):
-        assert list(asked.p_adjusted) == holm(list(asked.p_value))
-    tuned = found[found.comparison == "tuned"].set_index("metric_id")
-    assert tuned.p_adjusted["m.strong"] < 0.001 and tuned.p_adjusted["m.none"] > 0.05
-
-
-def test_comparisons_of_what_cannot_be_compared_are_left_out() -> None:
-    long = SMALL.rename(columns={"clip_cosine": "value"})
-    half = long[long.variant == "sd"].assign(metric_id="half")
-    found = comparisons(pd.concat([long.assign(metric_id="whole"), half]))
-    assert list(zip(found.metric_id, found.comparison, strict=True)) == [
-        ("whole", "tuned without negative")
-    ]
-    apart = pd.concat([long[:1], long[-1:]]).assign(metric_id="no pair")
-    assert comparisons(apart).empty and comparisons(apart[:0]).empty
-    assert tuple(comparisons(apart).columns) == COMPARISON_COLUMNS
-
-
-def test_correction_keeps_false_alarms_rare_where_many_metrics_show_nothing() -> None:
-    """A permuted-prompt control in numbers: ten metrics, no effect, a hundred studies."""
-    rng = np.random.default_rng(10)
-    plain, corrected = 0, 0
-    for _ in range(100):
-        p_values = [sign_flip_p(rng.normal(0, 0.01, 24), resamples=999) for _ in range(10)]
-        plain += min(p_values) < 0.05
-        corrected += min(holm(p_values)) < 0.05
-    assert plain > 25 and corrected <= 12  # 40 and 5 are expected
 
 
 def test_effect_sizes_and_shares_by_hand() -> None:

@@ -123,6 +123,12 @@ def test_the_report_writes_pictures_table_and_explanation(
     assert "most above" in told["best"]["rule"] and "most below" in told["worst"]["rule"]
     frame = pd.read_csv(tmp_path / "public" / "growth.csv")
     pd.testing.assert_frame_equal(frame, made.table)
+    effects = pd.read_csv(tmp_path / "public" / "effects.csv").set_index("contrast")
+    gains = made.table.set_index("variant")["gain"]
+    assert effects["estimate"]["tuned without negative"] == pytest.approx(gains["dreambooth"])
+    assert effects["estimate"]["both"] == pytest.approx(gains["dreambooth_negative"])
+    assert (effects["low"] <= effects["estimate"]).all()
+    assert effects["p_value"].between(0, 1).all() and len(told["effects"]) == len(effects)
     assert thesis.report(scores, generations, root).digest == made.digest
     other = scores.assign(clip_cosine=scores["clip_cosine"] + 0.01)
     assert thesis.report(other, generations, root).digest != made.digest

@@ -7,6 +7,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import dagster as dg
 import duckdb
@@ -207,6 +209,34 @@ def test_the_paired_effects_are_what_python_computes(world: World) -> None:
             )
 
 
+def test_p_values_of_effects_belong_to_their_intervals_and_are_corrected_by_holm(
+    world: World,
+) -> None:
+    effects = world.query("from paired_effects")
+    rows = current_scores(world)
+    assert effects["metric_id"].nunique() > 3
+    for row in effects.itertuples():
+        cells = rows[rows["metric_id"] == row.metric_id].pivot_table(
+            index=["prompt_id", "seed"], columns="variant", values="value"
+        )
+        weights = statistics.CONTRASTS[str(row.comparison)]
+        by_prompt = (
+            sum(weight * cells[variant] for variant, weight in weights.items())
+            .groupby("prompt_id")
+            .mean()
+            .dropna()
+        )
+        assert row.p_value == pytest.approx(t_p_value(by_prompt), abs=2e-6)
+        if 1e-5 < row.p_value < 1 - 1e-5:
+            assert (row.p_value < 0.05) == (row.finding in ("higher", "lower"))
+    for _, asked in effects.groupby("comparison"):
+        smallest_first = asked.sort_values("p_value")
+        counted = smallest_first["p_value"] * np.arange(len(asked), 0, -1)
+        expected = counted.cummax().clip(upper=1)
+        np.testing.assert_allclose(smallest_first["p_adjusted"], expected, atol=1e-9)
+    assert (effects["p_adjusted"] > effects["p_value"]).any()
+
+
 def test_who_is_champion_after_each_decision_is_what_the_gate_says(world: World) -> None:
     log = world.query("from gate_decisions order by decided_at")
     with world.deployment.warehouse.read() as connection:
@@ -258,26 +288,61 @@ def t_interval(values: pd.Series) -> list[float]:
     return [values.mean() - half, values.mean() + half]
 
 
+def t_p_value(values: pd.Series) -> float:
+    """Two-sided, of no mean difference: 1 where all are 0."""
+    n, mean, deviation = len(values), values.mean(), values.std(ddof=1)
+    if mean == 0:
+        return 1.0
+    t, area = t_areas(n - 1)
+    return 2 * (1 - float(np.interp(abs(mean) / deviation * math.sqrt(n), t, area)))
+
+
 def t_quantile(probability: float, degrees: int) -> float:
-    """By the trapezoidal rule over t = tan(x): no table, no series."""
+    t, area = t_areas(degrees)
+    return float(np.interp(probability, area, t))
+
+
+@lru_cache
+def t_areas(degrees: int) -> tuple[np.ndarray, np.ndarray]:
+    """Student's t from 0 on, and the area below it, by the trapezoidal rule over t = tan(x): no
+    table, no series."""
     x = np.linspace(0, math.pi / 2, 400_001)[:-1]
     t = np.tan(x)
     log_density = -(degrees + 1) / 2 * np.log1p(t * t / degrees)
     constant = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
     density = np.exp(log_density + constant) / math.sqrt(degrees * math.pi) * (1 + t * t)
     steps = (density[1:] + density[:-1]) / 2 * np.diff(x)
-    area = 0.5 + np.concatenate([[0.0], np.cumsum(steps)])
-    return float(np.interp(probability, area, t))
+    return t, 0.5 + np.concatenate([[0.0], np.cumsum(steps)])
+
+
+def macros(world: World) -> Any:
+    from jinja2 import Environment
+
+    macro = (world.settings.path(reports.PROJECT) / "macros" / "t_interval.sql").read_text("utf-8")
+    return Environment(extensions=["jinja2.ext.do"]).from_string(macro).module
+
+
+def test_p_values_of_t_in_sql_are_right_for_few_and_many_prompts(world: World) -> None:
+    sql = macros(world).t_p_value("m", "s", "n")
+    cases = [(m, 1.0, n) for n in (2, 3, 4, 5, 8, 25, 40, 400) for m in (-2.5, -0.1, 0.02, 0.4)]
+    values = ", ".join(f"({m}, {s}, {n})" for m, s, n in cases)
+    found = duckdb.execute(f"select m, s, n, {sql} from (values {values}) as t(m, s, n)").fetchall()
+    assert len(found) == len(cases)
+    for m, s, n, p_value in found:
+        t, area = t_areas(n - 1)
+        expected = 2 * (1 - np.interp(abs(float(m)) / float(s) * math.sqrt(n), t, area))
+        assert p_value == pytest.approx(expected, abs=2e-6), (m, n)
+    unknown = duckdb.execute(f"select {sql} from (values (0.3, 0.1, 1)) as t(m, s, n)").fetchall()
+    certain = duckdb.execute(
+        f"select {sql} from (values (0.0, 0.0, 5), (0.2, 0.0, 5)) as t(m, s, n)"
+    ).fetchall()
+    assert unknown == [(None,)] and certain == [(1.0,), (0.0,)]
 
 
 @pytest.mark.parametrize("probability", [0.975, 0.8])
 def test_quantiles_of_t_in_sql_are_right_to_five_digits(world: World, probability: float) -> None:
-    macro = (world.settings.path(reports.PROJECT) / "macros" / "t_interval.sql").read_text("utf-8")
-    from jinja2 import Environment
-
-    module = Environment(extensions=["jinja2.ext.do"]).from_string(macro).module
     degrees = [1, 2, 3, 7, 12, 29, 30, 31, 39, 60, 119, 1000]
-    sql = module.t_quantile("d", probability)  # type: ignore[attr-defined]
+    sql = macros(world).t_quantile("d", probability)
     found = duckdb.execute(f"select d, {sql} from (select unnest({degrees}) as d)").fetchall()
     for found_degrees, quantile in found:
         assert quantile == pytest.approx(t_quantile(probability, found_degrees), rel=1e-5)

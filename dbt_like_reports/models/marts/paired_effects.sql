@@ -94,6 +94,7 @@ measured as (
             as low_95,
         {{ t_interval('estimates.mean', 'estimates.deviation', 'estimates.prompts', '+') }}
             as high_95,
+        {{ t_p_value('estimates.mean', 'estimates.deviation', 'estimates.prompts') }} as p_value,
         -- Hedges' g: the mean over the deviation, corrected for few prompts.
         case
             when estimates.prompts > 2 and estimates.mean = 0 then 0
@@ -120,6 +121,33 @@ measured as (
     from estimates
     inner join comparisons on comparisons.comparison = estimates.comparison
     inner join metrics on metrics.metric_id = estimates.metric_id
+),
+
+-- One question asked of several metrics has several chances of a false alarm. Holm (1979): the
+-- smallest p-value counts as often as there are metrics, the next once less, and so on.
+ranked as (
+    select
+        *,
+        p_value * (
+            count(p_value) over (partition by comparison)
+            - row_number() over (partition by comparison order by p_value nulls last, metric_id)
+            + 1
+        ) as p_counted
+    from measured
+),
+
+corrected as (
+    select
+        *,
+        case
+            when p_value is not null then
+                least(1, max(p_counted) over (
+                    partition by comparison
+                    order by p_value nulls last, metric_id
+                    rows between unbounded preceding and current row
+                ))
+        end as p_adjusted
+    from ranked
 )
 
 select
@@ -140,12 +168,14 @@ select
         when low_95 is not null then 'not told apart'
         else 'too few prompts'
     end as finding,
+    p_value,
+    p_adjusted,
     effect_size,
     win_rate,
     win_low_95,
     win_high_95,
     detectable_difference
-from measured
+from corrected
 order by
     is_headline desc,
     metric_place,

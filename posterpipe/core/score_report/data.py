@@ -51,8 +51,8 @@ MARTS: Mapping[str, tuple[str, ...]] = {
     ),
     "paired_effects": (
         "metric_id", "metric", "better", "is_headline", "comparison", "question", "prompts",
-        "pairs", "mean_difference", "low_95", "high_95", "finding", "effect_size", "win_rate",
-        "win_low_95", "win_high_95", "detectable_difference",
+        "pairs", "mean_difference", "low_95", "high_95", "finding", "p_value", "p_adjusted",
+        "effect_size", "win_rate", "win_low_95", "win_high_95", "detectable_difference",
     ),
     "checkpoint_trend": (
         "checkpoint_id", "kind", "trained_at", "variant", "metric_id", "metric", "better",

@@ -269,6 +269,7 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
                 "interval": interval(row, "low_95", "high_95", sign=True),
                 "plot": charts.interval_row(mean, low, high, scale, variant=variant, zero=0.0),
                 "finding": text(row["finding"]),
+                "p": f"{_p_value(row['p_value'])} · {_p_value(row['p_adjusted'])}",
                 "css": verdict(row, "low_95", "high_95"),
                 "size": rounded(row["effect_size"], 2),
                 "win": win,
@@ -295,6 +296,14 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
         "axis": charts.axis_row(scale, sign=True),
         "note": note,
     }
+
+
+def _p_value(value: Any) -> str:
+    """A p-value to the digits that say something."""
+    p = number(value)
+    if p is None:
+        return DASH
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _trends(published: Published) -> list[dict[str, Any]]:
