@@ -59,6 +59,10 @@ BASE_MODEL = "base_model"
 LAST_DECISION = "last_decision"
 """Metadata entry of `champion`: the latest decision that it knows of."""
 
+HELD_OUT = "held_out_posters"
+"""Metadata entry of a checkpoint whose training they could stop: version of the table of held-out
+posters, "" before there was one."""
+
 THUMBNAILS = 32
 """Images of a contact sheet in the UI."""
 

@@ -18,6 +18,7 @@ from posterpipe.defs.resources import (
     BASE_MODEL,
     CHALLENGER,
     CHAMPION,
+    HELD_OUT,
     LAST_DECISION,
     MODEL_FINGERPRINT,
     TABLE_VERSION,
@@ -184,7 +185,15 @@ def staleness(
     now = models.fingerprint(spec.key) if model else None
     if model is not None and now is not None and model.value != now:
         return "its model changed"
+    held_out = made.metadata.get(HELD_OUT)
+    if held_out is not None and held_out.value != held_out_version(deployment):
+        return "the held-out posters, which decide when its training stops, changed"
     return _decided(spec.key, made, deployment) or _lost(spec.key, made, deployment)
+
+
+def held_out_version(deployment: Deployment) -> str:
+    """Version of the table of held-out posters; "" before there is one."""
+    return deployment.store.table_version("holdout_posters") or ""
 
 
 def _decided(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deployment) -> str:
@@ -216,7 +225,6 @@ def _lost(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deploymen
         "fidelity_scores": [deployment.warehouse_path],
         "legibility_scores": [deployment.warehouse_path],
         "champion": [deployment.warehouse_path],
-        "leaderboard": [deployment.warehouse_path],
         "published_scores": [deployment.published_path],
         "contact_sheet": [deployment.contact_sheet_path],
         "score_report": [deployment.report_path],

@@ -17,6 +17,7 @@ from dagster._core.errors import DagsterPipesExecutionError  # not exported
 from pydantic import ValidationError
 
 from posterpipe.defs.resources import (
+    HELD_OUT,
     MODEL_FINGERPRINT,
     TABLES,
     Deployment,
@@ -26,6 +27,7 @@ from posterpipe.defs.resources import (
     table_output,
     thumbnails,
 )
+from posterpipe.defs.staleness import held_out_version
 from posterpipe.settings import SettingsError, TrainingSettings
 from posterpipe.settings_table import described
 
@@ -189,6 +191,7 @@ def dreambooth_checkpoint(
     _, class_set, class_version = build_class_images(
         store, base_model, base_version, settings, progress, run_id=context.run.run_id
     )
+    held_out = held_out_version(deployment)  # first: posters that come later are noticed
     holdout_set, holdout_version = None, ""
     if training.holdout_every_steps is not None:
         holdout_set, holdout_version = build_holdout_set(store, settings, progress)
@@ -236,6 +239,8 @@ def dreambooth_checkpoint(
         "final_loss": record["final_loss"],
     }
     metadata = _metadata(config.output_dir, record)
+    if training.early_stop_patience is not None:
+        metadata[HELD_OUT] = held_out
     return table_output(
         pd.DataFrame([row]),
         {

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pandas as pd
 import pytest
 from dagster import DagsterRunStatus
 
+from posterpipe.core.store import Store
 from posterpipe.definitions import build_defs
 from posterpipe.defs.arrivals import REASON_TAG
-from posterpipe.defs.resources import Deployment
+from posterpipe.defs.resources import HELD_OUT, Deployment
 from posterpipe.defs.retraining import CHECKPOINT, STATE_TAG, TRAINING_SET, consider_training
 from posterpipe.defs.staleness import CODE_VERSION, DATA_VERSION, INPUT_DATA_VERSION
 from posterpipe.settings import SettingsError, load_settings
@@ -50,7 +52,9 @@ class Nights:
             dg.AssetMaterialization(TRAINING_SET, tags={DATA_VERSION: version})
         )
 
-    def checkpoint(self, trained_on: str, **tags: str) -> None:
+    def checkpoint(
+        self, trained_on: str, held_out: dict[str, str] | None = None, **tags: str
+    ) -> None:
         """A checkpoint is made, by the code and settings of now."""
         spec = self.repository.assets_defs_by_key[CHECKPOINT].specs_by_key[CHECKPOINT]
         folder = self.settings.store / "checkpoints" / trained_on
@@ -58,7 +62,7 @@ class Nights:
         self.instance.report_runless_asset_event(
             dg.AssetMaterialization(
                 CHECKPOINT,
-                metadata={"path": f"checkpoints/{trained_on}"},
+                metadata={"path": f"checkpoints/{trained_on}", **(held_out or {})},
                 tags={
                     DATA_VERSION: f"checkpoint of {trained_on}",
                     CODE_VERSION: str(spec.code_version),
@@ -157,6 +161,21 @@ def test_enough_changes_start_a_training_and_fewer_say_what_they_wait_for(nights
     assert set(request.asset_selection or []) == job.asset_layer.executable_asset_keys
     assert CHECKPOINT in set(request.asset_selection or [])
     nights.checkpoint("c")
+    assert nights.tick() is None
+
+
+def test_other_held_out_posters_train_again_only_what_they_could_have_stopped(
+    nights: Nights,
+) -> None:
+    store = Store(nights.settings.store)
+    store.write_table("holdout_posters", pd.DataFrame({"poster_id": ["one"]}))
+    assert nights.tick() is None, "without early stopping they decide no weight"
+    nights.checkpoint("a", {HELD_OUT: store.table_version("holdout_posters") or ""})
+    assert nights.tick() is None
+    store.write_table("holdout_posters", pd.DataFrame({"poster_id": ["one", "two"]}))
+    assert nights.tick() is not None
+    assert "the held-out posters, which decide when its training stops, changed" in nights.said
+    store.write_table("holdout_posters", pd.DataFrame({"poster_id": ["one"]}))
     assert nights.tick() is None
 
 

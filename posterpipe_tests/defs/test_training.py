@@ -12,7 +12,14 @@ from PIL import Image
 
 from posterpipe.core.store import Store
 from posterpipe.core.training_set import build_training_set
-from posterpipe.defs.resources import TABLES, Deployment, StoreIOManager, Table, table_output
+from posterpipe.defs.resources import (
+    HELD_OUT,
+    TABLES,
+    Deployment,
+    StoreIOManager,
+    Table,
+    table_output,
+)
 from posterpipe.defs.training import (
     class_images,
     dreambooth_checkpoint,
@@ -98,6 +105,7 @@ def test_a_checkpoint_is_trained_on_class_images_and_watched_on_the_holdout(
             "class_image_count": 2,
             "class_prompt": "a film poster",
             "log_every_steps": 1,
+            "early_stop_patience": 5,
         },
     )
     deployment = Deployment(settings)
@@ -128,6 +136,7 @@ def test_a_checkpoint_is_trained_on_class_images_and_watched_on_the_holdout(
     assert drawn.metadata["dagster/row_count"].value == 2
     (made,) = done.asset_materializations_for_node("dreambooth_checkpoint")
     assert made.metadata["steps"].value == 2
+    assert made.metadata[HELD_OUT].value == "", "the asset holdout_posters was not made here"
     assert made.metadata["holdout_loss_at_end"].value > 0  # type: ignore[operator]
     assert "data:image/" in str(made.metadata["samples"].value)
     assert made.metadata["launched_with"].value == {"sample_every_steps": 2}
