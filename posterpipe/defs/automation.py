@@ -7,7 +7,9 @@ made from what (the assets), which assets are stale (`staleness`) and the net be
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -16,6 +18,7 @@ import dagster as dg
 
 from posterpipe.defs.arrivals import REASON_TAG
 from posterpipe.defs.overview import OVERVIEW
+from posterpipe.defs.staleness import latest_materializations, recorded_difference
 
 Condition = dg.AutomationCondition
 
@@ -64,12 +67,42 @@ everything = dg.define_asset_job(
 JOBS = (refresh_dataset, retrain, evaluate, everything)
 
 
+@dataclass(frozen=True)
+class Differs(dg.AutomationCondition[dg.AssetKey]):
+    """An asset whose latest materialization was made from other versions of its inputs, or by
+    another code version, than there are now.
+
+    Level-triggered, and of what is recorded: whoever made the asset, and whatever changed there
+    and back meanwhile. Dagster has no such condition; one of our own is evaluated in the code
+    location's process (`use_user_code_server`).
+    """
+
+    @property
+    def name(self) -> str:
+        """As the UI shows it."""
+        return "differs from what it is made from"
+
+    def evaluate(
+        self, context: dg.AutomationContext[dg.AssetKey]
+    ) -> dg.AutomationResult[dg.AssetKey]:
+        """Reads two or more records of the event log, and none for an asset that is not due."""
+        if context.candidate_subset.is_empty:
+            return dg.AutomationResult(context, context.get_empty_subset())
+        node = context.asset_graph.get(context.key)
+        inputs = sorted(node.parent_keys)
+        latest = latest_materializations(context.asset_graph_view.instance, [context.key, *inputs])
+        differs = recorded_difference(context.key, node.code_version, inputs, latest)
+        subset = context.candidate_subset if differs else context.get_empty_subset()
+        return dg.AutomationResult(context, subset)
+
+
 def rebuild_when_inputs_change(upstream: Iterable[dg.AssetKey]) -> dg.AutomationCondition:
     """Run an asset when what it is made from changed, and only then; `upstream` as `all_upstream`.
 
         due        = latch(input changed | code changed | missing | failed for the first time)
         requested  = due & not in progress & nothing upstream busy
                      & inputs there & their blocking checks passed
+                     & differs from what it is made from
 
     Why each term is there; the tests of this module show each at work:
 
@@ -87,8 +120,7 @@ def rebuild_when_inputs_change(upstream: Iterable[dg.AssetKey]) -> dg.Automation
     - The *latch* (`since`) keeps a change while the gates are shut: while this asset is made, for
       hours perhaps, or while a check holds it back. A request opens the latch, unless something
       changed since that request: `newly_requested` comes one tick late, and without `~due` it
-      would take away a change that landed in between. The price is at times a run that finds
-      everything done.
+      would take away a change that landed in between.
     - *not in progress*: the change is taken up after the run, not by a second one beside it.
     - *nothing upstream busy*, or about to be tried again: an asset with two inputs that come from
       one source runs once, when both are there. It looks all the way up, since an input may be due
@@ -98,10 +130,13 @@ def rebuild_when_inputs_change(upstream: Iterable[dg.AssetKey]) -> dg.Automation
     - *inputs there*: an asset whose input was never made cannot run.
     - *blocking checks passed* on the latest materialization of each input, also when only the
       check ran again.
+    - *differs*: only a request opens the latch, so it still holds a change that was taken up
+      otherwise (by a job, by the night's training, by the run that was under way) or taken back.
+      What is recorded then tells that there is nothing to do.
 
-    What it cannot see: a change there and back between two ticks; a run of others that was to
-    take up a change and did not; what happens outside of Dagster. Those are for the stale sweep
-    (`sweep`).
+    What it cannot see: a change there and back between two ticks that was built in between; a run
+    of others that was to take up a change and did not; what happens outside of Dagster. Those are
+    for the stale sweep (`sweep`).
     """
     changed = (
         Condition.any_deps_match(
@@ -127,6 +162,7 @@ def rebuild_when_inputs_change(upstream: Iterable[dg.AssetKey]) -> dg.Automation
         )
         & ~Condition.any_deps_missing()
         & Condition.all_deps_blocking_checks_passed()
+        & Differs()
     ).with_label("rebuild when inputs change")
 
 
@@ -175,11 +211,15 @@ def follows_its_inputs(spec: dg.AssetSpec) -> bool:
     return bool(list(spec.deps)) and spec.key.path[-1] not in ON_SCHEDULE
 
 
+# Said at every start otherwise; Dagster is pinned exactly.
+warnings.filterwarnings("ignore", "Parameter `use_user_code_server`", dg.BetaWarning)
+
 automation = dg.AutomationConditionSensorDefinition(
     "automation",
     target=dg.AssetSelection.all(),
     default_status=dg.DefaultSensorStatus.RUNNING,
     minimum_interval_seconds=TICK_SECONDS,
+    use_user_code_server=True,  # where `Differs` is known
     description="Rebuilds what depends on something that changed; see each asset's condition.",
     run_tags={REASON_TAG: "what it is made from changed, its code, or its settings"},
 )

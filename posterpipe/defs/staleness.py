@@ -170,17 +170,12 @@ def staleness(
 
     `latest` holds the latest materializations of the asset and of what it reads.
     """
+    inputs = [dep.asset_key for dep in spec.deps]
+    if difference := recorded_difference(spec.key, spec.code_version, inputs, latest):
+        return difference
     record = latest[spec.key]
     made = record.asset_materialization if record else None
-    if made is None:
-        return "never materialized"
-    tags = made.tags or {}
-    if spec.code_version and tags.get(CODE_VERSION) != spec.code_version:
-        return "its code or settings changed"
-    for dep in spec.deps:
-        used = tags.get(INPUT_DATA_VERSION + dep.asset_key.to_user_string())
-        if data_version(latest.get(dep.asset_key)) != used:
-            return f"{dep.asset_key.to_user_string()} changed"
+    assert made is not None, "else it differs"
     model = made.metadata.get(MODEL_FINGERPRINT)
     now = models.fingerprint(spec.key) if model else None
     if model is not None and now is not None and model.value != now:
@@ -189,6 +184,28 @@ def staleness(
     if held_out is not None and held_out.value != held_out_version(deployment):
         return "the held-out posters, which decide when its training stops, changed"
     return _decided(spec.key, made, deployment) or _lost(spec.key, made, deployment)
+
+
+def recorded_difference(
+    key: dg.AssetKey,
+    code_version: str | None,
+    inputs: Iterable[dg.AssetKey],
+    latest: Mapping[dg.AssetKey, dg.EventLogRecord | None],
+) -> str:
+    """How the code version and the inputs of now differ from those that the latest materialization
+    recorded; "" where they do not. `latest` as of `staleness`."""
+    record = latest[key]
+    made = record.asset_materialization if record else None
+    if made is None:
+        return "never materialized"
+    tags = made.tags or {}
+    if code_version and tags.get(CODE_VERSION) != code_version:
+        return "its code or settings changed"
+    for name in inputs:
+        used = tags.get(INPUT_DATA_VERSION + name.to_user_string())
+        if data_version(latest.get(name)) != used:
+            return f"{name.to_user_string()} changed"
+    return ""
 
 
 def held_out_version(deployment: Deployment) -> str:

@@ -113,6 +113,22 @@ def test_a_change_is_taken_up_by_the_run_that_made_it(chain: World) -> None:
     assert chain.stale() == []
 
 
+def test_what_a_job_made_from_nothing_is_not_made_again(make_world: MakeWorld) -> None:
+    world = make_world(a="", b="a", c="b")
+    assert world.tick() == []
+    assert world.run("a", "b", "c")
+    assert world.settle() == []
+
+
+def test_a_change_that_waited_and_that_a_job_took_up_requests_nothing(chain: World) -> None:
+    job = chain.enqueue(["b", "c"])  # such as a training: long under way when a changes
+    chain.change("a", "2")
+    assert [chain.tick() for _ in range(2)] == [[]] * 2
+    assert chain.work() == [True] and job
+    assert chain.contents["c"] == "c(b(2))"
+    assert chain.settle() == []
+
+
 def test_with_two_inputs_from_one_source_an_asset_runs_once(make_world: MakeWorld) -> None:
     world = make_world(a="", b="a", c="b", d="c", e="a d")
     world.run("a")
@@ -384,13 +400,11 @@ def test_what_was_stopped_goes_on_when_the_input_is_fixed(held_back: World) -> N
     assert held_back.stale() == []
 
 
-def test_what_was_stopped_computes_nothing_when_the_input_is_as_before(held_back: World) -> None:
+def test_what_was_stopped_does_not_run_when_the_input_is_as_before(held_back: World) -> None:
     assert held_back.settle() == []
     held_back.failing.clear()
-    forget_history(held_back)
     held_back.change("a", "1")
-    assert held_back.settle() == [["b"]]
-    assert held_back.computed == []
+    assert held_back.settle() == []
     assert held_back.stale() == []
 
 
@@ -461,13 +475,22 @@ def test_all_but_the_outside_world_and_the_training_follow_by_themselves() -> No
     assert {"clip_scores", "leaderboard", "published_scores", "contact_sheet"} <= following
 
 
-def test_the_daemon_evaluates_the_policy_and_the_sweep_unless_told_otherwise() -> None:
+def test_the_policy_and_the_sweep_run_unless_told_otherwise() -> None:
     defs = build_defs(load_settings("starter"))
     for name in "automation", "stale_sweep":
         sensor = defs.resolve_sensor_def(name)
         assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
-    # A condition that cannot be serialized would need the code server to evaluate it.
-    assert rebuild_when_inputs_change([dg.AssetKey("a")]).is_serializable
+
+
+def test_the_policy_is_evaluated_in_the_code_location_which_knows_its_condition(
+    instance: dg.DagsterInstance,
+) -> None:
+    defs = build_defs(load_settings("starter"))
+    assert not rebuild_when_inputs_change([dg.AssetKey("a")]).is_serializable
+    context = dg.build_sensor_context(instance, definitions=defs)
+    evaluated = defs.resolve_sensor_def("automation").evaluate_tick(context)
+    judged = {one.key for one in evaluated.automation_condition_evaluations}
+    assert dg.AssetKey("resized_posters") in judged and not evaluated.run_requests
 
 
 def test_the_policy_sees_the_whole_way_up_but_not_past_a_schedule() -> None:
