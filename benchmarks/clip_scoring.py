@@ -1,11 +1,11 @@
 """`clip_scoring`: 1,000 images scored against their texts, ours and one by one.
 
 The images lie in a store as PNGs, as the sampler leaves them, and both sides open each. The texts
-are those of the starter suite, which four variants and four seeds share. Ours is the worker,
-called on batches; `.asset` is what the asset runs, which also loads the model and keeps every
-embedding and cosine in the store. The peer calls `CLIPModel` with its processor for
-one pair after the other; where torchmetrics runs with the installed transformers, its `clip_score`
-is a second one. But for `.asset`, loading models is not counted. Cosines are compared.
+are those of the starter suite, which four variants and four seeds share. Ours is what the asset
+runs: it loads the model, which is counted on our side alone, and keeps every embedding and cosine
+in the store; `.worker` is the worker by itself, called on batches of opened images. The peer calls
+`CLIPModel` with its processor for one pair after the other; where torchmetrics runs with the
+installed transformers, its `clip_score` is a second one. Cosines are compared.
 
 The model is the starter scorer on a CPU. A second comparison, `clip_scoring.vit_b32`, has random
 weights of the size of CLIP ViT-B/32: there the arithmetic is what takes the time. On a GPU the
@@ -102,11 +102,11 @@ def measure(
         for peer in peers.values():
             peer(pairs.first(2))
         sides: dict[str, Callable[[Pairs], list[float]]] = {
-            "ours": Batches(scorer, model),
-            "asset": Asset(scorer, model),
+            "ours": Asset(scorer, model),
+            "worker": Batches(scorer, model),
             **peers,
         }
-        sides["ours"](pairs.first(2))
+        sides["worker"](pairs.first(2))
         half = count // 2
         seconds = dict.fromkeys(sides, 0.0)
         found: dict[str, list[float]] = {key: [] for key in seconds}
@@ -119,7 +119,7 @@ def measure(
         for side in peers:
             turn(side, pairs.first(half))
         turn("ours", pairs)
-        turn("asset", pairs)
+        turn("worker", pairs)
         for side in peers:
             turn(side, pairs.rest(half))
     rows = []
@@ -135,9 +135,9 @@ def measure(
         )  # fmt: skip
     rows.append(
         Row(
-            f"{name}.asset", f"s for {count:,} pairs", round(seconds["asset"], 2),
+            f"{name}.worker", f"s for {count:,} pairs", round(seconds["worker"], 2),
             round(seconds["transformers"], 2), "transformers, one by one",
-            round(seconds["transformers"] / seconds["asset"], 2),
+            round(seconds["transformers"] / seconds["worker"], 2),
         )
     )  # fmt: skip
     apart = np.abs(np.array(found["ours"]) - np.array(found["transformers"])).max()

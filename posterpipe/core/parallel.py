@@ -24,20 +24,26 @@ def cores() -> int:
 
 
 def parallel_map(
-    function: Callable[[Item], Value], items: Iterable[Item], threads: int | None = None
+    function: Callable[[Item], Value],
+    items: Iterable[Item],
+    threads: int | None = None,
+    *,
+    ahead: int | None = None,
 ) -> Iterator[Value]:
     """`function` of each item, in the order of the items, on `threads` threads (default: cores).
 
-    Only a few items are under way at a time, so neither items nor values pile up in memory. Pillow
+    Only a few items are under way at a time, so neither items nor values pile up in memory: `ahead`
+    of those that were taken (default: two a thread), such as a batch while one is worked on. Pillow
     and hashlib let go of the interpreter while they work, so threads are enough.
     """
     threads = threads or cores()
+    ahead = ahead or 2 * threads
     with ThreadPoolExecutor(threads, thread_name_prefix="posterpipe") as pool:
         waiting: deque[Future[Value]] = deque()
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                if len(waiting) > 2 * threads:
+                if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

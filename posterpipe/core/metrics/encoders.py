@@ -1,8 +1,8 @@
 """Encoders: images and texts into vectors, and keeping the images' vectors in the store.
 
 What belongs here: the CLIP and DINO encoders that metrics share, their ids, and the store of image
-embeddings. What does not: what is computed from embeddings (`clip`, `fidelity`, `diversity`,
-`pickscore`).
+embeddings. What does not: what an encoder sees of an image (`pixels`) and what is computed from
+embeddings (`clip`, `fidelity`, `diversity`, `pickscore`).
 
 An image is encoded once by an encoder. Its embedding lies in the store under the image's hash and
 the encoder's id, so that a new score text, title, reference poster or metric encodes no image
@@ -17,12 +17,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from posterpipe.core.metrics.pixels import Preparation
 from posterpipe.core.models import (
     ModelMissing,
     best_device,
@@ -31,6 +34,7 @@ from posterpipe.core.models import (
     quiet_hub,
     torch_dtype,
 )
+from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import Progress
 from posterpipe.core.store import Store, compute_missing
 from posterpipe.settings import ScorerSettings
@@ -58,6 +62,14 @@ def encoder_id(settings: ScorerSettings, root: Path) -> str:
 
 class ImageEncoder(Protocol):
     """What makes embeddings of images. Made once, called on batches."""
+
+    def prepare(self, image: Image.Image) -> np.ndarray:
+        """What the model sees of an image. From any thread."""
+        ...
+
+    def prepared_features(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
+        """Image embeddings of length 1, float32 (batch, dimension), of what `prepare` gave."""
+        ...
 
     def image_features(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Image embeddings of length 1, float32 (batch, dimension)."""
@@ -87,7 +99,7 @@ def image_encoder(settings: ScorerSettings, root: Path) -> ImageEncoder:
 
 
 class _Encoder:
-    """What both kinds share: device, precision, batches, letterboxing."""
+    """What both kinds share: device, precision, batches."""
 
     model: Any
     image_processor: Any
@@ -107,20 +119,28 @@ class _Encoder:
 
     def image_features(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Image embeddings of length 1, float32 (batch, dimension)."""
+        return self.prepared_features(list(parallel_map(self.prepare, images)))
+
+    def prepare(self, image: Image.Image) -> np.ndarray:
+        """What the model sees of an image: see `Preparation.image`. From any thread."""
+        return self._preparation.image(image)
+
+    def prepared_features(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
+        """Image embeddings of length 1, float32 (batch, dimension), of what `prepare` gave."""
         size = self.settings.batch_size
-        parts = [self._images(images[i : i + size]) for i in range(0, len(images), size)]
+        parts = [self._encoded(prepared[i : i + size]) for i in range(0, len(prepared), size)]
         return np.concatenate([np.zeros((0, self.dimension), np.float32), *parts])
 
-    def _images(self, images: Sequence[Image.Image]) -> np.ndarray:
+    @cached_property
+    def _preparation(self) -> Preparation:
+        return Preparation(self.image_processor, pad=self.settings.preprocessing == "pad")
+
+    def _encoded(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
         import torch
 
-        rgb = [image.convert("RGB") for image in images]
-        if self.settings.preprocessing == "pad":
-            mean = np.round(np.asarray(self.image_processor.image_mean) * 255).astype(int)
-            rgb = [letterbox(image, (int(mean[0]), int(mean[1]), int(mean[2]))) for image in rgb]
-        pixels = self.image_processor(rgb, return_tensors="pt").pixel_values
+        pixels = self._preparation.batch(prepared, self.device)
         with torch.inference_mode(), self._autocast():
-            return unit(self._forward(pixels.to(self.device, self.dtype)))
+            return unit(self._forward(pixels.to(self.dtype)))
 
     def _forward(self, pixels: Tensor) -> Tensor:
         """Features (batch, dimension) of normalised pixels (batch, 3, height, width)."""
@@ -233,14 +253,6 @@ class DinoEncoder(_Encoder):
         return self.model(pixel_values=pixels).last_hidden_state[:, 0]
 
 
-def letterbox(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The whole image in the middle of a square of its longer side, RGB."""
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
 def projected(features: Any) -> Tensor:
     """The projected features; transformers 5 wraps them in an output."""
     return getattr(features, "pooler_output", features)
@@ -286,21 +298,14 @@ def kept_embeddings(
 
     def compute(missing: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         worker = encoder or image_encoder(settings, root)
+        ahead = settings.batch_size
         with progress.task(f"Encoding {len(missing)} images", len(missing), "images") as tick:
-            for start in range(0, len(missing), settings.batch_size):
-                batch = missing[start : start + settings.batch_size]
-                opened: dict[str, Image.Image] = {}
-                for key in batch:
-                    try:
-                        with Image.open(images[key]) as image:
-                            opened[key] = image.convert("RGB")
-                    except (OSError, SyntaxError) as error:  # Pillow's word for a broken PNG
-                        unreadable[key] = (
-                            f"{images[key]}: cannot be read ({error}); materialize the assets "
-                            "that make it again"
-                        )
-                vectors = worker.image_features(list(opened.values()))
-                for key, vector in zip(opened, vectors, strict=True):
+            opened = parallel_map(partial(_opened, worker, images), missing, ahead=ahead)
+            while batch := list(islice(opened, settings.batch_size)):
+                unreadable.update({key: why for key, why in batch if isinstance(why, str)})
+                ready = {key: one for key, one in batch if not isinstance(one, str)}
+                vectors = worker.prepared_features(list(ready.values()))
+                for key, vector in zip(ready, vectors, strict=True):
                     if np.isfinite(vector).all():
                         yield key, {"vector": _packed(vector)}
                     else:
@@ -312,6 +317,19 @@ def kept_embeddings(
         vectors={key: _unpacked(row["vector"]) for key, row in rows.items()},
         unreadable={key: reason for key, reason in unreadable.items() if key not in rows},
     )
+
+
+def _opened(
+    encoder: ImageEncoder, images: Mapping[str, Path], key: str
+) -> tuple[str, np.ndarray | str]:
+    """An image as the encoder sees it, or why it cannot be read."""
+    try:
+        with Image.open(images[key]) as image:
+            return key, encoder.prepare(image)
+    except (OSError, SyntaxError) as error:  # Pillow's word for a broken PNG
+        return key, (
+            f"{images[key]}: cannot be read ({error}); materialize the assets that make it again"
+        )
 
 
 def _packed(vector: np.ndarray) -> str:

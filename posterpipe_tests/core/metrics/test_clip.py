@@ -17,7 +17,7 @@ from posterpipe.core.metrics.clip import (
     control_scores,
     score_generations,
 )
-from posterpipe.core.metrics.encoders import letterbox
+from posterpipe.core.metrics.pixels import letterbox
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.sampler import COLUMNS, generation_key
@@ -260,13 +260,13 @@ def test_nothing_new_loads_no_model_and_changes_nothing(
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many images were encoded, call by call."""
     seen: list[int] = []
-    call = ClipTextSimilarity.image_features
+    call = ClipTextSimilarity.prepared_features
 
-    def spy(self: ClipTextSimilarity, images: list[Image.Image]) -> np.ndarray:
-        seen.append(len(images))
-        return call(self, images)
+    def spy(self: ClipTextSimilarity, prepared: list[np.ndarray]) -> np.ndarray:
+        seen.append(len(prepared))
+        return call(self, prepared)
 
-    monkeypatch.setattr(ClipTextSimilarity, "image_features", spy)
+    monkeypatch.setattr(ClipTextSimilarity, "prepared_features", spy)
     return seen
 
 

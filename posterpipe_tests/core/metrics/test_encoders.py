@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from posterpipe.core.metrics import encoders as encoders_module
 from posterpipe.core.metrics.encoders import (
@@ -150,10 +149,11 @@ def test_one_unreadable_image_does_not_stop_the_others(
 def test_numbers_that_are_not_finite_are_told_and_not_kept(
     store: Store, root: Path, tmp_path: Path
 ) -> None:
-    class Broken:
-        def image_features(self, images: Sequence[Image.Image]) -> np.ndarray:
-            return np.array([[np.nan, 1.0]] + [[1.0, 0.0]] * (len(images) - 1), np.float32)
+    class Broken(ClipEncoder):
+        def prepared_features(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
+            return np.array([[np.nan, 1.0]] + [[1.0, 0.0]] * (len(prepared) - 1), np.float32)
 
+    broken = Broken(settings("clip"), root)
     images = files(tmp_path / "images", 2)
-    found = kept_embeddings(store, settings("clip"), root, images, NoProgress(), encoder=Broken())
+    found = kept_embeddings(store, settings("clip"), root, images, NoProgress(), encoder=broken)
     assert "no finite number" in found.unreadable["hash0"] and sorted(found.vectors) == ["hash1"]
