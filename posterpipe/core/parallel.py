@@ -29,16 +29,18 @@ def parallel_map(
     threads: int | None = None,
     *,
     ahead: int | None = None,
+    prepare_thread: Callable[[], None] | None = None,
 ) -> Iterator[Value]:
     """`function` of each item, in the order of the items, on `threads` threads (default: cores).
 
     Only a few items are under way at a time, so neither items nor values pile up in memory: `ahead`
-    of those that were taken (default: two a thread), such as a batch while one is worked on. Pillow
-    and hashlib let go of the interpreter while they work, so threads are enough.
+    of those that were taken (default: two a thread), such as a batch while one is worked on. Each
+    thread calls `prepare_thread` first. Pillow, hashlib and torch let go of the interpreter while
+    they work, so threads are enough.
     """
     threads = threads or cores()
     ahead = ahead or 2 * threads
-    with ThreadPoolExecutor(threads, thread_name_prefix="posterpipe") as pool:
+    with ThreadPoolExecutor(threads, "posterpipe", prepare_thread) as pool:
         waiting: deque[Future[Value]] = deque()
         try:
             for item in items:

@@ -48,6 +48,12 @@ ENCODER_VERSION = 1
 
 _KEPT_TEXTS = 4096
 
+_SAVE_EVERY = 256
+"""Embeddings that a kill may lose."""
+
+_CPU_BATCH = 16
+"""Images that go through a model at once on a CPU at most: activations then stay in its caches."""
+
 
 def encoder_id(settings: ScorerSettings, root: Path) -> str:
     """`<preprocessing>.<model>.<fingerprint>`, with the precision where it is not fp32.
@@ -119,7 +125,7 @@ class _Encoder:
 
     def image_features(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Image embeddings of length 1, float32 (batch, dimension)."""
-        return self.prepared_features(list(parallel_map(self.prepare, images)))
+        return self.prepared_features([self.prepare(image) for image in images])
 
     def prepare(self, image: Image.Image) -> np.ndarray:
         """What the model sees of an image: see `Preparation.image`. From any thread."""
@@ -128,14 +134,16 @@ class _Encoder:
     def prepared_features(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
         """Image embeddings of length 1, float32 (batch, dimension), of what `prepare` gave."""
         size = self.settings.batch_size
-        parts = [self._encoded(prepared[i : i + size]) for i in range(0, len(prepared), size)]
+        if self.device.type == "cpu":
+            size = min(size, _CPU_BATCH)
+        parts = [self._features(prepared[i : i + size]) for i in range(0, len(prepared), size)]
         return np.concatenate([np.zeros((0, self.dimension), np.float32), *parts])
 
     @cached_property
     def _preparation(self) -> Preparation:
         return Preparation(self.image_processor, pad=self.settings.preprocessing == "pad")
 
-    def _encoded(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
+    def _features(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
         import torch
 
         pixels = self._preparation.batch(prepared, self.device)
@@ -188,11 +196,15 @@ class ClipEncoder(_Encoder):
     ) -> None:
         import transformers
 
+        from posterpipe.core.metrics.class_token import ClassTokenLayer
+
         super().__init__(settings, root)
         self.tokenizer: Any = self._load(transformers.CLIPTokenizer, processor)
         # The PIL form by name: torchvision's resize gives other pixels.
         self.image_processor = self._load(transformers.CLIPImageProcessorPil, processor)
         self.model = self._load_weights(transformers.CLIPModel)
+        layers = self.model.vision_model.encoder.layers
+        layers[-1] = ClassTokenLayer(layers[-1])
         self.dimension = int(self.model.config.projection_dim)
         self.max_tokens = min(
             int(self.tokenizer.model_max_length),
@@ -298,30 +310,67 @@ def kept_embeddings(
 
     def compute(missing: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         worker = encoder or image_encoder(settings, root)
-        ahead = settings.batch_size
         with progress.task(f"Encoding {len(missing)} images", len(missing), "images") as tick:
-            opened = parallel_map(partial(_opened, worker, images), missing, ahead=ahead)
-            while batch := list(islice(opened, settings.batch_size)):
-                unreadable.update({key: why for key, why in batch if isinstance(why, str)})
-                ready = {key: one for key, one in batch if not isinstance(one, str)}
-                vectors = worker.prepared_features(list(ready.values()))
-                for key, vector in zip(ready, vectors, strict=True):
-                    if np.isfinite(vector).all():
-                        yield key, {"vector": _packed(vector)}
+            for batch in _encoded(worker, images, missing, settings.batch_size):
+                for key, found in batch:
+                    if isinstance(found, str):
+                        unreadable[key] = found
+                    elif np.isfinite(found).all():
+                        yield key, {"vector": _packed(found)}
                     else:
                         unreadable[key] = "the encoder gave no finite number"
                 tick(len(batch))
 
-    rows = compute_missing(store, kind, list(images), compute, save_every=settings.batch_size)
+    save_every = max(settings.batch_size, _SAVE_EVERY)
+    rows = compute_missing(store, kind, list(images), compute, save_every=save_every)
     return Embeddings(
         vectors={key: _unpacked(row["vector"]) for key, row in rows.items()},
         unreadable={key: reason for key, reason in unreadable.items() if key not in rows},
     )
 
 
-def _opened(
-    encoder: ImageEncoder, images: Mapping[str, Path], key: str
-) -> tuple[str, np.ndarray | str]:
+Found = tuple[str, np.ndarray | str]
+"""The key of an image, with what was found, or why nothing could be."""
+
+
+def _encoded(
+    encoder: ImageEncoder, images: Mapping[str, Path], keys: Sequence[str], size: int
+) -> Iterator[list[Found]]:
+    """Embeddings, float32 (dimension,), batch by batch in the order of `keys`.
+
+    A GPU finds the next batch opened when it has encoded one. On a CPU every core takes small
+    batches of its own from file to embedding, which is a quarter faster than all of them working on
+    each matrix together: none waits for another.
+    """
+    opened = partial(_opened, encoder, images)
+    if best_device().type == "cpu":
+        size = min(size, _CPU_BATCH)
+        parts = (keys[start : start + size] for start in range(0, len(keys), size))
+        yield from parallel_map(
+            lambda part: _features(encoder, [opened(key) for key in part]),
+            parts,
+            prepare_thread=_one_core,
+        )
+        return
+    waiting = parallel_map(opened, keys, ahead=size)
+    while batch := list(islice(waiting, size)):
+        yield _features(encoder, batch)
+
+
+def _one_core() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # of this thread
+
+
+def _features(encoder: ImageEncoder, batch: Sequence[Found]) -> list[Found]:
+    """Embeddings of opened images; those that could not be opened keep their reason."""
+    ready = [found for _, found in batch if not isinstance(found, str)]
+    vectors = iter(encoder.prepared_features(ready))
+    return [(key, found if isinstance(found, str) else next(vectors)) for key, found in batch]
+
+
+def _opened(encoder: ImageEncoder, images: Mapping[str, Path], key: str) -> Found:
     """An image as the encoder sees it, or why it cannot be read."""
     try:
         with Image.open(images[key]) as image:

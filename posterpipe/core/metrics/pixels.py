@@ -35,14 +35,15 @@ class Preparation:
         self._known = _is_known(processor)
 
     def image(self, image: Image.Image) -> np.ndarray:
-        """What is left of one image: uint8 (height, width, 3), or float32 (3, height, width) where
-        the processor did it all. From any thread."""
+        """What is left of one image, (3, height, width): uint8, or float32 where the processor did
+        it all. From any thread."""
         rgb = image.convert("RGB")
         if self._pad_colour is not None:
             rgb = letterbox(rgb, self._pad_colour)
         shown = self._middle(rgb) if self._known else None
         if shown is not None:
-            return np.asarray(shown)
+            # Here, on small pieces, rather than on a batch.
+            return np.ascontiguousarray(np.asarray(shown).transpose(2, 0, 1))
         return self._processor(rgb, return_tensors="np").pixel_values[0]
 
     def batch(self, prepared: Sequence[np.ndarray], device: torch.device) -> Tensor:
@@ -52,24 +53,27 @@ class Preparation:
         if any(pixels.dtype != np.uint8 for pixels in prepared):
             done = [self._normalised(pixels) for pixels in prepared]
             return torch.from_numpy(np.stack(done)).to(device)
-        pixels = torch.from_numpy(np.stack(prepared)).to(device).permute(0, 3, 1, 2).float()
+        pixels = torch.from_numpy(np.stack(prepared)).to(device).float()
         processor = self._processor
-        if processor.do_rescale:
-            pixels = pixels * float(processor.rescale_factor)
-        if processor.do_normalize:
-            mean, std = (
-                torch.tensor(values, device=device).view(-1, 1, 1)
-                for values in (processor.image_mean, processor.image_std)
-            )
-            pixels = (pixels - mean) / std
-        return pixels.contiguous()
+        scale = float(processor.rescale_factor) if processor.do_rescale else 1.0
+        if not processor.do_normalize:
+            return pixels.mul_(scale)
+        # (pixels * scale - mean) / std, in two passes over the memory.
+        mean, std = (
+            torch.tensor(values, device=device).view(-1, 1, 1)
+            for values in (processor.image_mean, processor.image_std)
+        )
+        return pixels.mul_(scale / std).sub_(mean / std)
 
     def _normalised(self, pixels: np.ndarray) -> np.ndarray:
         """One of a batch in which the processor had to do others."""
         if pixels.dtype != np.uint8:
             return pixels
         return self._processor(
-            Image.fromarray(pixels), return_tensors="np", do_resize=False, do_center_crop=False
+            Image.fromarray(pixels.transpose(1, 2, 0)),
+            return_tensors="np",
+            do_resize=False,
+            do_center_crop=False,
         ).pixel_values[0]
 
     def _middle(self, image: Image.Image) -> Image.Image | None:
