@@ -64,6 +64,38 @@ def test_a_publication_tells_what_it_is(warehouse: Warehouse, public: Path) -> N
     assert all(len(comment) > 5 for (comment,) in told)
 
 
+READ_BY_AN_OLDER_CLIENT = """
+import duckdb, json, sys
+assert duckdb.__version__.startswith("1.5."), duckdb.__version__
+with duckdb.connect(sys.argv[1], read_only=True) as connection:
+    names = [name for (name,) in connection.execute("SHOW TABLES").fetchall()]
+    counts = {n: len(connection.execute(f'SELECT * FROM "{n}"').fetchall()) for n in names}
+print(json.dumps(counts))
+"""
+
+
+@pytest.mark.slow
+def test_a_duckdb_1_5_client_reads_every_table(
+    warehouse: Warehouse, public: Path, tmp_path: Path
+) -> None:
+    older = tmp_path / "older"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    done = subprocess.run([*install, str(older), "duckdb>=1.5,<1.6"], capture_output=True)
+    if done.returncode:
+        pytest.skip("DuckDB 1.5 cannot be installed here")
+    published = publish_scores(warehouse.path, public, run_id="run")
+    read = subprocess.run(
+        [sys.executable, "-c", READ_BY_AN_OLDER_CLIENT, str(public / "scores.duckdb")],
+        env={**os.environ, "PYTHONPATH": str(older)},
+        capture_output=True,
+        text=True,
+    )
+    assert read.returncode == 0, read.stderr
+    counts = json.loads(read.stdout)
+    assert {name: counts[name] for name in published.rows} == published.rows
+    assert counts["publication"] == 1 and counts["clip_scores"] > 0
+
+
 def test_parquet_holds_the_same_rows(warehouse: Warehouse, public: Path) -> None:
     publish_scores(warehouse.path, public, run_id="run")
     database = public / "scores.duckdb"
