@@ -75,6 +75,8 @@ class _Deployment:
             landing=self.landing,
             captions=self.captions,
             store=folder / "store",
+            # Coloured fields are all the same to the captioner.
+            checks={"min_distinct_captions": 0.0, "max_shared_captions": 1.0},
         )
 
     def refresh(self, instance: dg.DagsterInstance) -> tuple[dict[str, float], Counter[str]]:

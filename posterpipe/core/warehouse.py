@@ -63,7 +63,7 @@ STORAGE_VERSION = "v1.5.0"
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS fct_image (
-    generation_key  VARCHAR PRIMARY KEY,
+    generation_key  VARCHAR NOT NULL,
     pixel_key       VARCHAR NOT NULL,
     variant         VARCHAR NOT NULL,
     prompt_key      VARCHAR NOT NULL,
@@ -89,7 +89,6 @@ CREATE TABLE IF NOT EXISTS fct_score (
     reason          VARCHAR NOT NULL,
     scored_at       TIMESTAMP NOT NULL,
     run_id          VARCHAR,
-    PRIMARY KEY (generation_key, metric_id),
     CHECK ((status = 'ok') = (value IS NOT NULL))
 );
 CREATE TABLE IF NOT EXISTS dim_prompt (
@@ -259,7 +258,12 @@ _REPLACES_FAILED = {
     "fct_image": ("generation_key",),
     "fct_score": ("generation_key", "metric_id"),
 }
-"""Tables whose failed rows a later success replaces, and their keys."""
+"""Tables whose failed rows a later success replaces, and their keys.
+
+`insert` keeps the keys unique; these two have no index that would. They grow to millions of rows,
+and each opening of the file for a few new ones would read and write an index over all of them,
+which takes longer than to look for the few, and makes the file five times as large.
+"""
 
 _KEEPS_LATEST = {
     "fct_nearest": ("generation_key", "metric_id"),
@@ -345,23 +349,10 @@ class Warehouse:
 
         Failed ones, which are to be tried again, only on request. Empty before the first write.
         """
-        nothing = pd.DataFrame(columns=["generation_key", "value", "status", "reason"])
         if not self.path.exists():
-            return nothing.astype({"value": "float64"})
+            return _NO_SCORES.copy()
         with self.read() as connection:
-            if not _has_table(connection, "fct_score"):
-                return nothing.astype({"value": "float64"})
-            connection.register("wanted", _key_frame(generation_keys))
-            return connection.execute(
-                """
-                SELECT generation_key, value, status, reason
-                FROM fct_score
-                WHERE metric_id = ?
-                  AND generation_key IN (SELECT generation_key FROM wanted)
-                  AND (? OR status <> 'failed')
-                """,
-                [metric_id, with_failed],
-            ).df()
+            return read_scores(connection, metric_id, generation_keys, with_failed=with_failed)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -417,18 +408,72 @@ def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pd.DataFrame
     if rows.empty:
         return
     conflict = "ON CONFLICT DO NOTHING"
-    keys = _REPLACES_FAILED.get(table) or _KEEPS_LATEST.get(table)
-    if keys:
+    if table in _REPLACES_FAILED:
+        conflict = ""
+        rows = _news(connection, table, rows)
+    elif keys := _KEEPS_LATEST.get(table):
         values = [str(name) for name in rows.columns if name not in keys]
         changes = ", ".join(f"{name} = excluded.{name}" for name in values)
-        differs = f"{table}.status = 'failed' AND excluded.status <> 'failed'"
-        if table in _KEEPS_LATEST:
-            told = [name for name in values if name not in _WHEN_AND_WHO]
-            differs = " OR ".join(f"{table}.{n} IS DISTINCT FROM excluded.{n}" for n in told)
+        told = [name for name in values if name not in _WHEN_AND_WHO]
+        differs = " OR ".join(f"{table}.{n} IS DISTINCT FROM excluded.{n}" for n in told)
         conflict = f"ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {changes} WHERE {differs}"
     connection.register("new_rows", rows)
     connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM new_rows {conflict}")
     connection.unregister("new_rows")
+
+
+def _news(connection: duckdb.DuckDBPyConnection, table: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that say something new, one a key; failed ones that they replace are deleted."""
+    keys = list(_REPLACES_FAILED[table])
+    rows = rows.reset_index(drop=True)
+    good_first = rows.sort_values("status", key=lambda status: status == "failed", kind="stable")
+    rows = rows.loc[good_first.drop_duplicates(keys).index.sort_values()]
+    connection.register("new_keys", rows[keys])
+    looked_for = " AND ".join(f"{key} IN (SELECT {key} FROM new_keys)" for key in keys)
+    there = connection.execute(
+        f"SELECT {', '.join(keys)}, status AS known FROM {table} WHERE {looked_for}"
+    ).df()
+    connection.unregister("new_keys")
+    there = there.drop_duplicates(keys)
+    known = rows[keys].merge(there, on=keys, how="left")["known"].to_numpy()
+    replaces = (known == "failed") & (rows["status"] != "failed").to_numpy()
+    if replaces.any():
+        connection.register("replaced", rows.loc[replaces, keys])
+        same = " AND ".join(f"{table}.{key} = replaced.{key}" for key in keys)
+        connection.execute(f"DELETE FROM {table} USING replaced WHERE {same}")
+        connection.unregister("replaced")
+    return rows[pd.isna(known) | replaces]
+
+
+_NO_SCORES = pd.DataFrame(columns=["generation_key", "value", "status", "reason"]).astype(
+    {"value": "float64"}
+)
+
+
+def read_scores(
+    connection: duckdb.DuckDBPyConnection,
+    metric_id: str,
+    generation_keys: Iterable[str],
+    *,
+    with_failed: bool = False,
+) -> pd.DataFrame:
+    """See `Warehouse.scores`: the same in a connection that is open."""
+    connection.register("wanted", _key_frame(generation_keys))
+    try:
+        return connection.execute(
+            """
+            SELECT generation_key, value, status, reason
+            FROM fct_score
+            WHERE metric_id = ?
+              AND generation_key IN (SELECT generation_key FROM wanted)
+              AND (? OR status <> 'failed')
+            """,
+            [metric_id, with_failed],
+        ).df()
+    except duckdb.CatalogException:  # a file that holds reports only
+        return _NO_SCORES.copy()
+    finally:
+        connection.unregister("wanted")
 
 
 def prompt_key(prompt_id: str, prompt: str, score_text: str, title: str) -> str:
@@ -686,11 +731,6 @@ def _row_counts(connection: duckdb.DuckDBPyConnection, database: str) -> dict[st
 def _key_frame(generation_keys: Iterable[str]) -> pd.DataFrame:
     # The type by name: an empty column would have none.
     return pd.DataFrame({"generation_key": pd.Series(list(generation_keys), dtype="object")})
-
-
-def _has_table(connection: duckdb.DuckDBPyConnection, name: str) -> bool:
-    query = "SELECT count(*) FROM duckdb_tables() WHERE table_name = ?"
-    return bool(_single(connection, query, [name]))
 
 
 def _single(

@@ -177,6 +177,16 @@ def test_a_reworded_prompt_is_a_new_row_of_the_same_id(warehouse: Warehouse) -> 
     assert rows == [("a rocket 'Orbit'",), ("one rocket",)]
 
 
+def test_the_same_key_twice_at_once_is_one_row_and_a_success_counts(warehouse: Warehouse) -> None:
+    fill(warehouse)
+    fill(warehouse, [generation("g9")], [score("g9", None, "failed"), score("g9", 0.2), score("g9", 0.3)])
+    with warehouse.read() as connection:
+        rows = connection.execute(
+            "SELECT value, status FROM fct_score WHERE generation_key = 'g9'"
+        ).fetchall()
+    assert rows == [(0.2, "ok")]
+
+
 def test_an_error_rolls_everything_back_and_closes(warehouse: Warehouse) -> None:
     fill(warehouse)
     before = everything(warehouse)

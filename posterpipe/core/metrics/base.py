@@ -24,6 +24,7 @@ from posterpipe.core.store import Store, content_key
 from posterpipe.core.warehouse import (
     Warehouse,
     insert,
+    read_scores,
     record_generations,
     replace_current,
     replace_metrics,
@@ -110,12 +111,14 @@ def record_scores(
     run_id: str,
     step: str,
     make_current: bool = False,
-) -> None:
+) -> pd.DataFrame:
     """Adds scores (SCORE_COLUMNS) with their images, prompts, checkpoints and metrics, at once.
 
     Rows that are there stay as they are, but a success replaces a failure. `step` names who scores:
     these metrics are the ones that it uses from now on, and reports leave out those it used before.
-    `make_current` makes `generations` the images that reports are about. Raises WarehouseBusy.
+    `make_current` makes `generations` the images that reports are about. Returns what the warehouse
+    holds of the first metric now (see `Warehouse.scores`), failed ones included: a score that
+    another run wrote first is the one that counts. Raises WarehouseBusy.
     """
     now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
     described = pd.DataFrame([asdict(metric) for metric in metrics])
@@ -126,3 +129,6 @@ def record_scores(
         replace_metrics(connection, step, [metric.metric_id for metric in metrics])
         if make_current:
             replace_current(connection, generations["generation_key"])
+        return read_scores(
+            connection, metrics[0].metric_id, generations["generation_key"], with_failed=True
+        )

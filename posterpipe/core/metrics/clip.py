@@ -104,12 +104,10 @@ def score_generations(
     known = warehouse.scores(metric_id, generations["generation_key"])
     missing = generations[~generations["generation_key"].isin(known["generation_key"])]
     new = clip_t_scores(store, missing, settings, root, progress)
-    record_scores(
+    stored = record_scores(
         warehouse, generations, [clip_t_metric(settings, root)], new, run_id=run_id,
         step="clip_scores", make_current=True,
     )  # fmt: skip
-    # Read back, so that a score which another run wrote first is the one that counts.
-    stored = warehouse.scores(metric_id, generations["generation_key"], with_failed=True)
     places = generations[["generation_key", "variant", "prompt_id", "seed", "checkpoint_id"]]
     scores = places.merge(
         stored.rename(columns={"value": "clip_cosine"}), on="generation_key", how="left"
