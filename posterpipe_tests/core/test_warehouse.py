@@ -179,7 +179,8 @@ def test_a_reworded_prompt_is_a_new_row_of_the_same_id(warehouse: Warehouse) -> 
 
 def test_the_same_key_twice_at_once_is_one_row_and_a_success_counts(warehouse: Warehouse) -> None:
     fill(warehouse)
-    fill(warehouse, [generation("g9")], [score("g9", None, "failed"), score("g9", 0.2), score("g9", 0.3)])
+    twice = [score("g9", None, "failed"), score("g9", 0.2), score("g9", 0.3)]
+    fill(warehouse, [generation("g9")], twice)
     with warehouse.read() as connection:
         rows = connection.execute(
             "SELECT value, status FROM fct_score WHERE generation_key = 'g9'"
