@@ -215,6 +215,7 @@ def test_p_values_of_effects_belong_to_their_intervals_and_are_corrected_by_holm
     effects = world.query("from paired_effects")
     rows = current_scores(world)
     assert effects["metric_id"].nunique() > 3
+    row: Any
     for row in effects.itertuples():
         cells = rows[rows["metric_id"] == row.metric_id].pivot_table(
             index=["prompt_id", "seed"], columns="variant", values="value"

@@ -39,6 +39,8 @@ class Nights:
         self.definitions = build_defs(self.settings)
         self.repository = self.definitions.get_repository_def()
         self.said = ""
+        self.metadata: dict[str, str] = {}
+        """Further metadata of the checkpoints that are made."""
         self.instance.report_runless_asset_event(
             dg.AssetMaterialization(CLASS_IMAGES, tags={DATA_VERSION: "none"})
         )
@@ -52,9 +54,7 @@ class Nights:
             dg.AssetMaterialization(TRAINING_SET, tags={DATA_VERSION: version})
         )
 
-    def checkpoint(
-        self, trained_on: str, held_out: dict[str, str] | None = None, **tags: str
-    ) -> None:
+    def checkpoint(self, trained_on: str, **tags: str) -> None:
         """A checkpoint is made, by the code and settings of now."""
         spec = self.repository.assets_defs_by_key[CHECKPOINT].specs_by_key[CHECKPOINT]
         folder = self.settings.store / "checkpoints" / trained_on
@@ -62,7 +62,7 @@ class Nights:
         self.instance.report_runless_asset_event(
             dg.AssetMaterialization(
                 CHECKPOINT,
-                metadata={"path": f"checkpoints/{trained_on}", **(held_out or {})},
+                metadata={"path": f"checkpoints/{trained_on}", **self.metadata},
                 tags={
                     DATA_VERSION: f"checkpoint of {trained_on}",
                     CODE_VERSION: str(spec.code_version),
@@ -170,7 +170,8 @@ def test_other_held_out_posters_train_again_only_what_they_could_have_stopped(
     store = Store(nights.settings.store)
     store.write_table("holdout_posters", pd.DataFrame({"poster_id": ["one"]}))
     assert nights.tick() is None, "without early stopping they decide no weight"
-    nights.checkpoint("a", {HELD_OUT: store.table_version("holdout_posters") or ""})
+    nights.metadata[HELD_OUT] = store.table_version("holdout_posters") or ""
+    nights.checkpoint("a")
     assert nights.tick() is None
     store.write_table("holdout_posters", pd.DataFrame({"poster_id": ["one", "two"]}))
     assert nights.tick() is not None
