@@ -275,6 +275,8 @@ _KEEPS_LATEST = {
 _WHEN_AND_WHO = ("measured_at", "set_at", "read_at", "run_id")
 """Columns that alone are no reason to replace a row: the same measurement again changes nothing."""
 
+_opening = threading.Lock()
+
 _writing: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
 T = TypeVar("T")
@@ -384,7 +386,7 @@ class Warehouse:
     def _connection(self, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
         try:
             connection = retry_while_busy(
-                lambda: duckdb.connect(str(self.path), read_only=read_only),
+                lambda: _open(self.path, read_only=read_only),
                 self.path,
                 self.busy_seconds,
             )
@@ -470,8 +472,10 @@ def read_scores(
             """,
             [metric_id, with_failed],
         ).df()
-    except duckdb.CatalogException:  # a file that holds reports only
-        return _NO_SCORES.copy()
+    except duckdb.CatalogException as error:
+        if "fct_score" not in str(error):
+            raise
+        return _NO_SCORES.copy()  # a file that holds reports only
     finally:
         connection.unregister("wanted")
 
@@ -573,6 +577,13 @@ def replace_posters(connection: duckdb.DuckDBPyConnection, posters: pd.DataFrame
         connection.execute("DELETE FROM current_poster")
         connection.execute("INSERT INTO current_poster BY NAME SELECT * FROM new_posters")
     connection.unregister("new_posters")
+
+
+def _open(path: Path, *, read_only: bool) -> duckdb.DuckDBPyConnection:
+    # Threads that open one file share its instance, and one that comes at the wrong moment would
+    # find it without the function that reads DataFrames, which DuckDB adds when it is there.
+    with _opening:
+        return duckdb.connect(str(path), read_only=read_only)
 
 
 def retry_while_busy(open_it: Callable[[], T], path: Path, seconds: float) -> T:
