@@ -6,6 +6,7 @@ the assets (`defs`), and the Dagster UI and daemon (`make dev`), which show the 
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,7 @@ def run_demo(timings: Path | None = None) -> int:
     home = prepare_home(settings)
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     log = home / "demo.log"
+    atexit.register(_keep_last_words, log)
     with _terminal(log) as console:
         console.print(f"[bold]posterpipe demo[/], profile {settings.profile}")
         import dagster as dg
@@ -259,6 +261,14 @@ def _show(event: Any, console: Console, watch: Watch) -> None:
             line += f": {check.description}" if check.description else ""
             watch.warnings.append(line)
             console.print(f"[yellow]! {escape(line)}[/]")
+
+
+def _keep_last_words(log: Path) -> None:
+    """What libraries print while the process ends goes into the log: DuckDB lists what it did not
+    free, forty lines that nobody needs below a leaderboard."""
+    sys.stderr.flush()
+    with suppress(OSError), open(log, "a", encoding="utf-8") as sink:
+        os.dup2(sink.fileno(), 2)
 
 
 @contextmanager
