@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.rows import Row
+from posterpipe.core.parallel import parallel_map
 from posterpipe.core.store import Store
 from posterpipe.definitions import build_defs
 from posterpipe.defs.resources import Deployment
@@ -37,8 +38,8 @@ from posterpipe.settings import Settings, load_settings
 
 POSTERS = 10_000
 SIZES = (1_000, 10_000, 100_000)
-POSTER = (600, 900)
-"""Width and height of the 10,000, JPEG: the smaller ones of the starter posters."""
+POSTER = (1400, 2100)
+"""Width and height of the 10,000, JPEG: as those of `prepare_images`."""
 SMALL = (64, 96)
 """Of those that only make rows, PNG."""
 DAY = 86_400.0
@@ -119,8 +120,9 @@ def _draw(path: Path, number: int, size: tuple[int, int]) -> None:
 
 def _one_more(work: Path, instance: dg.DagsterInstance, posters: int) -> list[Row]:
     deployment = _Deployment(work)
-    for number in range(posters):
-        _draw(deployment.landing / f"{number:06}.jpg", number, POSTER)
+    paths = [deployment.landing / f"{number:06}.jpg" for number in range(posters)]
+    for _ in parallel_map(lambda number: _draw(paths[number], number, POSTER), range(posters)):
+        pass
     cold, cold_items = deployment.refresh(instance)
     cold_cpu = deployment.cpu_seconds
     if min(cold_items["resize posters"], cold_items["caption posters"]) != posters:
