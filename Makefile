@@ -55,7 +55,8 @@ doctor: install  ## what this machine has, and what is missing
 # A thread a worker, since the teams of threads of several workers wait for each other; a file a worker,
 # since what its tests share is built once then.
 test: install-dev  ## the tests (slow ones left out)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+		-m "not slow" $(ARGS)
 
 test-slow: install-dev  ## the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -1,4 +1,4 @@
-"""What all tests share: how long a session may take.
+"""What all tests share: how long a session may take, and in which order.
 
 What belongs here: options of the session. What does not: fixtures, which lie beside their tests.
 """
@@ -6,10 +6,13 @@ What belongs here: options of the session. What does not: fixtures, which lie be
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
 _STARTED = time.monotonic()
+
+_HERE = Path(__file__).parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,3 +31,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     budget = item.config.getoption("--budget")
     if budget is not None and time.monotonic() - _STARTED > budget:
         pytest.skip(f"left out, {budget:g} s are over: {item.nodeid}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the whole come first, those of parts later: a worker that begins the longest file
+    last would work on it alone while the others are done."""
+    items.sort(key=lambda item: item.path.parent != _HERE)

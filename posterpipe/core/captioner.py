@@ -7,6 +7,7 @@ images (`images`) and the file that trainers read (`training_set`).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from posterpipe.core.models import (
 )
 from posterpipe.core.parallel import cores
 from posterpipe.core.progress import NoProgress, Progress
-from posterpipe.core.store import Store, compute_missing, content_key
+from posterpipe.core.store import Store, cells, compute_missing, content_key
 from posterpipe.settings import CaptionerSettings, Precision
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def caption_posters(
     """
     human = human or {}
     usable = resized[resized["status"] == "ok"].sort_values("poster_id")
-    images = dict(zip(usable["poster_id"].astype(str), usable["image"].astype(str), strict=True))
+    images = dict(cells(usable, "poster_id", "image"))
     undescribed = {name: image for name, image in images.items() if name not in human}
     described = _described(store, undescribed, settings, root, progress or NoProgress())
     by_people = {"source": HUMAN, "model": "", "revision": "", "status": "ok"}
@@ -227,8 +228,9 @@ def _described(
             for key, row in zip(missing, caption_files(captioner, paths), strict=True):
                 yield key, {**row, "image": image_of[key]}
                 tick()
+        model = weakref.ref(captioner.model)
         del captioner
-        give_memory_back()
+        give_memory_back(model)
 
     rows = compute_missing(
         store,

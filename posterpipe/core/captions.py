@@ -16,21 +16,22 @@ import codecs
 import csv
 import io
 import os
+import posixpath
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from posterpipe.core.landing import EXTENSIONS
-from posterpipe.core.listing import Entry, Folder, Place, SourceChanged, source_name
+from posterpipe.core.listing import Entry, Folder, Place, SourceChanged, source_name, suffix
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import NoProgress, Progress
-from posterpipe.core.store import Store, compute_missing, content_key, write_atomic
+from posterpipe.core.store import Store, cells, compute_missing, content_key, write_atomic
 
 COLUMNS = ["source_name", "caption", "origin", "status", "reason"]
 
@@ -103,19 +104,25 @@ def clean_caption(text: str) -> str:
 
 
 def read_human_captions(
-    place: Place, csv_path: Path, store: Store | None = None, progress: Progress | None = None
+    place: Place,
+    csv_path: Path,
+    store: Store | None = None,
+    progress: Progress | None = None,
+    *,
+    entries: Sequence[Entry] | None = None,
 ) -> pd.DataFrame:
     """Every caption by people: a row each, sorted by source_name, the one that counts last.
 
     Columns: source_name (of the poster, relative to `place`; what the file says where there is no
     such poster), caption, origin (`sidecar` or `captions.csv`), status (`ok`, at most once for a
     source_name, or `rejected`), reason ("" for ok). With neither sidecars nor CSV the table is
-    empty. With a `store`, a sidecar that did not change since is not read again.
+    empty. With a `store`, a sidecar that did not change since is not read again. `entries` is the
+    listing of the place, where it was taken before.
 
     Raises CaptionsFileError when the CSV as a whole cannot be read, and PlaceMissing: captions that
     cannot be seen are not taken for captions that were removed.
     """
-    posters, texts = _split(place.entries())
+    posters, texts = _split(place.entries() if entries is None else entries)
     claims: dict[str, list[_Claim]] = {}
     sidecars = _sidecar_claims(place, posters, texts, store, progress or NoProgress())
     for name, claim in [*sidecars, *_csv_claims(csv_path, posters)]:
@@ -175,7 +182,7 @@ def _split(entries: Iterable[Entry]) -> tuple[list[str], dict[str, Entry]]:
             continue
         if name.lower().endswith(".txt"):
             texts.setdefault(_composed(name[:-4]), entry)
-        elif PurePosixPath(name).suffix.lower() in EXTENSIONS:
+        elif suffix(name).lower() in EXTENSIONS:
             posters.append(name)
     return posters, texts
 
@@ -188,7 +195,7 @@ def _composed(name: str) -> str:
 def _candidates(poster: str, texts: Mapping[str, Entry]) -> list[Entry]:
     """The sidecars of a poster, the one that counts first."""
     name = _composed(poster)
-    stem = name[: -len(PurePosixPath(name).suffix)]
+    stem = posixpath.splitext(name)[0]
     return [texts[key] for key in (name, stem) if key in texts]
 
 
@@ -339,7 +346,7 @@ class _Names:
         self._exact = frozenset(posters)
         self._composed = {_composed(name): name for name in posters}
         self._loose = {name.casefold(): poster for name, poster in self._composed.items()}
-        self._last = {PurePosixPath(name).name: name for name in posters}
+        self._last = {posixpath.basename(name): name for name in posters}
 
     def find(self, written: str) -> str | None:
         """The poster of that name; spaces around it, `./` and `\\` for `/` are allowed."""
@@ -352,7 +359,7 @@ class _Names:
     def hint(self, written: str) -> str:
         """What may have been meant, for the end of a sentence."""
         plain = _composed(written.strip())
-        meant = self._loose.get(plain.casefold()) or self._last.get(PurePosixPath(plain).name)
+        meant = self._loose.get(plain.casefold()) or self._last.get(posixpath.basename(plain))
         return f"; is it {meant}?" if meant else "; correct it, or put the poster in"
 
 
@@ -423,10 +430,10 @@ def captions_by_poster(posters: pd.DataFrame, human: pd.DataFrame) -> dict[str, 
     of the first name, with a note.
     """
     accepted = human[human["status"] == "ok"]
-    captions = dict(zip(accepted["source_name"], accepted["caption"], strict=True))
+    captions = dict(cells(accepted, "source_name", "caption"))
     usable = posters[posters["status"].isin(["ok", "duplicate"]) & (posters["poster_id"] != "")]
     given: dict[str, list[tuple[str, str]]] = {}
-    for name, poster_id in sorted(zip(usable["source_name"], usable["poster_id"], strict=True)):
+    for name, poster_id in sorted(cells(usable, "source_name", "poster_id")):
         if name in captions:
             given.setdefault(poster_id, []).append((name, captions[name]))
     found = {}

@@ -12,7 +12,6 @@ their hash, under whatever name and date they come again.
 from __future__ import annotations
 
 import hashlib
-import posixpath
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from posterpipe.core.listing import (
     listing_digest,
     open_place,
     source_name,
+    suffix,
 )
 from posterpipe.core.near_duplicates import earliest_near_duplicates
 from posterpipe.core.parallel import cores, parallel_map
@@ -131,7 +131,7 @@ def list_posters(place: Place) -> list[Entry]:
 
 def poster_entries(entries: Iterable[Entry]) -> list[Entry]:
     """The entries that have rows: not captions, notes and unfinished copies."""
-    return [e for e in entries if e.problem or _suffix(e).lower() not in NOT_POSTERS]
+    return [e for e in entries if e.problem or suffix(e.name).lower() not in NOT_POSTERS]
 
 
 def landing_digest(entries: Iterable[Entry], store: Store) -> str:
@@ -198,12 +198,6 @@ def rehash(place: Place, store: Store, progress: Progress | None = None) -> Reha
         store.forget_results(_REHASHED, [_REHASHED])
         store.add_results(_REHASHED, {_REHASHED: {"digest": content_key(earlier, hashes)}})
     return Rehash(len(names["same"]), names["changed"], names["new"], names["unreadable"])
-
-
-def _suffix(entry: Entry) -> str:
-    # As of a path, which takes ten times as long to make: this is asked of every file, often.
-    suffix = posixpath.splitext(entry.name)[1]
-    return "" if suffix == "." else suffix
 
 
 def _file_key(place: Place, entry: Entry) -> str:
@@ -321,10 +315,10 @@ def _inspect(
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What is true of a file, and of its content where it was looked at (see _NOTHING_KNOWN)."""
     file = {"poster_id": "", "size_bytes": entry.size, "problem": "", "transient": False}
-    suffix = _suffix(entry)
-    if suffix.lower() not in EXTENSIONS:
+    extension = suffix(entry.name)
+    if extension.lower() not in EXTENSIONS:
         file["problem"] = (
-            f"{suffix or 'no extension'}: not one of {', '.join(EXTENSIONS)}; "
+            f"{extension or 'no extension'}: not one of {', '.join(EXTENSIONS)}; "
             "export it as PNG or remove it"
         )
     elif entry.size > MAX_BYTES:

@@ -16,9 +16,10 @@ import logging
 import os
 import re
 import sys
+import weakref
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from posterpipe.core.store import content_key
 from posterpipe.settings import ModelRef, Precision
@@ -211,14 +212,22 @@ def torch_dtype(precision: Precision) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def give_memory_back() -> None:
+def give_memory_back(freed: weakref.ref[Any] | None = None) -> None:
     """Returns to the system what models took that are no longer needed.
 
     Python's collector counts objects and not gigabytes, so a model in a cycle of references stays
     for long; and weights that were freed stay with the C library in pieces, 6 GB of them after
-    Stable Diffusion 2.1 had drawn in fp32. What runs next, a training process for one, needs them.
+    Stable Diffusion 2.1 had drawn in fp32, or with CUDA's allocator. What runs next, a training
+    process for one, needs them.
+
+    `freed`: what should be gone by now. The collector looks at every object of the process, so it
+    is not asked where this is gone indeed.
     """
-    gc.collect()
+    if freed is None or freed() is not None:
+        gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
             ctypes.CDLL(None).malloc_trim(0)

@@ -32,7 +32,14 @@ from typing import Any
 
 import pandas as pd
 
-from posterpipe.core.store import Store, TableMissing, content_key, write_atomic, writing
+from posterpipe.core.store import (
+    Store,
+    TableMissing,
+    cells,
+    content_key,
+    write_atomic,
+    writing,
+)
 from posterpipe.settings import default_root
 
 ENVIRONMENT = "environment"
@@ -215,14 +222,15 @@ def _lineage(
     names: dict[str, list[str]] = {}
     if posters is not None:
         named = posters[posters["status"].isin(["ok", "duplicate"])]
-        for poster_id, name in zip(named["poster_id"], named["source_name"], strict=True):
+        for poster_id, name in cells(named, "poster_id", "source_name"):
             names.setdefault(poster_id, []).append(name)
-    lineage["source_names"] = [names.get(poster_id, []) for poster_id in lineage["poster_id"]]
+    posters_of_rows = lineage["poster_id"].tolist()
+    lineage["source_names"] = [names.get(poster_id, []) for poster_id in posters_of_rows]
     for column in ("source", "model", "revision"):
         known: dict[str, str] = {}
         if captions is not None and column in captions:
-            known = dict(zip(captions["poster_id"], captions[column], strict=True))
-        lineage[f"caption_{column}"] = [known.get(poster, "") for poster in lineage["poster_id"]]
+            known = dict(cells(captions, "poster_id", column))
+        lineage[f"caption_{column}"] = [known.get(poster, "") for poster in posters_of_rows]
     return lineage[LINEAGE_COLUMNS]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from posterpipe.core.landing import COLUMNS, list_posters, poster_entries, scan
 from posterpipe.core.listing import Folder, open_place
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import NoProgress, Progress
-from posterpipe.core.store import Store, compute_missing, content_key
+from posterpipe.core.store import Store, cells, compute_missing, content_key
 from posterpipe.settings import ImageSettings
 
 STATISTICS_VERSION = 1
@@ -150,7 +151,7 @@ def source_names(posters: pd.DataFrame) -> dict[str, str]:
     """The file in the landing folder by poster_id; of duplicates the one that is used."""
     ordered = posters.sort_values("status", key=lambda status: status != "ok", kind="stable")
     names: dict[str, str] = {}
-    for poster_id, name in zip(ordered["poster_id"], ordered["source_name"], strict=True):
+    for poster_id, name in cells(ordered, "poster_id", "source_name"):
         names.setdefault(str(poster_id), str(name))
     return names
 
@@ -240,7 +241,7 @@ def blank_training_images(
     made = resized[resized["status"] == "ok"]
     blank = [
         (names.get(str(poster_id), str(poster_id)), reason)
-        for poster_id, image in zip(made["poster_id"], made["image"], strict=True)
+        for poster_id, image in cells(made, "poster_id", "image")
         if (reason := blank_reason(statistics[str(image)]))
     ]
     share = _share(len(blank), len(made))
@@ -334,7 +335,7 @@ def repeated_captions(
     made = captions[captions["status"] == "ok"]
     posters_of: dict[str, list[str]] = {}
     wording: dict[str, str] = {}
-    for poster_id, caption in zip(made["poster_id"], made["caption"], strict=True):
+    for poster_id, caption in cells(made, "poster_id", "caption"):
         same = _same_words(str(caption))
         wording.setdefault(same, str(caption))
         posters_of.setdefault(same, []).append(names.get(str(poster_id), str(poster_id)))
@@ -376,12 +377,12 @@ def caption_diversity(
     `source_names`.
     """
     made = captions[captions["status"] == "ok"]
-    texts = [str(caption) for caption in made["caption"]]
+    texts = [str(caption) for caption in made["caption"].tolist()]
     by_words: dict[str, list[int]] = {}
     for place, text in enumerate(texts):
         by_words.setdefault(_same_words(text), []).append(place)
     share = _share(len(by_words), len(texts))
-    files = [names.get(str(poster_id), str(poster_id)) for poster_id in made["poster_id"]]
+    files = [names.get(str(poster_id), str(poster_id)) for poster_id in made["poster_id"].tolist()]
     often = sorted((places for places in by_words.values() if len(places) > 1), key=len)[::-1]
     return Finding(
         passed=bool(texts) and share >= min_distinct,
@@ -444,18 +445,17 @@ def incomplete_rows(training: pd.DataFrame, training_sets: Path) -> Finding:
         else:
             if digest != version:
                 found.append((csv.name, "", "was changed after it was written"))
-    for row in training.itertuples(index=False):
-        caption = "" if row.caption is None else str(row.caption)
+    for version, file_name, written in cells(training, "training_set", "file_name", "caption"):
+        caption = "" if written is None else str(written)
         if not caption.strip():
-            found.append((str(row.file_name), caption, "no caption"))
-        file = training_sets / str(row.training_set) / str(row.file_name)
+            found.append((str(file_name), caption, "no caption"))
         try:
-            empty = file.stat().st_size == 0
+            size = os.stat(f"{training_sets}/{version}/{file_name}").st_size
         except OSError:
-            found.append((str(row.file_name), caption, "no image"))
+            found.append((str(file_name), caption, "no image"))
         else:
-            if empty:
-                found.append((str(row.file_name), caption, "an empty file"))
+            if size == 0:
+                found.append((str(file_name), caption, "an empty file"))
     return Finding(
         passed=not found,
         summary=f"{len(training)} rows, {len(found)} faults; each row needs its image and a "
@@ -521,10 +521,10 @@ def holdout_overlap(
     """
     files = source_names(posters)
     usable = posters[posters["status"] == "ok"]
-    look = dict(zip(usable["poster_id"], usable["perceptual_hash"], strict=True))
+    look = dict(cells(usable, "poster_id", "perceptual_hash"))
     held = holdout[holdout["poster_id"] != ""]
     held_files = held.groupby("poster_id", sort=False)["source_name"].first().to_dict()
-    trained = [str(poster_id) for poster_id in training["poster_id"]]
+    trained = [str(poster_id) for poster_id in training["poster_id"].tolist()]
     pairs = {
         (poster_id, poster_id): "the same bytes" for poster_id in trained if poster_id in held_files
     }

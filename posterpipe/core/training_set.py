@@ -27,7 +27,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from posterpipe.core.store import Store, fsync_folder, write_atomic, writing
+from posterpipe.core.store import Store, cells, fsync_folder, write_atomic, writing
 from posterpipe.settings import DEFAULT_TEMPLATE
 
 COLUMNS = ["file_name", "caption", "poster_id", "image"]
@@ -59,7 +59,9 @@ def build_training_set(
     Raises TrainingSetEmpty.
     """
     frame = _join(resized, captions)
-    frame["caption"] = [training_caption(text, template, trigger) for text in frame["caption"]]
+    frame["caption"] = [
+        training_caption(text, template, trigger) for text in frame["caption"].tolist()
+    ]
     if frame.empty:
         raise TrainingSetEmpty(
             "No poster has both an image and a caption: look at the column `reason` of "
@@ -88,7 +90,7 @@ def csv_text(frame: pd.DataFrame) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["file_name", "caption"])
-    writer.writerows(zip(frame["file_name"], frame["caption"], strict=True))
+    writer.writerows(cells(frame, "file_name", "caption"))
     return buffer.getvalue()
 
 
@@ -96,26 +98,28 @@ def _join(resized: pd.DataFrame, captions: pd.DataFrame) -> pd.DataFrame:
     images = resized.loc[resized["status"] == "ok", ["poster_id", "image"]]
     words = captions.loc[captions["status"] == "ok", ["poster_id", "caption", "source"]].copy()
     # A line break inside a cell is legal CSV, and what many readers of it get wrong.
-    words["caption"] = [" ".join(str(caption).split()) for caption in words["caption"]]
+    words["caption"] = [" ".join(str(caption).split()) for caption in words["caption"].tolist()]
     frame = images.merge(words[words["caption"] != ""], on="poster_id", validate="one_to_one")
     # "human" sorts before "model": what a person wrote of one copy is true of the others.
     frame = frame.sort_values(["source", "poster_id"]).drop_duplicates("image")
     frame = frame.sort_values("poster_id").reset_index(drop=True)
-    frame["file_name"] = [f"{IMAGES}/{image[:NAME_LENGTH]}.png" for image in frame["image"]]
+    frame["file_name"] = [
+        f"{IMAGES}/{image[:NAME_LENGTH]}.png" for image in frame["image"].tolist()
+    ]
     return frame[COLUMNS]
 
 
 def _is_complete(folder: Path, frame: pd.DataFrame) -> bool:
     names = [*frame["file_name"], CSV_NAME, f"{IMAGES}/metadata.csv"]
-    return all((folder / name).is_file() for name in names)
+    return all(os.path.isfile(f"{folder}/{name}") for name in names)
 
 
 def _write(store: Store, frame: pd.DataFrame, text: str, folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name[:12]}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         (temporary / IMAGES).mkdir(parents=True)
-        for file_name, image in zip(frame["file_name"], frame["image"], strict=True):
-            _link(store.path(image, ".png"), temporary / file_name)
+        for file_name, image in cells(frame, "file_name", "image"):
+            _link(store.path(image, ".png"), f"{temporary}/{file_name}")
         inner = frame.assign(file_name=frame["file_name"].str.removeprefix(f"{IMAGES}/"))
         write_atomic(temporary / IMAGES / "metadata.csv", csv_text(inner).encode("utf-8"))
         write_atomic(temporary / CSV_NAME, text.encode("utf-8"))
@@ -133,7 +137,7 @@ def _write(store: Store, frame: pd.DataFrame, text: str, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: Path, target: str) -> None:
     try:
         os.link(source, target)
     except FileNotFoundError:

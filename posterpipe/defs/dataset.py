@@ -50,11 +50,12 @@ def resized_posters(
     a poster that was resized before is not resized again.
     """
     from posterpipe.core.images import resize_posters
+    from posterpipe.core.store import cells
 
     store = deployment.store
     progress = deployment.progress(context)
     resized = resize_posters(store, raw_posters, deployment.settings.images, progress)
-    names = dict(zip(raw_posters["poster_id"], raw_posters["source_name"], strict=True))
+    names = dict(cells(raw_posters, "poster_id", "source_name"))
     usable = resized[resized["status"] == "ok"]
     images = [
         (store.path(row.image, ".png"), names[row.poster_id])
@@ -100,12 +101,14 @@ def human_captions(
 
     settings = deployment.settings
     place = open_place(settings.landing, settings.root)
-    digest = captions_digest(place.entries(), settings.path(settings.captions))
+    entries = place.entries()
+    digest = captions_digest(entries, settings.path(settings.captions))
     table = read_human_captions(
         place,
         settings.path(settings.captions),
         deployment.store,
         deployment.progress(context),
+        entries=entries,
     )
     unused = table[table["status"] != "ok"]
     return table_output(
@@ -154,6 +157,7 @@ def poster_captions(
     from posterpipe.core.captioner import HUMAN, MODEL, caption_posters
     from posterpipe.core.captions import captions_by_poster
     from posterpipe.core.models import fingerprint
+    from posterpipe.core.store import cells
 
     settings = deployment.settings
     store = deployment.store
@@ -165,7 +169,7 @@ def poster_captions(
         deployment.progress(context),
         human=captions_by_poster(raw_posters, human_captions),
     )
-    images = dict(zip(resized_posters["poster_id"], resized_posters["image"], strict=True))
+    images = dict(cells(resized_posters, "poster_id", "image"))
     captioned = captions[captions["status"] == "ok"]
     by_source = {MODEL: 0, HUMAN: 0, **counts(captions, "source")}
     # Without captions by the model, another model changes nothing.
