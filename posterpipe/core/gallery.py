@@ -224,13 +224,11 @@ def _write(
 
     words = text.split()
     for line in range(lines):
-        taken = _most(words, " ", "", fits)
+        last = line == lines - 1
+        taken = len(words) if last else _most(words, " ", "", fits)
         shown, words = " ".join(words[:taken]), words[taken:]
-        if words and line == lines - 1:
-            shown += " …"
         if not fits(shown):
-            whole = shown.rstrip(" …")
-            shown = whole[: _most(whole, "", "…", fits)] + "…"
+            shown = shown[: _most(shown, "", "…", fits)].rstrip() + "…"
         draw.text((place[0], place[1] + line * _line_height(size)), shown, fill=INK, font=font)
         if not words:
             return

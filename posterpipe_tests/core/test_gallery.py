@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
 
 from posterpipe.core.gallery import (
     BACKGROUND,
+    GAP,
     Picture,
     contact_sheet,
     data_uri,
@@ -101,3 +104,51 @@ def test_a_data_uri_stays_small_whatever_the_image(max_bytes: int) -> None:
 def test_markdown_escapes_the_description() -> None:
     text = markdown_image(colour("red"), "a [red]\nimage")
     assert text.startswith("![a \\[red\\] image](data:image/webp;base64,")
+
+
+def _cell_of(sheet: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """The pixels of the first cell of a sheet without title."""
+    return np.asarray(sheet.crop((GAP, GAP, GAP + size[0], GAP + size[1])), dtype=np.float64)
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 8])
+def test_a_large_jpeg_stands_upright_and_looks_as_if_decoded_whole(
+    tmp_path: Path, orientation: int
+) -> None:
+    width, height = (900, 600) if orientation != 1 else (600, 900)
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    waves = 127 + 120 * np.sin(25 * x * x + 7 * y)
+    pixels = np.stack([255 * x, 255 * y, waves], axis=2).astype(np.uint8)
+    picture = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture.save(tmp_path / "poster.jpg", quality=95, exif=exif)
+    size = (72, 108)
+    upright = {1: 0, 6: 270, 8: 90}[orientation]
+    expected = picture.rotate(upright, expand=True).resize(size, Image.Resampling.LANCZOS)
+    drawn = _cell_of(contact_sheet([(tmp_path / "poster.jpg", "")], cell=size), size)
+    error = np.mean((drawn - np.asarray(expected, dtype=np.float64)) ** 2)
+    assert 10 * np.log10(255**2 / error) > 38
+
+
+@given(label=st.text(max_size=300), cell_width=st.integers(30, 120))
+@settings(max_examples=30, deadline=None)
+def test_a_label_is_as_long_as_fits_its_cell_and_no_longer(label: str, cell_width: int) -> None:
+    picture = Image.new("RGB", (20, 30), "teal")
+    sheet = contact_sheet([(picture, label), (picture, "")], columns=2, cell=(cell_width, 30))
+    # Letters may lean over their own width by a pixel or two, not over the gap.
+    between = np.asarray(sheet.crop((GAP + cell_width + 3, 0, 2 * GAP + cell_width, sheet.height)))
+    assert (between == BACKGROUND).all()
+
+
+def test_a_cut_label_says_so_and_keeps_what_fits() -> None:
+    picture = Image.new("RGB", (20, 30), "teal")
+
+    def ink(label: str) -> int:
+        """The last column with ink below the picture."""
+        sheet = contact_sheet([(picture, label)], cell=(100, 30))
+        below = np.asarray(sheet.crop((0, GAP + 32, sheet.width, sheet.height)))
+        return int((below != BACKGROUND).any(axis=(0, 2)).nonzero()[0].max())
+
+    for long in ("i" * 200, "word " * 40, "one " + "w" * 100):
+        assert GAP + 100 - 14 < ink(long) <= GAP + 100 + 2, long
