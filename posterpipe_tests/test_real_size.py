@@ -4,6 +4,7 @@ in."""
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -76,6 +77,9 @@ class Memory:
 def test_two_posters_and_two_steps_go_through_the_whole_chain(
     tmp_path: Path, models: Path, profile: str, base: str
 ) -> None:
+    # pytest keeps what bitsandbytes logs when first imported, with it an exception, and with that
+    # the frames of all who asked for it: a sampler with its model, for the rest of the test.
+    importlib.import_module("bitsandbytes")
     shipped = load_settings(profile)
     assert shipped.base_model.id.endswith(base)
     data = default_root() / "data"
