@@ -368,8 +368,9 @@ def leaderboard_table(deployment: Deployment) -> Table:
         pad_edge=False,
         show_edge=False,
     )
-    for name in ("variant", "images", "cosine", "95 % interval", "difference", "95 % interval"):
-        table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=True)
+    table.add_column("variant", overflow="fold")  # where it is narrow, the name and not a number
+    for name in ("images", "cosine", "95 % interval", "difference", "95 % interval"):
+        table.add_column(name, justify="right", no_wrap=True)
     for variant, images, blocked, _, mean, low, high, diff, diff_low, diff_high, _ in rows:
         table.add_row(
             variant,
