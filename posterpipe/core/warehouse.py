@@ -315,7 +315,8 @@ class Warehouse:
 
         Creates file and schema. Always closes. Raises WarehouseBusy and WarehouseError.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            self._create()
         with self._turn(), self._connection(read_only=False) as connection:
             connection.begin()
             try:
@@ -355,6 +356,32 @@ class Warehouse:
             return _NO_SCORES.copy()
         with self.read() as connection:
             return read_scores(connection, metric_id, generation_keys, with_failed=with_failed)
+
+    def _create(self) -> None:
+        """Makes the file with its tables under another name, and links it into place whole.
+
+        Between DuckDB's creating a file and its first lock on it, others would find a file of no
+        bytes, which is no database; and then one without tables.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        try:
+            with contextlib.closing(_open(new, read_only=False)) as connection:
+                connection.begin()
+                self._prepare(connection)
+                connection.commit()
+            with contextlib.suppress(FileExistsError):  # another process was first
+                _link(new, self.path)
+        except (duckdb.Error, OSError) as error:
+            raise WarehouseError(
+                f"{self.path}: cannot be created ({_first_line(error)}); make room on the disk and "
+                "the folder writable, and materialize the asset again"
+            ) from error
+        finally:
+            for left in (new, new.with_name(f"{new.name}.wal")):
+                with contextlib.suppress(OSError):
+                    left.unlink()
+        fsync_folder(self.path.parent)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -584,6 +611,18 @@ def _open(path: Path, *, read_only: bool) -> duckdb.DuckDBPyConnection:
     # find it without the function that reads DataFrames, which DuckDB adds when it is there.
     with _opening:
         return duckdb.connect(str(path), read_only=read_only)
+
+
+def _link(file: Path, place: Path) -> None:
+    """Raises FileExistsError where something is at that place."""
+    try:
+        os.link(file, place)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if place.exists():
+            raise FileExistsError(place) from None
+        os.rename(file, place)
 
 
 def retry_while_busy(open_it: Callable[[], T], path: Path, seconds: float) -> T:

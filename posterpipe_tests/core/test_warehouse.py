@@ -323,6 +323,40 @@ def test_threads_of_one_process_take_turns(warehouse: Warehouse) -> None:
     assert len(patient.scores(METRIC, [f"t{number}" for number in range(4)])) == 4
 
 
+FIRST_WRITES = """
+import sys, time
+from pathlib import Path
+from posterpipe.core.warehouse import Warehouse
+from posterpipe_tests.core.test_warehouse import METRIC, fill, generation, score
+folder, number = Path(sys.argv[1]), int(sys.argv[2])
+for round in range(int(sys.argv[3])):
+    warehouse = Warehouse(folder / f"{round}.duckdb", busy_seconds=60)
+    (folder / f"{round} {number}").touch()
+    while len(list(folder.glob(f"{round} *"))) < 3:  # all begin at the same moment
+        time.sleep(0.0005)
+    if number:
+        fill(warehouse, [generation(f"g{number}")], [score(f"g{number}", 0.5)])
+    else:
+        while warehouse.scores(METRIC, ["g1", "g2"]).empty:  # a reader sees nothing, or a row
+            pass
+"""
+
+
+def test_processes_that_write_first_at_the_same_moment_make_one_warehouse(tmp_path: Path) -> None:
+    rounds = 12
+    command = [sys.executable, "-c", FIRST_WRITES, str(tmp_path)]
+    processes = [
+        subprocess.Popen([*command, str(number), str(rounds)], stderr=subprocess.PIPE, text=True)
+        for number in range(3)
+    ]
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    for number in range(rounds):
+        scores = Warehouse(tmp_path / f"{number}.duckdb").scores(METRIC, ["g1", "g2"])
+        assert sorted(scores.generation_key) == ["g1", "g2"]
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_a_killed_writer_leaves_nothing_half_done(warehouse: Warehouse) -> None:
     fill(warehouse)
     before = everything(warehouse)
