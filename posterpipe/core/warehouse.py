@@ -327,7 +327,7 @@ class Warehouse:
                 # An error may have ended the transaction already.
                 with contextlib.suppress(duckdb.Error):
                     connection.rollback()
-                if isinstance(error, duckdb.IOException | duckdb.FatalException):
+                if _of_the_disk(error):
                     raise WarehouseError(
                         f"{self.path}: could not be written ({_first_line(error)}); make room on "
                         "the disk, and materialize the asset again: nothing of it was written"
@@ -611,6 +611,12 @@ def _open(path: Path, *, read_only: bool) -> duckdb.DuckDBPyConnection:
     # find it without the function that reads DataFrames, which DuckDB adds when it is there.
     with _opening:
         return duckdb.connect(str(path), read_only=read_only)
+
+
+def _of_the_disk(error: BaseException) -> bool:
+    """Whether it is the disk's fault; at a commit, DuckDB tells that as one of the transaction."""
+    at_commit = isinstance(error, duckdb.TransactionException) and "Could not write" in str(error)
+    return at_commit or isinstance(error, duckdb.IOException | duckdb.FatalException)
 
 
 def _link(file: Path, place: Path) -> None:
