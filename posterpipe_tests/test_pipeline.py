@@ -306,6 +306,7 @@ def test_all_evidence_is_in_the_published_database(pipeline: Pipeline) -> None:
     assert decided == [(1,)]
 
 
+@pytest.mark.slow
 def test_a_pin_makes_the_champion_stale_and_is_followed(pipeline: Pipeline) -> None:
     specs = build_defs(pipeline.settings, pipeline.deployment).resolve_all_asset_specs()
     before = pipeline.versions()
@@ -349,6 +350,7 @@ def test_a_second_run_computes_nothing(pipeline: Pipeline) -> None:
     assert contents(pipeline.deployment.store) == files
 
 
+@pytest.mark.slow
 def test_rerunning_every_step_gives_the_same_versions_from_the_store(pipeline: Pipeline) -> None:
     before, files = pipeline.versions(), contents(pipeline.deployment.store)
     defs = build_defs(pipeline.settings, pipeline.deployment)
@@ -464,6 +466,7 @@ def test_a_checkpoint_in_the_place_of_another_draws_nothing(pipeline: Pipeline) 
     assert "materialize dreambooth_checkpoint again" in message
 
 
+@pytest.mark.slow
 def test_nothing_that_the_pipeline_needs_is_garbage(pipeline: Pipeline) -> None:
     store = pipeline.deployment.store
     version = store.table_version("clip_scores")

@@ -611,6 +611,7 @@ def mounted(place: Path, *options: str) -> Iterator[Callable[..., None]]:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_when_there_is_room_the_run_goes_on(world: World) -> None:
     root = world.store("full", trained=False)
     with mounted(root, "-t", "tmpfs", "-o", "size=64k", "tmpfs") as mount_again:
@@ -632,6 +633,7 @@ def test_a_full_disk_is_told_and_when_there_is_room_the_run_goes_on(world: World
         assert_goes_on(root, world, saved(root))
 
 
+@pytest.mark.slow
 def test_a_read_only_store_can_be_read_and_is_told_and_left_alone(world: World) -> None:
     root = world.store("read only")
     assert world.run(root) == 0
