@@ -498,7 +498,6 @@ DEATHS: dict[str, tuple[Callable[[], None], dict[str, int]]] = {
 
 QUICK = (
     "while captions are saved",
-    "between a table and its name",
     "while the database is written",
 )
 """Deaths that the fast tests die."""

@@ -189,7 +189,14 @@ def test_keyboard_alone_is_enough(page: Page, report: Path) -> None:
     assert page.evaluate("document.activeElement.className") == "frame", "the focus comes back"
 
 
-@pytest.mark.parametrize("name", PAGES)
+QUICK = ("index", "gallery")
+"""Pages that the fast tests look at: the two that differ most."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in PAGES],
+)
 def test_accessible_in_both_themes(
     new_page: Callable[..., Page], report: Path, serious_violations: Violations, name: str
 ) -> None:

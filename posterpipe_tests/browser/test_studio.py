@@ -234,7 +234,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(
         assert widest == [0, 0], path
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_the_pages_have_no_serious_accessibility_violations(
     studio: Studio,
     new_page: Callable[..., Page],

@@ -188,6 +188,7 @@ def test_killed_in_any_line_of_a_save_a_run_ends_with_the_same_bits(
         assert line > 30
 
 
+@pytest.mark.slow
 def test_killed_while_saving_a_run_ends_with_the_same_bits(
     make_config: MakeConfig, uninterrupted: RunConfig
 ) -> None:
