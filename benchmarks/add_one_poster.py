@@ -110,10 +110,10 @@ class _Deployment:
             index.execute("UPDATE results SET used_at = ?", [int(then)])
 
 
-def _draw(path: Path, number: int, size: tuple[int, int]) -> None:
+def _draw(path: Path, number: int) -> None:
     """A poster of 8 x 12 coloured fields, unlike every other."""
     fields = np.random.default_rng(number).integers(0, 256, (12, 8, 3), dtype=np.uint8)
-    image = Image.fromarray(fields).resize(size, Image.Resampling.NEAREST)
+    image = Image.fromarray(fields).resize(SMALL, Image.Resampling.NEAREST)
     image.save(path, compress_level=1)
 
 
@@ -189,14 +189,14 @@ def _a_row(work: Path, instance: dg.DagsterInstance, rows: int) -> dict[str, flo
     deployment = _Deployment(work)
     names = [f"{number:06}.png" for number in range(rows + 1)]
     for number, name in enumerate(names[:-1]):
-        _draw(deployment.landing / name, number, SMALL)
+        _draw(deployment.landing / name, number)
     with open(deployment.captions, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["file_name", "caption"])
         writer.writerows([name, f"fields number {name}"] for name in names)
     deployment.refresh(instance)
     deployment.let_a_day_pass()
-    _draw(deployment.landing / names[-1], rows, SMALL)
+    _draw(deployment.landing / names[-1], rows)
     seconds, _ = deployment.refresh(instance)
     return {name: value / rows * 1e6 for name, value in seconds.items()}
 

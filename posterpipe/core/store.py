@@ -272,6 +272,8 @@ class Store:
                 for start in range(0, len(keys), KEYS_A_QUERY):
                     part = keys[start : start + KEYS_A_QUERY]
                     which = f"kind = ? AND key IN ({','.join('?' * len(part))})"
+                    # Which rows are gone is asked only where some are, which is nearly never;
+                    # RETURNING would build every key of every call.
                     update = f"UPDATE results SET used_at = ? WHERE {which}"
                     if index.execute(update, [now, kind, *part]).rowcount < len(part):
                         left = index.execute(

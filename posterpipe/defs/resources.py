@@ -231,10 +231,10 @@ def table_preview(table: Table, names: Sequence[str] | None = None) -> dg.TableM
 
 def rows(table: Table) -> Iterator[Any]:
     """The rows of a table as named tuples."""
+    from posterpipe.core.store import cells
+
     row = namedtuple("row", map(str, table.columns), rename=True)  # type: ignore[misc]
-    # As `itertuples`, which takes several times as long for texts.
-    columns = [table[name].to_numpy(dtype=object) for name in table.columns]
-    return starmap(row, zip(*columns, strict=True))
+    return starmap(row, cells(table, *table.columns))
 
 
 def counts(table: Table, column: str) -> dict[str, int]:

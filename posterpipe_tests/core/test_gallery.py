@@ -133,7 +133,7 @@ def test_a_large_jpeg_stands_upright_and_looks_as_if_decoded_whole(
 
 @given(label=st.text(max_size=300), cell_width=st.integers(30, 120))
 @settings(max_examples=30, deadline=None)
-def test_a_label_is_as_long_as_fits_its_cell_and_no_longer(label: str, cell_width: int) -> None:
+def test_a_label_stays_within_its_cell(label: str, cell_width: int) -> None:
     picture = Image.new("RGB", (20, 30), "teal")
     sheet = contact_sheet([(picture, label), (picture, "")], columns=2, cell=(cell_width, 30))
     # Letters may lean over their own width by a pixel or two, not over the gap.
@@ -141,7 +141,7 @@ def test_a_label_is_as_long_as_fits_its_cell_and_no_longer(label: str, cell_widt
     assert (between == BACKGROUND).all()
 
 
-def test_a_cut_label_says_so_and_keeps_what_fits() -> None:
+def test_of_a_long_label_as_much_is_kept_as_fits() -> None:
     picture = Image.new("RGB", (20, 30), "teal")
 
     def ink(label: str) -> int:

@@ -357,6 +357,19 @@ def test_processes_that_write_first_at_the_same_moment_make_one_warehouse(tmp_pa
     assert not list(tmp_path.glob(".*"))
 
 
+def test_nobody_sees_the_file_before_its_tables_are_in_it(warehouse: Warehouse) -> None:
+    seen = []
+
+    class Watched(Warehouse):
+        def _prepare(self, connection: duckdb.DuckDBPyConnection) -> None:
+            seen.append(self.path.exists())
+            super()._prepare(connection)
+
+    fill(Watched(warehouse.path))
+    assert seen[0] is False, "the place was taken by a file that is no warehouse yet"
+    assert everything(warehouse)["fct_score"]
+
+
 def test_a_killed_writer_leaves_nothing_half_done(warehouse: Warehouse) -> None:
     fill(warehouse)
     before = everything(warehouse)
