@@ -27,6 +27,8 @@ LABEL_SIZE = 12
 TITLE_SIZE = 20
 MISSING = "missing"
 _SUBTITLE_LINES = 2
+_HEADING_LINES = 2
+"""Of a column's name that is wider than the column."""
 _QUALITIES = (82, 65)
 """Of inline images: a little less detail is better than fewer pixels."""
 
@@ -80,14 +82,18 @@ def grid(
     """Images by row and column, such as prompts by variants, with headings.
 
     `cells`: by (row, column); one that is not there, or cannot be read, shows as missing. `cell`:
-    width and height in pixels; `heading_width`: pixels for the rows' headings, which wrap, as does
-    the `subtitle`. `notes`: a line below some cells. `blocks`: the rows are dealt to so many blocks
-    beside each other, so that many rows still make a picture that fits a screen.
+    width and height in pixels; `heading_width`: pixels for the rows' headings, which wrap, as do
+    the `subtitle` and the columns' headings (a name's underscores are shown as spaces). `notes`: a
+    line below some cells. `blocks`: the rows are dealt to so many blocks beside each other, so that
+    many rows still make a picture that fits a screen.
     """
     title_height = _title_height(title)
     if subtitle:
         title_height += _SUBTITLE_LINES * _line_height(LABEL_SIZE + 2) + GAP
-    head = _line_height(LABEL_SIZE + 2) + GAP
+    titles = [column.replace("_", " ") for column in columns]
+    wide = any(_font(LABEL_SIZE + 2).getlength(text) > cell[0] for text in titles)
+    head_lines = _HEADING_LINES if wide else 1
+    head = head_lines * _line_height(LABEL_SIZE + 2) + GAP
     note_height = _line_height(LABEL_SIZE) if notes else 0
     step = (cell[0] + GAP, cell[1] + note_height + GAP)
     blocks = max(1, min(blocks, len(rows)))
@@ -104,9 +110,9 @@ def grid(
     for block in range(blocks):
         left = block * (block_width + 2 * GAP)
         start = left + GAP + heading_width + GAP
-        for index, column in enumerate(columns):
+        for index, text in enumerate(titles):
             place = (start + index * step[0], title_height + GAP)
-            _write(draw, place, column, LABEL_SIZE + 2, cell[0])
+            _write(draw, place, text, LABEL_SIZE + 2, cell[0], lines=head_lines)
         for number, row in enumerate(rows[block * deep : (block + 1) * deep]):
             top = title_height + head + number * step[1]
             heading = (left + GAP, top)

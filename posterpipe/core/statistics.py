@@ -46,9 +46,12 @@ CONTRASTS: Mapping[str, Mapping[str, float]] = {
     "negative on tuned": {"dreambooth": -1, "dreambooth_negative": 1},
     "both": {"sd": -1, "dreambooth_negative": 1},
     "interaction": {"sd": 1, "sd_negative": -1, "dreambooth": -1, "dreambooth_negative": 1},
+    "late negative on base": {"sd_negative": -1, "sd_negative_delayed": 1},
+    "late negative on tuned": {"dreambooth_negative": -1, "dreambooth_negative_delayed": 1},
 }
 """What is asked of the design: weights of the variants' values. The two main effects, the simple
-effects, the sum of both, and by how much the negative prompt does more for the tuned model."""
+effects, the sum of both, and by how much the negative prompt does more for the tuned model; and,
+where the suite holds it, what delaying the negative prompt changes."""
 
 _CELL = ["prompt_id", "seed"]
 _EXACT_PROMPTS = 12

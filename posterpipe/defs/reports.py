@@ -30,7 +30,7 @@ from dagster_dbt.asset_utils import get_upstream_unique_ids
 from dagster_dbt.errors import DagsterDbtCliRuntimeError
 from packaging.version import Version
 
-from posterpipe.defs.generation import BASE_VARIANTS, TUNED_VARIANTS
+from posterpipe.defs.generation import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs.resources import (
     TABLES,
     Deployment,
@@ -443,7 +443,7 @@ def _digest(parts: Any) -> str:
     group_name="reports",
     kinds={"python", "pillow"},
     owners=["team:analytics"],
-    code_version="2",
+    code_version="3",
 )
 def contact_sheet(
     deployment: dg.ResourceParam[Deployment],
@@ -466,9 +466,12 @@ def contact_sheet(
     prompts = dict(zip(prompt_suite["prompt_id"], prompt_suite["prompt"], strict=True))
     shown = generations[generations["seed"] == generations["prompt_id"].map(seeds)]
     headings = {name: f"{prompts[name]} · seed {seeds[name]}" for name in prompts}
+    drawn = set(generations["variant"])
+    late_on_base, late_on_tuned = ([name] if name in drawn else [] for name in DELAYED_VARIANTS)
+    columns = [*BASE_VARIANTS, *late_on_base, *TUNED_VARIANTS, *late_on_tuned]
     sheet = grid(
         list(headings.values()),
-        list(BASE_VARIANTS + TUNED_VARIANTS),
+        columns,
         {
             (headings[row.prompt_id], row.variant): deployment.store_root / row.image_path
             for row in rows(shown)

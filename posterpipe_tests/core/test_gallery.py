@@ -68,6 +68,17 @@ def test_a_grid_shows_missing_cells_as_missing() -> None:
     assert (np.abs(missing - np.array(BACKGROUND)).max(axis=2) > 20).any()
 
 
+def test_a_heading_wider_than_its_column_wraps() -> None:
+    def below(column: str) -> np.ndarray:
+        sheet = grid(["row"], [column], {}, cell=(90, 90), heading_width=60)
+        return np.asarray(sheet)[: sheet.height - 90 - 10, -100:].astype(int)
+
+    narrow, wide = below("dreambooth"), below("dreambooth_negative")
+    assert len(wide) == len(narrow) + 21
+    second_line = wide[len(narrow) - 6 :]
+    assert (np.abs(second_line - np.array(BACKGROUND)).max(axis=2) > 100).any()
+
+
 def test_many_rows_are_dealt_to_blocks_beside_each_other() -> None:
     rows = [f"row {number}" for number in range(5)]
     cells: dict[tuple[str, str], Picture] = {(rows[0], "sd"): colour("red"),

@@ -163,7 +163,7 @@ def test_intervals_of_whole_studies_cover_the_truth(monkeypatch: pytest.MonkeyPa
 
 def test_a_planted_effect_is_found_and_told_from_the_others() -> None:
     found = effects(study(np.random.default_rng(3), tuned=0.03, negative=0.0)).set_index("contrast")
-    assert list(found.index) == list(CONTRASTS)
+    assert list(found.index) == [name for name in CONTRASTS if not name.startswith("late")]
     tuned, negative = found.loc["tuned"], found.loc["negative"]
     assert tuned.low <= 0.03 <= tuned.high and tuned.low > 0 and tuned.p_value < 0.001
     assert tuned.win_rate > 0.9 and tuned.win_low > 0.5 and tuned.effect_size > 1
@@ -179,6 +179,16 @@ def test_an_interaction_is_what_the_negative_prompt_does_more_for_the_tuned_mode
     by_hand = found.loc["negative on tuned"].estimate - found.loc["negative on base"].estimate
     assert interaction.estimate == pytest.approx(by_hand)
     assert 0 < interaction.low <= 0.03 <= interaction.high
+
+
+def test_a_late_negative_prompt_is_compared_with_the_full_one_where_it_was_drawn() -> None:
+    rows = [
+        ("sd_negative", "a", 1, 0.30), ("sd_negative", "b", 1, 0.25), ("sd_negative", "c", 1, 0.90),
+        ("sd_negative_delayed", "a", 1, 0.20), ("sd_negative_delayed", "b", 1, 0.20),
+    ]  # fmt: skip
+    (found,) = effects(table(rows)).itertuples()
+    assert (found.contrast, found.prompts) == ("late negative on base", 2)
+    assert found.estimate == pytest.approx(-0.075)
 
 
 def test_without_an_effect_one_study_in_twenty_is_fooled() -> None:

@@ -1,6 +1,10 @@
 -- The study's 2 x 2 design (tuned or not, with the negative prompt or without), asked eight
--- questions. Weights are those of the variants' values; a cell that lacks a variant of the
--- comparison is left out.
+-- questions, and two more where the suite delays the negative prompt. Weights are those of the
+-- variants' values; a cell that lacks a variant of the comparison is left out.
+{% set variants = [
+    'sd', 'sd_negative', 'dreambooth', 'dreambooth_negative',
+    'sd_negative_delayed', 'dreambooth_negative_delayed',
+] %}
 with scores as (
     select * from {{ ref('stg_current_scores') }}
 ),
@@ -9,16 +13,26 @@ comparisons as (
     select *
     from (
         values
-            (1, 'tuned', 'tuned vs base, whatever the negative prompt', -0.5, -0.5, 0.5, 0.5),
-            (2, 'negative', 'negative prompt vs none, whatever the model', -0.5, 0.5, -0.5, 0.5),
-            (3, 'tuned without negative', 'tuned vs base, no negative prompt', -1, 0, 1, 0),
-            (4, 'tuned with negative', 'tuned vs base, both with negative prompt', 0, -1, 0, 1),
-            (5, 'negative on base', 'negative prompt vs none on the base model', -1, 1, 0, 0),
-            (6, 'negative on tuned', 'negative prompt vs none on the tuned model', 0, 0, -1, 1),
-            (7, 'both', 'tuned with negative prompt vs base without', -1, 0, 0, 1),
-            (8, 'interaction', 'what the negative prompt does more when tuned', 1, -1, -1, 1)
+            (1, 'tuned', 'tuned vs base, whatever the negative prompt', -.5, -.5, .5, .5, 0, 0),
+            (2, 'negative', 'negative prompt vs none, whatever the model', -.5, .5, -.5, .5, 0, 0),
+            (3, 'tuned without negative', 'tuned vs base, no negative prompt', -1, 0, 1, 0, 0, 0),
+            (4, 'tuned with negative', 'tuned vs base, both with negative', 0, -1, 0, 1, 0, 0),
+            (5, 'negative on base', 'negative prompt vs none, base model', -1, 1, 0, 0, 0, 0),
+            (6, 'negative on tuned', 'negative prompt vs none, tuned model', 0, 0, -1, 1, 0, 0),
+            (7, 'both', 'tuned with negative prompt vs base without', -1, 0, 0, 1, 0, 0),
+            (8, 'interaction', 'what the negative prompt does more when tuned', 1, -1, -1, 1, 0, 0),
+            (9, 'late negative on base', 'late negative vs full, base model', 0, -1, 0, 0, 1, 0),
+            (10, 'late negative on tuned', 'late negative vs full, tuned model', 0, 0, 0, -1, 0, 1)
     ) as listed (
-        place, comparison, question, sd, sd_negative, dreambooth, dreambooth_negative
+        place,
+        comparison,
+        question,
+        sd,
+        sd_negative,
+        dreambooth,
+        dreambooth_negative,
+        sd_negative_delayed,
+        dreambooth_negative_delayed
     )
 ),
 
@@ -27,10 +41,10 @@ cells as (
         metric_id,
         prompt_id,
         seed,
-        max(value) filter (where variant = 'sd') as sd,
-        max(value) filter (where variant = 'sd_negative') as sd_negative,
-        max(value) filter (where variant = 'dreambooth') as dreambooth,
-        max(value) filter (where variant = 'dreambooth_negative') as dreambooth_negative
+        {%- for variant in variants %}
+        max(value) filter (where variant = '{{ variant }}')
+            as {{ variant }}{{ ',' if not loop.last }}
+        {%- endfor %}
     from scores
     group by metric_id, prompt_id, seed
 ),
@@ -40,7 +54,7 @@ cell_differences as (
         cells.metric_id,
         comparisons.comparison,
         cells.prompt_id,
-        {%- for variant in ['sd', 'sd_negative', 'dreambooth', 'dreambooth_negative'] %}
+        {%- for variant in variants %}
         case
             when comparisons.{{ variant }} = 0 then 0
             else comparisons.{{ variant }} * cells.{{ variant }}
