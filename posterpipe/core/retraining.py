@@ -64,9 +64,9 @@ class Situation:
     changed_at: dt.datetime | None = None
     """Since when the training set differs from the one that was trained on."""
     failed_checks: Sequence[str] = ()
-    """Blocking checks of the training set that did not pass."""
-    missing_inputs: Sequence[str] = ()
-    """What else a training reads, and what was never made."""
+    """Blocking checks of the training set, and of what it is made from, that did not pass."""
+    unreadable: str = ""
+    """Why there are no posters to read now, and what to do; "" when there are."""
     running: str = ""
     """The run that is training; "" for none."""
     failed_runs: Sequence[str] = ()
@@ -123,11 +123,10 @@ def _worth(
 def _obstacle(situation: Situation) -> str:
     if situation.running:
         return f"the run {situation.running[:8]} is training"
+    if situation.unreadable:
+        return situation.unreadable
     if situation.failed_checks:
-        checks = ", ".join(situation.failed_checks)
-        return f"a blocking check of the training set did not pass: {checks}"
-    if situation.missing_inputs:
-        return f"{', '.join(situation.missing_inputs)} was never made"
+        return f"a blocking check did not pass: {', '.join(situation.failed_checks)}"
     by_hand = "start the job `retrain` by hand"
     if situation.canceled_run:
         run = situation.canceled_run[:8]

@@ -107,6 +107,11 @@ def look(context: dg.SensorEvaluationContext, deployment: Deployment) -> dg.Sens
     )
 
 
+def posters_problem(deployment: Deployment) -> str:
+    """Why there are no posters to read now, and what to do; "" when there are."""
+    return _Listing(deployment, time.time()).source("raw_posters").problem
+
+
 def _memories(cursor: str | None) -> dict[str, "Memory"]:
     from posterpipe.core.arrivals import Memory
 

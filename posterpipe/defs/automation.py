@@ -42,11 +42,12 @@ refresh_dataset = dg.define_asset_job(
 )
 retrain = dg.define_asset_job(
     "retrain",
-    dg.AssetSelection.assets("class_images")
+    dg.AssetSelection.groups("ingest", "dataset")
+    | dg.AssetSelection.assets("dreambooth_checkpoint").upstream()
     | dg.AssetSelection.assets("dreambooth_checkpoint").downstream(),
-    description="Fine-tunes on the training set as it is, then draws, scores, judges and "
-    "publishes. The schedule `training` starts it at night when enough is new; by hand it does not "
-    "wait, and the launchpad takes other training settings for one run.",
+    description="Reads the posters and captions as they are now, fine-tunes on them, then draws, "
+    "scores, judges and publishes. The schedule `training` starts it at night when enough is new; "
+    "by hand it does not wait, and the launchpad takes other training settings for one run.",
     tags=BY_HAND,
 )
 evaluate = dg.define_asset_job(

@@ -12,11 +12,20 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 from dagster import DagsterEventType, DagsterRunStatus
+from dagster._core.storage.asset_check_execution_record import (
+    AssetCheckExecutionRecordStatus as Status,
+)
 
-from posterpipe.defs.arrivals import REASON_TAG, UNFINISHED
+from posterpipe.defs.arrivals import REASON_TAG, UNFINISHED, posters_problem
 from posterpipe.defs.automation import retrain
 from posterpipe.defs.resources import Deployment
-from posterpipe.defs.staleness import DATA_VERSION, INPUT_DATA_VERSION, stale_assets
+from posterpipe.defs.staleness import (
+    DATA_VERSION,
+    INPUT_DATA_VERSION,
+    is_of,
+    latest_materializations,
+    stale_assets,
+)
 from posterpipe.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -76,7 +85,8 @@ def consider_training(
     return dg.RunRequest(
         f"{state}-{len(facts.failed_runs)}",
         # By name, since a run of the whole job names no assets, and the policy would not see that
-        # what follows the checkpoint is made in this run, and request it again.
+        # what follows the checkpoint is made in this run, and request it again. The job begins at
+        # the posters: what was deleted meanwhile, or is held back by a check, is not trained on.
         asset_selection=sorted(
             context.repository_def.get_job(retrain.name).asset_layer.executable_asset_keys
         ),
@@ -114,11 +124,7 @@ def _facts(
         changes=compare(folders / trained, folders / current) if trained and current else None,
         changed_at=differing_since(versions, trained),
         failed_checks=_failed_checks(context),
-        missing_inputs=[
-            dep.asset_key.to_user_string()
-            for dep in spec.deps
-            if instance.get_latest_materialization_event(dep.asset_key) is None
-        ],
+        unreadable=posters_problem(deployment),
         running=_running(instance),
         failed_runs=[run.run_id for run in tried if run.status == DagsterRunStatus.FAILURE],
         canceled_run=next(
@@ -149,24 +155,29 @@ def _other_reason(
 
 
 def _failed_checks(context: dg.ScheduleEvaluationContext) -> list[str]:
-    """Blocking checks of the training set that did not pass, or are being evaluated."""
+    """Blocking checks of the training set, and of what it is made from, that did not pass.
+
+    Those of an earlier materialization, and those that never ran, do not count: the run makes
+    these assets again, and stops where a check does not pass.
+    """
     graph = context.repository_def.asset_graph
-    instance = context.instance
+    keys = dg.AssetSelection.assets(TRAINING_SET).upstream().resolve(graph)
+    checks = [key for key in graph.asset_check_keys if key.asset_key in keys]
+    blocking = [key for key in checks if graph.get_check_spec(key).blocking]
+    latest = latest_materializations(context.instance, keys)
+    found = context.instance.event_log_storage.get_latest_asset_check_execution_by_key(blocking)
     failed = []
-    for check in sorted(graph.get_check_keys_for_assets({TRAINING_SET})):
-        record = instance.get_latest_asset_check_evaluation_record(check)
-        if record is None or not graph.get_check_spec(check).blocking:
-            continue
-        evaluation = record.evaluation
-        if isinstance(evaluation, dg.AssetCheckEvaluation):
-            if not evaluation.passed and evaluation.severity == dg.AssetCheckSeverity.ERROR:
-                failed.append(f"{check.name} ({evaluation.description or 'no description'})")
-            continue
-        # Planned only: its run is to evaluate it, unless it ended before it came to that.
-        run = instance.get_run_by_id(record.run_id)
-        if run is not None and run.status in UNFINISHED:
-            failed.append(f"{check.name} (it is being evaluated)")
-    return failed
+    for check, record in found.items():
+        # Planned ones are recorded as well, by something else than an evaluation.
+        evaluation = record.evaluation if record.status == Status.FAILED else None
+        if (
+            evaluation is not None
+            and evaluation.severity == dg.AssetCheckSeverity.ERROR
+            and is_of(record, latest[check.asset_key])
+        ):
+            described = evaluation.description or "no description"
+            failed.append(f"{check.name} of {check.asset_key.path[-1]} ({described})")
+    return sorted(failed)
 
 
 def _running(instance: dg.DagsterInstance) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import dagster as dg
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord
 
 from posterpipe.core.dreambooth.config import WITHOUT_EFFECT
 from posterpipe.defs.resources import (
@@ -158,6 +159,15 @@ def data_version(record: dg.EventLogRecord | None) -> str | None:
     """The data version of a materialization; None before the first."""
     made = record.asset_materialization if record else None
     return (made.tags or {}).get(DATA_VERSION) if made else None
+
+
+def is_of(record: AssetCheckExecutionRecord, made: dg.EventLogRecord | None) -> bool:
+    """Whether a check was evaluated on this materialization, as the policy judges it."""
+    target = record.evaluation.target_materialization_data if record.evaluation else None
+    return made is not None and (
+        record.run_id == made.run_id
+        or (target is not None and target.storage_id == made.storage_id)
+    )
 
 
 def staleness(

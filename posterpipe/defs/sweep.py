@@ -22,6 +22,7 @@ from posterpipe.defs.resources import Deployment
 from posterpipe.defs.staleness import (
     Models,
     data_version,
+    is_of,
     latest_materializations,
     staleness,
 )
@@ -246,12 +247,7 @@ class _Sweep:
         return not self._is_latest(record)
 
     def _is_latest(self, record: AssetCheckExecutionRecord) -> bool:
-        made = self._latest.get(record.key.asset_key)
-        target = record.evaluation.target_materialization_data if record.evaluation else None
-        return made is not None and (
-            record.run_id == made.run_id
-            or (target is not None and target.storage_id == made.storage_id)
-        )
+        return is_of(record, self._latest.get(record.key.asset_key))
 
     def _outcomes(self, key: dg.AssetKey, since: int) -> list[DagsterRunStatus]:
         """How the runs ended that tried to make the asset from what its inputs are now."""

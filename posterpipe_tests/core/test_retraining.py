@@ -54,9 +54,13 @@ ENOUGH = replace(FEW, changes=Changes(new=2, removed=1, recaptioned=2))
         (
             replace(ENOUGH, failed_checks=["every_row (2 without image)"]),
             False,
-            "but a blocking check of the training set did not pass: every_row (2 without image)",
+            "but a blocking check did not pass: every_row (2 without image)",
         ),
-        (replace(ENOUGH, missing_inputs=["class_images"]), False, "class_images was never made"),
+        (
+            replace(ENOUGH, unreadable="no posters in landing: put some in"),
+            False,
+            "but no posters in landing: put some in",
+        ),
         (replace(ENOUGH, failed_runs=["0123456789ab"]), True, "2 new"),
         (
             replace(ENOUGH, failed_runs=["0123456789ab", "ba9876543210"]),

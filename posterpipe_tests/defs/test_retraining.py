@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import dagster as dg
 import pandas as pd
 import pytest
 from dagster import DagsterRunStatus
+from PIL import Image
 
 from posterpipe.core.store import Store
 from posterpipe.definitions import build_defs
@@ -20,7 +22,7 @@ from posterpipe.defs.resources import HELD_OUT, Deployment
 from posterpipe.defs.retraining import CHECKPOINT, STATE_TAG, TRAINING_SET, consider_training
 from posterpipe.defs.staleness import CODE_VERSION, DATA_VERSION, INPUT_DATA_VERSION
 from posterpipe.settings import SettingsError, load_settings
-from posterpipe_tests.defs.harness import RUN_KEY
+from posterpipe_tests.defs.harness import RUN_KEY, Daemon
 
 CLASS_IMAGES = dg.AssetKey("class_images")
 CHECK = "every_row_has_image_and_caption"
@@ -29,12 +31,20 @@ CHECK = "every_row_has_image_and_caption"
 class Nights:
     """A deployment whose training sets and checkpoints are recorded by the test."""
 
-    def __init__(self, folder: Path, instance: dg.DagsterInstance, **automation: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        instance: dg.DagsterInstance,
+        *,
+        automation: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
         self.instance = instance
         self.settings = load_settings(
             "starter",
             store=folder / "store",
-            automation={"min_new_posters": 2, "max_age_days": 7, **automation},
+            automation={"min_new_posters": 2, "max_age_days": 7, **(automation or {})},
+            **settings,
         )
         self.definitions = build_defs(self.settings)
         self.repository = self.definitions.get_repository_def()
@@ -218,23 +228,89 @@ def test_a_failed_blocking_check_holds_the_training_back(nights: Nights) -> None
     nights.training_set("b", "train/3.png,three")
     nights.check(passed=False)
     assert nights.tick() is None
-    assert f"did not pass: {CHECK} (2 rows without image)" in nights.said
+    assert f"did not pass: {CHECK} of training_csv (2 rows without image)" in nights.said
     nights.check(passed=True)
     assert nights.tick() is not None
 
 
-def test_a_check_that_is_being_evaluated_is_waited_for(nights: Nights) -> None:
+def test_a_failed_blocking_check_further_up_holds_the_training_back(nights: Nights) -> None:
     nights.training_set("b", "train/3.png,three")
-    nights.check(passed=True)
+    posters = dg.AssetKey("raw_posters")
+    for passed in (False, True):
+        nights.instance.report_runless_asset_event(dg.AssetMaterialization(posters))
+        nights.instance.report_runless_asset_event(
+            dg.AssetCheckEvaluation(
+                asset_key=posters,
+                check_name="enough_usable_posters",
+                passed=passed,
+                metadata={},
+                description="4 of 5",
+            )
+        )
+        assert (nights.tick() is not None) == passed
+        assert passed or "enough_usable_posters of raw_posters (4 of 5)" in nights.said
+
+
+def test_a_check_that_was_not_evaluated_is_left_to_the_run(nights: Nights) -> None:
+    nights.training_set("b", "train/3.png,three")
+    nights.check(passed=False)
+    assert nights.tick() is None
     job = nights.definitions.resolve_implicit_global_asset_job_def()
     checks = job.get_subset(
         asset_selection=set(), asset_check_selection={dg.AssetCheckKey(TRAINING_SET, CHECK)}
     )
     run = nights.instance.create_run_for_job(checks, status=DagsterRunStatus.STARTED)
+    assert run.run_id
+    request = nights.tick()
+    assert request is not None and TRAINING_SET in set(request.asset_selection or [])
+
+
+def test_the_run_begins_at_the_posters_so_that_what_was_deleted_is_not_trained_on(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    landing = tmp_path / "landing"
+    landing.mkdir()
+    for number in range(6):
+        pixels = random.Random(number).randbytes(80 * 120 * 3)
+        Image.frombytes("RGB", (80, 120), pixels).save(landing / f"{number}.png")
+        (landing / f"{number}.txt").write_text(f"poster number {number}")
+    nights = Nights(
+        tmp_path,
+        instance,
+        landing=landing,
+        holdout=tmp_path / "none",
+        captions=tmp_path / "none.csv",
+        images={"width": 32, "height": 48},
+        checks={"min_posters": 5},
+    )
+    daemon = Daemon(nights.definitions, instance)
+    store = Store(nights.settings.store)
+    before_training = (
+        dg.AssetSelection.assets(TRAINING_SET).upstream().resolve(nights.repository.asset_graph)
+    )
+
+    def begin(request: dg.RunRequest) -> bool:
+        """What a night's run does before it trains."""
+        first = before_training & set(request.asset_selection or [])
+        return daemon.run(*(key.to_user_string() for key in first))
+
+    assert daemon.run(*(key.to_user_string() for key in before_training))
+    (landing / "0.png").unlink()
+    request = nights.tick()
+    assert request is not None and len(store.read_table("training_csv")) == 6
+    assert begin(request)
+    assert len(store.read_table("training_csv")) == 5
+    # One too few: the run stops before the training, and the next night says so.
+    (landing / "1.png").unlink()
+    request = nights.tick()
+    assert request is not None and not begin(request)
+    assert len(store.read_table("training_csv")) == 5
     assert nights.tick() is None
-    assert f"{CHECK} (it is being evaluated)" in nights.said
-    nights.ended(run.run_id)
-    assert nights.tick() is not None
+    assert "enough_usable_posters of raw_posters" in nights.said
+    for path in landing.iterdir():
+        path.unlink()
+    assert nights.tick() is None
+    assert f"but no posters in {landing}: put some in" in nights.said
 
 
 def test_there_is_one_training_at_a_time(nights: Nights) -> None:
@@ -274,9 +350,8 @@ def test_a_canceled_training_is_not_started_again_by_itself(nights: Nights) -> N
 def test_the_schedule_is_on_and_follows_the_settings(
     tmp_path: Path, instance: dg.DagsterInstance
 ) -> None:
-    nights = Nights(
-        tmp_path, instance, training_cron="30 4 * * 1", training_timezone="Europe/Berlin"
-    )
+    weekly = {"training_cron": "30 4 * * 1", "training_timezone": "Europe/Berlin"}
+    nights = Nights(tmp_path, instance, automation=weekly)
     schedule = nights.definitions.resolve_schedule_def("training")
     assert schedule.cron_schedule == "30 4 * * 1"
     assert schedule.execution_timezone == "Europe/Berlin"
@@ -291,6 +366,6 @@ def test_a_wrong_cron_or_time_zone_names_the_setting(
     tmp_path: Path, instance: dg.DagsterInstance
 ) -> None:
     with pytest.raises(SettingsError, match=r"automation\.training_cron: 'daily at two'"):
-        Nights(tmp_path, instance, training_cron="daily at two")
+        Nights(tmp_path, instance, automation={"training_cron": "daily at two"})
     with pytest.raises(SettingsError, match=r"automation\.training_timezone: .*'Mars/Olympus'"):
-        Nights(tmp_path, instance, training_timezone="Mars/Olympus")
+        Nights(tmp_path, instance, automation={"training_timezone": "Mars/Olympus"})
