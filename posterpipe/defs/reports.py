@@ -132,6 +132,7 @@ class _Translator(DagsterDbtTranslator):
             group_name="reports",
             owners=["team:analytics"],
             deps=[*spec.deps, *writers.values()],
+            code_version=_code_version(manifest, unique_id),
         )
 
     def _other_writers(self, manifest: Mapping[str, Any], unique_id: str) -> list[dg.AssetKey]:
@@ -145,6 +146,34 @@ class _Translator(DagsterDbtTranslator):
             if upstream.startswith("source.")
             for name in manifest["sources"][upstream]["meta"].get("also_written_by", [])
         ]
+
+
+def _code_version(manifest: Mapping[str, Any], unique_id: str) -> str:
+    """Of everything of the project that a table is made by.
+
+    dagster-dbt takes the model's own file. What it reads without a table between (ephemeral models)
+    and its macros decide the table just as much.
+    """
+    code: dict[str, str] = {}
+    ahead = [unique_id]
+    while ahead:
+        name = ahead.pop()
+        node = manifest["nodes"].get(name) or manifest["macros"].get(name)
+        if name in code or node is None or node["package_name"] in _OF_DBT:
+            continue
+        if name != unique_id and node.get("config", {}).get("materialized", "") not in _WITHIN:
+            continue
+        code[name] = node.get("raw_code") or node.get("macro_sql") or node["checksum"]["checksum"]
+        needs = node["depends_on"]
+        ahead += [*needs.get("macros", ()), *needs.get("nodes", ())]
+    return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_OF_DBT = ("dbt", "dbt_duckdb")
+"""Packages of macros that come with dbt, which is pinned."""
+
+_WITHIN = ("", "ephemeral")
+"""How macros and models are materialized that are part of those that read them."""
 
 
 def dbt_specs(project: DbtProject) -> tuple[list[dg.AssetSpec], list[dg.AssetCheckSpec]]:

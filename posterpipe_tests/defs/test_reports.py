@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -15,6 +17,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+from dagster_dbt import DbtProject
 
 from posterpipe.core import statistics
 from posterpipe.core.gate import champion_of
@@ -112,6 +115,33 @@ def test_one_new_file_is_an_asset_with_the_policy_and_a_published_table(world: W
     assert materialization(world.result, NEW).metadata["dagster/row_count"].value == len(table)
 
 
+def test_a_report_is_made_again_when_a_macro_or_a_staging_model_of_it_changes(
+    world: World, tmp_path: Path
+) -> None:
+    project = reports.dbt_project(world.settings)
+    shutil.copytree(project.project_dir, tmp_path / "reports")
+    copy = DbtProject(project_dir=tmp_path / "reports")
+
+    def versions() -> dict[str, str | None]:
+        return {spec.key.path[-1]: spec.code_version for spec in reports.dbt_specs(copy)[0]}
+
+    def edit(kind: str, name: str, code: str) -> set[str]:
+        """The reports whose code version changes with an edit."""
+        before = versions()
+        manifest = json.loads(copy.manifest_path.read_bytes())
+        (node,) = (node for node in manifest[kind].values() if node["name"] == name)
+        node[code] += "\n-- edited"
+        copy.manifest_path.write_text(json.dumps(manifest))
+        return {name for name, version in versions().items() if version != before[name]}
+
+    assert edit("nodes", "leaderboard", "raw_code") == {"leaderboard"}
+    # t_interval asks t_quantile, and freshness neither.
+    by_macro = edit("macros", "t_quantile", "macro_sql")
+    assert {"leaderboard", "paired_effects"} <= by_macro and "freshness" not in by_macro
+    by_staging = edit("nodes", "stg_current_scores", "raw_code")
+    assert "paired_effects" in by_staging and "gate_decisions" not in by_staging
+
+
 def test_every_test_of_dbt_is_a_blocking_check_that_passed(world: World) -> None:
     checks = {
         (e.asset_key.path[-1], e.check_name): e for e in world.result.get_asset_check_evaluations()
@@ -146,7 +176,6 @@ def test_columns_lead_back_to_what_they_come_from(world: World) -> None:
 def test_every_column_of_staging_and_marts_is_described_and_contracts_are_enforced(
     world: World,
 ) -> None:
-    import json
 
     manifest = json.loads(reports.dbt_project(world.settings).manifest_path.read_bytes())
     models = [node for node in manifest["nodes"].values() if node["resource_type"] == "model"]
