@@ -182,7 +182,7 @@ def test_an_interaction_is_what_the_negative_prompt_does_more_for_the_tuned_mode
 
 
 def test_a_late_negative_prompt_is_compared_with_the_full_one_where_it_was_drawn() -> None:
-    rows = [
+    rows: list[Row] = [
         ("sd_negative", "a", 1, 0.30), ("sd_negative", "b", 1, 0.25), ("sd_negative", "c", 1, 0.90),
         ("sd_negative_delayed", "a", 1, 0.20), ("sd_negative_delayed", "b", 1, 0.20),
     ]  # fmt: skip
