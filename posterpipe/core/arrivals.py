@@ -129,15 +129,19 @@ def posters_source(
     """The source of `raw_posters`. `whole`: files appear all at once, as objects in buckets do."""
     posters = poster_entries(entries)
     if not posters:
-        return Source(
-            "",
-            "",
-            problem=f"no posters in {location}: put some in, or set POSTERPIPE_LANDING to "
-            "another folder",
-        )
+        return _without_posters(location)
     young = () if whole else _young(posters, settings, now)
     return Source(
         landing_digest(entries, store), f"{_count(len(posters), 'poster')} in {location}", young
+    )
+
+
+def _without_posters(location: str) -> Source:
+    return Source(
+        "",
+        "",
+        problem=f"no posters in {location}: put some in, or set POSTERPIPE_LANDING to another "
+        "folder",
     )
 
 
@@ -165,6 +169,7 @@ def holdout_source(folder: Path, store: Store, settings: AutomationSettings, now
 def captions_source(
     entries: Sequence[Entry],
     csv_path: Path,
+    location: str,
     settings: AutomationSettings,
     now: float,
     *,
@@ -173,8 +178,11 @@ def captions_source(
     """The source of `human_captions`: text files beside posters, and the CSV, present or not.
 
     The names of the posters belong to it, since captions are given by name; not their bytes, and
-    not the names as long as there are no captions. Raises OSError where the CSV cannot be read.
+    not the names as long as there are no captions. Where no poster is left, as where nothing is
+    mounted, captions are not taken for removed. Raises OSError where the CSV cannot be read.
     """
+    if not poster_entries(entries):
+        return _without_posters(location)
     sidecars = [entry for entry in entries if entry.name.lower().endswith(SIDECAR)]
     csv_digest = file_digest(csv_path)
     seen = _count(len(sidecars), "sidecar")

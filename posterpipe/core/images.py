@@ -380,7 +380,7 @@ def resize_posters(
     `posters`: the table of `landing.scan`; only rows with status `ok` count. Columns of the result:
     poster_id, image (sha256 of the PNG, at `store.path(image, ".png")`), fit, width, height
     (pixels of the image), status (`ok` or `failed`), reason; sorted by poster_id. An image that
-    was made before is not made again; a failed one is tried again.
+    was made before is not made again; a failed one is tried again, as is one that somebody changed.
     """
     progress = progress or NoProgress()
     poster_ids = sorted(set(posters.loc[posters["status"] == "ok", "poster_id"]))
@@ -395,7 +395,7 @@ def resize_posters(
                 tick()
 
     def usable(row: dict) -> bool:
-        return row["status"] == "ok" and store.has(row["image"], ".png")
+        return row["status"] == "ok" and store.intact(row["image"], ".png")
 
     rows = compute_missing(store, "resized", list(by_key), compute, usable=usable)
     return pd.DataFrame(

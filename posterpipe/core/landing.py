@@ -102,12 +102,9 @@ def scan(
     poster.
     """
     place = open_place(place)
-    files = poster_entries(list_posters(place) if entries is None else entries)
+    files = poster_entries(list_place(place) if entries is None else entries)
     if not files:
-        raise LandingEmpty(
-            f"{place.location}: no posters there; put some in ({', '.join(EXTENSIONS)}) "
-            "or set POSTERPIPE_LANDING to another folder"
-        )
+        raise _no_posters(place)
     readable = {_file_key(place, entry): entry for entry in files if not entry.problem}
     facts = _facts(place, readable, limits, store, progress or NoProgress())
     rows = [_row(source_name(entry), facts[key], limits) for key, entry in readable.items()]
@@ -121,12 +118,30 @@ def scan(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def list_posters(place: Place) -> list[Entry]:
-    """The listing of a place of posters, sidecars included. Raises LandingEmpty."""
+def list_place(place: Place) -> list[Entry]:
+    """Everything that lies in a place, perhaps nothing. Raises LandingEmpty where it is missing or
+    cannot be listed."""
     try:
         return place.entries()
     except PlaceMissing as error:
         raise LandingEmpty(str(error)) from error
+
+
+def list_posters(place: Place) -> list[Entry]:
+    """The listing of a place of posters, sidecars included. Raises LandingEmpty where it holds no
+    poster: nothing mounted there looks like that, and is not taken for posters and captions that
+    people removed."""
+    entries = list_place(place)
+    if not poster_entries(entries):
+        raise _no_posters(place)
+    return entries
+
+
+def _no_posters(place: Place) -> LandingEmpty:
+    return LandingEmpty(
+        f"{place.location}: no posters there; put some in ({', '.join(EXTENSIONS)}) "
+        "or set POSTERPIPE_LANDING to another folder"
+    )
 
 
 def poster_entries(entries: Iterable[Entry]) -> list[Entry]:

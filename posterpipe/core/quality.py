@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from posterpipe.core.landing import COLUMNS, list_posters, poster_entries, scan
+from posterpipe.core.landing import COLUMNS, list_place, poster_entries, scan
 from posterpipe.core.listing import Folder, open_place
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import NoProgress, Progress
@@ -504,7 +504,7 @@ def holdout_posters(
     nothing = pd.DataFrame(columns=COLUMNS, dtype="object")
     if isinstance(opened, Folder) and not opened.path.exists():
         return nothing
-    entries = list_posters(opened)
+    entries = list_place(opened)
     if not poster_entries(entries):
         return nothing
     return scan(opened, limits, store, progress, entries=entries)

@@ -16,6 +16,10 @@ Every write is atomic: a temporary name in the same folder, fsync, rename. Sever
 one store at the same time. Who counts on something that is there already says so with `keep` (as
 `has`, `put`, `read_table` and `compute_missing` do), and works inside a `lease`: `garbage` tells
 why that is enough.
+
+Blobs are sealed: their owner may not write to them, and their modification time is a whole second,
+which the system hardly ever gives a file that is written. So a blob that somebody saved over, perhaps
+through its link in a training set, is told without reading it (`unchanged`).
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import json
 import math
 import os
 import sqlite3
+import stat
 import threading
 import time
 import uuid
@@ -53,6 +58,8 @@ KEYS_A_QUERY = 900
 # What was used less long ago than this is not marked as used again, in seconds: a store of 100,000
 # blobs is then touched a few times an hour at most, and `garbage` allows for it.
 REFRESH_SECONDS = 600.0
+
+_SECOND = 1_000_000_000  # in nanoseconds
 
 # `used_at`: seconds since 1970, of the last use.
 _SCHEMA = """
@@ -113,7 +120,7 @@ class Store:
         if not self.keep(target):
             with writing(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(target, data)
+                write_atomic(target, data, sealed=True)
         return blob
 
     def path(self, blob: str, suffix: str = "") -> Path:
@@ -123,6 +130,18 @@ class Store:
     def has(self, blob: str, suffix: str = "") -> bool:
         """Whether the bytes of that sha256 are kept; who asks counts as a user of them."""
         return self.keep(self._path(blob, suffix))
+
+    def intact(self, blob: str, suffix: str = "") -> bool:
+        """As `has`, and whether they are still those bytes; others are removed, so that `put`
+        writes the right ones again."""
+        path = self._path(blob, suffix)
+        if not self.keep(path):
+            return False
+        if unchanged(path, blob):
+            return True
+        with suppress(OSError):
+            os.unlink(path)
+        return False
 
     def _path(self, blob: str, suffix: str) -> str:
         # Text: joining paths part by part was a fifth of a run over 10,000 known posters.
@@ -136,14 +155,14 @@ class Store:
         Ask this, and not `path.exists()`, before counting on something that was made before.
         """
         try:
-            age = time.time() - os.stat(path).st_mtime
+            changed_at = os.stat(path).st_mtime_ns
         except OSError:
             return False
-        if age < REFRESH_SECONDS:
+        if time.time() - changed_at / _SECOND < REFRESH_SECONDS:
             return True
         with self.turn():
             try:
-                os.utime(path)
+                _date(path, changed_at % _SECOND)
             except FileNotFoundError:
                 return False
             except OSError:
@@ -607,10 +626,38 @@ def _cannot_be_written(why: object) -> str:
     )
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def unchanged(path: Path | str, blob: str) -> bool:
+    """Whether a file holds the bytes of that sha256 (hex).
+
+    A sealed one is believed; any other is read, and sealed when it holds them, as blobs from before
+    there were seals. False where it cannot be read.
+    """
+    try:
+        if os.stat(path).st_mtime_ns % _SECOND == 0:
+            return True
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != blob:
+                return False
+    except OSError:
+        return False
+    with suppress(OSError):  # not ours: it is read again the next time
+        _date(path, 0)
+    return True
+
+
+def _date(path: Path | str | int, fraction: int) -> None:
+    """Marks a file as used now, with that many nanoseconds in its time: 0 for what is sealed."""
+    moment = time.time_ns() // _SECOND * _SECOND + fraction
+    try:
+        os.utime(path, ns=(moment, moment))
+    except PermissionError:
+        os.utime(path)  # whoever may write may say that it is now, only the owner when it was
+
+
+def write_atomic(path: Path, data: bytes, *, sealed: bool = False) -> None:
     """Write a file so that others see all of it or nothing, even after a power cut.
 
-    Raises OSError, which names the file.
+    `sealed`: it is not to be changed (see above). Raises OSError, which names the file.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -618,6 +665,12 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            if sealed and fcntl is not None:  # Windows would not let it be removed either
+                # The owner's permission only: those who share the store by their group need theirs
+                # to mark the file as used, and to link to it.
+                mode = os.fstat(file.fileno()).st_mode
+                os.fchmod(file.fileno(), stat.S_IMODE(mode) & ~stat.S_IWUSR)
+                _date(file.fileno(), 0)
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):

@@ -27,12 +27,20 @@ from pathlib import Path
 
 import pandas as pd
 
-from posterpipe.core.store import Store, cells, fsync_folder, write_atomic, writing
+from posterpipe.core.store import (
+    Store,
+    cells,
+    fsync_folder,
+    unchanged,
+    write_atomic,
+    writing,
+)
 from posterpipe.settings import DEFAULT_TEMPLATE
 
 COLUMNS = ["file_name", "caption", "poster_id", "image"]
 CSV_NAME = "training.csv"
 IMAGES = "train"
+METADATA = f"{IMAGES}/metadata.csv"
 NAME_LENGTH = 16
 """Hex digits of an image's sha256 in its file name: unique among billions."""
 
@@ -55,8 +63,9 @@ def build_training_set(
     status `ok`), in the order of their poster_id. Columns of the table: file_name (relative to the
     folder), caption (as `training_caption` words it), poster_id, image (blob). File names hold the
     hash of the pixels' PNG, so that the version changes with any image or caption; posters that
-    come to the same image are trained on once, with a person's caption if one of them has one.
-    Raises TrainingSetEmpty.
+    come to the same image are trained on once, with a person's caption if one of them has one. A
+    folder of that version that was changed since is made anew. Raises TrainingSetEmpty, and
+    FileNotFoundError for an image that is gone, or that was changed and is removed therefore.
     """
     frame = _join(resized, captions)
     frame["caption"] = [
@@ -70,7 +79,7 @@ def build_training_set(
     text = csv_text(frame)
     version = hashlib.sha256(text.encode("utf-8")).hexdigest()
     folder = store.root / "training_sets" / version
-    if not (store.keep(folder) and _is_complete(folder, frame)):
+    if not (store.keep(folder) and _is_complete(folder, frame, text)):
         with writing(folder):
             store.folder("training_sets")
             _write(store, frame, text, folder)
@@ -109,9 +118,20 @@ def _join(resized: pd.DataFrame, captions: pd.DataFrame) -> pd.DataFrame:
     return frame[COLUMNS]
 
 
-def _is_complete(folder: Path, frame: pd.DataFrame) -> bool:
-    names = [*frame["file_name"], CSV_NAME, f"{IMAGES}/metadata.csv"]
-    return all(os.path.isfile(f"{folder}/{name}") for name in names)
+def _is_complete(folder: Path, frame: pd.DataFrame, text: str) -> bool:
+    """Whether everything is in the folder as `_write` writes it."""
+    try:
+        written = (folder / CSV_NAME).read_bytes(), (folder / METADATA).read_bytes()
+    except OSError:
+        return False
+    return written == (text.encode("utf-8"), _metadata(frame)) and all(
+        unchanged(f"{folder}/{name}", image) for name, image in cells(frame, "file_name", "image")
+    )
+
+
+def _metadata(frame: pd.DataFrame) -> bytes:
+    inner = frame.assign(file_name=frame["file_name"].str.removeprefix(f"{IMAGES}/"))
+    return csv_text(inner).encode("utf-8")
 
 
 def _write(store: Store, frame: pd.DataFrame, text: str, folder: Path) -> None:
@@ -119,28 +139,30 @@ def _write(store: Store, frame: pd.DataFrame, text: str, folder: Path) -> None:
     try:
         (temporary / IMAGES).mkdir(parents=True)
         for file_name, image in cells(frame, "file_name", "image"):
-            _link(store.path(image, ".png"), f"{temporary}/{file_name}")
-        inner = frame.assign(file_name=frame["file_name"].str.removeprefix(f"{IMAGES}/"))
-        write_atomic(temporary / IMAGES / "metadata.csv", csv_text(inner).encode("utf-8"))
+            _link(store, image, f"{temporary}/{file_name}")
+        write_atomic(temporary / METADATA, _metadata(frame))
         write_atomic(temporary / CSV_NAME, text.encode("utf-8"))
         if folder.exists():
-            # Someone took files out of it; the whole folder is made again.
+            # Someone changed it; the whole folder is made again.
             shutil.rmtree(folder)
         try:
             os.rename(temporary, folder)
         except OSError:
             # Another process was first, with the same content.
-            if not _is_complete(folder, frame):
+            if not _is_complete(folder, frame, text):
                 raise
         fsync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _link(source: Path, target: str) -> None:
+def _link(store: Store, image: str, target: str) -> None:
+    source = store.path(image, ".png")
+    there = source.exists()
+    if not store.intact(image, ".png"):
+        what = "was changed after it was made, and is removed" if there else "is gone"
+        raise FileNotFoundError(f"{source} {what}; materialize resized_posters again")
     try:
         os.link(source, target)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{source} is gone; materialize resized_posters again") from None
     except OSError:
-        shutil.copyfile(source, target)  # a file system without hard links
+        shutil.copy2(source, target)  # a file system without hard links

@@ -160,7 +160,9 @@ class _Listing:
                 return Source("", "", problem=self._problem)
             if name == "human_captions":
                 csv_path = settings.path(settings.captions)
-                return captions_source(self._entries, csv_path, automation, now, whole=self._whole)
+                return captions_source(
+                    self._entries, csv_path, self._location, automation, now, whole=self._whole
+                )
             store = self._deployment.store
             return posters_source(
                 self._entries, store, self._location, automation, now, whole=self._whole

@@ -93,15 +93,17 @@ def human_captions(
     A caption by a person wins over BLIP's and is never overwritten. Put `rocket.txt` beside
     `rocket.png`, or a row `rocket.png,a red rocket` into the CSV (the setting `captions`; columns
     file_name and caption). With neither the table is empty. Runs when one of these files, or the
-    list of posters, changed.
+    list of posters, changed. A landing folder without any poster is an error, as for `raw_posters`:
+    nothing may be mounted there.
     """
     from posterpipe.core.arrivals import captions_digest
     from posterpipe.core.captions import read_human_captions, unread_count
+    from posterpipe.core.landing import list_posters
     from posterpipe.core.listing import open_place
 
     settings = deployment.settings
     place = open_place(settings.landing, settings.root)
-    entries = place.entries()
+    entries = list_posters(place)
     digest = captions_digest(entries, settings.path(settings.captions))
     table = read_human_captions(
         place,

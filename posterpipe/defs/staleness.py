@@ -258,8 +258,14 @@ def _lost(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deploymen
         "growth_chart": [deployment.thesis_path / "growth.json"],
     }.get(name, [])
     version = made.metadata.get(TABLE_VERSION)
-    if version is not None and deployment.store.table_version(name) != version.value:
-        return "its table is gone or another one"
+    if version is not None:
+        from posterpipe.core.presence import lost_part
+
+        store = deployment.store
+        if store.table_version(name) != version.value:
+            return "its table is gone or another one"
+        if lost := lost_part(store, name):
+            return lost
     if name == "dreambooth_checkpoint":
         path = made.metadata.get("path")
         files = [deployment.store_root / str(path.value)] if path else []

@@ -130,8 +130,16 @@ def test_captions_depend_on_the_names_of_posters_only_where_there_are_captions(
     assert with_sidecar != with_name
     (folder.path / "d.txt").write_text("another caption")
     assert captions_digest(folder.entries(), csv) != with_sidecar
-    seen = captions_source(folder.entries(), csv, SETTINGS, NOW).seen
+    seen = captions_source(folder.entries(), csv, "there", SETTINGS, NOW).seen
     assert seen == "1 sidecar and captions.csv"
+
+
+def test_captions_are_not_taken_for_removed_where_no_poster_is_left(tmp_path: Path) -> None:
+    csv = tmp_path / "captions.csv"
+    csv.write_text("file_name,caption\n")
+    for entries in ([], [Entry("a.txt", 5, 0, "")]):
+        source = captions_source(entries, csv, "there", SETTINGS, NOW)
+        assert "no posters in there: put some in" in source.problem
 
 
 def test_a_file_counts_by_its_content(tmp_path: Path) -> None:

@@ -56,6 +56,48 @@ def test_bytes_that_are_there_are_not_written_again_but_marked_as_used(store: St
     assert time.time() - path.stat().st_mtime < 60
 
 
+def test_a_blob_that_somebody_saved_over_is_told_however_often_it_was_used_since(
+    store: Store,
+) -> None:
+    blob = store.put(b"poster")
+    path = store.path(blob)
+    assert store.intact(blob)
+    os.chmod(path, 0o644)
+    path.write_bytes(b"posted")
+    os.utime(path, ns=(1_500_000_001, 1_500_000_001))
+    assert store.has(blob)  # which marks it as used
+    assert time.time() - path.stat().st_mtime < 60
+    assert not store.intact(blob)
+    assert not path.exists()
+    assert store.put(b"poster") == blob
+    assert store.intact(blob)
+
+
+def test_a_blob_is_read_once_where_it_was_kept_before_there_were_seals(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = store.put(b"poster")
+    os.utime(store.path(blob), ns=(1_500_000_001, 1_500_000_001))
+    assert store.intact(blob)
+    read: list[object] = []
+    monkeypatch.setattr(hashlib, "file_digest", lambda *arguments: read.append(arguments))
+    assert store.intact(blob)
+    os.utime(store.path(blob), (1, 1))
+    assert store.intact(blob)
+    assert read == []
+
+
+def test_those_who_share_a_store_by_their_group_may_still_mark_blobs_as_used(
+    store: Store,
+) -> None:
+    before = os.umask(0o002)
+    try:
+        path = store.path(store.put(b"poster"))
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o464
+
+
 def test_whoever_asks_for_something_counts_as_its_user(store: Store) -> None:
     path = store.path(store.put(b"poster"))
     version = store.write_table("posters", FRAME)

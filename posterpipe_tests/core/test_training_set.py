@@ -165,6 +165,47 @@ def test_a_folder_that_is_there_is_left_alone_and_a_torn_one_is_made_again(store
     assert (folder / frame["file_name"][0]).is_file()
 
 
+@pytest.mark.parametrize("name", ["training.csv", "train/metadata.csv"])
+def test_a_csv_that_somebody_edited_is_written_again(store: Store, name: str) -> None:
+    resized, captions = tables(store)
+    _, folder, _ = build_training_set(store, resized, captions)
+    before = (folder / name).read_bytes()
+    (folder / name).write_bytes(before.replace(b"castle", b"palace"))
+    build_training_set(store, resized, captions)
+    assert (folder / name).read_bytes() == before
+
+
+def save_over(path: Path, data: bytes) -> None:
+    """In place, as root can and as editors do with files of their owner."""
+    mode = path.stat().st_mode
+    path.chmod(0o644)
+    path.write_bytes(data)
+    path.chmod(mode)
+
+
+@pytest.mark.parametrize("data", [b"", b"another picture"])
+def test_an_image_that_was_saved_over_in_a_set_is_no_longer_taken_for_the_one_of_the_store(
+    store: Store, data: bytes
+) -> None:
+    resized, captions = tables(store)
+    frame, folder, _ = build_training_set(store, resized, captions)
+    right = (folder / frame["file_name"][1]).read_bytes()
+    save_over(folder / frame["file_name"][1], data)
+    blob = store.path(frame["image"][1], ".png")
+    assert blob.read_bytes() == data  # they are one file
+    with pytest.raises(FileNotFoundError, match=r"was changed .* materialize resized_posters"):
+        build_training_set(store, resized, captions)
+    store.put(right, ".png")
+    build_training_set(store, resized, captions)
+    assert (folder / frame["file_name"][1]).read_bytes() == right
+
+
+def test_images_of_the_store_cannot_be_written_to_through_a_set(store: Store) -> None:
+    frame, folder, _ = build_training_set(store, *tables(store))
+    modes = {(folder / name).stat().st_mode & 0o222 for name in frame["file_name"]}
+    assert modes == {0}
+
+
 def test_without_hard_links_images_are_copied(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,5 +213,12 @@ def test_without_hard_links_images_are_copied(
         raise PermissionError("Operation not permitted")
 
     monkeypatch.setattr(training_set.os, "link", no_links)
-    frame, folder, _ = build_training_set(store, *tables(store))
-    assert all((folder / name).stat().st_nlink == 1 for name in frame["file_name"])
+    resized, captions = tables(store)
+    frame, folder, _ = build_training_set(store, resized, captions)
+    copies = [folder / name for name in frame["file_name"]]
+    assert all(copy.stat().st_nlink == 1 for copy in copies)
+    # A changed copy is no damage to the store.
+    before = copies[0].read_bytes()
+    save_over(copies[0], b"another picture")
+    build_training_set(store, resized, captions)
+    assert copies[0].read_bytes() == before

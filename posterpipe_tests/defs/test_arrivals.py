@@ -276,6 +276,25 @@ def test_an_empty_or_missing_folder_requests_nothing_and_says_why(
     assert place.names() == ["d.png"]
 
 
+def test_captions_stay_while_nothing_is_mounted_where_the_posters_lie(
+    place: Place, tmp_path: Path
+) -> None:
+    place.write(place.folder / "a.txt", "a red rocket")
+    assert place.settle() == [["human_captions"]]
+    captions = Deployment(place.settings).store.read_table("human_captions")
+    assert captions["caption"].tolist() == ["a red rocket"]
+    place.folder.rename(tmp_path / "unmounted")
+    place.folder.mkdir()
+    assert place.settle() == []
+    assert f"human_captions: no posters in {place.folder}" in place.said
+    # Nor when somebody asks for the asset.
+    assert not place.daemon.run("human_captions")
+    assert Deployment(place.settings).store.read_table("human_captions").equals(captions)
+    place.folder.rmdir()
+    (tmp_path / "unmounted").rename(place.folder)
+    assert place.settle() == []
+
+
 def test_a_missing_prompt_suite_holds_up_nothing_else(place: Place) -> None:
     place.suite.unlink()
     place.put("d.png")

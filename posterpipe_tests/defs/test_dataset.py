@@ -144,6 +144,23 @@ def test_another_wording_makes_training_csv_stale_and_no_caption(dataset: Datase
         dataset.run("training_csv")
 
 
+def test_what_was_lost_of_the_store_is_stale_and_comes_back(dataset: Dataset) -> None:
+    store, lost = Deployment(dataset.settings).store, dataset.settings.store / "lost"
+    lost.mkdir()
+    version = store.table_version("human_captions")
+    for asset, path in [
+        ("raw_posters", store.path(dataset.table("raw_posters")["poster_id"][0])),
+        ("resized_posters", store.path(dataset.table("resized_posters")["image"][0], ".png")),
+        ("human_captions", store.root / "tables" / "human_captions" / f"{version}.parquet"),
+        ("training_csv", Path(str(dataset.metadata("training_csv")["folder"]))),
+    ]:
+        path.rename(lost / path.name)
+        assert dataset.stale() == {asset}
+        dataset.run(asset)
+        assert path.exists()
+        assert dataset.stale() == set()
+
+
 def test_a_rejected_caption_is_shown_with_its_reason(dataset: Dataset) -> None:
     sidecar = Path(dataset.settings.landing) / "poster 9.txt"
     sidecar.write_text("a poster that is not there", "utf-8")

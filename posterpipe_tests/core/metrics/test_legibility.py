@@ -134,7 +134,9 @@ def test_each_image_with_a_title_gets_its_numbers(
 def test_an_unreadable_image_is_a_row_with_the_reason(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     table = generations(store, [lettered("STAR"), lettered("MOON")], titles=["Star", "Moon"])
-    (store.root / str(table.image_path[0])).write_bytes(b"no image")
+    path = store.root / str(table.image_path[0])
+    path.unlink()  # it may not be written to
+    path.write_bytes(b"no image")
     _, scores, read = measure_legibility(store, table, "drawn", NoProgress())
     assert scores.status.tolist() == ["failed", "ok", "failed", "ok"]
     assert "cannot be read" in scores.reason[0] and len(read) == 1
