@@ -16,10 +16,10 @@ from rich.table import Table
 
 from posterpipe.core import gate
 from posterpipe.core.evidence import read_decisions, write_decisions
-from posterpipe.core.models import fingerprint
+from posterpipe.core.models import ModelMissing, known_fingerprint
 from posterpipe.core.warehouse import Warehouse
 from posterpipe.defs.resources import Deployment
-from posterpipe.settings import load_settings
+from posterpipe.settings import ModelRef, load_settings
 
 SHOWN = 20
 """Decisions that are listed, the latest ones."""
@@ -27,7 +27,8 @@ SHOWN = 20
 
 def show() -> None:
     """Print the champion and the latest decisions."""
-    warehouse, base = _opened()
+    warehouse, known, ref = _opened()
+    base = known or ref.id
     decisions = read_decisions(warehouse)
     console = Console(highlight=False)
     served = gate.champion_of(decisions, base)
@@ -74,7 +75,12 @@ def rollback(why: str, who: str | None) -> None:
 def _decide(
     row: Callable[[pd.DataFrame, str, str, dt.datetime], pd.DataFrame], who: str | None
 ) -> None:
-    warehouse, base = _opened()
+    warehouse, base, ref = _opened()
+    if base is None:  # a decision names it, and that stays
+        raise ModelMissing(
+            f"The base model {ref.id} is not on this machine, so which one it is cannot be told: "
+            f"decide where the pipeline runs, or run `hf download {ref.id}` first"
+        )
     now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
     write_decisions(warehouse, row(read_decisions(warehouse), base, who or getpass.getuser(), now))
     served = gate.champion_of(read_decisions(warehouse), base)
@@ -84,7 +90,8 @@ def _decide(
     )
 
 
-def _opened() -> tuple[Warehouse, str]:
+def _opened() -> tuple[Warehouse, str | None, ModelRef]:
+    """The warehouse, and the base model: its fingerprint, where that is known, and what it is."""
     settings = load_settings()
-    deployment = Deployment(settings)
-    return deployment.warehouse, fingerprint(settings.base_model, settings.root)
+    base = known_fingerprint(settings.base_model, settings.root)
+    return Deployment(settings).warehouse, base, settings.base_model

@@ -124,11 +124,8 @@ def require_inputs(settings: Settings) -> None:
     from posterpipe.core.models import locate
     from posterpipe.core.prompts import load_suite
 
-    refs = [settings.base_model, settings.captioner.model, settings.scorer.model]
-    refs += settings.evidence.image_encoders
-    for ref in (settings.evidence.pickscore, settings.evidence.pickscore_processor):
-        refs += [ref] if ref else []
-    for ref in refs:
+    refs = (settings.base_model, settings.captioner.model, settings.scorer.model)
+    for ref in (*refs, *settings.evidence.models):
         locate(ref, settings.root)
     load_suite(settings.path(settings.prompt_suite))
 

@@ -89,15 +89,9 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _posters(settings)
     yield _suite(settings)
     yield _reports(settings)
-    refs = {
-        "base model": settings.base_model,
-        "captioner": settings.captioner.model,
-        "scorer": settings.scorer.model,
-    }
-    cached = {name: _model(name, ref, settings) for name, ref in refs.items()}
-    yield from cached.values()
-    absent = any(finding.state == "note" for finding in cached.values())
-    yield _hub(_uses_hub(settings), absent)
+    for name, ref in _models(settings).items():
+        yield _model(name, ref, settings)
+    yield _hub(_uses_hub(settings), _absent(settings))
 
 
 def _python() -> Finding:
@@ -263,32 +257,52 @@ def _reports(settings: Settings) -> Finding:
     return Finding("note", "reports", "no dbt manifest yet; the first start takes longer")
 
 
+def _models(settings: Settings) -> dict[str, ModelRef]:
+    """The profile's models by what they are called here, each once."""
+    named = {
+        "base model": settings.base_model,
+        "captioner": settings.captioner.model,
+        "scorer": settings.scorer.model,
+    }
+    others = [ref for ref in settings.evidence.models if ref not in named.values()]
+    return {**named, **{f"evidence {Path(ref.id).name}": ref for ref in others}}
+
+
 def _uses_hub(settings: Settings) -> bool:
-    refs = (settings.base_model, settings.captioner.model, settings.scorer.model)
-    return any(_is_hub(ref, settings) for ref in refs)
+    from posterpipe.core.models import is_on_hub
+
+    return any(is_on_hub(ref, settings.root) for ref in _models(settings).values())
 
 
-def _is_hub(ref: ModelRef, settings: Settings) -> bool:
-    from posterpipe.core.models import HUB_ID
+def _absent(settings: Settings) -> bool:
+    """Whether a model has yet to be downloaded."""
+    from posterpipe.core.models import cached_snapshot, is_on_hub
 
-    return not settings.path(Path(ref.id)).exists() and bool(HUB_ID.fullmatch(ref.id))
+    refs = [ref for ref in _models(settings).values() if is_on_hub(ref, settings.root)]
+    return any(cached_snapshot(ref) is None for ref in refs)
 
 
 def _model(name: str, ref: ModelRef, settings: Settings) -> Finding:
-    from posterpipe.core.models import ModelMissing, locate
+    from posterpipe.core.models import ModelMissing, cached_snapshot, is_on_hub, is_pinned, locate
 
-    if not _is_hub(ref, settings):
+    if not is_on_hub(ref, settings.root):
         try:
             return Finding("ok", name, str(locate(ref, settings.root)))
         except ModelMissing as error:
             return Finding("missing", name, str(error))
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot_download(ref.id, revision=ref.revision, local_files_only=True)
-    except Exception:  # every way of not being there
-        return Finding("note", name, f"{ref.id} is not here yet; the first run downloads it")
-    return Finding("ok", name, f"{ref.id} is in the local cache")
+    snapshot = cached_snapshot(ref)
+    here = f"{ref.id} is in the local cache"
+    if snapshot is None:
+        here = f"{ref.id} is not here yet; the first run downloads it"
+    if is_pinned(ref):
+        return Finding("ok" if snapshot else "note", name, here)
+    commit = f"{snapshot.name!r}" if snapshot else "a commit hash"
+    return Finding(
+        "note",
+        name,
+        f"{here}. Its revision {ref.revision or 'main'} can move, and other weights are another "
+        f"model with scores of its own: pin it in the profile with revision = {commit}",
+    )
 
 
 def _hub(used: bool, absent: bool) -> Finding:

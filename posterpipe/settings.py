@@ -553,6 +553,12 @@ class EvidenceSettings(Group):
         None, description="where its tokenizer and image processor lie; none: with its weights"
     )
 
+    @property
+    def models(self) -> tuple[ModelRef, ...]:
+        """Every model that is asked beside the scorer's."""
+        preference = (self.pickscore, self.pickscore_processor) if self.pickscore else ()
+        return (*self.image_encoders, *(ref for ref in preference if ref is not None))
+
 
 class LetteringSettings(Group):
     """How titles are set in type on generated posters."""

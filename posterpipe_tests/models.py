@@ -1,11 +1,14 @@
 """Tiny random models of the real classes, for tests that need a model and not what it knows.
 
-What belongs here: functions that write a model directory as `from_pretrained` reads it. What does
-not: anything trained (that is `data/models/starter`), fixtures of one test file.
+What belongs here: functions that write a model directory as `from_pretrained` reads it, and the
+cache in which the Hugging Face hub's models lie. What does not: anything trained (that is
+`data/models/starter`), fixtures of one test file.
 """
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +20,22 @@ TINY_TOKENS = 48
 START, END = "<|startoftext|>", "<|endoftext|>"
 _SMALL = ("a", "animated", "blue", "cat", "centre", "film", "in", "minimalist", "movie", "of", "on")
 WORDS = (*_SMALL, "one", "only", "poster", "red", "rocket", "spaceship", "the", "titled", "with")
+
+
+@dataclass(frozen=True)
+class HubCache:
+    """A folder as huggingface_hub keeps what it downloaded (its `HF_HUB_CACHE`)."""
+
+    folder: Path
+
+    def add(self, name: str, commit: str, model: Path) -> Path:
+        """A copy of `model` as the snapshot of `owner/name` at `commit`, where `main` is now."""
+        cached = self.folder / f"models--{name.replace('/', '--')}"
+        snapshot = cached / "snapshots" / commit
+        shutil.copytree(model, snapshot)
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / "main").write_text(commit)
+        return snapshot
 
 
 def build_tiny_tokenizer(*, max_tokens: int = TINY_TOKENS) -> CLIPTokenizer:

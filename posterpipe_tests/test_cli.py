@@ -16,7 +16,8 @@ from posterpipe.core.landing import scan
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.store import Store
 from posterpipe.demo import prepare_home, require_inputs
-from posterpipe.settings import Settings, SettingsError, load_settings
+from posterpipe.settings import ModelRef, Settings, SettingsError, load_settings
+from posterpipe_tests.models import HubCache
 
 MISSING = {"id": "data/models/nowhere/base"}
 
@@ -134,6 +135,30 @@ def test_doctor_asks_for_the_hub_where_the_profile_needs_it(
     assert "POSTERPIPE_PROFILE=starter" in found["hub"].text
 
 
+def test_doctor_tells_which_revisions_can_move(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: Settings
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    commit, model = "0123456789" * 4, settings.path(Path(settings.scorer.model.id))
+    HubCache(tmp_path / "cache").add("owner/clip", commit, model)
+    moving, pinned = ModelRef(id="owner/clip", revision="main"), ModelRef(id="o/p", revision=commit)
+    found = states(
+        settings.model_copy(
+            update={
+                "scorer": settings.scorer.model_copy(update={"model": moving}),
+                "evidence": settings.evidence.model_copy(update={"image_encoders": (pinned,)}),
+            }
+        )
+    )
+    assert found["scorer"].state == "note"
+    assert "owner/clip is in the local cache. Its revision main can move" in found["scorer"].text
+    assert f"revision = '{commit}'" in found["scorer"].text
+    assert "move" not in found["evidence p"].text and "not here yet" in found["evidence p"].text
+    assert found["hub"].state == "missing"
+
+
 def test_the_demo_brings_the_configuration_of_one_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -222,3 +247,8 @@ def test_the_champion_is_shown_pinned_and_rolled_back_by_command(
     assert told_decisions(tmp_path)["decision_id"].tolist() == log["decision_id"].tolist()
     with pytest.raises(GateError, match="has not seen the checkpoint nobody"):
         run("pin", "nobody", "--why", "x")
+    # A base model that is not here yet has no fingerprint: enough to look, too little to decide.
+    monkeypatch.setenv("POSTERPIPE_BASE_MODEL__ID", "owner/name-of-no-model")
+    assert "Served: c0ffee12 (a fine-tuned checkpoint)" in run()
+    with pytest.raises(ModelMissing, match="hf download owner/name-of-no-model"):
+        run("rollback", "--why", "x")

@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import weakref
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 HUB_SECONDS = 5.0
 """How long the hub may take to answer before it counts as not reachable."""
@@ -73,12 +76,69 @@ def locate(ref: ModelRef, root: Path) -> Path:
 def fingerprint(ref: ModelRef, root: Path) -> str:
     """12 hex digits that change when the model's weights, configuration or tokenizer change.
 
-    A directory is known by the content of its files, a hub model by id and revision, without
-    network. Raises ModelMissing when a directory is not there.
+    A directory is known by the content of its files, a hub model by its id and commit (see
+    `commit_of`). Raises ModelMissing.
     """
     if _directory(ref, root) is None:
-        return content_key("hub", ref.id, ref.revision)[:FINGERPRINT_LENGTH]
+        return content_key("hub", ref.id, commit_of(ref))[:FINGERPRINT_LENGTH]
     return directory_fingerprint(locate(ref, root))
+
+
+def known_fingerprint(ref: ModelRef, root: Path) -> str | None:
+    """As `fingerprint`, without network: None where that takes a download, and for a directory
+    that is missing."""
+    if _directory(ref, root) is None and not is_pinned(ref) and cached_snapshot(ref) is None:
+        return None
+    try:
+        return fingerprint(ref, root)
+    except ModelMissing:
+        return None
+
+
+def joint_fingerprint(fingerprints: Iterable[str]) -> str:
+    """One fingerprint for several models together; that of the model where there is but one."""
+    different = list(dict.fromkeys(fingerprints))
+    if len(different) == 1:
+        return different[0]
+    return content_key("models", different)[:FINGERPRINT_LENGTH]
+
+
+def revision_of(ref: ModelRef, root: Path) -> str:
+    """What exactly a model is: the commit of a hub model, the fingerprint of a directory. Raises
+    ModelMissing."""
+    return commit_of(ref) if _directory(ref, root) is None else fingerprint(ref, root)
+
+
+def commit_of(ref: ModelRef) -> str:
+    """The commit of a hub model: the one that is named, or else that of the snapshot that
+    `locate` gives, downloaded where it is not there. A branch moves, and what was made with the
+    weights before is not to be taken for what the new ones make. Raises ModelMissing."""
+    return str(ref.revision) if is_pinned(ref) else _from_hub(ref).name
+
+
+def is_pinned(ref: ModelRef) -> bool:
+    """Whether a hub model's revision is a whole commit hash, the one name that never moves."""
+    return COMMIT.fullmatch(ref.revision or "") is not None
+
+
+def is_on_hub(ref: ModelRef, root: Path) -> bool:
+    """Whether a reference means a model of the hub, and no directory."""
+    return _directory(ref, root) is None
+
+
+def cached_snapshot(ref: ModelRef) -> Path | None:
+    """The whole snapshot of a hub model in the local cache, in a folder named by its commit; None
+    where there is none. Asks no network."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            ref.id, revision=ref.revision, local_files_only=True
+        )
+    except (errors.LocalEntryNotFoundError, ValueError, OSError):
+        return None
+    return Path(snapshot) if _complete(Path(snapshot)) else None
 
 
 def directory_fingerprint(folder: Path) -> str:
@@ -127,14 +187,9 @@ def _from_hub(ref: ModelRef) -> Path:
     from huggingface_hub import errors
 
     quiet_hub()
-    try:
-        snapshot = huggingface_hub.snapshot_download(
-            ref.id, revision=ref.revision, local_files_only=True
-        )
-        if _complete(Path(snapshot)):
-            return Path(snapshot)
-    except (errors.LocalEntryNotFoundError, ValueError, OSError):
-        pass  # not in the cache
+    cached = cached_snapshot(ref)
+    if cached is not None:
+        return cached
     which = ref.id + (f" (revision {ref.revision})" if ref.revision else "")
     remedy = (
         f"connect, or run `hf download {ref.id}` on a machine that is connected and copy its "

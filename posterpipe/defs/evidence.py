@@ -189,8 +189,9 @@ def fidelity_scores(
     import pandas as pd
 
     from posterpipe.core.evidence import held_out, measure, posters_of
-    from posterpipe.core.models import fingerprint
+    from posterpipe.core.models import fingerprint, joint_fingerprint
 
+    settings = deployment.settings
     store = deployment.store
     progress = deployment.progress(context)
     generations = pd.concat(
@@ -201,8 +202,8 @@ def fidelity_scores(
         deployment.warehouse,
         generations,
         posters_of(store, "training", training_csv),
-        held_out(store, deployment.settings, progress),
-        deployment.settings,
+        held_out(store, settings, progress),
+        settings,
         progress,
         run_id=context.run.run_id,
     )
@@ -226,8 +227,9 @@ def fidelity_scores(
                 )
             ),
             **counts(table, "status"),
-            MODEL_FINGERPRINT: fingerprint(
-                deployment.settings.scorer.model, deployment.settings.root
+            MODEL_FINGERPRINT: joint_fingerprint(
+                fingerprint(ref, settings.root)
+                for ref in (settings.scorer.model, *settings.evidence.models)
             ),
         },
     )

@@ -25,7 +25,7 @@ from posterpipe.defs.resources import (
     TABLE_VERSION,
     Deployment,
 )
-from posterpipe.settings import Settings
+from posterpipe.settings import ModelRef, Settings
 
 DATA_VERSION = "dagster/data_version"
 INPUT_DATA_VERSION = "dagster/input_data_version/"
@@ -279,25 +279,29 @@ class Models:
     def __init__(self, deployment: Deployment) -> None:
         settings = deployment.settings
         self._root = settings.root
-        self._refs = {
-            "poster_captions": settings.captioner.model,
-            "dreambooth_checkpoint": settings.base_model,
-            "base_generations": settings.base_model,
-            "clip_scores": settings.scorer.model,
-            "fidelity_scores": settings.scorer.model,
+        self._refs: dict[str, tuple[ModelRef, ...]] = {
+            "poster_captions": (settings.captioner.model,),
+            "class_images": (settings.base_model,),
+            "dreambooth_checkpoint": (settings.base_model,),
+            "base_generations": (settings.base_model,),
+            "clip_scores": (settings.scorer.model,),
+            "fidelity_scores": (settings.scorer.model, *settings.evidence.models),
         }
-        self._known: dict[str, str | None] = {}
+        self._known: dict[tuple[str, str | None], str | None] = {}
 
     def fingerprint(self, key: dg.AssetKey) -> str | None:
-        """Of the asset's model; None for an asset without one, and for a model that is missing."""
-        from posterpipe.core.models import ModelMissing, fingerprint
+        """Of the asset's models together; None for an asset without one, and where one is missing
+        or would have to be downloaded."""
+        from posterpipe.core.models import joint_fingerprint
 
-        ref = self._refs.get(key.path[-1])
-        if ref is None:
-            return None
-        if ref.id not in self._known:
-            try:
-                self._known[ref.id] = fingerprint(ref, self._root)
-            except ModelMissing:
-                self._known[ref.id] = None
-        return self._known[ref.id]
+        found = [self._of(ref) for ref in self._refs.get(key.path[-1], ())]
+        known = [one for one in found if one is not None]
+        return joint_fingerprint(known) if known and len(known) == len(found) else None
+
+    def _of(self, ref: ModelRef) -> str | None:
+        from posterpipe.core.models import known_fingerprint
+
+        name = (ref.id, ref.revision)
+        if name not in self._known:
+            self._known[name] = known_fingerprint(ref, self._root)
+        return self._known[name]

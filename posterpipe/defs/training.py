@@ -133,6 +133,7 @@ def class_images(
             "contact_sheet": thumbnails(images),
             "prior_preservation": settings.training.prior_preservation,
             "class_prompt": settings.training.class_prompt,
+            **({MODEL_FINGERPRINT: model_id} if model_id else {}),
             **({"folder": dg.MetadataValue.path(folder)} if folder else {}),
         },
         data_version=version or "off",

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from posterpipe.core.metrics.clip import ClipTextSimilarity
-from posterpipe.core.models import ModelMissing
+from posterpipe.core.models import ModelMissing, fingerprint
 from posterpipe.core.provenance import require_checkpoint
 from posterpipe.core.sampler import (
     ImageRequest,
@@ -97,7 +97,10 @@ class Painter:
         if choice.name not in self._samplers:
             settings = self.settings
             folder = model_folder(choice, settings)
-            if choice.kind != "base":
+            model_id = choice.name
+            if choice.kind == "base":
+                model_id = fingerprint(settings.base_model, settings.root)
+            else:
                 store = Store(settings.path(settings.store))
                 require_checkpoint(store, folder, checkpoint_id=choice.name)
             while len(self._samplers) >= KEPT_MODELS:
@@ -105,7 +108,7 @@ class Painter:
                 name, _ = self._samplers.popitem(last=False)
                 self._limits.pop(name, None)
             self._limits[choice.name] = text_limit(folder)
-            self._samplers[choice.name] = Sampler(folder, self.sampling, model_id=choice.name)
+            self._samplers[choice.name] = Sampler(folder, self.sampling, model_id=model_id)
         self._samplers.move_to_end(choice.name)
         if self._scorer is None and not self._no_scorer:
             try:
@@ -122,7 +125,8 @@ class Painter:
         self.prepare(choice)
         start = self.sampling.negative_from if order.negative else 0.0
         request = ImageRequest(order.description, order.negative, seed, start)
-        image = self._samplers[choice.name]([request], on_step)[0]
+        sampler = self._samplers[choice.name]
+        image = sampler([request], on_step)[0]
         notes = self._unread(choice, order)
         blocked = blocked_reason(image)
         score: float | None = None
@@ -132,7 +136,7 @@ class Painter:
             notes.append(self._no_scorer)
         else:
             score = float(self._scorer([image], [order.description])[0])
-        about = parameters_text(request, self.sampling, choice.name)
+        about = parameters_text(request, self.sampling, sampler.model_id)
         shown, lettered = self._lettered(image, order, notes)
         return Poster(
             image=image,

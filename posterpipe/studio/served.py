@@ -17,7 +17,7 @@ import pandas as pd
 
 from posterpipe.core.evidence import read_decisions
 from posterpipe.core.gate import DECISION_COLUMNS, GATE, champion_of
-from posterpipe.core.models import fingerprint, locate
+from posterpipe.core.models import fingerprint, is_on_hub, known_fingerprint, locate
 from posterpipe.core.provenance import RECORD_NAME
 from posterpipe.core.warehouse import Warehouse, WarehouseError
 from posterpipe.settings import Settings
@@ -31,7 +31,8 @@ class Choice:
     """A model that can draw."""
 
     name: str
-    """Fingerprint of the base model, or id of the checkpoint."""
+    """Fingerprint of the base model (its hub id until it is downloaded), or id of the
+    checkpoint."""
     kind: str
     """base or tuned."""
     folder: Path
@@ -97,9 +98,7 @@ class Models:
     def served(self) -> Served:
         """The models as of now. Raises ModelMissing where there is no base model either."""
         settings = self._settings
-        base = Choice(
-            fingerprint(settings.base_model, settings.root), "base", Path(settings.base_model.id)
-        )
+        base = Choice(_base_name(settings), "base", Path(settings.base_model.id))
         decisions = self._read()
         champion = champion_of(decisions, base.name)
         own = decisions[decisions["decided_by"] == GATE].sort_values("decided_at", kind="stable")
@@ -145,6 +144,15 @@ class Models:
                 self._signature = signature if path == private or not private.exists() else None
                 break
             return self._decisions
+
+
+def _base_name(settings: Settings) -> str:
+    """The fingerprint of the base model; its id while it is not downloaded, which is done when it
+    draws. Raises ModelMissing where a directory is missing."""
+    ref = settings.base_model
+    if is_on_hub(ref, settings.root):
+        return known_fingerprint(ref, settings.root) or ref.id
+    return fingerprint(ref, settings.root)
 
 
 def _stat(path: Path) -> tuple[int, int, int] | None:

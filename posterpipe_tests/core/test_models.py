@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 
 from posterpipe.core import models
-from posterpipe.core.models import ModelMissing, fingerprint, give_memory_back, locate
+from posterpipe.core.models import (
+    ModelMissing,
+    fingerprint,
+    give_memory_back,
+    known_fingerprint,
+    locate,
+    revision_of,
+)
 from posterpipe.settings import ModelRef
+from posterpipe_tests.models import HubCache
 
 
 @pytest.fixture
@@ -93,19 +101,21 @@ def test_a_hub_that_does_not_answer_counts_as_not_reachable(
     assert not models._hub_answers()
 
 
-def test_a_hub_model_in_the_cache_needs_no_network(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+FIRST, SECOND = "0123456789abcdef" * 2 + "01234567", "89abcdef" * 5
+
+
+@pytest.fixture
+def hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> HubCache:
+    """A cache of the hub that holds nothing yet; the hub itself does not answer."""
     from huggingface_hub import constants
 
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cached = root / "cache" / "models--owner--name"
-    snapshot = cached / "snapshots" / commit
-    shutil.copytree(root / "models" / "captioner", snapshot)
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root / "cache"))
     monkeypatch.setattr(models, "_hub_answers", lambda: False)
+    return HubCache(root / "cache")
+
+
+def test_a_hub_model_in_the_cache_needs_no_network(root: Path, hub: HubCache) -> None:
+    snapshot = hub.add("owner/name", FIRST, root / "models" / "captioner")
     assert locate(ModelRef(id="owner/name", revision="main"), root) == snapshot
     # An interrupted download is no model.
     (snapshot / "model.safetensors").unlink()
@@ -130,9 +140,38 @@ def test_the_fingerprint_follows_weights_and_configuration_only(root: Path) -> N
     assert fingerprint(ModelRef(id="elsewhere"), root) == fingerprint(ref, root)
 
 
-def test_the_fingerprint_of_a_hub_model_is_its_id_and_revision(root: Path) -> None:
-    refs = [ModelRef(id="owner/name", revision=revision) for revision in ("a", "b")]
+def test_a_hub_model_pinned_by_commit_is_known_before_it_is_downloaded(
+    root: Path, hub: HubCache
+) -> None:
+    refs = [ModelRef(id="owner/name", revision=commit) for commit in (FIRST, SECOND)]
     assert fingerprint(refs[0], root) != fingerprint(refs[1], root)
+    assert known_fingerprint(refs[0], root) == fingerprint(refs[0], root)
+    assert revision_of(refs[0], root) == FIRST
+
+
+@pytest.mark.parametrize("revision", ["main", None])
+def test_a_branch_that_moved_is_another_model(
+    root: Path, hub: HubCache, revision: str | None
+) -> None:
+    ref = ModelRef(id="owner/name", revision=revision)
+    hub.add("owner/name", FIRST, root / "models" / "captioner")
+    before = fingerprint(ref, root)
+    assert revision_of(ref, root) == FIRST
+    hub.add("owner/name", SECOND, root / "models" / "captioner")
+    assert fingerprint(ref, root) != before
+    # Whoever pins what is there goes on with the same model.
+    assert fingerprint(ModelRef(id="owner/name", revision=SECOND), root) == fingerprint(ref, root)
+
+
+def test_a_branch_that_is_not_here_has_no_fingerprint(root: Path, hub: HubCache) -> None:
+    ref = ModelRef(id="owner/name", revision="main")
+    assert known_fingerprint(ref, root) is None
+    with pytest.raises(ModelMissing, match=r"owner/name \(revision main\) .* cannot be reached"):
+        fingerprint(ref, root)
+    # Half a snapshot would be downloaded once more, and the branch may have moved by then.
+    snapshot = hub.add("owner/name", FIRST, root / "models" / "captioner")
+    (snapshot / "model.safetensors").unlink()
+    assert known_fingerprint(ref, root) is None
 
 
 def _given_back() -> float:

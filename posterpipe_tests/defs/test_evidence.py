@@ -23,7 +23,7 @@ from posterpipe.core.store import Store
 from posterpipe.defs import checks, evidence
 from posterpipe.defs.resources import TABLES, Deployment, store_tables
 from posterpipe.defs.staleness import stale_assets
-from posterpipe.settings import Settings, load_settings
+from posterpipe.settings import ModelRef, Settings, load_settings
 from posterpipe_tests.core.metrics.tiny import build_tiny_clip
 
 PROMPTS, SEEDS = 8, 3
@@ -275,6 +275,18 @@ def test_a_pin_and_a_rollback_are_noticed_and_shown(world: World) -> None:
     assert told_decisions(world.store.root)["decision_id"].tolist() == (
         read_decisions(world.deployment.warehouse)["decision_id"].tolist()
     )
+
+
+def test_other_weights_of_an_image_encoder_are_noticed(world: World, tmp_path: Path) -> None:
+    encoder = build_tiny_clip(tmp_path / "encoder")
+    asked = {"image_encoders": (ModelRef(id=str(encoder), revision=None),)}
+    changed = {"evidence": world.settings.evidence.model_copy(update=asked)}
+    world.settings = world.settings.model_copy(update=changed)
+    world.train("good", drawn_by(FILM))
+    world.judge()
+    assert world.stale() == {}
+    (encoder / "preprocessor_config.json").write_text('{"do_resize": false}')
+    assert world.stale() == {"fidelity_scores": "its model changed"}
 
 
 def test_a_rejected_checkpoint_cannot_be_pinned(world: World) -> None:

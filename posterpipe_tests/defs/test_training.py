@@ -20,6 +20,7 @@ from posterpipe.defs.resources import (
     Table,
     table_output,
 )
+from posterpipe.defs.staleness import stale_assets
 from posterpipe.defs.training import (
     class_images,
     dreambooth_checkpoint,
@@ -77,6 +78,28 @@ def test_what_a_run_leaves_out_is_as_the_profile_says() -> None:
     assert changed == base.model_copy(update={"max_train_steps": 5, "snr_gamma": 5.0})
     with pytest.raises(SettingsError, match=r"dreambooth_checkpoint: learning_rate: .*greater"):
         training_settings(base, {"learning_rate": -1.0})
+
+
+def test_class_images_of_another_base_model_are_stale(tmp_path: Path) -> None:
+    size = {"width": TINY_WIDTH, "height": TINY_HEIGHT}
+    base = build_tiny_stable_diffusion(tmp_path / "base")
+    settings = load_settings(
+        "starter",
+        store=tmp_path / "store",
+        base_model={"id": str(base)},
+        images=size,
+        sampler={**size, "num_inference_steps": 1, "batch_size": 1},
+        training={"prior_preservation": True, "class_image_count": 1},
+    )
+    deployment = Deployment(settings)
+    resources = {"deployment": deployment, TABLES: StoreIOManager(deployment)}
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert dg.materialize([class_images], instance=instance, resources=resources).success
+        assert stale_assets(class_images.specs, instance, deployment) == {}
+        build_tiny_stable_diffusion(base, seed=1)
+        assert stale_assets(class_images.specs, instance, deployment) == {
+            class_images.key: "its model changed"
+        }
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from posterpipe.core.evidence import write_decisions
 from posterpipe.core.gate import DECISION_COLUMNS, GATE
 from posterpipe.core.models import fingerprint
 from posterpipe.core.warehouse import Warehouse, publish
-from posterpipe.settings import Settings
+from posterpipe.settings import ModelRef, Settings
 from posterpipe.studio.served import Models
 
 GOOD, BAD, NEW = "aaaa0000aaaa", "bbbb1111bbbb", "cccc2222cccc"
@@ -48,6 +48,15 @@ def test_before_any_checkpoint_the_base_model_is_the_champion(deployment: Settin
     assert only is served.champion is served.base
     assert only.name == fingerprint(deployment.base_model, deployment.root)
     assert not deployment.path(deployment.store).exists(), "looking creates nothing"
+
+
+def test_a_base_model_that_is_not_downloaded_yet_goes_by_its_id(deployment: Settings) -> None:
+    checkpoint(deployment, GOOD)
+    decided(deployment, (GOOD, "promote"))
+    elsewhere = ModelRef(id="owner/name-of-no-model", revision="main")
+    served = Models(deployment.model_copy(update={"base_model": elsewhere})).served()
+    assert served.champion.name == GOOD and not served.notes
+    assert served.base.name == "owner/name-of-no-model"
 
 
 def test_the_champion_is_the_default_and_a_rejected_checkpoint_is_marked(

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from posterpipe.core.models import fingerprint
+from posterpipe.core.models import revision_of
 from posterpipe.core.store import Store, content_key
 from posterpipe.core.warehouse import (
     Warehouse,
@@ -46,6 +46,7 @@ class Metric:
     encoder: str
     """Id of the model, or "" where none is asked."""
     revision: str
+    """The commit of a hub model, the fingerprint of a directory, or ""."""
     preprocessing: str
     version: int
     description: str
@@ -60,7 +61,7 @@ def encoder_metric(
         metric_id=metric_id,
         name=name,
         encoder=settings.model.id,
-        revision=settings.model.revision or fingerprint(settings.model, root),
+        revision=revision_of(settings.model, root),
         preprocessing=settings.preprocessing,
         version=version,
         description=description,

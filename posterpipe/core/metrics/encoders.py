@@ -59,7 +59,7 @@ def encoder_id(settings: ScorerSettings, root: Path) -> str:
     """`<preprocessing>.<model>.<fingerprint>`, with the precision where it is not fp32.
 
     E.g. `pad.dinov2-base.77b1c03f`. It is the part of a metric's id that names its encoder. Loads
-    nothing heavy. Raises ModelMissing when the model is a directory that is not there.
+    nothing heavy. Raises ModelMissing when the model is not there and cannot be downloaded.
     """
     model = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(settings.model.id).name)
     name = f"{settings.preprocessing}.{model}.{fingerprint(settings.model, root)[:8]}"
