@@ -56,13 +56,15 @@ where the suite holds it, what delaying the negative prompt changes."""
 _CELL = ["prompt_id", "seed"]
 _EXACT_PROMPTS = 12
 """Up to here all 2^n sign patterns are tried; with more, RESAMPLES of them."""
+_FEW_PROMPTS = 12
+"""Below it an interval is the wider of Student's t and the bootstrap."""
 _CHUNK = 1_000_000
 """Random numbers held at once."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts with its bootstrap interval."""
+    """A mean over prompts with its interval (`bootstrap_interval`)."""
 
     mean: float
     """NaN without any prompt."""
@@ -150,7 +152,7 @@ class Effect:
     """Mean over prompts of the mean over seeds."""
     low: float
     high: float
-    """Bootstrap interval over prompts; NaN with fewer than two."""
+    """Interval over prompts (`bootstrap_interval`); NaN with fewer than two."""
     p_value: float
     """Of the hypothesis of no effect, from flipping signs by prompt; NaN with fewer than two."""
     effect_size: float
@@ -334,18 +336,24 @@ def bootstrap_interval(
 
     The plain percentile interval is too narrow for few values: it uses the spread with n in the
     denominator, and normal instead of Student quantiles. Hesterberg (2015, The American
-    Statistician 69:371) moves the percentiles outwards by just that. NaN with fewer than two
-    values.
+    Statistician 69:371) moves the percentiles outwards by just that. But means of values drawn
+    again never leave the values' range: so widened, the interval of two values still holds the
+    truth only half the time, that of four 86 times of 100. Below 12 values it therefore reaches as
+    far as Student's t does, where that is further. NaN with fewer than two values; where all are
+    equal they show no spread, and both ends are that value.
     """
     values = np.asarray(values, dtype=float)
     n = len(values)
     if n < 2:
         return math.nan, math.nan
     tail = (1 - confidence) / 2
-    widened = math.sqrt(n / (n - 1)) * student_quantile(tail, n - 1)
-    level = NormalDist().cdf(widened)
+    quantile = student_quantile(tail, n - 1)
+    level = NormalDist().cdf(math.sqrt(n / (n - 1)) * quantile)
     means = [shares @ values for shares in _patterns(_shares, n, resamples, seed)]
     low, high = np.quantile(np.concatenate(means), [level, 1 - level])
+    if n < _FEW_PROMPTS:
+        half = -quantile * float(np.std(values, ddof=1)) / math.sqrt(n)
+        low, high = min(low, values.mean() - half), max(high, values.mean() + half)
     return float(low), float(high)
 
 

@@ -530,7 +530,7 @@ def contact_sheet(
     group_name="reports",
     kinds={"python", "pillow"},
     owners=["team:analytics"],
-    code_version="2",
+    code_version="3",
 )
 def growth_chart(
     deployment: dg.ResourceParam[Deployment],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -64,9 +65,10 @@ def test_differences_are_paired_and_a_missing_one_takes_its_partner_out() -> Non
     difference = paired_difference(SMALL, "dreambooth", "sd")
     assert difference.mean == pytest.approx(0.075)
     assert (difference.prompts, difference.images) == (2, 3)
-    # Two prompts: the widened percentiles reach the smallest and the largest.
-    assert difference.low == pytest.approx(0.05)
-    assert difference.high == pytest.approx(0.10)
+    # Two prompts: Student's t with one degree of freedom reaches further than any mean of them.
+    half = 12.706205 * 0.05 / 2
+    assert difference.low == pytest.approx(0.075 - half)
+    assert difference.high == pytest.approx(0.075 + half)
     assert paired_difference(SMALL, "sd", "dreambooth").mean == pytest.approx(-0.075)
 
 
@@ -122,23 +124,50 @@ def test_intervals_cover_the_truth_in_95_of_100_studies() -> None:
     assert 930 <= covered <= 970
 
 
+SHAPES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "normal": lambda rng, n: rng.normal(0.04, 0.02, n),
+    "skewed": lambda rng, n: rng.gamma(4, 0.01, n),
+    "heavy tails": lambda rng, n: 0.04 + 0.01 * rng.standard_t(5, n),
+    "few values": lambda rng, n: 0.04 + rng.integers(-1, 2, (4, n)).mean(axis=0),
+}
+"""Effects that differ by prompt, whose shape nobody knows, each with mean 0.04. Few values are
+those of a metric that says yes or no, over four seeds."""
+
+
 @pytest.mark.parametrize("prompts", [12, 24, 40])
-@pytest.mark.parametrize("shape", ["normal", "skewed", "heavy tails", "few values"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_intervals_of_small_suites_cover_the_truth(shape: str, prompts: int) -> None:
     rng = np.random.default_rng(prompts)
     covered = 0
     for _ in range(1000):
-        # Each with mean 0.04: effects that differ by prompt, whose shape nobody knows. Few values
-        # are those of a metric that says yes or no, over four seeds.
-        values = {
-            "normal": lambda: rng.normal(0.04, 0.02, prompts),
-            "skewed": lambda: rng.gamma(4, 0.01, prompts),
-            "heavy tails": lambda: 0.04 + 0.01 * rng.standard_t(5, prompts),
-            "few values": lambda: 0.04 + rng.integers(-1, 2, (4, prompts)).mean(axis=0),
-        }[shape]()
-        low, high = bootstrap_interval(values, resamples=1000)
+        low, high = bootstrap_interval(SHAPES[shape](rng, prompts), resamples=1000)
         covered += low <= 0.04 <= high
     assert 930 <= covered <= 970
+
+
+@pytest.mark.parametrize("prompts", [2, 3, 5, 8])
+@pytest.mark.parametrize("shape", ["normal", "skewed", "few values"])
+def test_intervals_of_a_handful_of_prompts_cover_the_truth(shape: str, prompts: int) -> None:
+    rng = np.random.default_rng(prompts)
+    covered = []
+    for _ in range(6000):
+        values = SHAPES[shape](rng, prompts)
+        if np.ptp(values) > 0:  # without any spread there is no interval to speak of
+            low, high = bootstrap_interval(values, resamples=200)
+            covered.append(low <= 0.04 <= high)
+    assert np.mean(covered) >= 0.93
+
+
+def test_an_interval_leaves_the_range_of_few_values_and_stays_the_bootstraps_for_many() -> None:
+    few, many = (np.random.default_rng(9).normal(0.3, 0.05, n) for n in (11, 12))
+    for values, wider in ((few, True), (many, False)):
+        low, high = bootstrap_interval(values)
+        half = student_quantile(0.975, len(values) - 1) * values.std(ddof=1)
+        half /= math.sqrt(len(values))
+        reaches = low <= values.mean() - half and high >= values.mean() + half
+        assert reaches == wider
+    low, high = bootstrap_interval(np.array([0.1, 0.2]))
+    assert low < 0.1 and high > 0.2
 
 
 @pytest.mark.slow
@@ -302,8 +331,8 @@ def test_the_leaderboard_by_hand() -> None:
     assert (tuned.images, tuned.missing, tuned.pairs) == (4, 1, 3)
     assert tuned.difference == pytest.approx(0.075)
     assert (tuned.difference_low, tuned.difference_high) == (
-        pytest.approx(0.05),
-        pytest.approx(0.10),
+        pytest.approx(0.075 - 12.706205 * 0.05 / 2),
+        pytest.approx(0.075 + 12.706205 * 0.05 / 2),
     )
 
 

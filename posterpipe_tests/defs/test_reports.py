@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +19,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from dagster_dbt import DbtProject
 
 from posterpipe.core import statistics
@@ -152,6 +155,22 @@ def test_every_test_of_dbt_is_a_blocking_check_that_passed(world: World) -> None
     assert {(key.asset_key.path[-1], key.name) for key in keys} == set(checks)
     specs = [spec for assets in world.assets for spec in assets.check_specs]
     assert all(spec.blocking for spec in specs)
+
+
+def test_numbers_worked_out_by_hand_are_those_of_the_models(world: World) -> None:
+    """The unit tests of dbt, which no run of the pipeline includes."""
+    tests = yaml.safe_load(
+        (world.settings.path(reports.PROJECT) / "models" / "marts" / "_unit_tests.yml").read_text()
+    )["unit_tests"]
+    dbt = reports.dbt_resource(reports.dbt_project(world.settings))
+    environment = os.environ | {"POSTERPIPE_WAREHOUSE": str(world.deployment.warehouse_path)}
+    done = subprocess.run(
+        [dbt.dbt_executable, "test", "--select", "test_type:unit", "--project-dir",
+         dbt.project_dir, "--profiles-dir", dbt.project_dir],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert f"PASS={len(tests)} " in done.stdout
 
 
 def test_columns_are_described_in_the_ui(world: World) -> None:

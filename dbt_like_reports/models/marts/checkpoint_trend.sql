@@ -49,7 +49,8 @@ prompt_means as (
         drawn.variant,
         score.metric_id,
         drawn.prompt_id,
-        count(*) as images,
+        -- A blocked image is an answer, one that was not drawn or not judged is not.
+        count(*) filter (where score.status <> 'failed') as images,
         avg(score.value) as mean,
         bool_or(drawn.is_current) as is_current
     from {{ source('warehouse', 'fct_score') }} as score
