@@ -297,7 +297,8 @@ def test_all_evidence_is_in_the_published_database(pipeline: Pipeline) -> None:
     images = 4 * IMAGES_A_VARIANT
     titled = 4 * 1  # one prompt has a title, and the starter profile letters its first seed
     assert counts == {
-        "CLIP-T": 2 * images, "CLIP-I holdout": images, "CLIP-I training": images,
+        "CLIP-T": 2 * images, "CLIP-T specific": images, "CLIP-T control": images,
+        "CLIP-T rank": images, "CLIP-I holdout": images, "CLIP-I training": images,
         "CLIP-I overfit gap": images, "CLIP-I nearest training poster": images,
         "perceptual hash distance": images, "diversity": images,
         "title edit distance, drawn": titled, "title exact, drawn": titled,
