@@ -579,8 +579,8 @@ class GateSettings(Group):
     clip_margin: float = Field(
         0.01,
         ge=0,
-        description="cosine by which CLIP-T, and what of it is the own prompt's alone, may be lower "
-        "without counting as inferior",
+        description="cosine by which CLIP-T, and what of it is the own prompt's alone, may be "
+        "lower without counting as inferior",
     )
     copy_limit: float = Field(
         0.05, ge=0, le=1, description="share of images that may count as copies of training posters"
