@@ -94,16 +94,16 @@ def headline(published: Published, board: Board) -> tuple[str, str]:
         )
     specific = change_of(board_of(published, SPECIFIC))
     control = change_of(board_of(published, CONTROL))
-    over = f"with its 95 % interval over {prompts} prompts"
-    paired = "Compared image by image with the base model, on the same prompts, seeds and noise, it"
-    if own.low > 0:
-        said = f"{paired} raises the CLIP cosine on average by {own.told}, {over}."
-    elif own.high < 0:
-        said = f"{paired} changes the CLIP cosine on average by {own.told}, {over}."
-    else:
+    if own.low <= 0 <= own.high:
         said = (
             f"Fine-tuning changes the CLIP cosine by {charts.signed(own.mean)}, but the 95 % "
             f"interval, {own.span} over {prompts} prompts, holds zero."
+        )
+    else:
+        said = (
+            "Compared image by image with the base model, on the same prompts, seeds and noise, "
+            f"fine-tuning {'raises' if own.low > 0 else 'changes'} the CLIP cosine by {own.told}, "
+            f"a 95 % interval over {prompts} prompts."
         )
     title, rest = _judged(own, specific, control)
     return title, f"{said} {rest}".strip()
@@ -152,7 +152,7 @@ def control_context(published: Published, board: Board) -> dict[str, Any]:
         ("Its own prompt's text", board),
         ("The texts of the other prompts", board_of(published, CONTROL)),
         ("Own less others", board_of(published, SPECIFIC)),
-        ("Share of the others that fit less", board_of(published, RANK)),
+        ("Share of others that fit less (chance: 0.5)", board_of(published, RANK)),
     ]
     changes = [change_of(own) for _, own in boards]
     if any(change is None for change in changes):
