@@ -33,6 +33,7 @@ from posterpipe.demo import (
     ROOTS,
     Watch,
     champion_line,
+    control_line,
     end_dead_runs,
     leaderboard_table,
     materialize,
@@ -340,6 +341,7 @@ def test_progress_is_shown_for_the_long_steps(pipeline: Pipeline) -> None:
     for words in ("caption", "train: 4 steps", "Drawing", "Encoding", "✓ dreambooth_checkpoint"):
         assert words in pipeline.output
     assert leaderboard_table(pipeline.deployment).row_count == 4
+    assert "with the texts of the other prompts" in control_line(pipeline.deployment)
 
 
 def test_a_second_run_computes_nothing(pipeline: Pipeline) -> None:
