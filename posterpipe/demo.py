@@ -335,6 +335,8 @@ def _conclude(deployment: Deployment, watch: Watch, total: float, home: Path) ->
     else:
         console.print(f"Everything is up to date: nothing computed, {total:.1f} s.")
     console.print(leaderboard_table(deployment))
+    if control := control_line(deployment):
+        console.print(control, soft_wrap=True)
     console.print(champion_line(deployment), soft_wrap=True)
     console.print(f"scores         {deployment.published_path}", soft_wrap=True)
     console.print(f"contact sheet  {deployment.contact_sheet_path}", soft_wrap=True)
@@ -382,6 +384,26 @@ def leaderboard_table(deployment: Deployment) -> Table:
         f"Intervals over {prompts} prompts, seeds averaged. Metric: {', '.join(metrics)}"
     )
     return table
+
+
+def control_line(deployment: Deployment) -> str:
+    """The negative control of fine-tuning's difference; "" where it was not measured."""
+    import duckdb
+
+    with duckdb.connect(str(deployment.published_path), read_only=True) as connection:
+        found = {
+            str(kind): f"{_number(diff, '+.3f')} ({_interval(low, high, '+.3f')})"
+            for kind, diff, low, high in connection.execute(
+                "select split_part(metric_id, '.', 1), diff_to_sd, diff_low_95, diff_high_95 "
+                "from leaderboard where variant = 'dreambooth' and diff_low_95 is not null"
+            ).fetchall()
+        }
+    if not {"clip_control", "clip_specific"} <= found.keys():
+        return ""
+    return (
+        "control        with the texts of the other prompts, dreambooth differs from sd by "
+        f"{found['clip_control']}; own text less others: {found['clip_specific']}"
+    )
 
 
 def champion_line(deployment: Deployment) -> str:

@@ -583,7 +583,10 @@ class GateSettings(Group):
     """When a new checkpoint takes the place of the one that is served."""
 
     clip_margin: float = Field(
-        0.01, ge=0, description="cosine by which CLIP-T may be lower without counting as inferior"
+        0.01,
+        ge=0,
+        description="cosine by which CLIP-T, and what of it is the own prompt's alone, may be "
+        "lower without counting as inferior",
     )
     copy_limit: float = Field(
         0.05, ge=0, le=1, description="share of images that may count as copies of training posters"

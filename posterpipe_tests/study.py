@@ -30,6 +30,9 @@ HOLDOUT = "similarity.holdout.h1.scorer.abc.v1"
 TRAINING = "similarity.training.t1.scorer.abc.v1"
 GAP = "overfit_gap.g1.scorer.abc.v1"
 NEAREST = "nearest.training.t1.scorer.abc.v1"
+SPECIFIC = "clip_specific.s1.crop.scorer.abc.v1"
+CONTROL = "clip_control.s1.crop.scorer.abc.v1"
+RANK = "clip_rank.s1.crop.scorer.abc.v1"
 EFFECTS = {"sd": 0.0, "sd_negative": 0.004, "dreambooth": 0.02, "dreambooth_negative": 0.03}
 
 
@@ -145,6 +148,12 @@ def fill(
         metric(GAP, "CLIP-I overfit gap"),
         metric(NEAREST, "CLIP-I nearest training poster"),
     ]
+    apart = [
+        metric(SPECIFIC, "CLIP-T specific"),
+        metric(CONTROL, "CLIP-T control"),
+        metric(RANK, "CLIP-T rank"),
+    ]
+    apart_rng = np.random.default_rng(seed + 1)  # what comes after keeps its numbers
     for tuned in (old, new):
         current = pd.concat([base, tuned], ignore_index=True)
         record_scores(
@@ -152,12 +161,13 @@ def fill(
             values(current, HEADLINE, rng, mean=0.25, spread=0.03),
             run_id="run", step="clip_scores", make_current=True,
         )  # fmt: skip
-        judged = pd.concat(
-            [values(current, m.metric_id, rng, mean=0.5, spread=0.05) for m in [pad, *fidelity]]
-        )
+        judged = [
+            values(current, m.metric_id, rng, mean=0.5, spread=0.05) for m in [pad, *fidelity]
+        ]
+        judged += [values(current, m.metric_id, apart_rng, mean=0.1, spread=0.01) for m in apart]
         record_scores(
-            warehouse, current, [headline, pad, *fidelity], judged, run_id="run",
-            step="fidelity_scores",
+            warehouse, current, [headline, pad, *fidelity, *apart], pd.concat(judged),
+            run_id="run", step="fidelity_scores",
         )  # fmt: skip
         drawn = current[current["status"] == "ok"]
         nearest = pd.DataFrame(

@@ -33,6 +33,7 @@ from posterpipe.demo import (
     ROOTS,
     Watch,
     champion_line,
+    control_line,
     end_dead_runs,
     leaderboard_table,
     materialize,
@@ -297,7 +298,8 @@ def test_all_evidence_is_in_the_published_database(pipeline: Pipeline) -> None:
     images = 4 * IMAGES_A_VARIANT
     titled = 4 * 1  # one prompt has a title, and the starter profile letters its first seed
     assert counts == {
-        "CLIP-T": 2 * images, "CLIP-I holdout": images, "CLIP-I training": images,
+        "CLIP-T": 2 * images, "CLIP-T specific": images, "CLIP-T control": images,
+        "CLIP-T rank": images, "CLIP-I holdout": images, "CLIP-I training": images,
         "CLIP-I overfit gap": images, "CLIP-I nearest training poster": images,
         "perceptual hash distance": images, "diversity": images,
         "title edit distance, drawn": titled, "title exact, drawn": titled,
@@ -339,6 +341,7 @@ def test_progress_is_shown_for_the_long_steps(pipeline: Pipeline) -> None:
     for words in ("caption", "train: 4 steps", "Drawing", "Encoding", "✓ dreambooth_checkpoint"):
         assert words in pipeline.output
     assert leaderboard_table(pipeline.deployment).row_count == 4
+    assert "with the texts of the other prompts" in control_line(pipeline.deployment)
 
 
 def test_a_second_run_computes_nothing(pipeline: Pipeline) -> None:

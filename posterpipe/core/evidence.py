@@ -32,6 +32,7 @@ from posterpipe.core.metrics.pickscore import (
     pickscore_metric,
     pickscore_settings,
 )
+from posterpipe.core.metrics.specificity import measure_specificity
 from posterpipe.core.progress import Progress
 from posterpipe.core.quality import holdout_posters
 from posterpipe.core.store import Store, write_atomic
@@ -42,10 +43,11 @@ EVIDENCE_COLUMNS = (
     "generation_key", "variant", "prompt_id", "seed", "checkpoint_id", "metric_id", "metric",
     "role", "value", "status", "reason", "nearest_poster", "copied",
 )  # fmt: skip
-"""Columns of the table of evidence: one row a generation and metric. `role` is what the gate reads
-it for (clip, fidelity, diversity, preference, copies) or "". In rows with the role copies,
-`nearest_poster` is the content hash of the nearest training image and `copied` says whether
-similarity or perceptual hash is that of a copy."""
+"""Columns of the table of evidence: one row a generation and metric. `role` is what it
+is read for, or "": clip, specific, fidelity, diversity, preference and copies by the gate, control
+and rank by the growth chart. In rows with the role copies, `nearest_poster` is the content hash of
+the nearest training image and `copied` says whether similarity or perceptual hash is that of a
+copy."""
 
 
 TOLD = "decisions.json"
@@ -92,9 +94,10 @@ def measure(
     """Every metric but legibility for a table of generations (`sampler.COLUMNS`), into the
     warehouse.
 
-    CLIP-T with crop and with pad, similarity to holdout and training posters with the overfit gap,
-    nearest training poster and copies, diversity, and PickScore where it is configured. Images are
-    encoded once an encoder, whatever is asked of them. Raises ModelMissing and WarehouseBusy.
+    CLIP-T with crop and with pad, the same against the other prompts (`specificity`), similarity to
+    holdout and training posters with the overfit gap, nearest training poster and copies,
+    diversity, and PickScore where it is configured. Images are encoded once an encoder, whatever is
+    asked of them. Raises ModelMissing and WarehouseBusy.
     """
     root = settings.root
     metrics: list[Metric] = []
@@ -103,6 +106,9 @@ def measure(
         scorer = settings.scorer.model_copy(update={"preprocessing": preprocessing})
         metrics.append(clip_t_metric(scorer, root))
         scores.append(clip_t_scores(store, generations, scorer, root, progress))
+    specificity, values = measure_specificity(store, generations, settings.scorer, root, progress)
+    metrics += specificity
+    scores.append(values)
     encoders = evidence_encoders(settings.evidence, settings.scorer.model)
     fidelity = compare_with_posters(
         store, generations, training, holdout, encoders, root, progress,
@@ -130,6 +136,11 @@ def measure(
         fidelity.metrics[0].metric_id: "fidelity",
         fidelity.metrics[3].metric_id: "copies",
         diversities[0]: "diversity",
+    }
+    # None of them for a suite of one text.
+    roles |= {
+        metric.metric_id: role
+        for metric, role in zip(specificity, ("specific", "control", "rank"), strict=False)
     }
     if preference is not None:
         roles[preference[0].metric_id] = "preference"
@@ -283,6 +294,7 @@ def judge(
             fidelity=metric_of["fidelity"],
             diversity=metric_of["diversity"],
             preference=metric_of.get("preference"),
+            specific=metric_of.get("specific"),
             settings=settings,
         ),
         settings,

@@ -89,6 +89,8 @@ class Evidence:
     """Challenger minus the share of the champion's diversity that must remain."""
     preference: Effect | None = None
     """Difference of PickScore, where it is measured."""
+    specific: Effect | None = None
+    """Difference of what of CLIP-T is the own prompt's alone, where the suite has others."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,13 @@ def _not_inferior(evidence: Evidence, settings: GateSettings) -> Check:
     }[outcome]
     tail = "the champion's less the margin of" if outcome == "pass" else "the margin of"
     reason = f"difference {_interval(clip)}: {how} {tail} {settings.clip_margin:g}"
+    specific = evidence.specific
+    if specific is not None:
+        reason += f"; own text less those of other prompts {_interval(specific)}"
+        if specific.high < limit:
+            reason += ": its images tell the prompts apart less"
+            # Not rejected: how much of that a style may cost is for people to say.
+            outcome = "open" if outcome == "pass" else outcome
     return Check("CLIP-T", outcome, clip.estimate, clip.low, clip.high, limit, reason)
 
 
@@ -243,16 +252,17 @@ def gather(
     fidelity: str,
     diversity: str,
     preference: str | None = None,
+    specific: str | None = None,
     settings: GateSettings,
 ) -> Evidence:
     """The evidence about a challenger.
 
     `generations`: rows of both checkpoints, of one suite and one setting of the sampler, as of
     `sampler.COLUMNS` (generation_key, variant, prompt_id, seed, checkpoint_id, status).
-    `scores`: long, as of `metrics.base.SCORE_COLUMNS`; `clip`, `fidelity`, `diversity` and
-    `preference` are the metric_ids to read. `copied`: whether an image counts as a copy, by
-    generation_key; images that are not in it were not compared. Raises ValueError where a cell of a
-    checkpoint is there twice.
+    `scores`: long, as of `metrics.base.SCORE_COLUMNS`; `clip`, `fidelity`, `diversity`,
+    `preference` and `specific` are the metric_ids to read. `copied`: whether an image counts as a
+    copy, by generation_key; images that are not in it were not compared. Raises ValueError where a
+    cell of a checkpoint is there twice.
     """
     own = _cells(generations, challenger)
     other = _cells(generations, champion)
@@ -261,6 +271,8 @@ def gather(
     answered = own.reindex(expected)
     metrics = [clip, fidelity, diversity, *([preference] if preference else [])]
     by_metric = {name: scores[scores["metric_id"] == name] for name in metrics}
+    if specific:  # shown beside clip, and missing where clip is
+        by_metric[specific] = scores[scores["metric_id"] == specific]
     values = {
         name: rows.set_index("generation_key")["value"].astype(float)
         for name, rows in by_metric.items()
@@ -290,6 +302,7 @@ def gather(
         fidelity=difference(fidelity),
         diversity=difference(diversity, settings.diversity_kept),
         preference=difference(preference) if preference else None,
+        specific=difference(specific) if specific else None,
     )
 
 
@@ -332,6 +345,8 @@ def decision_row(
         "copies": evidence.copies,
         "compared": evidence.compared,
     }
+    if evidence.specific is not None:
+        numbers["specific"] = asdict(evidence.specific)
     row = _row(
         checkpoint=evidence.challenger,
         before=evidence.champion,

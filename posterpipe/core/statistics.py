@@ -300,19 +300,6 @@ def smallest_detectable(
     return quantiles * float(np.std(differences, ddof=1)) / math.sqrt(n)
 
 
-def exchanged_prompts(prompt_ids: Sequence[str], *, seed: int = BOOTSTRAP_SEED) -> dict[str, str]:
-    """Another prompt for every prompt, none its own, each used once: for the negative control.
-
-    Deterministic, whatever the order. Raises ValueError with fewer than two prompts.
-    """
-    names = sorted(set(prompt_ids))
-    if len(names) < 2:
-        raise ValueError("the negative control needs two prompts or more; add one to the suite")
-    order = np.random.default_rng(seed).permutation(len(names))
-    # One cycle through all of them in a random order has no fixed point.
-    return {names[one]: names[next_] for one, next_ in zip(order, np.roll(order, 1), strict=True)}
-
-
 def _values(frame: pd.DataFrame, variant: str, value: str) -> pd.Series:
     """The values of a variant by (prompt_id, seed)."""
     own = frame[frame["variant"] == variant].set_index(_CELL)[value].astype(float)

@@ -24,7 +24,7 @@ import pandas as pd
 from PIL import Image
 
 from posterpipe.core.gallery import Picture, grid
-from posterpipe.core.statistics import effects, mean_interval, paired_difference
+from posterpipe.core.statistics import Effect, effects, mean_interval, paired_difference
 from posterpipe.core.store import write_atomic
 
 VARIANTS: Mapping[str, tuple[str, float]] = {
@@ -40,6 +40,9 @@ PROMPT = "animated movie poster 'rocket' only one spaceship is prominently displ
 
 SCALE = 2.5
 """w of Hessel et al. (2021, arXiv:2104.08718): CLIPScore = w * max(cosine, 0)."""
+
+CONTROLS = ("control", "specific", "rank")
+"""Roles of the evidence that tell whether a score is the own prompt's."""
 
 SHOWN = 4
 """Best and worst pairs that are shown."""
@@ -94,10 +97,53 @@ def growth(scores: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draw_growth(table: pd.DataFrame, metric_id: str) -> Image.Image:
+def control_effects(evidence: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
+    """The effects on CLIP-T with the other prompts of the suite, and on what is the own one's.
+
+    `evidence` as of `evidence.EVIDENCE_COLUMNS`; of it, the rows of `generations` with the roles
+    specific, control and rank. Columns: role, metric_id, then the fields of `statistics.Effect`; no
+    rows where the suite has one text.
+    """
+    own = evidence[evidence["generation_key"].isin(generations["generation_key"])]
+    parts = []
+    for role in CONTROLS:
+        rows = own[own["role"] == role]
+        if len(rows):
+            found = effects(rows, value="value")
+            found.insert(0, "role", role)
+            found.insert(1, "metric_id", str(rows["metric_id"].iloc[0]))
+            parts.append(found)
+    names = ["role", "metric_id", *Effect.__dataclass_fields__]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=names)
+
+
+def control_told(own: pd.DataFrame, control: pd.DataFrame) -> str:
+    """What fine-tuning changed, without negative prompt, with the own prompts and with the others.
+
+    `own` as of `statistics.effects`, `control` as of `control_effects`; "" where one has no row.
+    """
+    contrast = "tuned without negative"
+    rows = {"own": own[own["contrast"] == contrast]}
+    for role in CONTROLS:
+        rows[role] = control[(control["contrast"] == contrast) & (control["role"] == role)]
+    if any(len(found) == 0 for found in rows.values()):
+        return ""
+    said = {
+        name: f"{row.estimate:+.3f} ({row.low:+.3f} to {row.high:+.3f})"
+        for name, found in rows.items()
+        for row in _rows(found)
+    }
+    return (
+        f"Fine-tuning without negative prompt changes the cosine with the own prompt by "
+        f"{said['own']},\nwith the other prompts of the suite by {said['control']}; "
+        f"own less others: {said['specific']}"
+    )
+
+
+def draw_growth(table: pd.DataFrame, metric_id: str, note: str = "") -> Image.Image:
     """The study's chart with intervals: a bar a variant, n below, the study's numbers beside.
 
-    The left axis is 2.5 * max(cosine, 0), the right one the raw cosine.
+    The left axis is 2.5 * max(cosine, 0), the right one the raw cosine. `note` stands below.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -146,12 +192,15 @@ def draw_growth(table: pd.DataFrame, metric_id: str) -> Image.Image:
     axes.grid(axis="y", alpha=0.25, zorder=0)
     axes.spines["top"].set_visible(False)
     axes.set_title(
-        "How well images match their prompts: mean and 95 % interval over prompts\n", fontsize=12
+        "CLIP score of images with their prompts: mean and 95 % interval over prompts\n",
+        fontsize=12,
     )
     axes.text(
         0.5, 1.015, metric_id, transform=axes.transAxes, ha="center", fontsize=8, color="#6a6a70"
     )
     axes.legend(loc="upper left", frameon=False, fontsize=9)
+    if note:
+        figure.supxlabel(note, fontsize=9, color="#26262a")
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     return Image.open(buffer).convert("RGB")
@@ -239,6 +288,8 @@ class Report:
     """See `growth`."""
     effects: pd.DataFrame
     """See `statistics.effects`: the 2 x 2 design, with bootstrap intervals and p-values."""
+    control: pd.DataFrame
+    """See `control_effects`: the same with the texts of the other prompts."""
     best: pd.DataFrame
     worst: pd.DataFrame
     """See `extremes`."""
@@ -256,7 +307,8 @@ class Report:
         return whole.hexdigest()
 
     def write(self, folder: Path) -> None:
-        """growth.png, best.png, worst.png, growth.csv, effects.csv, and growth.json last."""
+        """growth.png, best.png, worst.png, growth.csv, effects.csv, control.csv, and growth.json
+        last."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, picture in self.pictures.items():
             buffer = io.BytesIO()
@@ -264,6 +316,7 @@ class Report:
             write_atomic(folder / f"{name}.png", buffer.getvalue())
         write_atomic(folder / "growth.csv", self.table.to_csv(index=False).encode())
         write_atomic(folder / "effects.csv", self.effects.to_csv(index=False).encode())
+        write_atomic(folder / "control.csv", self.control.to_csv(index=False).encode())
         write_atomic(folder / "growth.json", self._json().encode())
 
     def _json(self) -> str:
@@ -274,6 +327,7 @@ class Report:
             "prompt_of_the_study": PROMPT,
             "variants": json.loads(self.table.to_json(orient="records", double_precision=10)),
             "effects": json.loads(self.effects.to_json(orient="records", double_precision=10)),
+            "control": json.loads(self.control.to_json(orient="records", double_precision=10)),
             "best": {"rule": extremes_rule("best"), "pairs": self.best.to_dict("records")},
             "worst": {"rule": extremes_rule("worst"), "pairs": self.worst.to_dict("records")},
             "captions": dict(self.captions),
@@ -281,23 +335,29 @@ class Report:
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
-def report(scores: pd.DataFrame, generations: pd.DataFrame, store_root: Path) -> Report:
-    """The study's result from the table of CLIP scores (one metric) and the images behind it."""
+def report(
+    scores: pd.DataFrame, generations: pd.DataFrame, evidence: pd.DataFrame, store_root: Path
+) -> Report:
+    """The study's result from the table of CLIP scores (one metric), the images behind it, and the
+    evidence about them (`evidence.EVIDENCE_COLUMNS`)."""
     metric_id = str(scores["metric_id"].iloc[0])
     table = growth(scores, generations)
     best, worst = extremes(scores)
+    own, control = effects(scores), control_effects(evidence, generations)
+    note = control_told(own, control)
+    means = "; ".join(
+        f"{row.label}: {row.score:.2f} ({row.score_low:.2f} to {row.score_high:.2f})"
+        for row in _rows(table)
+    )
     captions = {
-        "growth": "; ".join(
-            f"{row.label}: {row.score:.2f} ({row.score_low:.2f} to {row.score_high:.2f})"
-            for row in _rows(table)
-        ),
+        "growth": f"{means}. {' '.join(note.split())}" if note else means,
         "best": f"Largest gains: {extremes_rule('best')}",
         "worst": f"Largest losses: {extremes_rule('worst')}",
     }
-    pictures = {"growth": draw_growth(table, metric_id)}
+    pictures = {"growth": draw_growth(table, metric_id, note)}
     for name, pairs in (("best", best), ("worst", worst)):
         title, rule = captions[name].split(": ", 1)
         pictures[name] = comparison(
             pairs, scores, generations, store_root, title=title, subtitle=rule
         )
-    return Report(metric_id, table, effects(scores), best, worst, pictures, captions)
+    return Report(metric_id, table, own, control, best, worst, pictures, captions)

@@ -155,7 +155,7 @@ def titled_posters(
     group_name="scoring",
     kinds={"python", "huggingface", "duckdb"},
     owners=["team:ml"],
-    code_version="1",
+    code_version="2",
     io_manager_key=TABLES,
     pool="warehouse",
     deps=["clip_scores", "holdout_posters"],
@@ -181,10 +181,11 @@ def fidelity_scores(
 ) -> dg.Output[Table]:
     """Whether images are like film posters the model never saw, not copies, and not all alike.
 
-    CLIP-T with crop and pad, similarity to holdout and training posters and their difference (the
-    overfit gap), the nearest training poster, diversity within a prompt, and PickScore where it is
-    configured. An image is encoded once an encoder; new posters or metrics encode it no second
-    time.
+    CLIP-T with crop and pad; the same with the texts of the other prompts (the negative control),
+    and what of it is the own prompt's alone; similarity to holdout and training posters and their
+    difference (the overfit gap), the nearest training poster, diversity within a prompt, and
+    PickScore where it is configured. An image is encoded once an encoder; new posters or metrics
+    encode it no second time.
     """
     import pandas as pd
 
@@ -303,7 +304,7 @@ def legibility_scores(
     group_name="scoring",
     kinds={"python", "duckdb"},
     owners=["team:ml"],
-    code_version="1",
+    code_version="2",
     io_manager_key=TABLES,
     pool="warehouse",
     metadata=columns(
@@ -327,10 +328,10 @@ def champion(
 ) -> dg.Output[Table]:
     """The checkpoint that is served: the one that the gate accepted last, or that a person pinned.
 
-    A new checkpoint is promoted when it follows prompts no worse, is nearer to film posters it
-    never saw, copies none that it saw, still varies, draws no black images, and lacks no cell of
-    the suite. Every decision is a row of `fct_promotion` with its numbers and reasons.
-    `posterpipe champion` shows, pins and rolls back.
+    A new checkpoint is promoted when CLIP scores it no lower and it does not surely tell the
+    prompts apart less, is nearer to film posters it never saw, copies none that it saw, still
+    varies, draws no black images, and lacks no cell of the suite. Every decision is a row of
+    `fct_promotion` with its numbers and reasons. `posterpipe champion` shows, pins and rolls back.
     """
     import pandas as pd
 

@@ -537,12 +537,14 @@ def growth_chart(
     base_generations: Table,
     tuned_generations: Table,
     clip_scores: Table,
+    fidelity_scores: Table,
 ) -> dg.MaterializeResult:
     """The study's result from today's scores: its chart of the four variants, with intervals.
 
     Its table beside the study's four numbers, what their scales are, what fine-tuning and the
-    negative prompt each do (bootstrap over prompts), and the prompts that gained and lost most,
-    chosen by rule. Pictures, `growth.csv`, `effects.csv` and `growth.json` lie in
+    negative prompt each do (bootstrap over prompts), the same with the texts of other prompts (the
+    negative control), and the prompts that gained and lost most, chosen by rule. Pictures,
+    `growth.csv`, `effects.csv`, `control.csv` and `growth.json` lie in
     `data/store/public/thesis/`.
     """
     import pandas as pd
@@ -551,7 +553,7 @@ def growth_chart(
     from posterpipe.core.gallery import markdown_image
 
     generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
-    report = thesis.report(clip_scores, generations, deployment.store_root)
+    report = thesis.report(clip_scores, generations, fidelity_scores, deployment.store_root)
     folder = deployment.thesis_path
     report.write(folder)
     pictures = {
@@ -564,6 +566,7 @@ def growth_chart(
             **pictures,
             "table": table_preview(report.table),
             "effects": table_preview(report.effects),
+            "control": table_preview(report.control),
             "scales": dg.MetadataValue.md(thesis.SCALES),
             "metric": report.metric_id,
             "path": dg.MetadataValue.path(folder),

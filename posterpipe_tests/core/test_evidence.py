@@ -78,7 +78,8 @@ def test_every_metric_has_a_row_for_every_image(
     evidence = measured(store, warehouse, table, settings, seen)
     assert list(evidence.table.columns) == list(EVIDENCE_COLUMNS)
     assert [metric.name for metric in evidence.metrics] == [
-        "CLIP-T", "CLIP-T", "CLIP-I holdout", "CLIP-I training", "CLIP-I overfit gap",
+        "CLIP-T", "CLIP-T", "CLIP-T specific", "CLIP-T control", "CLIP-T rank",
+        "CLIP-I holdout", "CLIP-I training", "CLIP-I overfit gap",
         "CLIP-I nearest training poster", "perceptual hash distance", "diversity", "PickScore",
     ]  # fmt: skip
     assert (evidence.table.groupby("metric_id").size() == 4).all()
@@ -86,6 +87,7 @@ def test_every_metric_has_a_row_for_every_image(
     assert roles.to_dict() == {
         "clip": "CLIP-T", "fidelity": "CLIP-I holdout", "diversity": "diversity",
         "preference": "PickScore", "copies": "CLIP-I nearest training poster",
+        "specific": "CLIP-T specific", "control": "CLIP-T control", "rank": "CLIP-T rank",
     }  # fmt: skip
     copies = evidence.table[evidence.table["role"] == "copies"]
     assert copies.nearest_poster.isin([*seen.files, ""]).all()
@@ -96,7 +98,7 @@ def test_every_metric_has_a_row_for_every_image(
         ).fetchall()
         described = connection.execute("SELECT count(*) FROM dim_metric").fetchall()
     # One image of two prompts is blocked: its sibling has nothing to differ from.
-    assert counts == [(36, 9 * 3 - 1, 9)] and described == [(9,)]
+    assert counts == [(48, 12 * 3 - 1, 12)] and described == [(12,)]
 
 
 def test_measuring_again_changes_nothing(

@@ -86,20 +86,27 @@ def judged(
     blocked: int = 0,
     without: int = 0,
     unscored: int = 0,
+    specific: float | None = None,
 ) -> Decision:
     own = images("new", tuned=True, blocked=blocked, without=without)
     scores = measured(own, clip=clip, fidelity=fidelity, diversity=diversity, seed=1)
     if unscored:
         scores = scores.iloc[:-unscored]
+    parts = [BASE_SCORES, scores]
+    if specific is not None:
+        for seed, (table, gain) in enumerate(((BASE, 0.0), (own, specific))):
+            values = measured(table, clip=0.1 + gain, fidelity=0, diversity=0, seed=seed)
+            parts.append(values[values["metric_id"] == "clip"].assign(metric_id="specific"))
     evidence = gather(
         pd.concat([BASE, own]),
-        pd.concat([BASE_SCORES, scores]),
+        pd.concat(parts),
         {key: index < copies for index, key in enumerate(own["generation_key"])},
         challenger="new",
         champion="base",
         clip="clip",
         fidelity="fidelity",
         diversity="diversity",
+        specific=None if specific is None else "specific",
         settings=SETTINGS,
     )
     return decide(evidence, SETTINGS)
@@ -124,6 +131,27 @@ def test_a_checkpoint_that_no_longer_follows_prompts_is_rejected() -> None:
     assert decision.verdict == "reject"
     assert outcomes(decision)["CLIP-T"] == "fail"
     assert "CLIP-T: difference -0.0" in decision.reason and "0.01" in decision.reason
+
+
+def test_a_higher_score_that_other_prompts_share_is_held_for_people_to_look_at() -> None:
+    decision = judged(clip=0.35, specific=-0.05)
+    assert decision.verdict == "hold"
+    assert [name for name, how in outcomes(decision).items() if how == "open"] == ["CLIP-T"]
+    assert "own text less those of other prompts -0.05" in decision.reason
+    assert "tell the prompts apart less" in decision.reason
+    assert judged(clip=0.20, specific=-0.05).verdict == "reject"
+
+
+def test_what_is_of_the_own_prompt_alone_is_told_with_every_decision() -> None:
+    decision = judged(specific=0.0)
+    assert decision.verdict == "promote"
+    (clip,) = [check for check in decision.checks if check.name == "CLIP-T"]
+    assert "own text less those of other prompts -0.0008" in clip.reason
+    row = decision_row(decision, history(), decided_at=START).iloc[0]
+    told = json.loads(row["numbers"])["specific"]
+    assert told["low"] < told["estimate"] < told["high"] and told["prompts"] == 24
+    # It is no cell of its own: where it is missing, the images were not compared with other texts.
+    assert judged().evidence.specific is None
 
 
 def test_a_checkpoint_that_is_less_like_film_posters_is_rejected() -> None:

@@ -38,6 +38,7 @@ def study(tmp_path: Path) -> tuple[pd.DataFrame, pd.DataFrame, Path]:
     )
     table.loc[0, ["clip_cosine", "status"]] = [math.nan, "blocked"]
     table.loc[1, "clip_cosine"] = -0.05
+    table["generation_key"] = table["image_path"]
     scores = table.drop(columns=["prompt", "image_path"]).assign(metric_id=METRIC)
     return scores, table.drop(columns="clip_cosine"), tmp_path
 
@@ -106,11 +107,55 @@ def test_best_and_worst_follow_their_rule_and_name_each_prompt_once(
     assert (best["prompt_id"].iloc[0], best["seed"].iloc[0]) == ("rocket", 1)
 
 
+def evidence(scores: pd.DataFrame) -> pd.DataFrame:
+    """Of the columns of the evidence those that the chart reads; a champion's images beside it."""
+    rng = np.random.default_rng(6)
+    parts = []
+    for role, gain in {"control": 0.08, "specific": -0.02, "rank": -0.1, "clip": 0.06}.items():
+        tuned = scores["variant"].str.startswith("dreambooth")
+        values = 0.1 + gain * tuned + rng.normal(0, 0.004, len(scores))
+        own = scores[["generation_key", "variant", "prompt_id", "seed"]]
+        parts.append(own.assign(role=role, metric_id=f"{role}.v1", value=values))
+        champion = own[tuned].assign(generation_key="champion's " + own["generation_key"])
+        parts.append(champion.assign(role=role, metric_id=f"{role}.v1", value=0.9))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_the_negative_control_is_told_with_the_chart(
+    study: tuple[pd.DataFrame, pd.DataFrame, Path], tmp_path: Path
+) -> None:
+    scores, generations, root = study
+    measured = evidence(scores)
+    made = thesis.report(scores, generations, measured, root)
+    made.write(tmp_path / "public")
+    control = pd.read_csv(tmp_path / "public" / "control.csv")
+    assert control["role"].unique().tolist() == ["control", "specific", "rank"]
+    tuned = control[control["contrast"] == "tuned without negative"].set_index("role")
+    for role, gain in {"control": 0.08, "specific": -0.02, "rank": -0.1}.items():
+        assert tuned["low"][role] < tuned["estimate"][role] < tuned["high"][role]
+        assert tuned["estimate"][role] == pytest.approx(gain, abs=0.006)
+        # Image by image, and the champion's images are others.
+        own = measured[(measured["role"] == role) & ~measured["generation_key"].str.contains("'")]
+        means = own.groupby("variant")["value"].mean()
+        assert tuned["estimate"][role] == pytest.approx(means["dreambooth"] - means["sd"])
+    said = made.captions["growth"]
+    for name in ("control", "specific"):
+        row = tuned.loc[name]
+        assert f"{row['estimate']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})" in said
+    told = json.loads((tmp_path / "public" / "growth.json").read_text("utf-8"))
+    assert len(told["control"]) == len(control)
+    # A suite of one text has none, and the chart says nothing about it.
+    alone = thesis.report(scores, generations, measured.iloc[:0], root)
+    assert alone.control.empty and "other prompts" not in alone.captions["growth"]
+    assert alone.pictures["growth"].tobytes() != made.pictures["growth"].tobytes()
+
+
 def test_the_report_writes_pictures_table_and_explanation(
     study: tuple[pd.DataFrame, pd.DataFrame, Path], tmp_path: Path
 ) -> None:
     scores, generations, root = study
-    made = thesis.report(scores, generations, root)
+    measured = evidence(scores)
+    made = thesis.report(scores, generations, measured, root)
     made.write(tmp_path / "public")
     for name in ("growth", "best", "worst"):
         with Image.open(tmp_path / "public" / f"{name}.png") as picture:
@@ -129,6 +174,6 @@ def test_the_report_writes_pictures_table_and_explanation(
     assert effects["estimate"]["both"] == pytest.approx(gains["dreambooth_negative"])
     assert (effects["low"] <= effects["estimate"]).all()
     assert effects["p_value"].between(0, 1).all() and len(told["effects"]) == len(effects)
-    assert thesis.report(scores, generations, root).digest == made.digest
+    assert thesis.report(scores, generations, measured, root).digest == made.digest
     other = scores.assign(clip_cosine=scores["clip_cosine"] + 0.01)
-    assert thesis.report(other, generations, root).digest != made.digest
+    assert thesis.report(other, generations, measured, root).digest != made.digest

@@ -50,6 +50,7 @@ select
     case
         when metric_id like 'overfit_gap.%' then 'nearer 0'
         when metric_id like 'similarity.training.%' then 'neither'
+        when metric_id like 'clip_control.%' then 'neither'
         when metric_id like 'nearest.%' or metric_id like 'title_distance.%' then 'lower'
         else 'higher'
     end as better,

@@ -6,6 +6,7 @@ version, so that a changed metric is a new column of results and never mixes wit
 What does not: the tables the numbers go to (`warehouse`) and what they add up to (`statistics`).
 
 `base` is what all share and `encoders` what makes embeddings; `clip` is the similarity of image and
-prompt, `fidelity` that of images and posters with copies, `diversity` that of the images of one
-prompt, `legibility` whether the title can be read, `pickscore` what people would choose.
+prompt, `specificity` what of it other prompts have not, `fidelity` the similarity of images and
+posters with copies, `diversity` that of the images of one prompt, `legibility` whether the title
+can be read, `pickscore` what people would choose.
 """

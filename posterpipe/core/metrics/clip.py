@@ -1,8 +1,8 @@
 """CLIP: how well an image fits its text.
 
-What belongs here: CLIP-T, the cosine of image and text embedding, scoring a table of generations
-with it, and its negative control. What does not: the encoder (`encoders`), the scaled score (a view
-of `warehouse`), intervals (`statistics`).
+What belongs here: CLIP-T, the cosine of image and text embedding, and scoring a table of
+generations with it. What does not: the encoder (`encoders`), its negative control (`specificity`),
+the scaled score (a view of `warehouse`), intervals (`statistics`).
 
 The raw cosine in -1..1 is kept (Hessel et al. 2021 call 2.5 * max(cosine, 0) the CLIPScore). An
 image is compared with the prompt's score text, which is the same for every variant: no title, no
@@ -11,7 +11,7 @@ trigger word, never the negative prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,25 +115,6 @@ def score_generations(
     order = ["generation_key", "metric_id", "variant", "prompt_id", "seed", "checkpoint_id",
              "clip_cosine", "status", "reason"]  # fmt: skip
     return Scored(metric_id=metric_id, scores=scores[order], added=len(missing))
-
-
-def control_scores(
-    store: Store,
-    generations: pd.DataFrame,
-    other_text: Mapping[str, str],
-    settings: ScorerSettings,
-    root: Path,
-    progress: Progress,
-) -> pd.DataFrame:
-    """The negative control of CLIP-T: every image against the score text of another prompt.
-
-    `other_text` gives each prompt_id the text it is compared with (see
-    `statistics.exchanged_prompts`). An effect that is seen here too is none of following the
-    prompt. Columns and order of SCORE_COLUMNS; for looking at, not for the warehouse, since the
-    numbers depend on which prompts the suite has. Raises ModelMissing.
-    """
-    texts = generations["prompt_id"].map(dict(other_text))
-    return clip_t_scores(store, generations.assign(score_text=texts), settings, root, progress)
 
 
 def clip_t_scores(

@@ -1,12 +1,13 @@
-"""Encoders: images and texts into vectors, and keeping the images' vectors in the store.
+"""Encoders: images and texts into vectors, and keeping the vectors in the store.
 
-What belongs here: the CLIP and DINO encoders that metrics share, their ids, and the store of image
+What belongs here: the CLIP and DINO encoders that metrics share, their ids, and the store of
 embeddings. What does not: what an encoder sees of an image (`pixels`) and what is computed from
-embeddings (`clip`, `fidelity`, `diversity`, `pickscore`).
+embeddings (`clip`, `specificity`, `fidelity`, `diversity`, `pickscore`).
 
 An image is encoded once by an encoder. Its embedding lies in the store under the image's hash and
 the encoder's id, so that a new score text, title, reference poster or metric encodes no image
-again. Features are cast to float32 before they are brought to length 1.
+again; a text's lies under the hash of the text. Features are cast to float32 before they are
+brought to length 1.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from posterpipe.core.models import (
 )
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import Progress
-from posterpipe.core.store import Store, compute_missing
+from posterpipe.core.store import Store, compute_missing, content_key
 from posterpipe.settings import ScorerSettings
 
 if TYPE_CHECKING:
@@ -327,6 +328,26 @@ def kept_embeddings(
         vectors={key: _unpacked(row["vector"]) for key, row in rows.items()},
         unreadable={key: reason for key, reason in unreadable.items() if key not in rows},
     )
+
+
+def kept_text_embeddings(
+    store: Store, settings: ScorerSettings, root: Path, texts: Sequence[str]
+) -> np.ndarray:
+    """Embeddings of texts by a CLIP, of length 1, float32 (len(texts), dimension).
+
+    The model is loaded only for texts that the store does not have. Raises ModelMissing.
+    """
+    # A text does not know how images are prepared.
+    kind = f"text_embedding.{encoder_id(settings, root).partition('.')[2]}.v{ENCODER_VERSION}"
+    text_of = {content_key(text): text for text in texts}
+
+    def compute(missing: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        vectors = ClipEncoder(settings, root).text_features([text_of[key] for key in missing])
+        for key, vector in zip(missing, vectors, strict=True):
+            yield key, {"vector": _packed(vector)}
+
+    rows = compute_missing(store, kind, list(text_of), compute, save_every=_SAVE_EVERY)
+    return np.stack([_unpacked(rows[content_key(text)]["vector"]) for text in texts])
 
 
 Found = tuple[str, np.ndarray | str]

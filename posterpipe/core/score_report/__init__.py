@@ -19,7 +19,7 @@ from posterpipe.core.score_report.folder import replaced_folder
 from posterpipe.core.score_report.fonts import write_fonts
 from posterpipe.core.score_report.pages import render
 from posterpipe.core.score_report.pictures import Source, add_pictures
-from posterpipe.core.score_report.results import headline
+from posterpipe.core.score_report.results import first_words
 from posterpipe.core.store import content_key
 
 INDEX = "index.html"
@@ -82,7 +82,7 @@ def write_report(
         missing=len(drawn - set(pictures)),
         made=made,
         bytes=size,
-        summary=" — ".join(headline(data)),
+        summary=" — ".join(first_words(data)),
         digest=content_key(pages, sorted(pictures)),
     )
 

@@ -28,6 +28,7 @@ from posterpipe.core.score_report.gallery_pages import (
     picture_of,
     slug_of,
 )
+from posterpipe.core.score_report.headline import control_context, headline
 from posterpipe.core.score_report.pictures import Pictures
 from posterpipe.core.score_report.words import (
     BETTER,
@@ -46,14 +47,14 @@ from posterpipe.core.score_report.words import (
 )
 
 
-def headline(published: Published) -> tuple[str, str]:
-    """What the report says first: a title, and a sentence with the numbers."""
-    return _headline(published, {text(row["variant"]): row for row in _by_headline(published)})
+def first_words(published: Published) -> tuple[str, str]:
+    """What the report says first: a title, and sentences with the numbers."""
+    return headline(published, {text(row["variant"]): row for row in _by_headline(published)})
 
 
 def index_context(published: Published, pictures: Pictures) -> dict[str, Any]:
     board = {text(row["variant"]): row for row in _by_headline(published)}
-    title, lede = _headline(published, board)
+    title, lede = headline(published, board)
     growth, growth_rows = _growth(board)
     first = board.get(TUNED) or board.get(BASELINE)
     return {
@@ -66,6 +67,7 @@ def index_context(published: Published, pictures: Pictures) -> dict[str, Any]:
         "growth_rows": growth_rows,
         "scales": thesis.SCALES,
         "n_prompts": count(first, "prompts"),
+        **control_context(published, board),
         "boards": _boards(published),
         "effects": _effects(published),
         "trends": _trends(published),
@@ -81,52 +83,6 @@ def _by_headline(published: Published) -> list[Row]:
         if row["metric_id"] == published.headline_metric
     ]
     return sorted(rows, key=lambda row: variant_order(text(row["variant"])))
-
-
-def _headline(published: Published, board: Mapping[str, Row]) -> tuple[str, str]:
-    """What the numbers allow to say, and no more."""
-    if not published.shots:
-        return (
-            "No scores yet",
-            "The pipeline has not published any scored image. This page fills by itself as soon as "
-            "it has.",
-        )
-    tuned = board.get(TUNED)
-    if tuned is None or BASELINE not in board:
-        return (
-            "Scores without a comparison",
-            f"There are {len(published.shots)} images, but not of both the base and the fine-tuned "
-            "model, so that nothing can be said about fine-tuning yet.",
-        )
-    difference, low, high = (
-        number(tuned[name]) for name in ("diff_to_sd", "diff_low_95", "diff_high_95")
-    )
-    prompts = count(tuned, "prompts")
-    if difference is None or low is None or high is None:
-        return (
-            "Too few prompts to tell",
-            f"Fine-tuning was compared on {plural(prompts, 'prompt')}. One prompt says nothing "
-            "about others: an interval needs two or more.",
-        )
-    interval = f"{charts.signed(low)} to {charts.signed(high)}"
-    if low > 0:
-        title = "Fine-tuning follows the prompts better"
-        said = "raises the CLIP cosine by"
-    elif high < 0:
-        title = "Fine-tuning follows the prompts worse"
-        said = "changes the CLIP cosine by"
-    else:
-        return (
-            "No difference that this suite can show",
-            f"Fine-tuning changes the CLIP cosine by {charts.signed(difference)}, but the 95 % "
-            f"interval, {interval} over {prompts} prompts, holds zero.",
-        )
-    return (
-        title,
-        f"Compared image by image with the base model, on the same prompts, seeds and noise, it "
-        f"{said} {charts.signed(difference)} on average: {interval} (95 % interval over {prompts} "
-        "prompts).",
-    )
 
 
 def _byline(published: Published, board: Mapping[str, Row]) -> list[str]:
@@ -194,13 +150,13 @@ def _growth(board: Mapping[str, Row]) -> tuple[Markup | None, list[dict[str, str
 
 
 def _boards(published: Published) -> list[dict[str, Any]]:
-    """The metric that variants are ranked by, then the other kinds of CLIP-T."""
+    """The metric that variants are ranked by, then the other kinds of CLIP-T and its control."""
     main = published.headline_metric
     groups = _by_metric(published.rows("leaderboard"))
     return [
         _board(metric_id, rows)
         for metric_id, rows in groups
-        if metric_id == main or metric_id.startswith("clip_t.")
+        if metric_id == main or metric_id.startswith("clip_")
     ]
 
 

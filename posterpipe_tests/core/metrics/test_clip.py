@@ -14,7 +14,6 @@ from posterpipe.core.metrics.clip import (
     ClipTextSimilarity,
     Scored,
     clip_t_id,
-    control_scores,
     score_generations,
 )
 from posterpipe.core.metrics.pixels import letterbox
@@ -299,20 +298,6 @@ def test_a_new_text_encodes_no_image(
         root / "models" / "scorer", some_images()[:2], ["a green whale", "a whale"]
     )
     np.testing.assert_allclose(scored.scores.clip_cosine, expected, atol=1e-4)
-
-
-def test_the_negative_control_asks_for_the_text_of_another_prompt(
-    store: Store, warehouse: Warehouse, root: Path, encoded: list[int]
-) -> None:
-    table = generations(store, ("ok", "ok", "blocked"))
-    score(store, warehouse, table, root)
-    encoded.clear()
-    other = {"p0": TEXTS[1], "p1": TEXTS[0], "p2": TEXTS[1]}
-    control = control_scores(store, table, other, scorer(), root, NoProgress())
-    expected = plain_cosines(root / "models" / "scorer", some_images()[:2], [TEXTS[1], TEXTS[0]])
-    np.testing.assert_allclose(control.value[:2], expected, atol=1e-4)
-    assert control.status.tolist() == ["ok", "ok", "blocked"] and encoded == []
-    assert list(control.generation_key) == list(table.generation_key)
 
 
 def test_an_image_that_cannot_be_read_is_a_row_and_heals(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -16,9 +18,12 @@ import duckdb
 import pytest
 
 from posterpipe.core.score_report import Written, write_report
+from posterpipe.core.score_report.data import Published, read_published
 from posterpipe.core.score_report.gallery_pages import IMAGES_A_PAGE, slug_of
 from posterpipe.core.score_report.pages import PAGES
+from posterpipe.core.score_report.results import first_words
 from posterpipe.core.warehouse import Warehouse, WarehouseMissing, publish
+from posterpipe_tests import study
 from posterpipe_tests.report_world import (
     GONE,
     HOSTILE,
@@ -118,7 +123,7 @@ def pages(written: Written) -> dict[str, Parsed]:
 def test_every_section_is_there_and_filled(pages: dict[str, Parsed]) -> None:
     index = pages["index.html"]
     sections = {attributes.get("id") for attributes in index.all("section")}
-    assert sections >= {"growth", "leaderboard", "effects", "trend", "extremes"}
+    assert sections >= {"growth", "control", "leaderboard", "effects", "trend", "extremes"}
     for name, page in pages.items():
         assert "Materialize" not in page.text, name
     assert "Thesis" in index.text and "0.77" in index.text
@@ -132,6 +137,82 @@ def test_every_section_is_there_and_filled(pages: dict[str, Parsed]) -> None:
     data = pages["data.html"].text
     assert "resembles another" in data and "This publication" in data and "publishi" in data
     assert "What does 0.30 mean?" in pages["glossary.html"].text
+
+
+def told(world: Path, **changes: tuple[float, float, float]) -> tuple[str, str]:
+    """What the report says first where fine-tuning changed metrics so: mean, low, high."""
+    published = read_published(world / "public" / "scores.duckdb")
+    board = published.marts["leaderboard"].copy()
+    ids = {"own": study.HEADLINE, "specific": study.SPECIFIC, "control": study.CONTROL}
+    for name, metric_id in ids.items():
+        rows = (board["metric_id"] == metric_id) & (board["variant"] == "dreambooth")
+        columns = ["diff_to_sd", "diff_low_95", "diff_high_95"]
+        board.loc[rows, columns] = changes.get(name, (math.nan,) * 3)
+    return first_words(Published({**published.marts, "leaderboard": board}, published.prompts))
+
+
+UP, DOWN, OPEN = (0.3, 0.2, 0.4), (-0.3, -0.4, -0.2), (0.0, -0.1, 0.1)
+
+
+def test_a_higher_score_follows_the_prompts_only_where_the_own_text_stands_out_more(
+    world: Path,
+) -> None:
+    title, said = told(world, own=UP, specific=UP, control=OPEN)
+    assert title == "Fine-tuning follows the prompts better"
+    assert "stands out from them more: +0.300 (+0.200 to +0.400)" in said
+    title, said = told(world, own=UP, specific=DOWN, control=UP)
+    assert title == "Fine-tuning scores higher, but not for following the prompts"
+    assert "With the texts of the other prompts it changes by +0.300 (+0.200 to +0.400)" in said
+    assert "stands out from them less: −0.300 (−0.400 to −0.200)" in said
+    title, said = told(world, own=UP, specific=OPEN, control=UP)
+    assert "open" in title and "holds zero" in said and "follows" not in title
+    title, said = told(world, own=UP)
+    assert title == "Fine-tuning scores higher with CLIP" and "was not measured" in said
+
+
+def test_a_lower_score_and_none_are_told_with_their_control(world: Path) -> None:
+    assert told(world, own=DOWN, specific=DOWN, control=OPEN)[0] == (
+        "Fine-tuning follows the prompts worse"
+    )
+    assert "apart better" in told(world, own=DOWN, specific=UP, control=DOWN)[0]
+    assert "open" in told(world, own=DOWN, specific=OPEN, control=DOWN)[0]
+    assert told(world, own=DOWN)[0] == "Fine-tuning scores lower with CLIP"
+    assert "apart less" in told(world, own=OPEN, specific=DOWN, control=UP)[0]
+    for changes in ({"specific": OPEN, "control": OPEN}, {}):
+        title, said = told(world, own=OPEN, **changes)
+        assert title == "No difference that this suite can show" and "holds zero" in said
+
+
+def test_the_control_of_another_model_or_preprocessing_is_not_that_of_the_headline(
+    world: Path,
+) -> None:
+    published = read_published(world / "public" / "scores.duckdb")
+    metrics = published.marts["dim_metric"].copy()
+    apart = metrics["metric_id"].isin([study.SPECIFIC, study.CONTROL])
+    metrics.loc[apart, "preprocessing"] = "pad"
+    other = replace(published, marts={**published.marts, "dim_metric": metrics})
+    assert "With the texts of the other prompts" in first_words(published)[1]
+    assert "With the texts of the other prompts" not in first_words(other)[1]
+
+
+def test_the_negative_control_stands_beside_the_effects(
+    world: Path, pages: dict[str, Parsed]
+) -> None:
+    with duckdb.connect(str(world / "public" / "scores.duckdb"), read_only=True) as connection:
+        rows = connection.execute(
+            "SELECT diff_to_sd, diff_low_95, diff_high_95 FROM leaderboard "
+            "WHERE variant = 'dreambooth' AND metric_id IN (?, ?, ?, ?)",
+            [study.HEADLINE, study.SPECIFIC, study.CONTROL, study.RANK],
+        ).fetchall()
+        better = connection.execute(
+            "SELECT DISTINCT better FROM leaderboard WHERE metric_id = ?", [study.CONTROL]
+        ).fetchall()
+    text = pages["index.html"].text.replace("−", "-")
+    section = text[text.index("Is it the prompt? The texts") : text.index("Leaderboard How near")]
+    assert len(rows) == 4 and better == [("neither",)]
+    for mean, low, high in rows:
+        assert f"{mean:+.3f} {low:+.3f} to {high:+.3f}" in section
+    assert "with the other prompts of the suite by" in text
 
 
 def test_numbers_are_those_of_the_marts(world: Path, pages: dict[str, Parsed]) -> None:
