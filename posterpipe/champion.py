@@ -32,8 +32,9 @@ def show() -> None:
     decisions = read_decisions(warehouse)
     console = Console(highlight=False)
     served = gate.champion_of(decisions, base)
+    decisions = gate.of_base(decisions, base)
     what = "the base model" if served == base else "a fine-tuned checkpoint"
-    pinned = ", pinned" if gate.pinned(decisions) else ""
+    pinned = ", pinned" if gate.pinned(decisions, base) else ""
     console.print(f"Served: {served} ({what}{pinned})")
     if decisions.empty:
         console.print("No checkpoint has been judged yet: materialize the asset `champion`.")
@@ -50,7 +51,7 @@ def pin(checkpoint: str, why: str, who: str | None) -> None:
     """Serve `checkpoint` (its id or the beginning of it) until it is unpinned."""
 
     def row(decisions: pd.DataFrame, base: str, who: str, now: dt.datetime) -> pd.DataFrame:
-        known = {base, *decisions["checkpoint_id"].astype(str)}
+        known = {base, *gate.of_base(decisions, base)["checkpoint_id"].astype(str)}
         matching = sorted(name for name in known if name.startswith(checkpoint))
         if len(matching) > 1:
             raise gate.GateError(
@@ -81,12 +82,13 @@ def _decide(
             f"The base model {ref.id} is not on this machine, so which one it is cannot be told: "
             f"decide where the pipeline runs, or run `hf download {ref.id}` first"
         )
-    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
-    write_decisions(warehouse, row(read_decisions(warehouse), base, who or getpass.getuser(), now))
-    served = gate.champion_of(read_decisions(warehouse), base)
+    known, name = base, who or getpass.getuser()
+    decisions = write_decisions(warehouse, lambda before, now: row(before, known, name, now))
+    served = gate.champion_of(decisions, base)
     Console(highlight=False, soft_wrap=True).print(
         f"Served: {served}. Where the sensors run (make dev), reports follow within minutes; else "
-        "materialize the asset `champion`, or run `posterpipe demo`."
+        "materialize `champion_generations`, `fidelity_scores` and `champion`, or run "
+        "`posterpipe demo`."
     )
 
 

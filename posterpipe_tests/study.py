@@ -285,4 +285,5 @@ def _decision(
         "numbers": json.dumps(numbers),
         "decided_by": "gate",
         "run_id": "gate run",
+        "base_model": BASE,
     }

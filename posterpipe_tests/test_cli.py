@@ -234,7 +234,7 @@ def test_the_champion_is_shown_pinned_and_rolled_back_by_command(
         "champion_before": "", "decision": "promote", "reason": "every check passed",
         "numbers": "{}", "decided_by": GATE, "run_id": "run",
     }  # fmt: skip
-    write_decisions(warehouse, pd.DataFrame([promoted]))
+    write_decisions(warehouse, lambda *_: pd.DataFrame([promoted]))
     assert "Served: c0ffee12 (a fine-tuned checkpoint)" in run()
     run("rollback", "--why", "draws hands", "--who", "Ida Moss")
     assert "the base model, pinned" in run() and "draws hands" in run() and "Ida Moss" in run()

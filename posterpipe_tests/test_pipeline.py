@@ -319,7 +319,7 @@ def test_a_pin_makes_the_champion_stale_and_is_followed(pipeline: Pipeline) -> N
         with pytest.raises(GateError, match="never served"):
             pin(decisions, challenger, base, who="Ida", why="I like it", decided_at=now)
     row = pin(decisions, base, base, who="Ida", why="until the fair", decided_at=now)
-    write_decisions(pipeline.deployment.warehouse, row)
+    write_decisions(pipeline.deployment.warehouse, lambda *_: row)
     stale = stale_assets(specs, pipeline.instance, pipeline.deployment)
     assert stale == {dg.AssetKey("champion"): "another checkpoint was chosen"}
     watch = pipeline.run()
@@ -332,7 +332,7 @@ def test_a_pin_makes_the_champion_stale_and_is_followed(pipeline: Pipeline) -> N
     free = unpin(
         read_decisions(pipeline.deployment.warehouse), base, who="Ida", why="over", decided_at=now
     )
-    write_decisions(pipeline.deployment.warehouse, free)
+    write_decisions(pipeline.deployment.warehouse, lambda *_: free)
     pipeline.run()
     assert not champion_row(pipeline)["pinned"]
 

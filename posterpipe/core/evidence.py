@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import duckdb
 import pandas as pd
 
-from posterpipe.core.gate import DECISION_COLUMNS, Decision, decide, decision_row, gather
+from posterpipe.core.gate import (
+    DECISION_COLUMNS,
+    Decision,
+    GateError,
+    decide,
+    decision_row,
+    defender_of,
+    gather,
+)
 from posterpipe.core.images import resize_posters
 from posterpipe.core.metrics.base import SCORE_COLUMNS, Metric, record_scores
 from posterpipe.core.metrics.clip import clip_t_id, clip_t_metric, clip_t_scores
@@ -228,30 +237,53 @@ def read_decisions(warehouse: Warehouse) -> pd.DataFrame:
     if not warehouse.path.exists():
         return pd.DataFrame(columns=list(DECISION_COLUMNS))
     with warehouse.read() as connection:
-        return connection.execute(
-            f"SELECT {', '.join(DECISION_COLUMNS)} FROM fct_promotion ORDER BY decided_at"
-        ).df()
+        return _decisions(connection)
 
 
-def write_decisions(warehouse: Warehouse, rows: pd.DataFrame) -> None:
-    """Adds rows of fct_promotion, and tells them to those who cannot open the warehouse."""
-    with warehouse.write() as connection:
-        insert(connection, "fct_promotion", rows)
-    tell_decisions(warehouse, read_decisions(warehouse))
+def _decisions(connection: duckdb.DuckDBPyConnection) -> pd.DataFrame:
+    rows = connection.execute("SELECT * FROM fct_promotion ORDER BY decided_at, rowid").df()
+    # A file that an older posterpipe wrote or published lacks a column until the next write.
+    return rows.reindex(columns=list(DECISION_COLUMNS))
 
 
-def tell_decisions(warehouse: Warehouse, decisions: pd.DataFrame) -> None:
-    """Writes all decisions (DECISION_COLUMNS) beside the warehouse, where it says otherwise.
+def write_decisions(
+    warehouse: Warehouse, take: Callable[[pd.DataFrame, dt.datetime], pd.DataFrame]
+) -> pd.DataFrame:
+    """Adds the rows of fct_promotion that `take` makes of all decisions so far, and the time.
 
-    Sensors and the studio ask who is champion while a step may be writing, when the warehouse
-    cannot be opened. The warehouse is what counts: the step of `champion` tells again what was
-    lost between the two.
+    Nobody else decides between the two, so who decides at the same time, a person or another run,
+    knows of this decision. The time is later than that of any decision before, whatever the clock
+    says. Adds nothing where `take` raises. All decisions, which are told as well to those who
+    cannot open the warehouse.
     """
-    if told_decisions(warehouse.path.parent)["decision_id"].tolist() != list(
-        decisions["decision_id"]
-    ):
-        text = decisions.to_json(orient="records", date_format="iso", date_unit="us", indent=1)
-        write_atomic(warehouse.path.parent / TOLD, text.encode())
+    with warehouse.write() as connection:
+        before = _decisions(connection)
+        now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+        if len(before):
+            latest = before["decided_at"].max().to_pydatetime()
+            now = max(now, latest + dt.timedelta(microseconds=1))
+        insert(connection, "fct_promotion", take(before, now))
+    return tell_decisions(warehouse)
+
+
+def tell_decisions(warehouse: Warehouse) -> pd.DataFrame:
+    """Writes all decisions (DECISION_COLUMNS) beside the warehouse, where it says otherwise, and
+    returns them.
+
+    Sensors ask who is champion while a step may be writing, when the warehouse cannot be opened.
+    The warehouse is what counts: the step of `champion` tells again what was lost between the two.
+    """
+    # As a writer, so that of two who tell, the later one knows more.
+    with warehouse.write() as connection:
+        decisions = _decisions(connection)
+        if _known(told_decisions(warehouse.path.parent)) != _known(decisions):
+            text = decisions.to_json(orient="records", date_format="iso", date_unit="us", indent=1)
+            write_atomic(warehouse.path.parent / TOLD, text.encode())
+    return decisions
+
+
+def _known(decisions: pd.DataFrame) -> list[list[str]]:
+    return decisions[["decision_id", "base_model"]].fillna("").astype(str).to_numpy().tolist()
 
 
 def told_decisions(store_root: Path) -> pd.DataFrame:
@@ -272,13 +304,15 @@ def judge(
     *,
     challenger: str,
     champion: str,
+    base_model: str,
     settings: GateSettings,
     run_id: str,
 ) -> Decision:
     """The gate's decision about a challenger, written into the warehouse.
 
     `generations` (`sampler.COLUMNS`) and `evidence` (EVIDENCE_COLUMNS) cover both checkpoints. The
-    same decision as last time is no new row. Raises WarehouseBusy.
+    same decision as last time is no new row. Raises WarehouseBusy, and GateError where `champion`
+    is not the one to beat any more: nothing is decided then.
     """
     roles = evidence[evidence["role"] != ""].drop_duplicates("role")
     metric_of = dict(zip(roles["role"], roles["metric_id"], strict=True))
@@ -299,8 +333,16 @@ def judge(
         ),
         settings,
     )
-    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
-    row = decision_row(decision, read_decisions(warehouse), decided_at=now, run_id=run_id)
-    if len(row):
-        write_decisions(warehouse, row)
+
+    def take(decisions: pd.DataFrame, now: dt.datetime) -> pd.DataFrame:
+        defender = defender_of(decisions, base_model, challenger)
+        if defender != champion:
+            raise GateError(
+                f"the checkpoint {challenger} was compared with {champion}, but the champion to "
+                f"beat is {defender} by now, so nothing is decided: materialize "
+                "`champion_generations`, `fidelity_scores` and `champion`"
+            )
+        return decision_row(decision, decisions, base_model, decided_at=now, run_id=run_id)
+
+    write_decisions(warehouse, take)
     return decision

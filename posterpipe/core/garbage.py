@@ -259,16 +259,21 @@ def last_use(path: Path, kind: str) -> float:
 
 def champions(warehouse: Warehouse, keep: int) -> set[str]:
     """Checkpoints that are served or pinned, and the last `keep` that were: people go back to them.
+    Of every base model, since profiles may share the store.
 
     Raises WarehouseBusy.
     """
     from posterpipe.core.evidence import read_decisions
-    from posterpipe.core.gate import champion_of, pinned
+    from posterpipe.core.gate import champion_of, of_base
 
     decisions = read_decisions(warehouse)
-    promoted = decisions[decisions["decision"] == "promote"]["checkpoint_id"].astype(str)
-    last = list(dict.fromkeys(reversed(promoted.tolist())))[:keep]
-    return {*last, champion_of(decisions, ""), pinned(decisions) or ""} - {""}
+    needed: set[str] = set()
+    for base in {"", *decisions["base_model"].dropna()}:
+        own = of_base(decisions, base)
+        promoted = own[own["decision"] == "promote"]["checkpoint_id"].astype(str)
+        last = list(dict.fromkeys(reversed(promoted.tolist())))[:keep]
+        needed |= {*last, champion_of(own, base)} - {""}
+    return needed
 
 
 # -- what is kept --------------------------------------------------------------------------------

@@ -34,9 +34,11 @@ GATE = "gate"
 
 DECISION_COLUMNS = (
     "decision_id", "decided_at", "checkpoint_id", "champion_before", "decision", "reason",
-    "numbers", "decided_by", "run_id",
+    "numbers", "decided_by", "run_id", "base_model",
 )  # fmt: skip
-"""Columns of fct_promotion."""
+"""Columns of fct_promotion. `base_model` is the one whose champion the decision is about: profiles
+that share a store have champions of their own. Where it is not known (a decision of an older
+posterpipe about a checkpoint that the warehouse does not know), the decision counts for each."""
 
 
 class GateError(ValueError):
@@ -326,6 +328,7 @@ def _cells(generations: pd.DataFrame, checkpoint: str) -> pd.DataFrame:
 def decision_row(
     decision: Decision,
     decisions: pd.DataFrame,
+    base_model: str,
     *,
     decided_at: dt.datetime,
     run_id: str | None = None,
@@ -350,6 +353,7 @@ def decision_row(
     row = _row(
         checkpoint=evidence.challenger,
         before=evidence.champion,
+        base_model=base_model,
         verdict=decision.verdict,
         reason=decision.reason,
         numbers=numbers,
@@ -365,11 +369,18 @@ def decision_row(
     return row
 
 
+def of_base(decisions: pd.DataFrame, base_model: str) -> pd.DataFrame:
+    """The decisions about the champion of one base model, in their order."""
+    base = decisions["base_model"]
+    return _ordered(decisions[base.isna() | (base == base_model)])
+
+
 def champion_of(decisions: pd.DataFrame, base_model: str) -> str:
     """The checkpoint that is served after all these decisions (rows of fct_promotion).
 
     The base model before any. A pinned one until the pin is taken away; then the checkpoint that
-    the gate promoted last. A checkpoint that the gate rejected since is not served.
+    the gate promoted last. A checkpoint that the gate rejected since is not served, nor one of
+    another base model.
     """
     champion, pinned = _state(decisions, base_model)
     return pinned or champion
@@ -385,9 +396,9 @@ def defender_of(decisions: pd.DataFrame, base_model: str, challenger: str) -> st
     return pinned or champion
 
 
-def pinned(decisions: pd.DataFrame) -> str | None:
+def pinned(decisions: pd.DataFrame, base_model: str) -> str | None:
     """The checkpoint that a person has pinned, or None."""
-    return _state(decisions, "")[1]
+    return _state(decisions, base_model)[1]
 
 
 def pin(
@@ -405,7 +416,7 @@ def pin(
     GateError for a checkpoint that is rejected or not known, and without a name or reason.
     """
     _named(who, why)
-    latest = verdicts(decisions)
+    latest = verdicts(of_base(decisions, base_model))
     if latest.get(checkpoint) == "reject":
         raise GateError(
             f"the gate rejected the checkpoint {checkpoint}, and what is rejected is never served; "
@@ -413,10 +424,14 @@ def pin(
         )
     if checkpoint != base_model and checkpoint not in latest:
         known = ", ".join([base_model, *(key for key, how in latest.items() if how != "reject")])
-        raise GateError(f"the gate has not seen the checkpoint {checkpoint}; choose from {known}")
+        raise GateError(
+            f"the gate has not seen the checkpoint {checkpoint} of the base model {base_model}; "
+            f"choose from {known}"
+        )
     return _row(
         checkpoint=checkpoint,
         before=champion_of(decisions, base_model),
+        base_model=base_model,
         verdict="promote",
         reason=why,
         numbers={"pinned": True},
@@ -436,6 +451,7 @@ def unpin(
     return _row(
         checkpoint=champion,
         before=now,
+        base_model=base_model,
         verdict="promote",
         reason=why,
         numbers={"pinned": False},
@@ -448,15 +464,16 @@ def rollback(
     decisions: pd.DataFrame, base_model: str, *, who: str, why: str, decided_at: dt.datetime
 ) -> pd.DataFrame:
     """The row that pins the champion before the present one. Raises GateError where none was."""
-    served = [base_model]
-    for end in range(1, len(decisions) + 1):
-        now = champion_of(_ordered(decisions).iloc[:end], base_model)
-        if now != served[-1]:
-            served.append(now)
-    latest = verdicts(decisions)
-    earlier = [name for name in served[:-1] if latest.get(name) != "reject"]
+    own = of_base(decisions, base_model)
+    served = [
+        base_model,
+        *(champion_of(own.iloc[:end], base_model) for end in range(1, len(own) + 1)),
+    ]
+    now, latest = served[-1], verdicts(own)
+    # The present one may have been champion before as well, when what came between was rejected.
+    earlier = [name for name in served if name != now and latest.get(name) != "reject"]
     if not earlier:
-        raise GateError(f"{served[-1]} is the first champion: there is none to go back to")
+        raise GateError(f"{now} is served, and there is none to go back to")
     return pin(decisions, earlier[-1], base_model, who=who, why=why, decided_at=decided_at)
 
 
@@ -467,20 +484,24 @@ def _state(
     promoted: list[str] = [base_model]
     now: str | None = None
     rejected: set[str] = set()
-    for row in _ordered(decisions).itertuples(index=False):
+    latest: dict[str, str] = {}
+    for row in of_base(decisions, base_model).itertuples(index=False):
         checkpoint = str(row.checkpoint_id)
         if row.decided_by != GATE:
-            pinned = json.loads(str(row.numbers))["pinned"] and checkpoint != without
-            now = checkpoint if pinned else None
+            pins = json.loads(str(row.numbers))["pinned"]
+            if pins and latest.get(checkpoint) == "reject":
+                continue  # what is rejected is never served, however the row came here
+            now = checkpoint if pins and checkpoint != without else None
         elif checkpoint == without:
             continue
-        elif row.decision == "promote":
-            rejected.discard(checkpoint)
-            promoted.append(checkpoint)
-        elif row.decision == "reject":
-            rejected.add(checkpoint)
-            if now == checkpoint:
-                now = None
+        else:
+            latest[checkpoint] = str(row.decision)
+            if row.decision == "promote":
+                rejected.discard(checkpoint)
+                promoted.append(checkpoint)
+            elif row.decision == "reject":
+                rejected.add(checkpoint)
+                now = None if now == checkpoint else now
     return next(name for name in reversed(promoted) if name not in rejected), now
 
 
@@ -498,12 +519,15 @@ def _ordered(decisions: pd.DataFrame) -> pd.DataFrame:
 def _named(who: str, why: str) -> None:
     if not who.strip() or not why.strip():
         raise GateError("say who decides and why: both are kept in the log")
+    if who.strip().casefold() == GATE:
+        raise GateError(f"`{who}` is how the log calls the gate itself; give a name with --who")
 
 
 def _row(
     *,
     checkpoint: str,
     before: str,
+    base_model: str,
     verdict: Verdict,
     reason: str,
     numbers: Mapping[str, Any],
@@ -522,6 +546,7 @@ def _row(
         "numbers": told,
         "decided_by": decided_by,
         "run_id": run_id,
+        "base_model": base_model,
     }
     return pd.DataFrame([values], columns=list(DECISION_COLUMNS))
 

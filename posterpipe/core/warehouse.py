@@ -10,7 +10,7 @@ Tables (times are UTC; `run_id` names the Dagster run that wrote the row):
     dim_prompt          prompts, key prompt_key: a reworded prompt is a new row of the same id
     dim_checkpoint      models that images were drawn with
     dim_metric          what a metric_id means
-    fct_promotion       decisions about which checkpoint is served
+    fct_promotion       decisions about which checkpoint is served, of each base model
     fct_drawing         which run drew some pixels, key pixel_key
     dim_environment     versions of code and packages, key environment_id
     run_environment     which environments a run worked in
@@ -50,10 +50,11 @@ import pandas as pd
 
 from posterpipe.core.store import content_key, fsync_folder
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """2 added fct_drawing, dim_environment and run_environment; 3 added fct_nearest, fct_title,
-fct_reading, current_metric and current_poster. Every version so far only added tables: files of an
-older one are brought up to date by creating what is missing."""
+fct_reading, current_metric and current_poster; 4 added fct_promotion.base_model. Every version so
+far only added tables and columns: files of an older one are brought up to date by creating what is
+missing."""
 
 BUSY_SECONDS = 120.0
 """How long to wait for another process that has the file open."""
@@ -128,7 +129,8 @@ CREATE TABLE IF NOT EXISTS fct_promotion (
     reason          VARCHAR NOT NULL,
     numbers         VARCHAR,
     decided_by      VARCHAR,
-    run_id          VARCHAR
+    run_id          VARCHAR,
+    base_model      VARCHAR
 );
 CREATE TABLE IF NOT EXISTS current_generation (
     generation_key  VARCHAR NOT NULL
@@ -220,6 +222,17 @@ CREATE TABLE IF NOT EXISTS current_poster (
     run_id            VARCHAR
 );
 """
+
+_COLUMNS = """
+ALTER TABLE fct_promotion ADD COLUMN IF NOT EXISTS base_model VARCHAR;
+UPDATE fct_promotion SET base_model = known.base_model
+FROM (
+    SELECT checkpoint_id, CASE kind WHEN 'base' THEN checkpoint_id ELSE base_model END AS base_model
+    FROM dim_checkpoint
+) AS known
+WHERE fct_promotion.checkpoint_id = known.checkpoint_id AND fct_promotion.base_model IS NULL;
+"""
+"""What tables of an older schema lack, filled in as far as it is known."""
 
 TABLES = frozenset({"schema_version", *re.findall(r"CREATE TABLE IF NOT EXISTS (\w+)", _TABLES)})
 """What the pipeline writes; whatever else lies there is a report."""
@@ -406,6 +419,7 @@ class Warehouse:
                 f"{SCHEMA_VERSION}); upgrade posterpipe or move the file away"
             )
         connection.execute(_TABLES)
+        connection.execute(_COLUMNS)
         connection.execute(_VIEW)
         connection.execute("INSERT INTO schema_version VALUES (?)", [SCHEMA_VERSION])
 

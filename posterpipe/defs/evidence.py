@@ -315,7 +315,7 @@ def legibility_scores(
         challenger="string: the checkpoint that was judged",
         decision="string: promote, hold or reject",
         reason="string: what decided",
-        last_decision="string: decision_id of the latest row of fct_promotion",
+        last_decision="string: decision_id of the latest decision about this base model",
     ),
 )
 def champion(
@@ -335,8 +335,8 @@ def champion(
     """
     import pandas as pd
 
-    from posterpipe.core.evidence import judge, read_decisions, tell_decisions
-    from posterpipe.core.gate import champion_of, pinned
+    from posterpipe.core.evidence import judge, tell_decisions
+    from posterpipe.core.gate import champion_of, of_base, pinned
 
     warehouse = deployment.warehouse
     base = str(base_generations["checkpoint_id"].iloc[0])
@@ -348,11 +348,11 @@ def champion(
         fidelity_scores,
         challenger=challenger,
         champion=before,
+        base_model=base,
         settings=deployment.settings.gate,
         run_id=context.run.run_id,
     )
-    decisions = read_decisions(warehouse)
-    tell_decisions(warehouse, decisions)
+    decisions = of_base(tell_decisions(warehouse), base)
     served = champion_of(decisions, base)
     tuned = served != base
     last = str(decisions["decision_id"].iloc[-1])
@@ -360,7 +360,7 @@ def champion(
         "checkpoint_id": served,
         "path": f"checkpoints/{served}" if tuned else "",
         "kind": "tuned" if tuned else "base",
-        "pinned": pinned(decisions) is not None,
+        "pinned": pinned(decisions, base) is not None,
         "challenger": challenger,
         "decision": decision.verdict,
         "reason": decision.reason,
@@ -376,6 +376,7 @@ def champion(
         {
             CHAMPION: served,
             CHALLENGER: challenger,
+            BASE_MODEL: base,
             "decision": decision.verdict,
             "reason": decision.reason,
             "checks": table_preview(checks),

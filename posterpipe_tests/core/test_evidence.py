@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from posterpipe.core.evidence import (
     told_decisions,
     write_decisions,
 )
-from posterpipe.core.gate import champion_of, pin
+from posterpipe.core.gate import DECISION_COLUMNS, GATE, GateError, champion_of, pin
 from posterpipe.core.metrics.fidelity import Posters
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.store import Store, table_version
@@ -126,7 +127,7 @@ def test_a_checkpoint_that_draws_its_training_posters_is_rejected(
     for _ in range(2):  # the same decision twice is one row
         decision = judge(
             warehouse, table, evidence.table, challenger="tuned", champion="base",
-            settings=settings.gate, run_id="run",
+            base_model="base", settings=settings.gate, run_id="run",
         )  # fmt: skip
     assert decision.verdict == "reject" and "copies: 8 of 8 images" in decision.reason
     decisions = read_decisions(warehouse)
@@ -143,7 +144,7 @@ def test_decisions_are_told_while_the_warehouse_is_locked(
     assert told_decisions(store.root).empty
     now = dt.datetime(2026, 5, 4, 3, 2, 1, 123456)
     row = pin(told_decisions(store.root), "base", "base", who="Ida", why="a 'fair'", decided_at=now)
-    write_decisions(warehouse, row)
+    write_decisions(warehouse, lambda *_: row)
     with warehouse.write():
         told = told_decisions(store.root)
     assert champion_of(told, "base") == "base"
@@ -155,8 +156,55 @@ def test_decisions_are_told_while_the_warehouse_is_locked(
         path = store.root / TOLD
         path.unlink() if damage is None else path.write_text(damage)
         assert told_decisions(store.root).empty
-        tell_decisions(warehouse, read_decisions(warehouse))
+        tell_decisions(warehouse)
         assert told_decisions(store.root)["decision_id"].tolist() == row["decision_id"].tolist()
+
+
+def decision(verdict: str, checkpoint: str, now: dt.datetime, by: str = GATE) -> pd.DataFrame:
+    row = {
+        "decision_id": f"{checkpoint} {verdict} {now}", "decided_at": now, "run_id": "run",
+        "checkpoint_id": checkpoint, "champion_before": "base", "decision": verdict,
+        "reason": "made up", "numbers": "{}", "decided_by": by, "base_model": "base",
+    }  # fmt: skip
+    return pd.DataFrame([row], columns=list(DECISION_COLUMNS))
+
+
+def test_of_two_who_decide_at_once_the_second_knows_of_the_first(warehouse: Warehouse) -> None:
+    write_decisions(warehouse, lambda _, now: decision("hold", "a", now))
+
+    def rejects() -> None:
+        write_decisions(warehouse, lambda _, now: decision("reject", "a", now))
+
+    gate = threading.Thread(target=rejects)
+
+    def pins(decisions: pd.DataFrame, now: dt.datetime) -> pd.DataFrame:
+        gate.start()
+        gate.join(0.3)
+        assert gate.is_alive(), "the gate decided between reading and writing of the pin"
+        return pin(decisions, "a", "base", who="Ida", why="I like it", decided_at=now)
+
+    write_decisions(warehouse, pins)
+    gate.join()
+    decisions = read_decisions(warehouse)
+    assert decisions["decided_by"].tolist() == [GATE, "Ida", GATE]
+    assert champion_of(decisions, "base") == "base"
+    assert told_decisions(warehouse.path.parent)["decision_id"].tolist() == (
+        decisions["decision_id"].tolist()
+    )
+    with pytest.raises(GateError, match="never served"):
+        write_decisions(
+            warehouse,
+            lambda known, now: pin(known, "a", "base", who="Ida", why="still", decided_at=now),
+        )
+
+
+def test_decisions_come_one_after_the_other_whatever_the_clock_says(warehouse: Warehouse) -> None:
+    future = dt.datetime(2199, 1, 1)
+    write_decisions(warehouse, lambda *_: decision("promote", "a", future))
+    write_decisions(warehouse, lambda _, now: decision("reject", "a", now))
+    decisions = read_decisions(warehouse)
+    assert decisions["decision"].tolist() == ["promote", "reject"]
+    assert decisions["decided_at"].is_monotonic_increasing and decisions["decided_at"].is_unique
 
 
 def test_holdout_posters_are_resized_like_those_trained_on(

@@ -266,13 +266,19 @@ def test_what_was_champion_lately_can_be_gone_back_to(store: Store) -> None:
         reason="why",
         run_id="run",
     )
-    write_decisions(warehouse, decided.drop(columns="day"))
+    write_decisions(warehouse, lambda *_: decided.drop(columns="day"))
     # The pinned one, which was promoted again by that, and the last of the gate.
     assert champions(warehouse, 1) == {names_of[0], names_of[4]}
     assert champions(warehouse, 3) == {names_of[0], names_of[2], names_of[4]}
     age(store.root)
     garbage = find_garbage(store, needed=champions(warehouse, 3))
     assert names(garbage, "checkpoints") == {names_of[1], names_of[3]}
+    # Another base model's champions push none of these out.
+    others = decided.drop(columns="day").assign(base_model="other base")
+    others["decision_id"] += " other"
+    others["checkpoint_id"] = "other " + others["checkpoint_id"]
+    write_decisions(warehouse, lambda *_: others)
+    assert champions(warehouse, 1) >= {names_of[0], names_of[4], f"other {names_of[4]}"}
 
 
 def test_cached_tensors_go_when_no_training_reads_them_any_more(store: Store) -> None:

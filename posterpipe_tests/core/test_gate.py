@@ -253,7 +253,9 @@ def history(*steps: tuple[str, str], start: pd.DataFrame | None = None) -> pd.Da
             good, challenger=checkpoint, champion=champion_of(table, "base")
         )
         decision = Decision(verdict, "made up", (), evidence)  # type: ignore[arg-type]
-        row = decision_row(decision, table, decided_at=START + dt.timedelta(days=len(table)))
+        row = decision_row(
+            decision, table, "base", decided_at=START + dt.timedelta(days=len(table))
+        )
         table = pd.concat([table, row], ignore_index=True)
     return table
 
@@ -283,16 +285,53 @@ def test_a_rejected_checkpoint_is_never_served() -> None:
     assert champion_of(history(("c", "reject"), start=held), "base") == "base"
 
 
+def test_each_base_model_has_a_champion_of_its_own() -> None:
+    table = history(("a", "promote"))
+    assert champion_of(table, "other base") == defender_of(table, "other base", "x") == "other base"
+    own = decision_row(
+        Decision("promote", "made up", (), dataclasses.replace(judged().evidence, challenger="x")),
+        table, "other base", decided_at=later(table),
+    )  # fmt: skip
+    table = pd.concat([table, own], ignore_index=True)
+    assert champion_of(table, "base") == "a" and champion_of(table, "other base") == "x"
+    with pytest.raises(GateError, match="choose from base, a"):
+        pin(table, "x", "base", who="Ida", why="nice", decided_at=later(table))
+    row = rollback(table, "other base", who="Ida", why="no", decided_at=later(table))
+    table = pd.concat([table, row], ignore_index=True)
+    assert pinned(table, "other base") == "other base" and pinned(table, "base") is None
+    # What is not known counts for both, as before there was a column.
+    unknown = history(("a", "promote")).assign(base_model=None)
+    assert champion_of(unknown, "base") == champion_of(unknown, "other base") == "a"
+
+
+def test_a_pin_of_what_is_rejected_counts_nothing_however_it_came_there() -> None:
+    table = history(("a", "promote"), ("b", "hold"))
+    row = pin(table, "b", "base", who="Ida", why="I like it", decided_at=later(table))
+    table = history(("b", "reject"), start=table)
+    table = pd.concat([table, row.assign(decided_at=later(table))], ignore_index=True)
+    assert champion_of(table, "base") == "a" and pinned(table, "base") is None
+    # What is held again may be pinned again.
+    table = history(("b", "hold"), start=table)
+    row = pin(table, "b", "base", who="Ida", why="I like it", decided_at=later(table))
+    assert champion_of(pd.concat([table, row]), "base") == "b"
+
+
+def test_nobody_decides_in_the_name_of_the_gate() -> None:
+    table = history(("a", "promote"))
+    with pytest.raises(GateError, match="give a name with --who"):
+        pin(table, "base", "base", who=" Gate", why="why not", decided_at=later(table))
+
+
 def test_the_same_decision_again_is_no_new_row() -> None:
     table = history(("a", "promote"))
     again = decision_row(
         Decision("promote", "made up", (), dataclasses.replace(judged().evidence, challenger="a")),
-        table, decided_at=later(table),
+        table, "base", decided_at=later(table),
     )  # fmt: skip
     assert again.empty
     other = decision_row(
         Decision("reject", "made up", (), dataclasses.replace(judged().evidence, challenger="a")),
-        table, decided_at=later(table),
+        table, "base", decided_at=later(table),
     )  # fmt: skip
     assert len(other) == 1
 
@@ -303,12 +342,12 @@ def test_a_person_pins_and_unpins_and_the_log_says_who_and_why() -> None:
     assert row.decided_by[0] == "Ida Moss" and row.reason[0] == "b draws hands"
     assert row.champion_before[0] == "b"
     table = pd.concat([table, row], ignore_index=True)
-    assert champion_of(table, "base") == "a" and pinned(table) == "a"
+    assert champion_of(table, "base") == "a" and pinned(table, "base") == "a"
     table = history(("c", "promote"), start=table)
     assert champion_of(table, "base") == "a"
     row = unpin(table, "base", who="Otto", why="c is fine", decided_at=later(table))
     table = pd.concat([table, row], ignore_index=True)
-    assert champion_of(table, "base") == "c" and pinned(table) is None
+    assert champion_of(table, "base") == "c" and pinned(table, "base") is None
     with pytest.raises(GateError, match="no checkpoint is pinned"):
         unpin(table, "base", who="Otto", why="again", decided_at=later(table))
 
@@ -320,6 +359,13 @@ def test_rolling_back_goes_to_the_champion_before() -> None:
     assert champion_of(table, "base") == "a"
     with pytest.raises(GateError, match="none to go back to"):
         rollback(history(), "base", who="Ida", why="why not", decided_at=START)
+
+
+def test_rolling_back_never_pins_the_champion_of_now() -> None:
+    table = history(("a", "promote"), ("b", "promote"), ("b", "reject"))
+    assert champion_of(table, "base") == "a"
+    row = rollback(table, "base", who="Ida", why="complaints", decided_at=later(table))
+    assert row.checkpoint_id[0] == "base"
 
 
 def test_a_checkpoint_is_judged_against_what_would_be_served_without_it() -> None:
@@ -349,13 +395,13 @@ def test_names_and_reasons_are_asked_for() -> None:
     table = history(("a", "promote"))
     with pytest.raises(GateError, match="who decides and why"):
         pin(table, "a", "base", who="Ida", why=" ", decided_at=START)
-    with pytest.raises(GateError, match="has not seen the checkpoint x; choose from base, a"):
+    with pytest.raises(GateError, match=r"has not seen the checkpoint x .*choose from base, a"):
         pin(table, "x", "base", who="Ida", why="new", decided_at=START)
 
 
 def test_decisions_are_rows_of_the_warehouse(tmp_path) -> None:  # type: ignore[no-untyped-def]
     decision = judged(without=5)
-    row = decision_row(decision, history(), decided_at=START, run_id="run 1")
+    row = decision_row(decision, history(), "base", decided_at=START, run_id="run 1")
     warehouse = Warehouse(tmp_path / "scores.duckdb")
     for _ in range(2):
         with warehouse.write() as connection:

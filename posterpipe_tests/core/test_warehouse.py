@@ -15,6 +15,7 @@ import duckdb
 import pandas as pd
 import pytest
 
+from posterpipe.core.evidence import read_decisions
 from posterpipe.core.warehouse import (
     SCHEMA_VERSION,
     PublishError,
@@ -259,6 +260,31 @@ def test_a_file_of_the_first_schema_is_brought_up_to_date(warehouse: Warehouse) 
     publish(warehouse.path, published)
     with duckdb.connect(str(published), read_only=True) as connection:
         assert connection.execute("SELECT count(*) FROM clip_scores").fetchall() == [(4,)]
+
+
+def test_decisions_of_an_older_schema_learn_their_base_model(warehouse: Warehouse) -> None:
+    warehouse.path.parent.mkdir(parents=True)
+    script = Path(__file__).with_name("warehouse_v1.sql").read_text("utf-8")
+    with duckdb.connect(str(warehouse.path)) as connection:
+        connection.execute(script)
+        connection.execute(
+            "INSERT INTO dim_checkpoint (checkpoint_id, kind, base_model, first_seen_at) "
+            "VALUES ('tuned1', 'tuned', 'base1', now()), ('base1', 'base', NULL, now())"
+        )
+        connection.execute(
+            "INSERT INTO fct_promotion SELECT name, TIMESTAMP '2026-01-01', name, '', 'promote', "
+            "'', '{}', 'gate', '' FROM (VALUES ('tuned1'), ('base1'), ('nobody')) AS named(name)"
+        )
+    before = read_decisions(warehouse)
+    assert before["checkpoint_id"].tolist() == ["tuned1", "base1", "nobody"]
+    assert before["base_model"].isna().all()
+    with warehouse.write():
+        pass
+    after = read_decisions(warehouse)
+    assert after["base_model"].fillna("?").tolist() == ["base1", "base1", "?"]
+    pd.testing.assert_frame_equal(
+        before.drop(columns="base_model"), after.drop(columns="base_model")
+    )
 
 
 HOLDER = """

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from posterpipe.core import quality
-from posterpipe.core.evidence import tell_decisions
+from posterpipe.core.evidence import write_decisions
 from posterpipe.core.gate import DECISION_COLUMNS, GATE
 from posterpipe.core.images import png_bytes, resize_posters
 from posterpipe.core.landing import scan
@@ -380,7 +380,7 @@ def a_rejected_champion(world: World) -> None:
         "decision_id": "1", "decided_at": pd.Timestamp("2026-02-03"), "checkpoint_id": "c0ffee",
         "decision": "reject", "decided_by": GATE,
     }  # fmt: skip
-    tell_decisions(Deployment(world.settings).warehouse, pd.DataFrame([row]))
+    write_decisions(Deployment(world.settings).warehouse, lambda *_: pd.DataFrame([row]))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ collapsed, incomplete, black. Their images are hand-made; encoders, statistics a
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +125,12 @@ class World:
         )
         return {key.path[-1]: why for key, why in found.items() if key.path[-1] in MADE}
 
-    def judge(self) -> pd.Series:
-        """Materialize the assets; the row of `champion`."""
+    def judge(self, *names: str) -> pd.Series:
+        """Materialize the assets, or those named; the row of `champion`."""
         job = self.definitions().resolve_implicit_global_asset_job_def()
-        self.result = job.execute_in_process(instance=self.instance)
+        self.result = job.execute_in_process(
+            instance=self.instance, asset_selection=[dg.AssetKey(name) for name in names] or None
+        )
         return self.store.read_table("champion").iloc[0]
 
     def checks(self) -> dict[str, bool]:
@@ -137,11 +138,12 @@ class World:
 
     def decide(self, take: Callable[..., pd.DataFrame], *what: str) -> None:
         """What a person does with `posterpipe champion`."""
-        warehouse = self.deployment.warehouse
-        now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
-        decisions = read_decisions(warehouse)
-        row = take(decisions, *what, "base", who="Ida Moss", why="it sells", decided_at=now)
-        write_decisions(warehouse, row)
+        write_decisions(
+            self.deployment.warehouse,
+            lambda decisions, now: take(
+                decisions, *what, "base", who="Ida Moss", why="it sells", decided_at=now
+            ),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +259,18 @@ def test_the_next_checkpoint_is_measured_against_the_champion(world: World, tmp_
     assert set(world.stale()) == {"champion_generations", "fidelity_scores", "champion"}
     world.keep("tuned_generations", served)
     assert world.stale() == {}, "there and back again"
+
+
+def test_nothing_is_decided_against_a_champion_of_before(world: World) -> None:
+    world.train("one", drawn_by(FILM))
+    assert world.judge()["decision"] == "promote"
+    # What "one" has to be compared with was not drawn: the base model is the champion of before.
+    world.train("two", lambda p, s, n: picture(FILM, 3000 + 100 * p + 10 * s + int(n), share=0.5))
+    with pytest.raises(gate.GateError, match="compared with base, but the champion to beat is one"):
+        world.judge("fidelity_scores", "champion")
+    decisions = read_decisions(world.deployment.warehouse)
+    assert decisions["checkpoint_id"].tolist() == ["one"]
+    assert set(world.stale()) >= {"champion_generations", "champion"}
 
 
 def test_a_pin_and_a_rollback_are_noticed_and_shown(world: World) -> None:

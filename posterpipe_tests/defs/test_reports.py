@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import math
 import os
@@ -23,7 +24,7 @@ import yaml
 from dagster_dbt import DbtProject
 
 from posterpipe.core import statistics
-from posterpipe.core.gate import champion_of
+from posterpipe.core.gate import DECISION_COLUMNS, champion_of, verdicts
 from posterpipe.defs import reports
 from posterpipe.defs.automation import with_policy
 from posterpipe.defs.resources import Deployment
@@ -300,6 +301,53 @@ def test_who_is_champion_after_each_decision_is_what_the_gate_says(world: World)
     trend = world.query("from checkpoint_trend where is_headline")
     assert set(trend.loc[trend["is_champion"], "checkpoint_id"]) == {study.NEW}
     assert set(trend["checkpoint_id"]) == {study.BASE, study.OLD, study.NEW}
+
+
+def any_decisions(rng: np.random.Generator, count: int) -> pd.DataFrame:
+    """Decisions of gate and people about two base models or an unknown one, against all rules."""
+    rows: list[dict[str, Any]] = []
+    for place in range(count):
+        base = ("base1", "base2", None)[rng.choice(3, p=[0.55, 0.3, 0.15])]
+        own = f"{base or 'base1'} {rng.integers(4)}"
+        by_gate = rng.random() < 0.65
+        verdict = str(rng.choice(["promote", "hold", "reject"]))
+        pins = json.dumps({"pinned": bool(rng.random() < 0.7)})
+        rows.append(
+            {
+                "decision_id": str(place), "decided_at": study.NOW + dt.timedelta(hours=place),
+                "checkpoint_id": own, "champion_before": "", "reason": "made up",
+                "decision": verdict if by_gate else "promote",
+                "numbers": "{}" if by_gate else pins,
+                "decided_by": "gate" if by_gate else "ada", "run_id": "run", "base_model": base,
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=list(DECISION_COLUMNS))
+
+
+def test_reports_and_gate_agree_on_the_champion_whatever_was_decided() -> None:
+    model = default_root() / "dbt_like_reports" / "models" / "staging" / "stg_decisions.sql"
+    query = re.sub(r"\{\{ (ref|source)\(.*?'(\w+)'\) \}\}", r"\2", model.read_text("utf-8"))
+    rng = np.random.default_rng(5)
+    pinned_rejected = 0
+    with duckdb.connect() as connection:
+        connection.execute(
+            "CREATE TABLE stg_current_images AS SELECT 'base1' AS checkpoint_id, 'sd' AS variant"
+        )
+        for _ in range(60):
+            decisions = any_decisions(rng, 14)
+            connection.execute("CREATE OR REPLACE TABLE fct_promotion AS SELECT * FROM decisions")
+            told = connection.execute(f"{query} ORDER BY place").df()
+            expected = [
+                champion_of(decisions.iloc[: end + 1], base)
+                for end, base in enumerate(decisions["base_model"].fillna("base1"))
+            ]
+            assert told["champion_after"].tolist() == expected
+            of_current = decisions["base_model"].fillna("base1") == "base1"
+            assert told["is_of_current_base"].tolist() == of_current.tolist()
+            for end, row in enumerate(decisions.itertuples()):
+                verdict = verdicts(decisions.iloc[:end]).get(str(row.checkpoint_id))
+                pinned_rejected += row.decided_by == "ada" and verdict == "reject"
+    assert pinned_rejected > 20
 
 
 def test_counts_of_posters_copies_and_readings_are_those_of_the_tables(world: World) -> None:

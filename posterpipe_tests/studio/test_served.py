@@ -38,7 +38,8 @@ def decided(settings: Settings, *verdicts: tuple[str, str], minute: int = 0) -> 
         }
         for place, (name, verdict) in enumerate(verdicts)
     ]  # fmt: skip
-    write_decisions(Warehouse(path), pd.DataFrame(rows, columns=list(DECISION_COLUMNS)))
+    table = pd.DataFrame(rows, columns=list(DECISION_COLUMNS))
+    write_decisions(Warehouse(path), lambda *_: table)
     return path
 
 

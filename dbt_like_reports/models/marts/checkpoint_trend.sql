@@ -91,6 +91,7 @@ verdicts as (
 champion as (
     select arg_max(champion_after, place) as checkpoint_id
     from decisions
+    where is_of_current_base
 ),
 
 checkpoints as (

@@ -21,6 +21,7 @@ select
     decisions.decided_at,
     decisions.checkpoint_id,
     checkpoints.trained_at,
+    decisions.base_model,
     decisions.champion_before,
     decisions.decision,
     decisions.reason,
