@@ -147,7 +147,7 @@ def test_what_is_of_the_own_prompt_alone_is_told_with_every_decision() -> None:
     assert decision.verdict == "promote"
     (clip,) = [check for check in decision.checks if check.name == "CLIP-T"]
     assert "own text less those of other prompts -0.0008" in clip.reason
-    row = decision_row(decision, history(), decided_at=START).iloc[0]
+    row = decision_row(decision, history(), "base", decided_at=START).iloc[0]
     told = json.loads(row["numbers"])["specific"]
     assert told["low"] < told["estimate"] < told["high"] and told["prompts"] == 24
     # It is no cell of its own: where it is missing, the images were not compared with other texts.
