@@ -585,8 +585,14 @@ class GateSettings(Group):
     clip_margin: float = Field(
         0.01,
         ge=0,
-        description="cosine by which CLIP-T, and what of it is the own prompt's alone, may be "
-        "lower without counting as inferior",
+        description="cosine by which CLIP-T may be lower without counting as inferior",
+    )
+    specific_margin: float | None = Field(
+        None,
+        ge=0,
+        description="cosine by which the lead of an image's own text over those of other prompts "
+        "may be lower; beyond it a checkpoint is held for people to look at. Not set: the lead is "
+        "told with every decision, and decides nothing",
     )
     copy_limit: float = Field(
         0.05, ge=0, le=1, description="share of images that may count as copies of training posters"

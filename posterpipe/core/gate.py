@@ -177,10 +177,11 @@ def _not_inferior(evidence: Evidence, settings: GateSettings) -> Check:
     specific = evidence.specific
     if specific is not None:
         reason += f"; own text less those of other prompts {_interval(specific)}"
-        if specific.high < limit:
+        margin = settings.specific_margin
+        if specific.high < -(margin or 0.0):
             reason += ": its images tell the prompts apart less"
             # Not rejected: how much of that a style may cost is for people to say.
-            outcome = "open" if outcome == "pass" else outcome
+            outcome = "open" if outcome == "pass" and margin is not None else outcome
     return Check("CLIP-T", outcome, clip.estimate, clip.low, clip.high, limit, reason)
 
 

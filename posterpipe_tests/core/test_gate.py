@@ -87,6 +87,7 @@ def judged(
     without: int = 0,
     unscored: int = 0,
     specific: float | None = None,
+    settings: GateSettings = SETTINGS,
 ) -> Decision:
     own = images("new", tuned=True, blocked=blocked, without=without)
     scores = measured(own, clip=clip, fidelity=fidelity, diversity=diversity, seed=1)
@@ -107,9 +108,9 @@ def judged(
         fidelity="fidelity",
         diversity="diversity",
         specific=None if specific is None else "specific",
-        settings=SETTINGS,
+        settings=settings,
     )
-    return decide(evidence, SETTINGS)
+    return decide(evidence, settings)
 
 
 def outcomes(decision: Decision) -> dict[str, str]:
@@ -133,13 +134,19 @@ def test_a_checkpoint_that_no_longer_follows_prompts_is_rejected() -> None:
     assert "CLIP-T: difference -0.0" in decision.reason and "0.01" in decision.reason
 
 
-def test_a_higher_score_that_other_prompts_share_is_held_for_people_to_look_at() -> None:
-    decision = judged(clip=0.35, specific=-0.05)
+def test_a_higher_score_that_other_prompts_share_is_told_and_held_where_people_ask_for_it() -> None:
+    told = judged(clip=0.35, specific=-0.05)
+    assert told.verdict == "promote"
+    (clip,) = [check for check in told.checks if check.name == "CLIP-T"]
+    assert "tell the prompts apart less" in clip.reason
+    asked = GateSettings(specific_margin=0.01)
+    assert judged(clip=0.35, specific=-0.005, settings=asked).verdict == "promote"
+    decision = judged(clip=0.35, specific=-0.05, settings=asked)
     assert decision.verdict == "hold"
     assert [name for name, how in outcomes(decision).items() if how == "open"] == ["CLIP-T"]
     assert "own text less those of other prompts -0.05" in decision.reason
     assert "tell the prompts apart less" in decision.reason
-    assert judged(clip=0.20, specific=-0.05).verdict == "reject"
+    assert judged(clip=0.20, specific=-0.05, settings=asked).verdict == "reject"
 
 
 def test_what_is_of_the_own_prompt_alone_is_told_with_every_decision() -> None:
