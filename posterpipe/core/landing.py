@@ -109,7 +109,11 @@ def scan(
     facts = _facts(place, readable, limits, store, progress or NoProgress())
     rows = [_row(source_name(entry), facts[key], limits) for key, entry in readable.items()]
     rows += [
-        _row(source_name(entry), {**_NOTHING_KNOWN, "problem": entry.problem}, limits)
+        _row(
+            source_name(entry),
+            {**_NOTHING_KNOWN, "size_bytes": entry.size, "problem": entry.problem},
+            limits,
+        )
         for entry in files
         if entry.problem
     ]

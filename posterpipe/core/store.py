@@ -18,8 +18,8 @@ one store at the same time. Who counts on something that is there already says s
 why that is enough.
 
 Blobs are sealed: their owner may not write to them, and their modification time is a whole second,
-which the system hardly ever gives a file that is written. So a blob that somebody saved over, perhaps
-through its link in a training set, is told without reading it (`unchanged`).
+which the system hardly ever gives a file that is written. So a blob that somebody saved over,
+perhaps through its link in a training set, is told without reading it (`unchanged`).
 """
 
 from __future__ import annotations
