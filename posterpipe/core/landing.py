@@ -212,9 +212,9 @@ def rehash(place: Place, store: Store, progress: Progress | None = None) -> Reha
                 hashes[key] = value
             tick()
     if hashes:
-        store.forget_results(_FILES, hashes)
+        store.forget_results(_FILES, {key: known[key] for key in hashes})
         earlier = store.results(_REHASHED, [_REHASHED])
-        store.forget_results(_REHASHED, [_REHASHED])
+        store.forget_results(_REHASHED, earlier)
         store.add_results(_REHASHED, {_REHASHED: {"digest": content_key(earlier, hashes)}})
     return Rehash(len(names["same"]), names["changed"], names["new"], names["unreadable"])
 
@@ -287,7 +287,7 @@ def _facts(
                 for key in files
                 if not _holds(known.get(key), contents, limits.max_pixels, store)
             ]
-        store.forget_results(_FILES, again)
+        store.forget_results(_FILES, {key: known[key] for key in again if key in known})
         read = compute_missing(store, _FILES, again, inspect)
         known |= read
         # Where another process read a file at the same time, its row counts.
@@ -369,7 +369,7 @@ def _content(
     key = _content_key(poster_id)
     content = store.results(_CONTENTS, [key]).get(key)
     if content is None or not content["decoded"]:
-        store.forget_results(_CONTENTS, [key] if content else [])
+        store.forget_results(_CONTENTS, {key: content} if content else {})
         content = {"poster_id": poster_id, **_judge(data, limits)}
     if content["decoded"] and not content["problem"]:
         store.put(data, blob=poster_id)
