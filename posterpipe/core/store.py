@@ -338,10 +338,18 @@ class Store:
                 if index.execute(delete, [kind, key, since]).rowcount
             }
 
-    def forget_results(self, kind: str, rows: Mapping[str, dict[str, Any]]) -> None:
+    def forget_results(
+        self,
+        kind: str,
+        rows: Mapping[str, dict[str, Any]],
+        *,
+        note: tuple[str, dict[str, Any]] | None = None,
+    ) -> None:
         """Remove rows, by their keys, so that these are computed again.
 
-        Only those that are still as given: what another process computed meanwhile stays.
+        Only those that are still as given: what another process computed meanwhile stays. `note`: a
+        kind, and a row that is kept under the same word as its key, in place of the one before, in
+        the same transaction.
         """
         if not rows:
             return
@@ -349,6 +357,9 @@ class Store:
             index.execute("BEGIN IMMEDIATE")
             with index:
                 _forget(index, kind, rows)
+                if note is not None:
+                    values = [note[0], note[0], _canonical(note[1]), int(time.time())]
+                    index.execute("REPLACE INTO results VALUES (?, ?, ?, ?)", values)
 
     # -- tables -----------------------------------------------------------------------------------
 

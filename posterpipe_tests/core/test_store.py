@@ -332,6 +332,18 @@ def test_what_another_process_computed_meanwhile_is_not_forgotten(store: Store) 
     assert store.results("k", ["a", "b"]) == {"a": {"n": 2}}
 
 
+def test_rows_are_forgotten_and_noted_in_one_transaction(store: Store) -> None:
+    store.add_results("k", {"a": {"n": 1}, "b": {"n": 1}})
+    store.forget_results("k", {"a": {"n": 1}}, note=("noted", {"n": 1}))
+    store.forget_results("k", {"b": {"n": 1}}, note=("noted", {"n": 2}))
+    assert store.results("k", ["a", "b"]) == {}
+    assert store.results("noted", ["noted"]) == {"noted": {"n": 2}}
+    store.add_results("k", {"a": {"n": 1}})
+    with pytest.raises(TypeError):
+        store.forget_results("k", {"a": {"n": 1}}, note=("noted", {"n": object()}))
+    assert store.results("k", ["a"]) == {"a": {"n": 1}}
+
+
 def test_rows_that_another_process_takes_away_meanwhile_are_not_missing(store: Store) -> None:
     store.add_results("k", {"there": {"n": 0}})
 
