@@ -472,13 +472,13 @@ def _row(name: str, facts: Mapping[str, Any], limits: ImageSettings) -> dict[str
 
 def _flag_duplicates(rows: list[dict[str, Any]], distance: int) -> None:
     """Of equal bytes only the first row stays ok; what resembles an earlier one tells so."""
-    first: dict[str, str] = {}
+    first: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["status"] == "ok":
-            original = first.setdefault(row["poster_id"], row["source_name"])
-            if original != row["source_name"]:
+            original = first.setdefault(row["poster_id"], row)
+            if original is not row:  # two names that are no UTF-8 may look the same in a table
                 row["status"] = "duplicate"
-                row["reason"] = f"same bytes as {original}"
+                row["reason"] = f"same bytes as {original['source_name']}"
                 row["perceptual_hash"] = ""
     usable = [row for row in rows if row["status"] == "ok"]
     earlier = earliest_near_duplicates([row["perceptual_hash"] for row in usable], distance)
