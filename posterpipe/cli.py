@@ -100,9 +100,10 @@ def gc(
 
 @app.command()
 def rehash() -> None:
-    """Read every poster file again, and say which changed although path, size and date did not.
+    """Read all posters and their captions again, and say which changed behind path, size and date.
 
-    What changed is taken up by the next materialization of raw_posters; the sensor starts it.
+    What changed is taken up by the next materialization of raw_posters, holdout_posters and
+    human_captions; the sensor starts it.
     """
     from posterpipe.rehash import run_rehash
 

@@ -180,10 +180,18 @@ def test_rehash_reads_every_poster_and_says_what_changed(tmp_path: Path) -> None
     landing = tmp_path / "landing"
     landing.mkdir()
     Image.effect_noise((80, 120), 50).save(landing / "a.bmp")
-    place = {"POSTERPIPE_LANDING": str(landing), "POSTERPIPE_STORE": str(tmp_path / "store")}
+    holdout = tmp_path / "holdout"
+    holdout.mkdir()
+    Image.effect_noise((80, 120), 50).save(holdout / "held.bmp")
+    place = {
+        "POSTERPIPE_LANDING": str(landing),
+        "POSTERPIPE_HOLDOUT": str(holdout),
+        "POSTERPIPE_STORE": str(tmp_path / "store"),
+    }
     first = run("rehash", **place)
     assert first.returncode == 0, first.stderr
     assert "1 not read before:\n  a.bmp" in first.stdout
+    assert "1 not read before:\n  held.bmp" in first.stdout
     scan(landing, load_settings("starter").images, Store(tmp_path / "store"))
     data, stats = bytearray((landing / "a.bmp").read_bytes()), (landing / "a.bmp").stat()
     data[-1] ^= 1

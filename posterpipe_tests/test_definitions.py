@@ -23,7 +23,7 @@ from posterpipe.defs import reports
 from posterpipe.defs.arrivals import REASON_TAG
 from posterpipe.defs.overview import OVERVIEW
 from posterpipe.defs.staleness import _LIMITS
-from posterpipe.settings import default_root, load_settings
+from posterpipe.settings import Settings, default_root, load_settings
 
 SNAPSHOT = Path(__file__).parent / "graph.txt"
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "pandas", "duckdb", "matplotlib",
@@ -146,6 +146,19 @@ def test_a_limit_changes_the_code_version_of_what_is_checked_against_it() -> Non
     after = versions(**unlike)
     assert {name for name in before if before[name] != after[name]} == set(_LIMITS)
     assert set(unlike) == {name for limits in _LIMITS.values() for name in limits}
+
+
+def test_another_limit_on_copies_checks_the_images_again() -> None:
+    settings = load_settings("starter")
+    gate = settings.gate.model_copy(update={"copy_limit": 0.123})
+
+    def versions(of: Settings) -> dict[str, str | None]:
+        specs = build_defs(of).resolve_all_asset_specs()
+        return {spec.key.to_user_string(): spec.code_version for spec in specs}
+
+    before, after = versions(settings), versions(settings.model_copy(update={"gate": gate}))
+    differing = {name for name in before if before[name] != after[name]}
+    assert differing == {"fidelity_scores", "champion"}
 
 
 def test_dbt_models_are_what_dagster_dbt_makes_of_them() -> None:

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from posterpipe.core.landing import landing_digest, poster_entries
+from posterpipe.core.captions import REHASHED_SIDECARS
+from posterpipe.core.landing import landing_digest, poster_entries, rehashed
 from posterpipe.core.listing import Entry, Folder, PlaceMissing, listing_digest, source_name
 from posterpipe.core.store import Store, content_key
 from posterpipe.settings import AutomationSettings
@@ -29,7 +30,10 @@ NAMED = 5
 SIDECAR = ".txt"
 
 UNREAD_SECONDS = 3600.0
-"""A table with files that could not be read is made again after this long."""
+"""A table with files that could not be read is made again after this long, and then after twice as
+long each time, up to UNREAD_SECONDS_AT_MOST."""
+
+UNREAD_SECONDS_AT_MOST = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class LastRead:
     """Seconds since 1970; 0 when it was never made."""
     unread: int = 0
     """Files that could not be read."""
+    unread_since: float = 0.0
+    """When it was first made from that source with files that could not be read, in seconds since
+    1970; 0 when that is not known."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ def decide(
         return Decision(False, source.problem, Memory())
     if source.digest in read.digests:
         rested = Memory(source.digest)
-        if read.unread and now - read.at >= UNREAD_SECONDS:
+        if read.unread and now - read.at >= _until_again(read):
             reason = f"{read.unread} files could not be read at {_clock(read.at)}; trying again"
             return Decision(True, reason, rested)
         return Decision(False, f"{source.seen}, unchanged since {_clock(read.at)}", rested)
@@ -115,6 +122,13 @@ def decide(
     if waiting:
         what += f", still changing after {now - since:.0f} s"
     return Decision(True, what, Memory(source.digest))
+
+
+def _until_again(read: LastRead) -> float:
+    """Seconds to wait before files that could not be read are tried again: as long as they have
+    been tried already, so that the pauses double, whatever number of looks and tries was lost."""
+    tried = read.at - read.unread_since if read.unread_since else 0.0
+    return min(max(tried, UNREAD_SECONDS), UNREAD_SECONDS_AT_MOST)
 
 
 def posters_source(
@@ -169,6 +183,7 @@ def holdout_source(folder: Path, store: Store, settings: AutomationSettings, now
 def captions_source(
     entries: Sequence[Entry],
     csv_path: Path,
+    store: Store,
     location: str,
     settings: AutomationSettings,
     now: float,
@@ -190,17 +205,23 @@ def captions_source(
     young = [] if whole else list(_young(sidecars, settings, now))
     if csv_digest and _is_young(csv_path.stat().st_mtime, settings, now):
         young.append(csv_path.name)
-    return Source(captions_digest(entries, csv_path), seen, young)
+    return Source(captions_digest(entries, csv_path, store), seen, young)
 
 
-def captions_digest(entries: Sequence[Entry], csv_path: Path) -> str:
-    """Of everything that a table of captions by people is made from (see `captions_source`)."""
+def captions_digest(entries: Sequence[Entry], csv_path: Path, store: Store) -> str:
+    """Of everything that a table of captions by people is made from (see `captions_source`).
+
+    It changes as well with what `rehash_sidecars` found to have changed unnoticed.
+    """
     sidecars = [entry for entry in entries if entry.name.lower().endswith(SIDECAR)]
     csv_digest = file_digest(csv_path)
     names = []
     if sidecars or csv_digest:
         names = [source_name(entry) for entry in poster_entries(entries) if not entry.problem]
-    return content_key("captions", listing_digest(sidecars), csv_digest, names)
+    found = rehashed(store, REHASHED_SIDECARS) if sidecars else ""
+    return content_key(
+        "captions", listing_digest(sidecars), csv_digest, names, *([found] if found else [])
+    )
 
 
 def file_source(path: Path, settings: AutomationSettings, now: float) -> Source:

@@ -27,7 +27,7 @@ from typing import Any
 
 import pandas as pd
 
-from posterpipe.core.landing import EXTENSIONS
+from posterpipe.core.landing import EXTENSIONS, Rehash, forget_changed, list_place, reread
 from posterpipe.core.listing import Entry, Folder, Place, SourceChanged, source_name, suffix
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import NoProgress, Progress
@@ -46,6 +46,10 @@ MAX_BYTES = 20_000
 
 READ_VERSION = 1
 """Raise it when sidecars are read otherwise: each is then read again."""
+
+_SIDECARS = "sidecar"
+REHASHED_SIDECARS = "sidecars_rehashed"
+"""Mark of `rehash_sidecars` (see `landing.rehashed`)."""
 
 _ATTEMPTS = 20
 
@@ -221,16 +225,40 @@ def _sidecar_claims(
         yield name, _Claim(SIDECAR, name, "", problem)
 
 
+def rehash_sidecars(place: Place, store: Store, progress: Progress | None = None) -> Rehash:
+    """Read every sidecar of a place again and compare it with what is known, as `landing.rehash`
+    does with posters. Raises LandingEmpty when the place cannot be listed."""
+    _, texts = _split(list_place(place))
+    by_key = _sidecar_keys(place, texts.values())
+    known = store.results(_SIDECARS, by_key)
+
+    def read(entry: Entry) -> str:
+        fact = _read_sidecar(place, entry)
+        if fact["transient"]:
+            raise OSError(fact["problem"])
+        return content_key(fact)
+
+    facts = {key: content_key(row) for key, row in known.items() if not row["transient"]}
+    with (progress or NoProgress()).task("read captions again", len(by_key), "files") as tick:
+        found, changed = reread(by_key, facts, read, place.threads, tick)
+    forget_changed(store, _SIDECARS, known, changed, REHASHED_SIDECARS)
+    return found
+
+
+def _sidecar_keys(place: Place, entries: Iterable[Entry]) -> dict[str, Entry]:
+    return {
+        content_key(
+            _SIDECARS, READ_VERSION, place.key(entry), entry.size, entry.mtime_ns, entry.identity
+        ): entry
+        for entry in entries
+    }
+
+
 def _read_sidecars(
     place: Place, entries: Sequence[Entry], store: Store | None, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """By name: caption, problem, and whether the problem may pass by itself (`transient`)."""
-    by_key = {
-        content_key(
-            "sidecar", READ_VERSION, place.key(entry), entry.size, entry.mtime_ns, entry.identity
-        ): entry
-        for entry in entries
-    }
+    by_key = _sidecar_keys(place, entries)
 
     def compute(keys: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         with progress.task("read captions", len(keys), "files") as tick:
@@ -245,7 +273,7 @@ def _read_sidecars(
         facts = dict(compute(list(by_key)))
     else:
         facts = compute_missing(
-            store, "sidecar", list(by_key), compute, usable=lambda fact: not fact["transient"]
+            store, _SIDECARS, list(by_key), compute, usable=lambda fact: not fact["transient"]
         )
     return {source_name(by_key[key]): fact for key, fact in facts.items()}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,10 @@ COLUMNS = [
     "near_duplicate_of",
 ]
 
-_FILES, _CONTENTS, _REHASHED = "landing_file", "poster_content", "landing_rehashed"
+_FILES, _CONTENTS, REHASHED = "landing_file", "poster_content", "landing_rehashed"
 _SAVE_EVERY = 16
+
+_CHANGED, _UNREADABLE = "changed while it was read", "cannot be read"
 
 # A bucket is read by many threads, and a decoded poster may take half a gigabyte.
 _decoding = threading.BoundedSemaphore(cores())
@@ -109,7 +111,11 @@ def scan(
     facts = _facts(place, readable, limits, store, progress or NoProgress())
     rows = [_row(source_name(entry), facts[key], limits) for key, entry in readable.items()]
     rows += [
-        _row(source_name(entry), {**_NOTHING_KNOWN, "problem": entry.problem}, limits)
+        _row(
+            source_name(entry),
+            {**_NOTHING_KNOWN, "size_bytes": entry.size, "problem": entry.problem},
+            limits,
+        )
         for entry in files
         if entry.problem
     ]
@@ -155,11 +161,27 @@ def landing_digest(entries: Iterable[Entry], store: Store) -> str:
     It changes with the listing, and with what `rehash` found to have changed unnoticed.
     """
     listed = listing_digest(poster_entries(entries))
-    found = store.results(_REHASHED, [_REHASHED])
-    return content_key(listed, found[_REHASHED]["digest"]) if found else listed
+    found = rehashed(store, REHASHED)
+    return content_key(listed, found) if found else listed
 
 
-@dataclass(frozen=True)
+def unread_count(posters: pd.DataFrame) -> int:
+    """How many files of the table of `scan` could not be read, which may pass by itself.
+
+    Folders that were not entered do not count: the listing changes when they can be.
+    """
+    problem = posters["reason"].astype(str).str
+    unread = problem.startswith(_CHANGED) | problem.startswith(_UNREADABLE)
+    return int((unread & (posters["poster_id"] == "")).sum())
+
+
+def rehashed(store: Store, kind: str) -> str:
+    """Digest of everything that `reread` of that kind ever found to have changed unnoticed; "" for
+    nothing."""
+    return str(store.results(kind, [kind]).get(kind, {}).get("digest", ""))
+
+
+@dataclass
 class Rehash:
     """What reading every file again showed."""
 
@@ -179,40 +201,71 @@ def rehash(place: Place, store: Store, progress: Progress | None = None) -> Reha
     Files that changed unnoticed are forgotten, and `landing_digest` changes, so that the sensor and
     the next scan take them up. Raises LandingEmpty when the place cannot be listed.
     """
-    files = [entry for entry in poster_entries(list_posters(place)) if not entry.problem]
+    files = [entry for entry in poster_entries(list_place(place)) if not entry.problem]
     by_key = {_file_key(place, entry): entry for entry in files}
     known = store.results(_FILES, by_key)
-    names: dict[str, list[str]] = {"same": [], "changed": [], "new": [], "unreadable": []}
-    hashes = {}
+    hashes = {key: row["poster_id"] for key, row in known.items()}
+    with (progress or NoProgress()).task("read posters again", len(by_key), "files") as tick:
+        found, changed = reread(by_key, hashes, place.sha256, place.threads, tick)
+    forget_changed(store, _FILES, known, changed, REHASHED)
+    return found
 
-    def hashed(key: str) -> tuple[str, str]:
+
+def reread(
+    files: Mapping[str, Entry],
+    known: Mapping[str, str],
+    read: Callable[[Entry], str],
+    threads: int,
+    tick: Callable[[], object],
+) -> tuple[Rehash, dict[str, str]]:
+    """Read files, by their keys, and compare with what is known of them: what that showed, and what
+    was read of those that changed.
+
+    `read` gives a text that is equal as long as the file is; it raises SourceChanged or OSError.
+    `known`: that text as it was read before, "" or nothing where it was not.
+    """
+    found = Rehash(0, [], [], [])
+    changed = {}
+
+    def again(key: str) -> tuple[str, str]:
         try:
-            return place.sha256(by_key[key]), ""
+            return read(files[key]), ""
         except SourceChanged:
-            return "", "changed while it was read"
+            return "", _CHANGED
         except OSError as error:
             return "", _said(error)
 
-    with (progress or NoProgress()).task("read posters again", len(by_key), "files") as tick:
-        found = parallel_map(hashed, list(by_key), place.threads)
-        for (key, entry), (value, problem) in zip(by_key.items(), found, strict=True):
-            before = known.get(key, {}).get("poster_id", "")
-            if problem:
-                names["unreadable"].append(f"{source_name(entry)}: {problem}")
-            elif not before:
-                names["new"].append(source_name(entry))
-            elif before == value:
-                names["same"].append(source_name(entry))
-            else:
-                names["changed"].append(source_name(entry))
-                hashes[key] = value
-            tick()
-    if hashes:
-        store.forget_results(_FILES, hashes)
-        earlier = store.results(_REHASHED, [_REHASHED])
-        store.forget_results(_REHASHED, [_REHASHED])
-        store.add_results(_REHASHED, {_REHASHED: {"digest": content_key(earlier, hashes)}})
-    return Rehash(len(names["same"]), names["changed"], names["new"], names["unreadable"])
+    texts = parallel_map(again, list(files), threads)
+    for (key, entry), (text, problem) in zip(files.items(), texts, strict=True):
+        name, before = source_name(entry), known.get(key, "")
+        if problem:
+            found.unreadable.append(f"{name}: {problem}")
+        elif not before:
+            found.new.append(name)
+        elif before == text:
+            found.same += 1
+        else:
+            found.changed.append(name)
+            changed[key] = text
+        tick()
+    return found, changed
+
+
+def forget_changed(
+    store: Store,
+    kind: str,
+    known: Mapping[str, dict[str, Any]],
+    changed: Mapping[str, str],
+    mark: str,
+) -> None:
+    """Forget the rows of files that changed, and change `rehashed` of that mark.
+
+    At once: a file that is forgotten and told nobody would be read at the next change of another
+    one only; one that is told and not forgotten would not be read.
+    """
+    digest = content_key(rehashed(store, mark), changed)
+    rows = {key: known[key] for key in changed}
+    store.forget_results(kind, rows, note=(mark, {"digest": digest}))
 
 
 def _file_key(place: Place, entry: Entry) -> str:
@@ -283,7 +336,7 @@ def _facts(
                 for key in files
                 if not _holds(known.get(key), contents, limits.max_pixels, store)
             ]
-        store.forget_results(_FILES, again)
+        store.forget_results(_FILES, {key: known[key] for key in again if key in known})
         read = compute_missing(store, _FILES, again, inspect)
         known |= read
         # Where another process read a file at the same time, its row counts.
@@ -343,10 +396,10 @@ def _inspect(
             return {**file, "poster_id": place.sha256(entry)}, None
         data = place.read(entry)
     except SourceChanged:
-        problem = "changed while it was read; materialize raw_posters again"
+        problem = f"{_CHANGED}; materialize raw_posters again"
         return {**file, "problem": problem, "transient": True}, None
     except OSError as error:
-        problem = f"cannot be read ({_said(error)}); make it readable or remove it"
+        problem = f"{_UNREADABLE} ({_said(error)}); make it readable or remove it"
         return {**file, "problem": problem, "transient": True}, None
     poster_id = hashlib.sha256(data).hexdigest()
     return {**file, "poster_id": poster_id}, _content(data, poster_id, limits, store)
@@ -365,7 +418,7 @@ def _content(
     key = _content_key(poster_id)
     content = store.results(_CONTENTS, [key]).get(key)
     if content is None or not content["decoded"]:
-        store.forget_results(_CONTENTS, [key] if content else [])
+        store.forget_results(_CONTENTS, {key: content} if content else {})
         content = {"poster_id": poster_id, **_judge(data, limits)}
     if content["decoded"] and not content["problem"]:
         store.put(data, blob=poster_id)
@@ -419,13 +472,13 @@ def _row(name: str, facts: Mapping[str, Any], limits: ImageSettings) -> dict[str
 
 def _flag_duplicates(rows: list[dict[str, Any]], distance: int) -> None:
     """Of equal bytes only the first row stays ok; what resembles an earlier one tells so."""
-    first: dict[str, str] = {}
+    first: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["status"] == "ok":
-            original = first.setdefault(row["poster_id"], row["source_name"])
-            if original != row["source_name"]:
+            original = first.setdefault(row["poster_id"], row)
+            if original is not row:  # two names that are no UTF-8 may look the same in a table
                 row["status"] = "duplicate"
-                row["reason"] = f"same bytes as {original}"
+                row["reason"] = f"same bytes as {original['source_name']}"
                 row["perceptual_hash"] = ""
     usable = [row for row in rows if row["status"] == "ok"]
     earlier = earliest_near_duplicates([row["perceptual_hash"] for row in usable], distance)

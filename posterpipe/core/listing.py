@@ -19,7 +19,7 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Entry:
     mode: int = 0
     """Permission bits of a local file: one that becomes readable is another listing."""
     problem: str = ""
-    """Why a folder could not be entered; "" for files."""
+    """Why a folder could not be entered, or a file cannot be opened by its name; else ""."""
 
 
 class Place(ABC):
@@ -255,9 +255,12 @@ class Bucket(Place):
         """See `Place.entries`."""
         files, base = self._filesystem()
         try:
-            found = files.find(base, detail=True)
-        except FileNotFoundError:
-            found = {}
+            found = _objects(files, base)
+        except FileNotFoundError as error:
+            raise PlaceMissing(
+                f"{self.location}: this bucket is not there; create it, correct its name, or set "
+                "POSTERPIPE_LANDING to another folder or URL"
+            ) from error
         except Exception as error:  # each provider has its own
             raise PlaceMissing(
                 f"{self.location}: cannot be listed ({type(error).__name__}: {error}); check the "
@@ -266,11 +269,13 @@ class Bucket(Place):
             ) from error
         entries = []
         for path, info in found.items():
-            name = path[len(base) :].lstrip("/") if path.startswith(base) else path
+            # One slash: names of objects may begin with another one.
+            name = path[len(base) :].removeprefix("/") if path.startswith(base) else path
             hidden = any(part.startswith(".") for part in name.split("/"))
             # Objects whose name ends in / stand for folders.
             if name and not hidden and not name.endswith("/") and info.get("type") == "file":
-                entries.append(_remote_entry(name, info))
+                problem = _unopenable(files, f"{base}/{name}")
+                entries.append(replace(_remote_entry(name, info), problem=problem))
         entries.sort(key=lambda entry: entry.name)
         return entries
 
@@ -332,6 +337,30 @@ class Bucket(Place):
         same = now.identity == entry.identity if entry.identity else now.mtime_ns == entry.mtime_ns
         if now.size != entry.size or not same:
             raise SourceChanged(f"{self.location}: {entry.name} changed")
+
+
+def _objects(files: Any, base: str) -> dict[str, dict[str, Any]]:
+    """What lies below a path. Raises FileNotFoundError where its bucket is not there."""
+    try:
+        found: dict[str, dict[str, Any]] = files.find(base, detail=True)
+    except FileNotFoundError:
+        bucket = base.partition("/")[0]
+        if bucket and not files.exists(bucket):
+            raise
+        return {}  # some providers tell a path without objects in the same way
+    return found
+
+
+def _unopenable(files: Any, path: str) -> str:
+    """Why an object cannot be opened by its name; "" where it can.
+
+    s3fs takes `a?versionId=1.png` for a version of `a`, and other drivers have forms of their own.
+    """
+    split = getattr(files, "split_path", None)
+    version = split(path)[2:] if split else ()
+    if not any(version):
+        return ""
+    return "its name reads as the version of another object, so it cannot be opened; rename it"
 
 
 def _os_errors(function: Any, *arguments: Any) -> Any:

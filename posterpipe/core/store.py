@@ -18,8 +18,8 @@ one store at the same time. Who counts on something that is there already says s
 why that is enough.
 
 Blobs are sealed: their owner may not write to them, and their modification time is a whole second,
-which the system hardly ever gives a file that is written. So a blob that somebody saved over, perhaps
-through its link in a training set, is told without reading it (`unchanged`).
+which the system hardly ever gives a file that is written. So a blob that somebody saved over,
+perhaps through its link in a training set, is told without reading it (`unchanged`).
 """
 
 from __future__ import annotations
@@ -338,12 +338,28 @@ class Store:
                 if index.execute(delete, [kind, key, since]).rowcount
             }
 
-    def forget_results(self, kind: str, keys: Iterable[str]) -> None:
-        """Remove rows, so that their keys are computed again."""
-        values = [(kind, key) for key in keys]
-        if values:
-            with self._index() as index, index:
-                index.executemany("DELETE FROM results WHERE kind = ? AND key = ?", values)
+    def forget_results(
+        self,
+        kind: str,
+        rows: Mapping[str, dict[str, Any]],
+        *,
+        note: tuple[str, dict[str, Any]] | None = None,
+    ) -> None:
+        """Remove rows, by their keys, so that these are computed again.
+
+        Only those that are still as given: what another process computed meanwhile stays. `note`: a
+        kind, and a row that is kept under the same word as its key, in place of the one before, in
+        the same transaction.
+        """
+        if not rows:
+            return
+        with self._index() as index:
+            index.execute("BEGIN IMMEDIATE")
+            with index:
+                _forget(index, kind, rows)
+                if note is not None:
+                    values = [note[0], note[0], _canonical(note[1]), int(time.time())]
+                    index.execute("REPLACE INTO results VALUES (?, ?, ?, ?)", values)
 
     # -- tables -----------------------------------------------------------------------------------
 
@@ -426,6 +442,14 @@ class Store:
                 raise StoreError(f"{path}: {_cannot_be_written(error)}") from error
 
 
+def _forget(index: sqlite3.Connection, kind: str, rows: Mapping[str, dict[str, Any]]) -> None:
+    which = "WHERE kind = ? AND key = ?"
+    for key, row in rows.items():
+        found = index.execute(f"SELECT value FROM results {which}", [kind, key]).fetchone()
+        if found is not None and json.loads(found[0]) == json.loads(_canonical(row)):
+            index.execute(f"DELETE FROM results {which}", [kind, key])
+
+
 def _prepare_index(connection: sqlite3.Connection, path: Path) -> None:
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
@@ -503,7 +527,7 @@ def _compute_missing(
     if usable is not None:
         # One turn for all: each row's blob is marked as used in it.
         with store.turn():
-            unusable = [key for key, row in present.items() if not usable(row)]
+            unusable = {key: row for key, row in present.items() if not usable(row)}
         store.forget_results(kind, unusable)
         for key in unusable:
             del present[key]
@@ -511,19 +535,22 @@ def _compute_missing(
     if not missing:
         return present
 
+    computed: dict[str, dict[str, Any]] = {}
     pending: dict[str, dict[str, Any]] = {}
     saved_at = time.monotonic()
     try:
         for key, row in compute(missing):
-            pending[key] = row
+            computed[key] = pending[key] = row
             if len(pending) >= save_every or time.monotonic() - saved_at >= SAVE_SECONDS:
                 store.add_results(kind, pending)
                 pending = {}
                 saved_at = time.monotonic()
     finally:
         store.add_results(kind, pending)
-    # Read back: where another process was first, its row counts, for every reader alike.
-    return store.results(kind, wanted)
+    # Read back: where another process was first, its row counts, for every reader alike. Where one
+    # has found a row unusable and taken it away, ours counts all the same.
+    rows = {**present, **computed, **store.results(kind, wanted)}
+    return {key: rows[key] for key in wanted if key in rows}
 
 
 def content_key(*parts: object) -> str:

@@ -36,6 +36,9 @@ REASON_TAG = "posterpipe/reason"
 ATTEMPTS = 2
 """How often an asset is tried on the same source: a failed run is tried once more."""
 
+_TRIES = 20
+"""Materializations looked at to see how long files could not be read: a day takes nine."""
+
 UNFINISHED = [
     DagsterRunStatus.NOT_STARTED,
     DagsterRunStatus.QUEUED,
@@ -158,15 +161,11 @@ class _Listing:
                 return holdout_source(folder, self._deployment.store, automation, now)
             if self._problem:
                 return Source("", "", problem=self._problem)
+            outside = (self._deployment.store, self._location, automation, now)
             if name == "human_captions":
                 csv_path = settings.path(settings.captions)
-                return captions_source(
-                    self._entries, csv_path, self._location, automation, now, whole=self._whole
-                )
-            store = self._deployment.store
-            return posters_source(
-                self._entries, store, self._location, automation, now, whole=self._whole
-            )
+                return captions_source(self._entries, csv_path, *outside, whole=self._whole)
+            return posters_source(self._entries, *outside, whole=self._whole)
         except OSError as error:
             problem = f"{error.filename}: cannot be read ({error.strerror}); make it readable"
             return Source("", "", problem=problem)
@@ -182,6 +181,11 @@ class _Listing:
             return ""
         known = dict(zip(table["source_name"], table["size_bytes"], strict=True))
         return describe_change(self._entries, known)
+
+
+def _unread(made: dg.AssetMaterialization | None) -> int:
+    entry = made.metadata.get(UNREAD) if made else None
+    return int(str(entry.value)) if entry else 0
 
 
 class _Root:
@@ -207,13 +211,30 @@ class _Root:
         made = self._made.asset_materialization
         run = self._instance.get_run_by_id(self._made.run_id)
         recorded = made.metadata.get(SOURCE_DIGEST) if made else None
-        unread = made.metadata.get(UNREAD) if made else None
+        unread = _unread(made)
         digests = [recorded and recorded.value, run and run.tags.get(DIGEST_TAG)]
         return LastRead(
             frozenset(str(digest) for digest in digests if digest),
             self._made.timestamp,
-            int(str(unread.value)) if unread else 0,
+            unread,
+            self._unread_since() if unread else 0.0,
         )
+
+    def _unread_since(self) -> float:
+        """When it was first made, of the latest times in a row, from the source of the last time
+        with files that could not be read."""
+        records = self._instance.fetch_materializations(
+            dg.AssetKey(self._name), limit=_TRIES
+        ).records
+        since, source = 0.0, None
+        for record in records:
+            made = record.asset_materialization
+            digest = made.metadata.get(SOURCE_DIGEST) if made else None
+            source = source or digest
+            if digest != source or not _unread(made):
+                break
+            since = record.timestamp
+        return since
 
     def request(self, digest: str, reason: str) -> tuple[dg.RunRequest | None, str]:
         """The run that reads the source, or what stands in its way."""

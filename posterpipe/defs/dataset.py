@@ -104,7 +104,7 @@ def human_captions(
     settings = deployment.settings
     place = open_place(settings.landing, settings.root)
     entries = list_posters(place)
-    digest = captions_digest(entries, settings.path(settings.captions))
+    digest = captions_digest(entries, settings.path(settings.captions), deployment.store)
     table = read_human_captions(
         place,
         settings.path(settings.captions),

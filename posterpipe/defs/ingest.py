@@ -120,14 +120,15 @@ def holdout_posters(
 
 def _shown(posters: Table, store: "Store") -> dict[str, Any]:
     """What the UI shows of a table of posters, and how many could not be read."""
+    from posterpipe.core.landing import unread_count
+
     usable = posters[posters["status"] == "ok"]
     refused = posters[posters["status"] != "ok"]
     images = [(store.path(row.poster_id), row.source_name) for row in rows(usable.head(THUMBNAILS))]
-    unread = (refused["status"] == "rejected") & (refused["poster_id"] == "")
     return {
         "contact_sheet": thumbnails(images, total=len(usable)),
         **counts(posters, "status"),
         "refused": table_preview(refused, ["source_name", "status", "reason"]),
         "posters": table_preview(posters.drop(columns="poster_id")),
-        UNREAD: int(unread.sum()),
+        UNREAD: unread_count(posters),
     }

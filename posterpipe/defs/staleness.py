@@ -65,6 +65,7 @@ _DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
         s.evidence.model_dump(mode="json", exclude=_BATCH),
         str(s.holdout),
         *_size(s),
+        s.gate.copy_limit,  # of its check, which has the gate's limit
     ],
     "champion": lambda s: [s.gate.model_dump(mode="json")],
 }

@@ -85,6 +85,21 @@ def test_files_that_could_not_be_read_are_tried_again_after_an_hour() -> None:
     assert decision.reason.startswith("2 files could not be read at 2027-01-15 07:00 UTC")
 
 
+def test_files_that_stay_unreadable_are_tried_ever_more_seldom_and_once_a_day_at_least() -> None:
+    first = at = NOW
+    pauses = []
+    for _ in range(8):
+        read = LastRead(frozenset({"old"}), at, unread=1, unread_since=first)
+        pause = next(
+            hours
+            for hours in range(1, 100)
+            if decide(Source("old", ""), read, Memory("old"), SETTINGS, at + hours * 3600).due
+        )
+        pauses.append(pause)
+        at += pause * 3600
+    assert pauses == [1, 1, 2, 4, 8, 16, 24, 24]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     (tmp_path / "landing").mkdir()
@@ -112,25 +127,25 @@ def test_posters_changed_lately_are_young_and_dates_in_the_future_tell_nothing(
 def test_captions_depend_on_the_names_of_posters_only_where_there_are_captions(
     folder: Folder, tmp_path: Path
 ) -> None:
-    csv = tmp_path / "captions.csv"
-    without = captions_digest(folder.entries(), csv)
+    csv, store = tmp_path / "captions.csv", Store(tmp_path / "store")
+    without = captions_digest(folder.entries(), csv, store)
     (folder.path / "c.png").write_bytes(b"")
-    assert captions_digest(folder.entries(), csv) == without
+    assert captions_digest(folder.entries(), csv, store) == without
     csv.write_text("file_name,caption\n")
-    with_csv = captions_digest(folder.entries(), csv)
+    with_csv = captions_digest(folder.entries(), csv, store)
     assert with_csv != without
     os.utime(csv, (1, 1))
     (folder.path / "c.png").write_bytes(b"other bytes")
-    assert captions_digest(folder.entries(), csv) == with_csv
+    assert captions_digest(folder.entries(), csv, store) == with_csv
     (folder.path / "d.png").write_bytes(b"")
-    with_name = captions_digest(folder.entries(), csv)
+    with_name = captions_digest(folder.entries(), csv, store)
     assert with_name != with_csv
     (folder.path / "d.txt").write_text("a caption")
-    with_sidecar = captions_digest(folder.entries(), csv)
+    with_sidecar = captions_digest(folder.entries(), csv, store)
     assert with_sidecar != with_name
     (folder.path / "d.txt").write_text("another caption")
-    assert captions_digest(folder.entries(), csv) != with_sidecar
-    seen = captions_source(folder.entries(), csv, "there", SETTINGS, NOW).seen
+    assert captions_digest(folder.entries(), csv, store) != with_sidecar
+    seen = captions_source(folder.entries(), csv, store, "there", SETTINGS, NOW).seen
     assert seen == "1 sidecar and captions.csv"
 
 
@@ -138,7 +153,7 @@ def test_captions_are_not_taken_for_removed_where_no_poster_is_left(tmp_path: Pa
     csv = tmp_path / "captions.csv"
     csv.write_text("file_name,caption\n")
     for entries in ([], [Entry("a.txt", 5, 0, "")]):
-        source = captions_source(entries, csv, "there", SETTINGS, NOW)
+        source = captions_source(entries, csv, Store(tmp_path / "store"), "there", SETTINGS, NOW)
         assert "no posters in there: put some in" in source.problem
 
 

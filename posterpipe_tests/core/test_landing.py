@@ -159,6 +159,18 @@ def test_names_that_are_no_utf8_can_be_kept(folder: Path, store: Store) -> None:
     store.write_table("raw_posters", table)
 
 
+def test_the_same_bytes_under_two_names_that_look_alike_are_one_poster(
+    folder: Path, store: Store
+) -> None:
+    path = poster(folder / "a.png")
+    for name in (b"caf\xe8.png", b"caf\xe9.png"):
+        shutil.copyfile(path, os.fsencode(folder) + b"/" + name)
+    path.unlink()
+    table = scan(folder, LIMITS, store)
+    assert table["source_name"].nunique() == 1
+    assert table["status"].tolist() == ["ok", "duplicate"]
+
+
 @pytest.fixture
 def inspected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were opened."""

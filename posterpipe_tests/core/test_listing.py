@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from posterpipe.core.listing import (
     Bucket,
@@ -104,6 +106,74 @@ def test_a_missing_bucket_is_empty_and_an_unknown_kind_says_what_to_do() -> None
     assert Bucket("memory://never/made").entries() == []
     with pytest.raises(PlaceMissing, match=r"unheard://a: .*POSTERPIPE_LANDING"):
         Bucket("unheard://a").entries()
+
+
+class Versioned(MemoryFileSystem):
+    """Buckets as s3fs shows them: one that is missing is told, and names may hold versions."""
+
+    protocol = "versioned"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("versioned://").strip("/")
+
+    def split_path(self, path: str) -> list[str | None]:
+        bucket, _, key = path.partition("/")
+        key, _, version = key.partition("?versionId=")
+        return [bucket, key, version or None]
+
+    def exists(self, path: str, **options: object) -> bool:
+        return any(name.startswith(f"{path}/") for name in self.store)
+
+    def find(self, path: str, **options: object) -> dict:
+        if not self.exists(path.partition("/")[0]):
+            raise FileNotFoundError("The specified bucket does not exist")
+        return {
+            name: {"name": name, "type": "file", "size": file.size, "ETag": name}
+            for name, file in sorted(self.store.items())
+            if name.startswith(f"{path}/")
+        }
+
+    def info(self, path: str, **options: object) -> dict:
+        return self.find(path.rpartition("/")[0])[path]
+
+    def cat_file(self, path: str, **options: object) -> bytes:
+        return self.store[path].getvalue()
+
+
+@pytest.fixture
+def versioned() -> Iterator[type[Versioned]]:
+    fsspec.register_implementation("versioned", Versioned, clobber=True)
+    yield Versioned
+    Versioned.store.clear()
+
+
+def test_a_bucket_that_is_not_there_is_told_from_one_without_objects(
+    versioned: type[Versioned],
+) -> None:
+    with pytest.raises(PlaceMissing, match=r"versioned://mistyped/posters: this bucket is no"):
+        Bucket("versioned://mistyped/posters").entries()
+    versioned.store["bucket/other/a.png"] = MemoryFile(data=b"1")
+    assert Bucket("versioned://bucket/posters").entries() == []
+
+
+def test_names_of_objects_may_begin_with_a_slash(versioned: type[Versioned]) -> None:
+    for name, data in (("a.png", b"one"), ("/a.png", b"other")):
+        versioned.store[f"bucket/posters/{name}"] = MemoryFile(data=data)
+    place = Bucket("versioned://bucket/posters")
+    entries = place.entries()
+    assert [entry.name for entry in entries] == ["/a.png", "a.png"]
+    assert [place.read(entry) for entry in entries] == [b"other", b"one"]
+
+
+def test_an_object_that_its_driver_takes_for_a_version_is_to_be_renamed(
+    versioned: type[Versioned],
+) -> None:
+    versioned.store["bucket/posters/a?versionId=3.png"] = MemoryFile(data=b"1")
+    (entry,) = Bucket("versioned://bucket/posters").entries()
+    assert entry.problem.endswith("it cannot be opened; rename it")
 
 
 def test_a_bucket_whose_driver_is_not_installed_names_what_to_install(

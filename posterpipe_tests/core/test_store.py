@@ -323,6 +323,39 @@ def test_results_that_are_no_longer_usable_are_computed_again(store: Store) -> N
     assert rows == {"a": {"version": 2}}
 
 
+def test_what_another_process_computed_meanwhile_is_not_forgotten(store: Store) -> None:
+    store.add_results("k", {"a": {"n": 1}, "b": {"n": 1}})
+    judged = store.results("k", ["a", "b"])
+    store.forget_results("k", {"a": {"n": 1}})
+    store.add_results("k", {"a": {"n": 2}})
+    store.forget_results("k", judged)
+    assert store.results("k", ["a", "b"]) == {"a": {"n": 2}}
+
+
+def test_rows_are_forgotten_and_noted_in_one_transaction(store: Store) -> None:
+    store.add_results("k", {"a": {"n": 1}, "b": {"n": 1}})
+    store.forget_results("k", {"a": {"n": 1}}, note=("noted", {"n": 1}))
+    store.forget_results("k", {"b": {"n": 1}}, note=("noted", {"n": 2}))
+    assert store.results("k", ["a", "b"]) == {}
+    assert store.results("noted", ["noted"]) == {"noted": {"n": 2}}
+    store.add_results("k", {"a": {"n": 1}})
+    with pytest.raises(TypeError):
+        store.forget_results("k", {"a": {"n": 1}}, note=("noted", {"n": object()}))
+    assert store.results("k", ["a"]) == {"a": {"n": 1}}
+
+
+def test_rows_that_another_process_takes_away_meanwhile_are_not_missing(store: Store) -> None:
+    store.add_results("k", {"there": {"n": 0}})
+
+    def compute(keys: list[str]) -> Iterator[tuple[str, dict]]:
+        yield "a", {"n": 1}
+        store.forget_results("k", {"there": {"n": 0}, "a": {"n": 1}})
+        yield "b", {"n": 2}
+
+    rows = compute_missing(store, "k", ["there", "a", "b"], compute, save_every=1)
+    assert rows == {"there": {"n": 0}, "a": {"n": 1}, "b": {"n": 2}}
+
+
 def _slow_work(root: Path) -> None:
     def compute(keys: list[str]) -> Iterator[tuple[str, dict]]:
         for key in keys:

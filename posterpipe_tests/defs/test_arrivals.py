@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from posterpipe.core import landing
+from posterpipe.core.captions import rehash_sidecars
 from posterpipe.definitions import build_defs
-from posterpipe.defs.arrivals import REASON_TAG, ROOTS
+from posterpipe.defs.arrivals import REASON_TAG, ROOTS, _Root
 from posterpipe.defs.resources import SOURCE_DIGEST, Deployment
 from posterpipe.settings import load_settings
 from posterpipe_tests.defs.harness import RUN_KEY, Daemon
@@ -335,6 +336,38 @@ def test_what_a_rehash_found_is_read(place: Place) -> None:
     landing.rehash(landing.open_place(place.folder), landing.Store(place.settings.store))
     # The holdout posters as well: one record tells of both folders what was read when.
     assert place.settle() == [["raw_posters", "holdout_posters"]]
+
+
+def test_a_caption_that_changed_behind_its_date_is_read_after_a_rehash(place: Place) -> None:
+    path = place.write(place.folder / "a.txt", "a red rocket")
+    assert place.settle() == [["human_captions"]]
+    stats = path.stat()
+    path.write_text("a tin rocket")
+    os.utime(path, ns=(stats.st_atime_ns, stats.st_mtime_ns))
+    assert place.settle() == []
+    store = Deployment(place.settings).store
+    found = rehash_sidecars(landing.open_place(place.folder), store)
+    assert (found.same, found.changed) == (0, ["a.txt"])
+    assert place.settle() == [["human_captions"]]
+    assert store.read_table("human_captions")["caption"].tolist() == ["a tin rocket"]
+    assert rehash_sidecars(landing.open_place(place.folder), store).same == 1
+    assert place.settle() == []
+
+
+def test_how_long_a_file_could_not_be_read_is_counted_from_the_first_time(place: Place) -> None:
+    (place.folder / "gone.png").symlink_to(place.folder / "nowhere.png")
+    os.utime(place.folder / "gone.png", (1, 1), follow_symlinks=False)
+    (place.folder / "link").symlink_to(place.folder)  # which no other look would enter
+    assert place.settle() == [["raw_posters"]]
+    first = _Root("raw_posters", place.daemon.instance).last_read()
+    assert (first.unread, first.unread_since) == (1, first.at)
+    assert place.daemon.run("raw_posters")
+    second = _Root("raw_posters", place.daemon.instance).last_read()
+    assert (second.at > first.at, second.unread_since) == (True, first.at)
+    place.put("d.png")
+    assert place.settle() == [["raw_posters"]]
+    third = _Root("raw_posters", place.daemon.instance).last_read()
+    assert (third.unread, third.unread_since) == (1, third.at)
 
 
 def test_a_damaged_cursor_only_delays(place: Place) -> None:
