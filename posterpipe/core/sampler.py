@@ -30,6 +30,7 @@ import pandas as pd
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from posterpipe.core.memory import is_out_of_memory
 from posterpipe.core.models import (
     ModelMissing,
     best_device,
@@ -238,8 +239,10 @@ class Sampler:
         self.layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.unet.to(memory_format=self.layout)
         self.vae.to(memory_format=self.layout)
-        if settings.compile:
-            self.unet = torch.compile(self.unet)
+        # Compiled at the first call and again for every other shape, minutes each: one shape draws.
+        self._predict: Any = (
+            torch.compile(self.unet, dynamic=False) if settings.compile else self.unet
+        )
         self.scheduler = make_scheduler(folder, settings.scheduler)
         shrink = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.latent_shape = (
@@ -292,7 +295,8 @@ class Sampler:
             self.batch_size = best_batch_size(self._time_a_step, min(MOST_AT_ONCE, max(1, images)))
 
     def _time_a_step(self, size: int) -> float:
-        """Seconds of one call of the U-Net for `size` images."""
+        """Seconds of one call of the U-Net for `size` images, not compiled: that is for the size
+        which is found."""
         import torch
 
         embeds = self._text_embeds("")
@@ -338,7 +342,7 @@ class Sampler:
         """Halve the batch if `error` says that memory ran out; raise it otherwise."""
         import torch
 
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise error
         if self.batch_size == 1:
             raise SamplerError(
@@ -411,7 +415,7 @@ class Sampler:
             x = self.scheduler.scale_model_input(latents, timestep)
             x = torch.cat([x, x]) if guided else x
             x = x.to(self.dtype, memory_format=self.layout)
-            predicted = self.unet(x, timestep, encoder_hidden_states=embeds, return_dict=False)[
+            predicted = self._predict(x, timestep, encoder_hidden_states=embeds, return_dict=False)[
                 0
             ].float()
             if guided:
@@ -461,20 +465,13 @@ def best_batch_size(seconds: Callable[[int], float], most: int) -> int:
         try:
             doubled = seconds(2 * best) / (2 * best)
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             break
         if doubled > _WORTH_DOUBLING * an_image:
             break
         best, an_image = 2 * best, doubled
     return best
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error of torch says that memory ran out, on a GPU or on the CPU."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate" in str(error)
 
 
 def lora_weights(model_dir: Path) -> Path | None:
@@ -750,10 +747,13 @@ class _Drawing:
             if len(requests) == 1:
                 self.failed[next(iter(requests))] = _first_line(error)
                 return {}
-        # One of them is the culprit; the others need not suffer.
+        # One of them is the culprit; the others need not suffer. Each is drawn alone, not beside
+        # copies of itself: a whole batch may be what fails, in words that nobody knew.
         images: dict[str, Image.Image] = {}
+        size, sampler.batch_size = sampler.batch_size, 1
         for key, request in requests.items():
             images |= self._try(sampler, {key: request})
+        sampler.batch_size = size
         return images
 
     def _keep(

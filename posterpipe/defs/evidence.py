@@ -94,7 +94,7 @@ def champion_generations(
     group_name="generation",
     kinds={"python", "pillow"},
     owners=["team:ml"],
-    code_version="1",
+    code_version="2",
     io_manager_key=TABLES,
     metadata=columns(
         generation_key="string: the image that was lettered",

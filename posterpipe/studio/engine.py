@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from posterpipe.core.memory import is_out_of_memory
 from posterpipe.core.prompts import MAX_SEED
 
 if TYPE_CHECKING:
@@ -412,7 +413,7 @@ def sentence(error: BaseException) -> str:
     if type(error).__module__.split(".")[0] == "posterpipe":
         text = text[:1].upper() + text[1:]
         return text if text.endswith((".", "!", "?")) else f"{text}."
-    if isinstance(error, MemoryError) or "memory" in text.lower() or "can't allocate" in text:
+    if is_out_of_memory(error):
         return (
             "The machine has not enough memory for this poster; wait until other work is done, "
             "choose the base model, or set POSTERPIPE_SAMPLER__WIDTH and __HEIGHT lower."

@@ -197,6 +197,22 @@ def test_a_batch_that_does_not_fit_is_halved(
         assert abs(pixels(one) - pixels(other)).max() <= 1
 
 
+def test_a_batch_that_does_not_fit_in_the_words_of_cublas_is_halved_too(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = Sampler(model_dir, with_batch(4), model_id="tiny")
+    draw = sampler._draw
+
+    def small_memory(requests: list[ImageRequest], on_step: object) -> list[Image.Image]:
+        if len(requests) > 2:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+        return draw(requests, on_step)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sampler, "_draw", small_memory)
+    assert len(sampler(REQUESTS)) == len(REQUESTS)
+    assert sampler.batch_size == 2
+
+
 def test_what_is_drawn_before_memory_runs_out_is_kept(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +338,31 @@ def test_layout_and_slicing_change_no_image(model_dir: Path) -> None:
         for one, another in zip(plain, other, strict=True):
             assert abs(pixels(one) - pixels(another)).max() <= 1
         assert pixel_key("m", REQUESTS[0], settings) == pixel_key("m", REQUESTS[0], SETTINGS)
+
+
+def test_the_model_is_compiled_once_for_the_batch_that_was_found(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile begins anew with every shape, which takes minutes with a real model."""
+    import torch
+
+    shapes: list[tuple[int, ...]] = []
+
+    def not_compiled(unet: torch.nn.Module, **how: bool) -> Any:
+        def called(x: torch.Tensor, *inputs: Any, **named: Any) -> Any:
+            shapes.append(tuple(x.shape))
+            return unet(x, *inputs, **named)
+
+        return called
+
+    monkeypatch.setattr(torch, "compile", not_compiled)
+    settings = SETTINGS.model_copy(update={"compile": True, "batch_size": 0})
+    sampler = Sampler(model_dir, settings, model_id="tiny")
+    timed = sampler._time_a_step
+    # As on a GPU, where doubling pays: 1, 2 and 4 are tried, and 4 is taken.
+    monkeypatch.setattr(sampler, "_time_a_step", lambda size: 1.0 + 0 * timed(size))
+    assert len(sampler(REQUESTS)) == len(REQUESTS) and sampler.batch_size == 4
+    assert set(shapes) == {(8, 12, TINY_HEIGHT // 8, TINY_WIDTH // 8)}
 
 
 @pytest.mark.slow
@@ -535,6 +576,20 @@ def test_one_image_that_fails_leaves_the_others(
     assert (failed.status == "failed").all() and (failed.image == "").all()
     assert failed.reason.str.contains("no such kernel").all()
     assert (table[table["seed"] != 2].status == "ok").all()
+    assert (drawn(store, model_dir).status == "ok").all()
+
+
+def test_a_batch_that_fails_in_unknown_words_is_drawn_image_by_image(
+    store: Store, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = Sampler._draw
+
+    def small(self: Sampler, requests: list[ImageRequest], on_step: Any) -> Images:
+        if len(requests) > 1:
+            raise RuntimeError("something that a later driver says when memory runs out")
+        return draw(self, requests, on_step)
+
+    monkeypatch.setattr(Sampler, "_draw", small)
     assert (drawn(store, model_dir).status == "ok").all()
 
 

@@ -27,6 +27,7 @@ from posterpipe.core.typography import (
 )
 from posterpipe.core.typography.colour import contrast_ratio, srgb_to_lab
 from posterpipe.core.typography.fonts import (
+    capitals,
     coverage,
     font_at,
     fonts_id,
@@ -34,7 +35,7 @@ from posterpipe.core.typography.fonts import (
     lettering,
     needs_shaping,
 )
-from posterpipe.core.typography.lines import line_breaks, pieces
+from posterpipe.core.typography.lines import line_breaks, measure, pieces
 from posterpipe.core.typography.saliency import components, look
 from posterpipe.settings import LetteringSettings
 from posterpipe.starter.posters import RAW, scenes
@@ -261,6 +262,29 @@ def test_letters_that_join_are_joined() -> None:
     assert pieces(letters, "سفينة") == ["سفينة"]
 
 
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("marked", "plain"), [("Ọ̀ra", "Ọra"), ("q̃ua", "qua"), ("X̌en", "Xen")])
+def test_a_mark_stands_above_its_letter_and_takes_no_room(
+    marked: str, plain: str, style: str
+) -> None:
+    if layout_engine() != "raqm":
+        pytest.skip("FriBiDi is not installed")
+    letters = lettering(marked, style)
+    with_mark, without = (
+        measure(letters, [capitals(title) if letters.capitals else title], 200)
+        for title in (marked, plain)
+    )
+    assert with_mark.widths[0] == pytest.approx(without.widths[0], abs=0.02 * 200)
+    assert with_mark.above > without.above
+    assert set_title(poster(), marked, SMALL)[1].lines == (capitals(marked),)
+
+
+def test_chinese_and_japanese_break_between_letters_and_never_before_a_mark() -> None:
+    broken = line_breaks("ギグガ\u3099ゲゴ")
+    assert [len(lines) for lines in broken] == [1, 2, 3]
+    assert not any(line.startswith("\u3099") for lines in broken for line in lines)
+
+
 def test_what_no_font_has_is_refused_with_the_letters() -> None:
     with pytest.raises(TitleImpossible, match=r"no installed font has '𓀀'.*reword"):
         set_title(poster(), "Bird 𓀀", SMALL)
@@ -276,7 +300,10 @@ def test_scripts_that_need_shaping_are_refused_where_nothing_shapes_them(
     monkeypatch.setattr(fonts, "layout_engine", lambda: "basic")
     with pytest.raises(TitleImpossible, match="FriBiDi"):
         lettering("سفينة", "geometric")
+    with pytest.raises(TitleImpossible, match="FriBiDi"):
+        lettering("q̃uy", "geometric")
     assert not lettering("星の船", "geometric").shaped
+    assert lettering("Ångström", "geometric").package == STYLES["geometric"].package
 
 
 def test_a_title_always_has_the_same_style() -> None:

@@ -186,6 +186,7 @@ def test_a_full_queue_refuses_with_a_sentence(
     [
         (RuntimeError("shapes do not match"), "The model failed (RuntimeError"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "not enough memory"),
         (MemoryError(), "not enough memory"),
         (ModelMissing("the model directory x is not there: restore it"), "The model directory x"),
     ],

@@ -117,25 +117,27 @@ def choose_style(title: str, style: str) -> str:
 
 
 def lettering(title: str, style: str) -> Lettering:
-    """The font that writes all of a title: the style's own, else Noto's for its script.
+    """The font that writes all of a title: the style's own, else Noto's for its script. Noto's for
+    letters with marks too (see `has_marks`): the styles' fonts set those of few letters right.
 
-    Raises TitleImpossible where no installed font has every letter, or where the letters of its
-    script must be shaped and Raqm cannot.
+    Raises TitleImpossible where no installed font has every letter, or where letters must be
+    shaped, or marks placed on them, and Raqm cannot.
     """
     own = STYLES[style]
-    text = title.upper() if own.capitals else title
+    text = capitals(title) if own.capitals else title
     shaped = needs_shaping(text)
-    if shaped and layout_engine() != "raqm":
+    if (shaped or has_marks(text)) and layout_engine() != "raqm":
         raise TitleImpossible(
-            f"the title {title!r} is in a script whose letters join or change places, which needs "
+            f"the title {title!r} has letters that join, change places or carry marks, which needs "
             "the FriBiDi library: install it (Debian: libfribidi0)"
         )
     signs = {sign for sign in text if not sign.isspace() and unicodedata.category(sign) != "Cf"}
     east = [font for font in _EAST_ASIA if _preferred_in_east_asia(text) in font[1]]
-    candidates = [(own.package, own.font), *_OTHER_SCRIPTS, *east, *_EAST_ASIA]
+    candidates = [*_OTHER_SCRIPTS, *east, *_EAST_ASIA]
+    candidates.insert(len(candidates) if has_marks(text) else 0, (own.package, own.font))
     for package, path in candidates:
         if signs <= coverage(package, path):
-            latin = (package, path) == candidates[0]
+            latin = (package, path) == (own.package, own.font)
             return Lettering(
                 package, path, own.capitals, own.tracking if latin else 0.0,
                 own.leading if latin else 0.5, own.tallness if latin else 1.0, shaped,
@@ -160,6 +162,16 @@ def needs_shaping(text: str) -> bool:
         or any(low <= ord(sign) <= high for low, high in _SHAPED)
         for sign in text
     )
+
+
+def has_marks(text: str) -> bool:
+    """Whether a letter carries a mark for which Unicode has no sign of its own with the letter."""
+    return any(unicodedata.category(sign).startswith("M") for sign in text)
+
+
+def capitals(title: str) -> str:
+    """A title in capitals, letters with their marks as one sign where Unicode has one."""
+    return unicodedata.normalize("NFC", title.upper())
 
 
 @lru_cache(maxsize=64)

@@ -25,7 +25,7 @@ def line_breaks(title: str, most: int = 3) -> list[tuple[str, ...]]:
     words = title.split()
     joint = " "
     if len(words) == 1 and _is_east_asian(title) and len(title) > 4:
-        words, joint = list(title), ""
+        words, joint = clusters(title), ""
     found = []
     for count in range(1, min(most, len(words)) + 1):
         for cuts in combinations(range(1, len(words)), count - 1):
@@ -89,7 +89,21 @@ def _hangs(piece: str) -> bool:
 
 def pieces(lettering: Lettering, line: str) -> list[str]:
     """What is drawn at once: a whole line where letters interact, else letter by letter."""
-    return [line] if lettering.shaped else list(line)
+    return [line] if lettering.shaped else clusters(line)
+
+
+def clusters(text: str) -> list[str]:
+    """The letters of a text, each with the marks that stand on it: what the font places together.
+
+    Alone, a mark is drawn on a dotted circle, or beside its letter.
+    """
+    letters: list[str] = []
+    for sign in text:
+        if letters and unicodedata.category(sign) in ("Mn", "Mc", "Me", "Cf"):
+            letters[-1] += sign
+        else:
+            letters.append(sign)
+    return letters
 
 
 def _glyph_boxes(
@@ -117,11 +131,10 @@ def pen_places(lettering: Lettering, font: ImageFont.FreeTypeFont, line: str) ->
     """Where each piece of a line begins. Letters are kerned in pairs, and tracked."""
     if lettering.shaped:
         return [0.0]
-    x, places = 0.0, []
-    for index, sign in enumerate(line):
+    letters = pieces(lettering, line)
+    x, places = 0.0, [0.0]
+    for letter, following in pairwise(letters):
+        x += font.getlength(letter + following) - font.getlength(following)
+        x += lettering.tracking * font.size
         places.append(x)
-        if index + 1 < len(line):
-            following = line[index + 1]
-            x += font.getlength(sign + following) - font.getlength(following)
-            x += lettering.tracking * font.size
     return places

@@ -17,6 +17,7 @@ from posterpipe.core.typography.colour import Colour
 from posterpipe.core.typography.fonts import (
     Lettering,
     TitleImpossible,
+    capitals,
     choose_style,
     font_at,
     lettering,
@@ -64,7 +65,7 @@ def set_title(
     style = choose_style(title, settings.style)
     letters = lettering(title, style)
     if letters.capitals:
-        title = title.upper()
+        title = capitals(title)
     canvas = _enlarged(image.convert("RGB"), settings.min_width)
     scene = look(canvas)
     block = candidates(scene, title, letters, canvas.size)[0]
