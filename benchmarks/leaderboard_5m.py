@@ -22,6 +22,7 @@ import duckdb
 
 from benchmarks.big_warehouse import build
 from benchmarks.rows import Row
+from posterpipe.core.sql_functions import register
 from posterpipe.settings import default_root
 
 SCORES = 5_000_000
@@ -56,6 +57,7 @@ def run(scores: int = SCORES) -> list[Row]:
         cpu: dict[str, list[float]] = {side: [] for side in queries}
         counts: dict[str, int] = {}
         with duckdb.connect(str(warehouse.path), read_only=True) as connection:
+            register(connection)
             connection.execute("SET threads = 1")
             for number in range(ROUNDS + 1):
                 for side, query in queries.items():

@@ -58,6 +58,8 @@ _EXACT_PROMPTS = 12
 """Up to here all 2^n sign patterns are tried; with more, RESAMPLES of them."""
 _FEW_PROMPTS = 12
 """Below it an interval is the wider of Student's t and the bootstrap."""
+_NO_SPREAD = 1e-9
+"""A deviation of values that are the same but for their last digits; the macros have it too."""
 _CHUNK = 1_000_000
 """Random numbers held at once."""
 
@@ -291,10 +293,10 @@ def smallest_detectable(
 
     `differences` (n,) of prompts, seeds averaged: their deviation holds what both prompts and seeds
     contribute. (t(1 - alpha/2) + t(power)) * deviation / sqrt(n) (Bloom 1995). NaN with fewer than
-    two.
+    two, and where all are the same: the deviation of other prompts is then unknown, not 0.
     """
     n = len(differences)
-    if n < 2:
+    if n < 2 or not has_spread(differences):
         return math.nan
     quantiles = student_quantile((1 + confidence) / 2, n - 1) + student_quantile(power, n - 1)
     return quantiles * float(np.std(differences, ddof=1)) / math.sqrt(n)
@@ -329,19 +331,39 @@ def bootstrap_interval(
     far as Student's t does, where that is further. NaN with fewer than two values; where all are
     equal they show no spread, and both ends are that value.
     """
-    values = np.asarray(values, dtype=float)
-    n = len(values)
-    if n < 2:
-        return math.nan, math.nan
-    tail = (1 - confidence) / 2
-    quantile = student_quantile(tail, n - 1)
-    level = NormalDist().cdf(math.sqrt(n / (n - 1)) * quantile)
-    means = [shares @ values for shares in _patterns(_shares, n, resamples, seed)]
-    low, high = np.quantile(np.concatenate(means), [level, 1 - level])
-    if n < _FEW_PROMPTS:
-        half = -quantile * float(np.std(values, ddof=1)) / math.sqrt(n)
-        low, high = min(low, values.mean() - half), max(high, values.mean() + half)
+    samples = np.asarray(values, dtype=float)[np.newaxis]
+    low, high = bootstrap_intervals(samples, confidence=confidence, resamples=resamples, seed=seed)[
+        0
+    ]
     return float(low), float(high)
+
+
+def bootstrap_intervals(
+    samples: np.ndarray,
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = BOOTSTRAP_SEED,
+) -> np.ndarray:
+    """`bootstrap_interval` of each of `samples` (k, n), which share their draws: (k, 2), low and
+    high."""
+    k, n = samples.shape
+    if n < 2:
+        return np.full((k, 2), math.nan)
+    quantile = student_quantile((1 - confidence) / 2, n - 1)
+    level = NormalDist().cdf(math.sqrt(n / (n - 1)) * quantile)
+    means = [shares @ samples.T for shares in _patterns(_shares, n, resamples, seed)]
+    low, high = np.quantile(np.concatenate(means), [level, 1 - level], axis=0)
+    if n < _FEW_PROMPTS:
+        middle = samples.mean(axis=1)
+        half = -quantile * samples.std(axis=1, ddof=1) / math.sqrt(n)
+        low, high = np.minimum(low, middle - half), np.maximum(high, middle + half)
+    return np.column_stack([low, high])
+
+
+def has_spread(values: np.ndarray) -> bool:
+    """Whether `values` (n,) differ by more than sums in another order do."""
+    return len(values) > 1 and float(np.std(values, ddof=1)) > _NO_SPREAD
 
 
 def _patterns(

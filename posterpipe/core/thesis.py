@@ -70,9 +70,10 @@ def growth(scores: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
     `scores` has variant, prompt_id, seed, clip_cosine (NaN without a score), of one metric;
     `generations` the variant, prompt_id, seed and prompt of each image. Columns: variant, label,
     study (its score), images, missing (without a score), prompts, cosine with low and high, score
-    (2.5 * max(cosine, 0), the mean over images) with score_low and score_high, gain (cosine less
-    that of sd, paired by prompt and seed) with gain_low and gain_high, and study_prompt (mean
-    cosine of the images of the study's own prompt; NaN where the suite lacks it).
+    (2.5 * max(cosine, 0), the mean over images) with score_low (0 or more) and score_high, gain
+    (cosine less that of sd, paired by prompt and seed) with gain_low and gain_high, and
+    study_prompt (mean cosine of the images of the study's own prompt; NaN where the suite lacks
+    it).
     """
     scaled = scores.assign(score=SCALE * scores["clip_cosine"].clip(lower=0))
     own = generations.loc[generations["prompt"] == PROMPT, "prompt_id"].unique()
@@ -86,7 +87,7 @@ def growth(scores: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
             "variant": variant, "label": label, "study": reported, "images": len(part),
             "missing": len(part) - cosine.images, "prompts": cosine.prompts,
             "cosine": cosine.mean, "low": cosine.low, "high": cosine.high,
-            "score": score.mean, "score_low": score.low, "score_high": score.high,
+            "score": score.mean, "score_low": max(score.low, 0.0), "score_high": score.high,
             "gain": math.nan, "gain_low": math.nan, "gain_high": math.nan,
             "study_prompt": part.loc[part["prompt_id"].isin(own), "clip_cosine"].mean(),
         }  # fmt: skip

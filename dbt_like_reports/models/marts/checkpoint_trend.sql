@@ -67,7 +67,7 @@ estimates as (
         count(mean) as prompts,
         cast(sum(images) as bigint) as images,
         avg(mean) as mean,
-        stddev_samp(mean) as deviation,
+        bootstrap_interval(list(mean order by prompt_id)) as ends,
         bool_or(is_current) as is_current
     from prompt_means
     group by checkpoint_id, variant, metric_id
@@ -113,8 +113,8 @@ select
     expected.images as expected_images,
     estimates.images = expected.images as is_complete,
     round(estimates.mean, 6) as mean,
-    {{ t_interval('estimates.mean', 'estimates.deviation', 'estimates.prompts', '-') }} as low_95,
-    {{ t_interval('estimates.mean', 'estimates.deviation', 'estimates.prompts', '+') }} as high_95,
+    {{ within_range('estimates.ends.low', 'estimates.metric_id') }} as low_95,
+    {{ within_range('estimates.ends.high', 'estimates.metric_id') }} as high_95,
     verdicts.decision,
     verdicts.decided_at,
     coalesce(verdicts.was_promoted, false) as was_promoted,

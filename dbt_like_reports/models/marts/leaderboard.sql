@@ -53,6 +53,7 @@ sums as materialized (
         count(value) as scored,
         count(*) filter (where value is null and status = 'blocked') as blocked,
         avg(value) as mean,
+        sum(least(value, 0)) as below_0,
         bit_xor(hash(seed)) filter (where value is not null) as seeds
     from scores
     group by metric_id, answer
@@ -69,6 +70,11 @@ prompts as (
         sums.scored,
         sums.blocked,
         sums.mean,
+        -- 2.5 x max(cosine, 0) of each image, then the mean (Hessel et al. 2021).
+        case
+            when sums.metric_id like 'clip\_t.%' escape '\'
+                then 2.5 * (sums.mean - sums.below_0 / sums.scored)
+        end as clip_score,
         sums.seeds
     from sums
     inner join answers on answers.answer = sums.answer
@@ -135,6 +141,7 @@ prompt_differences as (
     select
         beside_sd.metric_id,
         beside_sd.variant,
+        beside_sd.prompt_id,
         case when beside_sd.is_complete then beside_sd.pairs else looked_up.pairs end as pairs,
         case when beside_sd.is_complete then beside_sd.difference else looked_up.difference end
             as difference
@@ -153,7 +160,9 @@ means as (
         cast(sum(blocked) as bigint) as blocked,
         cast(sum(images) - sum(scored) - sum(blocked) as bigint) as failed,
         avg(mean) as mean,
-        stddev_samp(mean) as deviation
+        bootstrap_interval(list(mean order by prompt_id)) as ends,
+        avg(clip_score) as clip_score,
+        bootstrap_interval(list(clip_score order by prompt_id)) as clip_score_ends
     from prompts
     group by metric_id, variant
 ),
@@ -162,10 +171,9 @@ differences as (
     select
         metric_id,
         variant,
-        count(difference) as prompts,
         cast(sum(pairs) as bigint) as pairs,
         avg(difference) as mean,
-        stddev_samp(difference) as deviation
+        bootstrap_interval(list(difference order by prompt_id)) as ends
     from prompt_differences
     group by metric_id, variant
 )
@@ -182,14 +190,16 @@ select
     means.blocked,
     means.failed,
     round(means.mean, 6) as mean,
-    {{ t_interval('means.mean', 'means.deviation', 'means.prompts', '-') }} as low_95,
-    {{ t_interval('means.mean', 'means.deviation', 'means.prompts', '+') }} as high_95,
+    {{ within_range('means.ends.low', 'means.metric_id') }} as low_95,
+    {{ within_range('means.ends.high', 'means.metric_id') }} as high_95,
     coalesce(differences.pairs, 0) as pairs,
     round(differences.mean, 6) as diff_to_sd,
-    {{ t_interval('differences.mean', 'differences.deviation', 'differences.prompts', '-') }}
-        as diff_low_95,
-    {{ t_interval('differences.mean', 'differences.deviation', 'differences.prompts', '+') }}
-        as diff_high_95
+    round(differences.ends.low, 6) as diff_low_95,
+    round(differences.ends.high, 6) as diff_high_95,
+    round(means.clip_score, 6) as clip_score,
+    case when means.clip_score_ends is not null then round(greatest(0, means.clip_score_ends.low), 6)
+    end as clip_score_low_95,
+    round(means.clip_score_ends.high, 6) as clip_score_high_95
 from means
 inner join metrics on metrics.metric_id = means.metric_id
 left join differences

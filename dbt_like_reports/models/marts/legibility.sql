@@ -49,9 +49,8 @@ estimates as (
         cast(sum(readable) as bigint) as readable,
         cast(sum(exact) as bigint) as exact,
         avg(exact_share) as exact_share,
-        stddev_samp(exact_share) as exact_deviation,
         avg(distance) as distance,
-        stddev_samp(distance) as distance_deviation
+        bootstrap_interval(list(distance order by prompt_id)) as distance_ends
     from prompt_means
     group by lettering, variant
 )
@@ -66,11 +65,15 @@ select
     readable,
     coalesce(exact, 0) as exact,
     round(exact_share, 6) as exact_share,
-    greatest(0, {{ t_interval('exact_share', 'exact_deviation', 'prompts', '-') }}) as exact_low_95,
-    least(1, {{ t_interval('exact_share', 'exact_deviation', 'prompts', '+') }}) as exact_high_95,
+    -- A prompt counts as one reading, however many seeds it has: they are alike. Where its seeds
+    -- disagree, that is wider than it has to be.
+    case when prompts > 1 then {{ wilson_interval('(exact_share * prompts)', 'prompts', '-') }} end
+        as exact_low_95,
+    case when prompts > 1 then {{ wilson_interval('(exact_share * prompts)', 'prompts', '+') }} end
+        as exact_high_95,
     round(distance, 6) as mean_distance,
-    {{ t_interval('distance', 'distance_deviation', 'prompts', '-') }} as distance_low_95,
-    {{ t_interval('distance', 'distance_deviation', 'prompts', '+') }} as distance_high_95
+    {{ within_range('distance_ends.low', "'title_distance.'") }} as distance_low_95,
+    {{ within_range('distance_ends.high', "'title_distance.'") }} as distance_high_95
 from estimates
 order by
     lettering,

@@ -73,9 +73,8 @@ all_estimates as (
         metric_id,
         cast(sum(images) as bigint) as images,
         cast(sum(compared) as bigint) as compared,
-        count(mean) as prompts,
         avg(mean) as mean,
-        stddev_samp(mean) as deviation,
+        list(mean order by prompt_id) as means,
         max(highest) as highest,
         max(scored_at) as scored_at,
         bool_or(is_current) as is_current
@@ -106,8 +105,7 @@ side_by_side as (
         max(mean) filter (where measure = '{{ name }}') as {{ name }},
         {%- endfor %}
         max(highest) filter (where measure = 'nearest') as nearest_highest,
-        max(deviation) filter (where measure = 'gap') as gap_deviation,
-        max(prompts) filter (where measure = 'gap') as gap_prompts
+        bootstrap_interval(any_value(means) filter (where measure = 'gap')) as gap_ends
     from estimates
     group by checkpoint_id, variant, encoder, preprocessing
 ),
@@ -142,8 +140,8 @@ select
     round(found.holdout, 6) as holdout_similarity,
     round(found.training, 6) as training_similarity,
     round(found.gap, 6) as overfit_gap,
-    {{ t_interval('found.gap', 'found.gap_deviation', 'found.gap_prompts', '-') }} as gap_low_95,
-    {{ t_interval('found.gap', 'found.gap_deviation', 'found.gap_prompts', '+') }} as gap_high_95,
+    round(found.gap_ends.low, 6) as gap_low_95,
+    round(found.gap_ends.high, 6) as gap_high_95,
     round(found.nearest, 6) as nearest_mean,
     round(found.nearest_highest, 6) as nearest_highest,
     round(copies.copy_threshold, 6) as copy_threshold,

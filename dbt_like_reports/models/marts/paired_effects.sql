@@ -84,6 +84,7 @@ estimates as (
         sum(pairs) as pairs,
         avg(difference) as mean,
         stddev_samp(difference) as deviation,
+        bootstrap_interval(list(difference order by prompt_id)) as ends,
         (count(*) + sum(sign(difference))) / 2 as wins
     from prompt_differences
     group by metric_id, comparison
@@ -104,15 +105,13 @@ measured as (
         estimates.prompts,
         cast(estimates.pairs as bigint) as pairs,
         round(estimates.mean, 6) as mean_difference,
-        {{ t_interval('estimates.mean', 'estimates.deviation', 'estimates.prompts', '-') }}
-            as low_95,
-        {{ t_interval('estimates.mean', 'estimates.deviation', 'estimates.prompts', '+') }}
-            as high_95,
+        round(estimates.ends.low, 6) as low_95,
+        round(estimates.ends.high, 6) as high_95,
         {{ t_p_value('estimates.mean', 'estimates.deviation', 'estimates.prompts') }} as p_value,
         -- Hedges' g: the mean over the deviation, corrected for few prompts.
         case
             when estimates.prompts > 2 and estimates.mean = 0 then 0
-            when estimates.prompts > 2 and estimates.deviation > 0 then
+            when estimates.prompts > 2 and estimates.deviation > {{ no_spread() }} then
                 round(
                     estimates.mean / estimates.deviation
                     * (1 - 3 / (4 * (estimates.prompts - 1) - 1)),
@@ -123,13 +122,16 @@ measured as (
         {{ wilson_interval('estimates.wins', 'estimates.prompts', '-') }} as win_low_95,
         {{ wilson_interval('estimates.wins', 'estimates.prompts', '+') }} as win_high_95,
         -- What a study of this size finds with a power of 80 % (Bloom 1995).
-        round(
-            (
-                ({{ t_quantile('(estimates.prompts - 1)') }})
-                + ({{ t_quantile('(estimates.prompts - 1)', 0.8) }})
-            ) * estimates.deviation / sqrt(estimates.prompts),
-            6
-        ) as detectable_difference,
+        case
+            when estimates.deviation > {{ no_spread() }} then
+                round(
+                    (
+                        ({{ t_quantile('(estimates.prompts - 1)') }})
+                        + ({{ t_quantile('(estimates.prompts - 1)', 0.8) }})
+                    ) * estimates.deviation / sqrt(estimates.prompts),
+                    6
+                )
+        end as detectable_difference,
         metrics.place as metric_place,
         comparisons.place as comparison_place
     from estimates
@@ -176,11 +178,16 @@ select
     mean_difference,
     low_95,
     high_95,
+    -- The headline metric is the one question asked beforehand; of the others, one in twenty would
+    -- find something by chance. Without an interval all prompts differ by the same.
     case
-        when low_95 > 0 then 'higher'
-        when high_95 < 0 then 'lower'
-        when low_95 is not null then 'not told apart'
-        else 'too few prompts'
+        when p_value is null then 'too few prompts'
+        when not is_headline and p_adjusted >= 0.05 then 'not told apart'
+        when low_95 > 0 or (low_95 is null and p_value < 0.05 and mean_difference > 0)
+            then 'higher'
+        when high_95 < 0 or (low_95 is null and p_value < 0.05 and mean_difference < 0)
+            then 'lower'
+        else 'not told apart'
     end as finding,
     p_value,
     p_adjusted,

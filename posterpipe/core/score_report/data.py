@@ -47,7 +47,7 @@ MARTS: Mapping[str, tuple[str, ...]] = {
     "leaderboard": (
         "metric_id", "metric", "better", "is_headline", "variant", "checkpoint_id", "prompts",
         "images", "blocked", "failed", "mean", "low_95", "high_95", "diff_to_sd", "diff_low_95",
-        "diff_high_95",
+        "diff_high_95", "clip_score", "clip_score_low_95", "clip_score_high_95",
     ),
     "paired_effects": (
         "metric_id", "metric", "better", "is_headline", "comparison", "question", "prompts",

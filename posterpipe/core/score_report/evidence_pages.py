@@ -175,14 +175,8 @@ def legibility_context(published: Published, pictures: Pictures) -> dict[str, An
                 number(row["exact_share"]), css=charts.variant_class(text(row["variant"]))
             ),
             "distance": rounded(row["mean_distance"]),
-            # A distance is never below 0, whatever an interval by Student's t says.
             "distance_interval": interval(
-                {
-                    "low": max(0.0, number(row["distance_low_95"]) or 0.0),
-                    "high": row["distance_high_95"],
-                },
-                "low",
-                "high",
+                row, "distance_low_95", "distance_high_95", of="mean_distance"
             ),
             "prompts": count(row, "prompts"),
         }

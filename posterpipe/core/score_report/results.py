@@ -31,6 +31,7 @@ from posterpipe.core.score_report.gallery_pages import (
 from posterpipe.core.score_report.headline import control_context, headline
 from posterpipe.core.score_report.pictures import Pictures
 from posterpipe.core.score_report.words import (
+    ALIKE,
     BETTER,
     DASH,
     DECIDED,
@@ -105,15 +106,10 @@ def _key_figures(board: Mapping[str, Row]) -> list[dict[str, str]]:
         {
             "name": variant_name(variant),
             "value": rounded(row["mean"]),
-            "note": interval(row, "low_95", "high_95"),
+            "note": interval(row, "low_95", "high_95", of="mean"),
         }
         for variant, row in board.items()
     ]
-
-
-def _scaled(value: Any) -> float | None:
-    known = number(value)
-    return None if known is None else thesis.SCALE * max(known, 0.0)
 
 
 def _growth(board: Mapping[str, Row]) -> tuple[Markup | None, list[dict[str, str]]]:
@@ -123,7 +119,9 @@ def _growth(board: Mapping[str, Row]) -> tuple[Markup | None, list[dict[str, str
         row = board.get(variant)
         if row is None:
             continue
-        mean, low, high = (_scaled(row[n]) for n in ("mean", "low_95", "high_95"))
+        mean, low, high = (
+            number(row[n]) for n in ("clip_score", "clip_score_low_95", "clip_score_high_95")
+        )
         label = variant_name(variant).replace(" + ", "|+ ")
         points.append(charts.Point(label, mean, low, high, variant))
         beside.append(charts.Point(f"{variant_name(variant)} in the thesis", reported))
@@ -182,7 +180,7 @@ def _board(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
                 "variant": variant,
                 "name": variant_name(variant),
                 "mean": charts.plain(mean) if mean is not None else DASH,
-                "interval": interval(row, "low_95", "high_95"),
+                "interval": interval(row, "low_95", "high_95", of="mean"),
                 "plot": charts.interval_row(mean, low, high, scale, variant=variant),
                 "difference": charts.signed(difference) if difference is not None else DASH,
                 "difference_interval": interval(row, "diff_low_95", "diff_high_95", sign=True),
@@ -222,11 +220,16 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
             {
                 "name": question[:1].upper() + question[1:],
                 "difference": charts.signed(mean) if mean is not None else DASH,
-                "interval": interval(row, "low_95", "high_95", sign=True),
+                "interval": interval(row, "low_95", "high_95", sign=True, of="mean_difference"),
                 "plot": charts.interval_row(mean, low, high, scale, variant=variant, zero=0.0),
                 "finding": text(row["finding"]),
                 "p": f"{_p_value(row['p_value'])} · {_p_value(row['p_adjusted'])}",
-                "css": verdict(row, "low_95", "high_95"),
+                # In the colour of a gain or a loss only what is found: see `finding`.
+                "css": (
+                    verdict(row, "low_95", "high_95")
+                    if row["finding"] in ("higher", "lower")
+                    else ""
+                ),
                 "size": rounded(row["effect_size"], 2),
                 "win": win,
                 "detectable": rounded(row["detectable_difference"]),
@@ -242,7 +245,12 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
         note = (
             f"With {count(first, 'prompts')} prompts this suite finds differences from "
             f"{charts.plain(min(detectable))} to {charts.plain(max(detectable))} on, depending on "
-            "the question, four times of five. Smaller ones may be there unseen."
+            "the question, four times of five. Smaller ones may be there unseen. "
+        )
+    if any(cells["interval"] == ALIKE for cells in shown):
+        note += (
+            "Where all prompts differ by the same there is no interval: such a sample does not say "
+            "how other prompts would vary, nor which difference it would find."
         )
     return {
         "metric_id": metric_id,
@@ -250,7 +258,7 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
         "better": BETTER.get(text(first["better"]), ""),
         "rows": shown,
         "axis": charts.axis_row(scale, sign=True),
-        "note": note,
+        "note": note.strip(),
     }
 
 
@@ -323,7 +331,7 @@ def _trend(index: int, rows: Sequence[Row]) -> dict[str, Any] | None:
                 "trained": moment(row["trained_at"]) or text(row["kind"]),
                 "variant": variant_name(text(row["variant"])),
                 "mean": rounded(row["mean"]),
-                "interval": interval(row, "low_95", "high_95"),
+                "interval": interval(row, "low_95", "high_95", of="mean"),
                 "prompts": count(row, "prompts"),
                 "decision": DECIDED.get(text(row["decision"]), ""),
                 "decision_css": text(row["decision"]) if text(row["decision"]) in DECIDED else "",

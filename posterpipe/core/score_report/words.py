@@ -17,6 +17,9 @@ from posterpipe.core.score_report.data import Row, missing, number, text
 DASH = "–"
 """Where there is nothing to show."""
 
+ALIKE = "all prompts alike"
+"""Instead of an interval: no spread between the prompts, and so no word about others."""
+
 ROWS_SHOWN = 200
 """Of long lists: the published database has all of them."""
 
@@ -46,10 +49,12 @@ def rounded(value: Any, digits: int = 3) -> str:
     return charts.plain(known, 0 if known == int(known) and abs(known) < 1e6 else digits)
 
 
-def interval(row: Row, low: str, high: str, *, sign: bool = False) -> str:
+def interval(row: Row, low: str, high: str, *, sign: bool = False, of: str = "") -> str:
+    """The interval in words; `of` is the mean that it belongs to, over `prompts` of the row."""
     bounds = number(row.get(low)), number(row.get(high))
     if bounds[0] is None or bounds[1] is None:
-        return DASH
+        has_mean = of != "" and number(row.get(of)) is not None
+        return ALIKE if has_mean and count(row, "prompts") > 1 else DASH
     show: Callable[[float], str] = charts.signed if sign else charts.plain
     return f"{show(bounds[0])} to {show(bounds[1])}"
 

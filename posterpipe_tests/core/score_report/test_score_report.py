@@ -232,6 +232,61 @@ def test_numbers_are_those_of_the_marts(world: Path, pages: dict[str, Parsed]) -
         assert f"{difference:+.3f}".replace("-", "−") in text
 
 
+def test_prompts_without_spread_are_told_in_words_and_not_as_an_interval(
+    world: Path, pages: dict[str, Parsed], tmp_path: Path
+) -> None:
+    store = copy_of(world, tmp_path)
+    before = pages["index.html"].text
+    with duckdb.connect(str(store / "public" / "scores.duckdb")) as connection:
+        connection.execute(
+            "UPDATE paired_effects SET low_95 = NULL, high_95 = NULL, detectable_difference = NULL "
+            "WHERE is_headline AND comparison <> 'both'"
+        )
+        connection.execute("UPDATE legibility SET distance_low_95 = NULL, distance_high_95 = NULL")
+        ((found,),) = connection.execute(
+            "SELECT detectable_difference FROM paired_effects "
+            "WHERE is_headline AND comparison = 'both'"
+        ).fetchall()
+        titles = connection.execute("SELECT prompts FROM legibility").fetchall()
+    write_report(store / "public" / "scores.duckdb", store, tmp_path / "report")
+    after = assert_whole(tmp_path / "report")
+    text = after["index.html"].text
+    for words, more in (("all prompts alike", 7), ("differ by the same there is no interval", 1)):
+        assert text.count(words) == before.count(words) + more
+    assert f"finds differences from {found:.3f} to {found:.3f} on" in text
+    several = sum(prompts > 1 for (prompts,) in titles)
+    assert after["legibility.html"].text.count("all prompts alike") == several > 0
+
+
+def test_the_growth_chart_shows_the_mean_of_clamped_scores(world: Path, tmp_path: Path) -> None:
+    store = copy_of(world, tmp_path)
+    with duckdb.connect(str(store / "public" / "scores.duckdb")) as connection:
+        connection.execute(
+            "UPDATE leaderboard SET mean = -0.1, clip_score = 0.4321, clip_score_low_95 = 0.3456, "
+            "clip_score_high_95 = 0.5678 WHERE is_headline AND variant = 'sd'"
+        )
+    write_report(store / "public" / "scores.duckdb", store, tmp_path / "report")
+    text = parsed(tmp_path / "report")["index.html"].text
+    assert "Base 0.43 0.35 to 0.57 0.35" in text
+
+
+def test_only_what_is_found_has_the_colour_of_a_gain_or_a_loss(world: Path, tmp_path: Path) -> None:
+    store = copy_of(world, tmp_path)
+    coloured = {}
+    for finding in ("higher", "not told apart"):
+        with duckdb.connect(str(store / "public" / "scores.duckdb")) as connection:
+            connection.execute(
+                "UPDATE paired_effects SET low_95 = 0.01, high_95 = 0.02, mean_difference = 0.015, "
+                "better = 'higher', finding = ?",
+                [finding],
+            )
+            ((effects,),) = connection.execute("SELECT count(*) FROM paired_effects").fetchall()
+        write_report(store / "public" / "scores.duckdb", store, tmp_path / "report")
+        page = parsed(tmp_path / "report")["index.html"]
+        coloured[finding] = sum("gain" in cell.get("class", "") for cell in page.all("td"))
+    assert coloured["higher"] - coloured["not told apart"] == effects > 0
+
+
 def test_images_say_what_they_are_and_wait_until_they_are_seen(pages: dict[str, Parsed]) -> None:
     shown = [image for page in pages.values() for image in page.all("img")]
     assert len(shown) > 100

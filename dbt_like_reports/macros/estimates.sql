@@ -1,6 +1,6 @@
 {#
-  A quantile of Student's t with `degrees` degrees of freedom, for 0.975 (both ends of a 95 %
-  interval) or 0.8 (the power of `detectable_difference`): NULL below one, from a table up to 30,
+  A quantile of Student's t with `degrees` degrees of freedom, for `detectable_difference`: 0.975
+  (both ends of a 95 % interval) or 0.8 (the power): NULL below one, from a table up to 30,
   then by the expansion of Abramowitz & Stegun 26.7.5 (right to six digits from 31 on).
 #}
 {% macro t_quantile(degrees, probability=0.975) -%}
@@ -35,21 +35,28 @@
 {%- endmacro %}
 
 {#
-  One end of the 95 % interval of a mean over prompts: NULL with fewer than two prompts, which say
-  nothing about others. `side` is '-' for the lower end and '+' for the upper.
+  A deviation of values that are the same but for their last digits. Then prompts say nothing about
+  how others would vary: no interval, and no detectable difference.
 #}
-{% macro t_interval(mean, deviation, count, side) -%}
-    round(
-        {{ mean }} {{ side }} ({{ t_quantile("(" ~ count ~ " - 1)") }})
-        * {{ deviation }} / sqrt({{ count }}),
-        6
-    )
+{% macro no_spread() -%} 1e-9 {%- endmacro %}
+
+{#
+  An end of an interval of a metric, which does not leave the metric's range: a share or a distance
+  of titles lies between 0 and 1. (greatest() and least() pass over NULL, which has to stay.)
+#}
+{% macro within_range(value, metric_id) -%}
+    case
+        when {{ value }} is not null and {{ metric_id }} like 'title\_%' escape '\' then
+            round(least(1, greatest(0, {{ value }})), 6)
+        else round({{ value }}, 6)
+    end
 {%- endmacro %}
 
 {#
-  Two-sided p-value of no mean difference over prompts by Student's t, so that it is below 0.05 where
-  the 95 % interval leaves 0 out: the distribution has a closed form for whole degrees of freedom
-  (Abramowitz & Stegun 26.7.3 and 26.7.4). NULL with fewer than two prompts.
+  Two-sided p-value of no mean difference over prompts by Student's t: the distribution has a closed
+  form for whole degrees of freedom (Abramowitz & Stegun 26.7.3 and 26.7.4). Where all prompts differ
+  by the same, there is no t; then that of their signs, which chance gives all alike 2 times of 2^n.
+  NULL with fewer than two prompts.
 #}
 {% macro t_p_value(mean, deviation, count) -%}
     {%- set degrees = "(" ~ count ~ " - 1)" -%}
@@ -58,8 +65,9 @@
     {%- set cosine_squared = "(" ~ degrees ~ " / (" ~ degrees ~ " + " ~ t_squared ~ "))" -%}
     case
         when {{ count }} < 2 then null
+        when {{ deviation }} <= {{ no_spread() }} and abs({{ mean }}) <= {{ no_spread() }} then 1
+        when {{ deviation }} <= {{ no_spread() }} then pow(2.0, 1 - {{ count }})
         when {{ mean }} = 0 then 1
-        when {{ deviation }} = 0 then 0
         when {{ degrees }} % 2 = 0 then
             round(1 - {{ sine }} * list_sum([
                 exp(lgamma(k + 0.5) - lgamma(k + 1)) / sqrt(pi()) * pow({{ cosine_squared }}, k)
