@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers.utils.logging
@@ -33,7 +33,7 @@ from posterpipe.core.dreambooth.config import (
 from posterpipe.core.dreambooth.data import read_training_set
 from posterpipe.core.dreambooth.draws import positions, step_seed
 from posterpipe.core.dreambooth.errors import TrainingDiverged, TrainingError, TrainingStopped
-from posterpipe.core.dreambooth.guards import only_run_in, stop_signal
+from posterpipe.core.dreambooth.guards import only_run_in, stop_signal, writing
 from posterpipe.core.dreambooth.holdout import holdout_loss, lowest, stopped_falling
 from posterpipe.core.dreambooth.inputs import read_inputs
 from posterpipe.core.dreambooth.learner import Learner
@@ -127,7 +127,7 @@ def _train(
         tensors, state = learner.state()
         state["journal"] = journal.to_json()
         if main:
-            with _full_disk_hint(save_folder, step):
+            with writing(f"the save of step {step}", save_folder):
                 write_save(
                     save_folder,
                     step=step,
@@ -151,7 +151,7 @@ def _train(
             losses = [measured.loss for measured in journal.holdout]
             newest_is_lowest = lowest(losses, settings.early_stop_min_gain) == len(losses) - 1
             if settings.early_stop_patience is not None and newest_is_lowest and main:
-                with _full_disk_hint(lowest_folder, step):
+                with writing(f"the save of step {step}", lowest_folder):
                     weights = learner.named
                     write_save(
                         lowest_folder,
@@ -164,7 +164,7 @@ def _train(
 
     def draw_samples(step: int) -> None:
         if inputs.drawer is not None and main:
-            with learner.as_finished():
+            with learner.as_finished(), writing(f"the samples of step {step}", config.work_dir):
                 inputs.drawer.draw(step, learner.predict)
 
     def due(step: int, every: int | None) -> bool:
@@ -276,9 +276,10 @@ def _train(
             if best is not None:
                 learner.restore_weights(best)
                 steps = best.step
-        write_checkpoint(
-            config, versions, run, trained=learner.models, journal=journal, steps=steps
-        )
+        with writing("the finished model", config.output_dir):
+            write_checkpoint(
+                config, versions, run, trained=learner.models, journal=journal, steps=steps
+            )
         remove_saves(save_folder)
         remove_saves(lowest_folder)
     return first_step
@@ -360,17 +361,6 @@ def _diverged(
         f"training.learning_rate (now {settings.learning_rate:g}), or raise the precision "
         f"(training.mixed_precision, now {settings.mixed_precision})"
     )
-
-
-@contextlib.contextmanager
-def _full_disk_hint(folder: Path, step: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise TrainingError(
-            f"{folder}: the save of step {step} could not be written ({error.strerror}); earlier "
-            "ones are as they were: make room, and start the same run again"
-        ) from error
 
 
 def _quiet() -> None:
