@@ -39,7 +39,7 @@ from posterpipe.core.dreambooth.inputs import read_inputs
 from posterpipe.core.dreambooth.learner import Learner
 from posterpipe.core.dreambooth.memory import is_out_of_memory, memory_hint, peak_memory_gib
 from posterpipe.core.dreambooth.reports import HoldoutLoss, Journal, StepReport, TrainResult
-from posterpipe.core.dreambooth.saves import newest_save, remove_saves, write_save
+from posterpipe.core.dreambooth.saves import newest_save, other_runs, remove_saves, write_save
 from posterpipe.core.dreambooth.schedule import learning_rate
 from posterpipe.settings import TrainingSettings
 
@@ -70,8 +70,8 @@ def train(
     check_base_model(config.base_model)
     read_training_set(config.training_set)
     versions = config.versions or measure_versions(config)
-    run = checkpoint_id(config, versions)
     accelerator = Accelerator(mixed_precision="no")  # `learner` deals with precision
+    run = checkpoint_id(config, versions, accelerator.num_processes)
     main = accelerator.is_main_process
     say = log if main else lambda line: None
     try:
@@ -106,16 +106,19 @@ def _train(
     settings = config.training
     main, device = accelerator.is_main_process, accelerator.device
     total = settings.max_train_steps
-    inputs = read_inputs(config, accelerator, log)
+    inputs = read_inputs(config, run, accelerator, log)
     learner = Learner(config, accelerator, inputs.texts, log)
 
     # ---- init or resume -----------------------------------------------------------------------
-    # Another number of processes reads the stream of samples differently: a save of one is foreign
-    # to the other.
-    run_of_saves = f"{run}-{accelerator.num_processes}"
-    save_folder, lowest_folder = config.work_dir / _SAVES, config.work_dir / _LOWEST
+    save_folder, lowest_folder = config.work_dir / _SAVES / run, config.work_dir / _LOWEST / run
     first_step, journal = 0, Journal()
-    saved = newest_save(save_folder, run=run_of_saves, log=log)
+    saved = newest_save(save_folder, run=run, log=log)
+    others = other_runs(save_folder)
+    if others:
+        log(
+            f"{save_folder.parent}: the saves of other runs are kept ({', '.join(others)}); remove "
+            "their folders when those are not to go on"
+        )
     if saved is not None:
         learner.restore(saved)
         first_step, journal = saved.step, Journal.from_json(saved.state["journal"])
@@ -131,7 +134,7 @@ def _train(
                 write_save(
                     save_folder,
                     step=step,
-                    run=run_of_saves,
+                    run=run,
                     tensors=tensors,
                     state=state,
                     keep=settings.keep_saves,
@@ -156,7 +159,7 @@ def _train(
                     write_save(
                         lowest_folder,
                         step=step,
-                        run=run_of_saves,
+                        run=run,
                         tensors=weights,
                         state={},
                         keep=1,
@@ -230,7 +233,7 @@ def _train(
                 mean_loss = float(accelerator.reduce(loss_sum.clone(), "mean")) / journal.loss_steps
                 bad_step = float(accelerator.gather(first_bad_step).min())
                 if math.isfinite(bad_step):
-                    raise _diverged(settings, int(bad_step), save_folder, run_of_saves)
+                    raise _diverged(settings, int(bad_step), save_folder, run)
             if measures:
                 measure_holdout(done)
                 if not ends and _stops_early(settings, journal):
@@ -272,13 +275,19 @@ def _train(
         steps = journal.reports[-1].step
         learner.finish()
         if settings.early_stop_patience is not None:
-            best = newest_save(lowest_folder, run=run_of_saves, log=log)
+            best = newest_save(lowest_folder, run=run, log=log)
             if best is not None:
                 learner.restore_weights(best)
                 steps = best.step
         with writing("the finished model", config.output_dir):
             write_checkpoint(
-                config, versions, run, trained=learner.models, journal=journal, steps=steps
+                config,
+                versions,
+                run,
+                trained=learner.models,
+                journal=journal,
+                steps=steps,
+                processes=accelerator.num_processes,
             )
         remove_saves(save_folder)
         remove_saves(lowest_folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
@@ -22,11 +23,11 @@ from safetensors.torch import load_file
 
 from posterpipe.core.dreambooth import saves
 from posterpipe.core.dreambooth.checkpoint import RECORD_NAME
-from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.config import RunConfig, checkpoint_id, measure_versions
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.train import train
-from posterpipe_tests.core.dreambooth.conftest import MakeConfig
+from posterpipe_tests.core.dreambooth.conftest import MakeConfig, saves_of
 
 STEPS = 24
 
@@ -197,7 +198,7 @@ def test_killed_while_saving_a_run_ends_with_the_same_bits(
 ) -> None:
     config = make_config("killed", **SHORT)
     assert finished(in_process(die_in_line_of_a_save, config, 2, 12)) == -signal.SIGKILL
-    names = sorted(path.name for path in (config.work_dir / "saves").iterdir())
+    names = [path.name for path in saves_of(config)]
     assert names[-1] == "step-00000002" and names[0].startswith(".step-00000004")
     assert_ends_like(config, uninterrupted)
 
@@ -259,7 +260,7 @@ def test_sigterm_saves_and_ends_with_a_sentence(make_config: MakeConfig) -> None
         rest = process.communicate(timeout=60)[0]
     assert process.returncode == 1
     assert "training: asked to stop: saved at step" in rest and "Traceback" not in rest
-    kept = list((config.work_dir / "saves").iterdir())
+    kept = saves_of(config)
     assert len(kept) == 1 and (kept[0] / "manifest.json").exists()
 
 
@@ -308,6 +309,12 @@ def test_where_the_system_refuses_a_file_a_sentence_says_so_and_the_run_can_go_o
     assert (config.output_dir / RECORD_NAME).exists()
 
 
+def of_record(config: RunConfig) -> tuple[list[float], list[float], dict[str, Any]]:
+    """Losses, held-out losses, and everything that the record of a finished run tells."""
+    told = json.loads((config.output_dir / RECORD_NAME).read_text())
+    return [row["loss"] for row in told["reports"]], [row["loss"] for row in told["holdout"]], told
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_work_of_one(
     make_config: MakeConfig, other_set: Path, monkeypatch: pytest.MonkeyPatch
@@ -323,11 +330,15 @@ def test_two_processes_share_the_work_of_one(
         output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     assert output.count("finished: 3 steps") == 1, output
-    # Finished: the losses are read, not computed.
-    together = train(two)
-    assert [r.loss for r in together.reports] == pytest.approx(
-        [r.loss for r in alone.reports], abs=1e-5
-    )
-    assert [m.loss for m in together.holdout] == pytest.approx(
-        [m.loss for m in alone.holdout], abs=1e-5
-    )
+    reports, holdout, told = of_record(two)
+    assert reports == pytest.approx([r.loss for r in alone.reports], abs=1e-5)
+    assert holdout == pytest.approx([m.loss for m in alone.holdout], abs=1e-5)
+    # Their steps are those of twice the batch, and so the result has another name.
+    assert told["processes"] == 2
+    versions = measure_versions(two)
+    assert told["checkpoint_id"] == checkpoint_id(two, versions, processes=2)
+    assert told["checkpoint_id"] != checkpoint_id(two, versions)
+    card = (two.output_dir / "README.md").read_text()
+    assert "3 optimizer steps of 4 images (in 2 processes)" in card
+    with pytest.raises(TrainingError, match="holds the checkpoint"):
+        train(two)

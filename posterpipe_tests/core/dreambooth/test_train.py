@@ -36,7 +36,7 @@ from posterpipe.core.dreambooth.reports import StepReport, TrainResult
 from posterpipe.core.dreambooth.train import train
 from posterpipe.core.sampler import blocked_reason
 from posterpipe.settings import default_root
-from posterpipe_tests.core.dreambooth.conftest import MakeConfig, write_training_set
+from posterpipe_tests.core.dreambooth.conftest import MakeConfig, saves_of, write_training_set
 from posterpipe_tests.models import build_tiny_stable_diffusion
 
 
@@ -312,7 +312,7 @@ def test_the_scaler_of_fp16_is_saved_and_taken_up_again(make_config: MakeConfig)
     uninterrupted = train(whole)
     with pytest.raises(KeyboardInterrupt):
         train(cut, interrupt_at(5))
-    state = json.loads((cut.work_dir / "saves" / "step-00000004" / "state.json").read_text())
+    state = json.loads((saves_of(cut)[-1] / "state.json").read_text())
     assert state["scaler"]["scale"] > 0 and state["scaler"]["_growth_tracker"] >= 0
     resumed = train(cut)
     assert resumed.resumed_from == 4 and losses(resumed) == losses(uninterrupted)
@@ -348,7 +348,43 @@ def test_a_loss_that_is_no_number_names_the_last_good_save(
     ):
         train(config)
     assert not config.output_dir.exists()
-    assert [p.name for p in (config.work_dir / "saves").iterdir()] == ["step-00000002"]
+    assert [p.name for p in saves_of(config)] == ["step-00000002"]
+
+
+def test_a_run_with_other_settings_leaves_the_saves_of_the_first_which_goes_on(
+    make_config: MakeConfig,
+) -> None:
+    first = make_config(max_train_steps=6, save_every_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(first, interrupt_at(5))
+    kept = saves_of(first)
+    other = make_config(max_train_steps=6, save_every_steps=2, seed=3)
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        train(other, interrupt_at(5), log=said.append)
+    (line,) = [line for line in said if "saves of other runs" in line]
+    assert kept[0].parent.name in line and str(other.work_dir / "saves") in line
+    assert set(kept) < set(saves_of(first))
+    assert train(first).resumed_from == 4
+    assert set(saves_of(first)).isdisjoint(kept)
+    done = first.output_dir.rename(first.output_dir.with_name("first"))
+    assert train(other).resumed_from == 4
+    assert not (first.work_dir / "saves").exists()
+    whole = make_config("whole", max_train_steps=6)
+    train(whole)
+    assert equal(unet_weights(done), unet_weights(whole.output_dir))
+
+
+def test_samples_of_another_run_in_the_same_folder_are_not_shown(make_config: MakeConfig) -> None:
+    settings: dict[str, Any] = {"sample_every_steps": 2, "sample_prompts": ("a cat", "a car")}
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(**settings, seed=3), interrupt_at(3))
+    with pytest.raises(KeyboardInterrupt):  # the same run, with other samples and no save
+        train(make_config(**settings), interrupt_at(3))
+    config = make_config(sample_every_steps=3, sample_prompts=("a cat",), max_train_steps=4)
+    train(config)
+    names = sorted(path.name for path in (config.output_dir / "samples").glob("*.png"))
+    assert names == [f"step-{step:08d}-0.png" for step in (0, 3, 4)]
 
 
 def test_what_is_missing_is_named_in_one_sentence(
@@ -404,7 +440,7 @@ def test_pickles_planted_among_saves_and_cached_tensors_are_never_read(
     proof = tmp_path / "executed"
     pickled = tmp_path / "pickle"
     torch.save(Malicious(proof), pickled)
-    (save,) = (config.work_dir / "saves").glob("step-*")
+    (save,) = saves_of(config)
     shutil.copyfile(pickled, save / "optimizer.pt")
     for path in [save / "unet.safetensors", *(config.work_dir / "cache").iterdir()]:
         shutil.copyfile(pickled, path)
