@@ -31,6 +31,7 @@ from posterpipe.core.dreambooth.reports import (
     StepReport,
     TrainResult,
     draw_curves,
+    finite,
     write_metrics,
 )
 from posterpipe.core.dreambooth.samples import SAMPLES_NAME, draw_grid
@@ -115,7 +116,7 @@ def read_result(config: RunConfig, run: str) -> TrainResult | None:
                 seconds=record["seconds"],
                 resumed_from=0,
                 ended_by=record["ended_by"],
-                reports=tuple(StepReport(**report) for report in record["reports"]),
+                reports=tuple(StepReport.from_json(report) for report in record["reports"]),
                 holdout=tuple(HoldoutLoss(**loss) for loss in record["holdout"]),
             )
         found = f"the checkpoint {record['checkpoint_id']}, and this run makes {run}"
@@ -196,8 +197,18 @@ def _model_index(base_model: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes readable JSON with a fixed order of keys."""
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Writes readable JSON with a fixed order of keys; a number that JSON has not, such as an
+    infinite limit among the settings, becomes null."""
+    text = json.dumps(_strict(values), indent=2, sort_keys=True, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return finite(value) if isinstance(value, float) else value
 
 
 def _share(folder: Path) -> None:

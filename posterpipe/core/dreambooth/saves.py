@@ -54,8 +54,8 @@ def write_save(
     """Adds the save of `step` to `folder`, which is this run's alone, and then removes all but the
     newest `keep`.
 
-    run: its id, without which a save is refused. tensors: a name -> its tensors. state:
-    anything JSON holds.
+    run: its id, without which a save is refused. tensors: a name -> its tensors. state: anything
+    JSON holds; raises ValueError for a number that it has not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for abandoned in folder.glob(".*.tmp"):
@@ -67,7 +67,7 @@ def write_save(
         # Clones: safetensors refuses tensors that share memory, as 8-bit Adam's maps do.
         owned = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in values.items()}
         save_file(owned, temporary / f"{name}.safetensors")
-    (temporary / _STATE).write_text(json.dumps(dict(state)), encoding="utf-8")
+    (temporary / _STATE).write_text(json.dumps(dict(state), allow_nan=False), encoding="utf-8")
     files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
     manifest = {"run": run, "step": step, "files": files}
     (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -38,7 +38,7 @@ from posterpipe.core.dreambooth.holdout import holdout_loss, lowest, stopped_fal
 from posterpipe.core.dreambooth.inputs import read_inputs
 from posterpipe.core.dreambooth.learner import Learner
 from posterpipe.core.dreambooth.memory import is_out_of_memory, memory_hint, peak_memory_gib
-from posterpipe.core.dreambooth.reports import HoldoutLoss, Journal, StepReport, TrainResult
+from posterpipe.core.dreambooth.reports import HoldoutLoss, Journal, StepReport, TrainResult, finite
 from posterpipe.core.dreambooth.saves import newest_save, other_runs, remove_saves, write_save
 from posterpipe.core.dreambooth.schedule import learning_rate
 from posterpipe.settings import TrainingSettings
@@ -150,6 +150,9 @@ def _train(
                 processes=accelerator.num_processes,
             )
             loss = float(accelerator.reduce(share.to(device), "sum"))
+            if not math.isfinite(loss):  # the model overflows there; while training it may not
+                log(f"the held-out loss at step {step} is no number, and is left out")
+                return
             journal.holdout.append(HoldoutLoss(step, loss))
             losses = [measured.loss for measured in journal.holdout]
             newest_is_lowest = lowest(losses, settings.early_stop_min_gain) == len(losses) - 1
@@ -250,7 +253,7 @@ def _train(
                     holdout_loss=journal.holdout[-1].loss if journal.holdout else None,
                     lr=rates[0],
                     text_encoder_lr=rates[1] if learner.trains_text_encoder(step) else None,
-                    grad_norm=float(norm),
+                    grad_norm=finite(float(norm)),
                     steps_per_second=(done - reported_step) / max(now - reported_at, 1e-9),
                     seconds_left=(now - started) / (done - first_step) * (total - done),
                     memory_gib=peak_memory_gib(device),
