@@ -57,6 +57,7 @@ def read_inputs(
                 rows,
                 config.base_model,
                 lambda: load_vae(config.base_model).to(accelerator.device),
+                device=accelerator.device,
                 size=config.size,
                 log=log,
             )
