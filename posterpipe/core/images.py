@@ -203,6 +203,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """A decoded image as it is meant to be looked at: RGB (see `to_rgb`), turned by its EXIF."""
+    turn = turn_of(image)
+    rgb = to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         levels = np.asarray(image).astype(np.uint32)

@@ -150,7 +150,8 @@ def class_images(
     deps=[class_images],
     config_schema=launchpad_fields(),
     metadata=columns(
-        checkpoint_id="string: hash of training set, base model, settings and trainer version",
+        checkpoint_id="string: hash of training set, base model, settings, trainer version and, "
+        "where there are several, the number of GPUs",
         path="string: the diffusers directory, inside the store",
         training_set="string: version of training.csv that it was trained on",
         base_model="string: fingerprint of the base model",
@@ -172,9 +173,11 @@ def dreambooth_checkpoint(
     launched with other settings in its config.
     """
     import pandas as pd
+    import torch
 
     from posterpipe.core.class_images import build_class_images
     from posterpipe.core.dreambooth.config import RunConfig, Versions, checkpoint_id
+    from posterpipe.core.dreambooth.launch import launch_command
     from posterpipe.core.holdout_set import build_holdout_set
     from posterpipe.core.models import fingerprint, locate
 
@@ -221,7 +224,9 @@ def dreambooth_checkpoint(
             versions=versions,
         )
 
-    name = checkpoint_id(run_config("unnamed"), versions)
+    gpus = torch.cuda.device_count()
+    processes = max(1, gpus)
+    name = checkpoint_id(run_config("unnamed"), versions, processes)
     config = run_config(name)
     record_file = config.output_dir / "posterpipe.json"
     reused = store.keep(config.output_dir) and record_file.exists()
@@ -229,7 +234,8 @@ def dreambooth_checkpoint(
         context.log.info(f"{config.output_dir} exists: nothing to train")
     else:
         config_file = config.to_toml(config.work_dir / "run.toml")
-        _train(context, deployment, config_file)
+        command = launch_command(config_file, module=WORKER, processes=processes, cpu=gpus == 0)
+        _train(context, deployment, command)
     record = json.loads(record_file.read_text("utf-8"))
     row = {
         "checkpoint_id": name,
@@ -257,21 +263,12 @@ def dreambooth_checkpoint(
     )
 
 
-def _train(context: dg.AssetExecutionContext, deployment: Deployment, config_file: Path) -> None:
-    import torch
-
-    from posterpipe.core.dreambooth.launch import launch_command
-
-    gpus = torch.cuda.device_count()
+def _train(context: dg.AssetExecutionContext, deployment: Deployment, command: list[str]) -> None:
     reader = _Reports()
     with reader.shown_by(deployment.progress(context)):
         try:
             dg.PipesSubprocessClient(message_reader=reader).run(
-                context=context,
-                command=launch_command(
-                    config_file, module=WORKER, processes=max(1, gpus), cpu=gpus == 0
-                ),
-                cwd=str(deployment.settings.root),
+                context=context, command=command, cwd=str(deployment.settings.root)
             )
         except DagsterPipesExecutionError as error:
             raise TrainingFailed(reader.last_words or f"training: {error}") from error

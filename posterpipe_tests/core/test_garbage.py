@@ -186,8 +186,8 @@ def checkpoint(store: Store, name: str, trained_on: str) -> Path:
 def training(store: Store, name: str, trains_on: str) -> Path:
     folder = store.folder("training", name)
     (folder / "run.toml").write_text(f'width = 8\n\n[versions]\ntraining_set = "{trains_on}"\n')
-    (folder / "saves" / "step-00000002").mkdir(parents=True)
-    (folder / "saves" / "step-00000002" / "unet.safetensors").write_bytes(b"weights")
+    (folder / "saves" / name / "step-00000002").mkdir(parents=True)
+    (folder / "saves" / name / "step-00000002" / "unet.safetensors").write_bytes(b"weights")
     return folder
 
 
@@ -209,7 +209,7 @@ def test_training_sets_checkpoints_and_trainings_go_by_the_tables(store: Store) 
     version = store.write_table("dreambooth_checkpoint", pd.DataFrame({"id": ["1" * 16]}))
     store.add_results(TABLE, {f"dreambooth_checkpoint/{version}": {}, f"t/{'e' * 64}": {}})
     age(store.root)
-    save = running / "saves" / "step-00000002" / "unet.safetensors"
+    save = running / "saves" / running.name / "step-00000002" / "unet.safetensors"
     os.utime(save)  # started by hand, and saved a moment ago
 
     garbage = find_garbage(store)
@@ -308,7 +308,7 @@ def test_leftovers_of_killed_processes_go_and_those_at_work_stay(store: Store) -
         store.root / "blobs" / blob[:2] / f".{blob}.png.0123.tmp",
         store.root / "tables" / "t" / ".current.json.0123.tmp",
         store.folder("training_sets", ".abc.0123.tmp"),
-        store.folder("training", "1" * 16, "saves", ".step-00000002.77.tmp"),
+        store.folder("training", "1" * 16, "saves", "1" * 16, ".step-00000002.77.tmp"),
     ]
     for path in dead[:2]:
         path.write_bytes(b"half")

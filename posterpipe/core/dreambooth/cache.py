@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from posterpipe.core.dreambooth.guards import writing
 from posterpipe.core.dreambooth.saves import sync_path
 
 Tensors = dict[str, Tensor]
@@ -39,7 +40,8 @@ def cached_tensors(
 
     compute: gets the indices of the missing keys, each key once, and yields (index, tensors) as
     they come; each is on disk at once, so that a killed run need not do it again. It is not called
-    when nothing is missing. A damaged file is made again, and `log` is told.
+    when nothing is missing. A damaged file is made again, and `log` is told. Raises TrainingError
+    for a file that cannot be written.
     """
     known: dict[str, Tensors] = {}
     for key in keys:
@@ -56,7 +58,9 @@ def cached_tensors(
         folder.mkdir(parents=True, exist_ok=True)
         for index, tensors in compute(sorted(missing.values())):
             owned = {name: value.cpu().contiguous() for name, value in tensors.items()}
-            _write(folder / f"{keys[index]}.safetensors", owned)
+            path = folder / f"{keys[index]}.safetensors"
+            with writing("a latent or text embedding", path):
+                _write(path, owned)
             known[keys[index]] = owned
     return [known[key] for key in keys]
 

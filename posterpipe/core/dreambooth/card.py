@@ -47,7 +47,7 @@ def card(config: RunConfig, record: Mapping[str, Any], folder: Path) -> str:
     lines += [
         f"Checkpoint `{record['checkpoint_id']}`: {_what(settings.method)} of "
         f"{'U-Net and text encoder' if settings.train_text_encoder else 'the U-Net'}, "
-        f"{record['steps']} optimizer steps of {_images(settings)} in "
+        f"{record['steps']} optimizer steps of {_images(settings, record['processes'])} in "
         f"{duration(record['seconds'])}; {_ENDS[record['ended_by']]}.",
         "",
         "```python",
@@ -108,9 +108,10 @@ def _what(method: str) -> str:
     return "LoRA" if method == "lora" else "full fine-tuning"
 
 
-def _images(settings: Any) -> str:
-    count = settings.train_batch_size * settings.gradient_accumulation_steps
-    return f"{count} image{'s' if count > 1 else ''}"
+def _images(settings: Any, processes: int) -> str:
+    count = settings.train_batch_size * settings.gradient_accumulation_steps * processes
+    shared = f" (in {processes} processes)" if processes > 1 else ""
+    return f"{count} image{'s' if count > 1 else ''}{shared}"
 
 
 def _holdout(record: Mapping[str, Any]) -> str:

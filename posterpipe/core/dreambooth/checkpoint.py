@@ -31,6 +31,7 @@ from posterpipe.core.dreambooth.reports import (
     StepReport,
     TrainResult,
     draw_curves,
+    finite,
     write_metrics,
 )
 from posterpipe.core.dreambooth.samples import SAMPLES_NAME, draw_grid
@@ -53,6 +54,7 @@ def write_checkpoint(
     trained: Mapping[str, nn.Module],
     journal: Journal,
     steps: int,
+    processes: int,
 ) -> None:
     """Writes the finished directory under a temporary name and renames it to `output_dir`.
 
@@ -60,7 +62,7 @@ def write_checkpoint(
     files; all other parts are the base's own files. With LoRA their merged weights are written, so
     that whatever reads Stable Diffusion reads this, and beside them the small file that diffusers
     loads on top of the base model. steps: after which the weights are as they are; journal.ended_by
-    tells why no more were made.
+    tells why no more were made. processes: that shared the work, each with batches of its own.
     """
     final = config.output_dir
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -82,11 +84,11 @@ def write_checkpoint(
     write_json(temporary / "model_index.json", _model_index(config.base_model))
     write_metrics(temporary / METRICS_NAME, journal)
     draw_curves(temporary / PICTURE_NAME, journal)
-    samples = config.work_dir / SAMPLES_NAME
+    samples = config.work_dir / SAMPLES_NAME / run
     if samples.is_dir():
         shutil.copytree(samples, temporary / SAMPLES_NAME)
         draw_grid(temporary / f"{SAMPLES_NAME}.png", temporary / SAMPLES_NAME)
-    record = _record(config, versions, run, journal, steps)
+    record = _record(config, versions, run, journal, steps, processes)
     write_json(temporary / RECORD_NAME, record)
     write_card(temporary / CARD_NAME, config, record)
     _share(temporary)
@@ -114,7 +116,7 @@ def read_result(config: RunConfig, run: str) -> TrainResult | None:
                 seconds=record["seconds"],
                 resumed_from=0,
                 ended_by=record["ended_by"],
-                reports=tuple(StepReport(**report) for report in record["reports"]),
+                reports=tuple(StepReport.from_json(report) for report in record["reports"]),
                 holdout=tuple(HoldoutLoss(**loss) for loss in record["holdout"]),
             )
         found = f"the checkpoint {record['checkpoint_id']}, and this run makes {run}"
@@ -146,7 +148,7 @@ def _schedule_ends_in_noise(path: Path) -> None:
 
 
 def _record(
-    config: RunConfig, versions: Versions, run: str, journal: Journal, steps: int
+    config: RunConfig, versions: Versions, run: str, journal: Journal, steps: int, processes: int
 ) -> dict[str, Any]:
     return {
         "checkpoint_id": run,
@@ -160,6 +162,7 @@ def _record(
         "height": config.height,
         "settings": config.training.model_dump(mode="json"),
         "packages": {name: _package_version(name) for name in _PACKAGES},
+        "processes": processes,
         "steps": steps,
         "ended_by": journal.ended_by,
         "final_loss": journal.reports[-1].smoothed_loss,
@@ -194,8 +197,18 @@ def _model_index(base_model: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes readable JSON with a fixed order of keys."""
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Writes readable JSON with a fixed order of keys; a number that JSON has not, such as an
+    infinite limit among the settings, becomes null."""
+    text = json.dumps(_strict(values), indent=2, sort_keys=True, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return finite(value) if isinstance(value, float) else value
 
 
 def _share(folder: Path) -> None:

@@ -59,7 +59,7 @@ class Versions(BaseModel):
 class RunConfig(BaseModel):
     """Everything one training run is told. Frozen; relative paths start in the current directory.
 
-    `work_dir` belongs to this run alone: it holds the saves from which a killed run goes on.
+    `work_dir` holds the saves from which a killed run goes on, in a folder for each run.
     `cache_dir` may be shared by all runs. `output_dir` appears, complete, when the run has
     finished.
     """
@@ -76,7 +76,7 @@ class RunConfig(BaseModel):
         None, description="the same with posters never trained on, for the held-out loss"
     )
     output_dir: Path = Field(description="where the finished diffusers directory appears")
-    work_dir: Path = Field(description="saves and samples of this run")
+    work_dir: Path = Field(description="saves and samples of runs in progress")
     cache_dir: Path | None = Field(
         None, description="latents and text embeddings; `cache` in work_dir when not given"
     )
@@ -136,13 +136,14 @@ class RunConfig(BaseModel):
             raise TrainingError(f"{path}: {problems}; correct it there") from error
 
 
-def checkpoint_id(config: RunConfig, versions: Versions) -> str:
+def checkpoint_id(config: RunConfig, versions: Versions, processes: int = 1) -> str:
     """The id of the checkpoint that this run makes: 16 hex digits.
 
     A hash of everything that decides a weight: the training set, the base model, the image size,
     the training settings and the trainer's version; the class images with prior preservation, the
-    held-out posters with early stopping. Paths, and settings that only change what is logged or
-    kept, are not in it.
+    held-out posters with early stopping; the number of processes where there are several, each of
+    which takes a batch of its own. Paths, and settings that only change what is logged or kept, are
+    not in it.
     """
     training = config.training
     unused = set(WITHOUT_EFFECT)
@@ -152,6 +153,8 @@ def checkpoint_id(config: RunConfig, versions: Versions) -> str:
         "size": [config.width, config.height, config.buckets],
         "trainer": TRAINER_VERSION,
     }
+    if processes > 1:
+        parts["processes"] = processes
     if training.prior_preservation:
         parts["class_set"] = versions.class_set
     else:

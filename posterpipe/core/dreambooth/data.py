@@ -18,6 +18,7 @@ from torch import Tensor
 
 from posterpipe.core.dreambooth.config import CSV_NAME
 from posterpipe.core.dreambooth.errors import TrainingSetError
+from posterpipe.core.images import upright
 
 _NAMED_AT_MOST = 5
 _PIXELS_A_LATENT = 8
@@ -81,13 +82,16 @@ def read_training_set(folder: Path) -> list[Example]:
 def load_pixels(path: Path, size: tuple[int, int] | None) -> Tensor:
     """One image: float32 (3, height, width) in -1..1.
 
-    size: width and height in pixels that it must have; None: any multiples of 8. Raises
+    Seen as `images.upright` does: turned by its EXIF orientation, transparency over white, 16 bits
+    to 8. size: width and height in pixels that it must have then; None: any multiples of 8. Raises
     TrainingSetError when it cannot be read or has another size.
     """
     try:
         with Image.open(path) as image:
-            check_size(path, image.size, size)
-            rgb = np.asarray(image.convert("RGB"))
+            image.load()
+            seen = upright(image)
+            check_size(path, seen.size, size)
+            rgb = np.asarray(seen)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise TrainingSetError(
             f"{path}: not a readable image ({error}); materialize training_csv again"

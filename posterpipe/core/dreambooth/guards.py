@@ -1,4 +1,4 @@
-"""What surrounds a run: its lock, and the signal to stop.
+"""What surrounds a run: its lock, the signal to stop, a disk that is full.
 
 What belongs here: dealings with the operating system. What does not: training (`train`), saves,
 memory (`memory`).
@@ -15,6 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from posterpipe.core.dreambooth.errors import TrainingError
 
 _WAITING_LINE_EVERY_SECONDS = 60.0
 
@@ -57,3 +61,19 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def writing(what: str, path: Path) -> Iterator[None]:
+    """While inside, a file that cannot be written is a TrainingError that names `what` and `path`.
+
+    Everything is written under a temporary name first, so what was there before is as it was.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TrainingError(
+            f"{path}: {what} could not be written ({reason}); what was written before is as it "
+            "was: make room, or the folder writable, and start the same run again"
+        ) from error

@@ -10,6 +10,7 @@ when the model overfits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,15 +34,17 @@ def holdout_loss(
 
 
 def lowest(losses: Sequence[float], min_gain: float) -> int:
-    """Index of the last loss that was lower than all before it by the share `min_gain`; -1 for
-    no losses."""
-    best, index = float("inf"), -1
+    """Index of the last loss that was lower than all before it by the share `min_gain`; -1 where
+    none is a number."""
+    best, index = math.inf, -1
     for place, loss in enumerate(losses):
-        if index < 0 or loss < best * (1 - min_gain):
+        if math.isfinite(loss) and (index < 0 or loss < best * (1 - min_gain)):
             best, index = loss, place
     return index
 
 
 def stopped_falling(losses: Sequence[float], *, patience: int, min_gain: float) -> bool:
-    """Whether the last `patience` losses (at least one) brought no new lowest one."""
+    """Whether the last `patience` losses (at least one) brought no new lowest one; those that are
+    no number count as not measured."""
+    losses = [loss for loss in losses if math.isfinite(loss)]
     return len(losses) - 1 - lowest(losses, min_gain) >= patience

@@ -38,10 +38,13 @@ class Inputs:
     texts: frozenset[str]
 
 
-def read_inputs(config: RunConfig, accelerator: Accelerator, log: Callable[[str], None]) -> Inputs:
+def read_inputs(
+    config: RunConfig, run: str, accelerator: Accelerator, log: Callable[[str], None]
+) -> Inputs:
     """Reads all sets that the settings ask for, and encodes their images.
 
-    Raises TrainingError for a set that is missing, TrainingSetError, BaseModelError.
+    run: its id, under which its samples go. Raises TrainingError for a set that is missing,
+    TrainingSetError, BaseModelError.
     """
     settings = config.training
     kind, alphas_bar = _noise(config)
@@ -54,6 +57,7 @@ def read_inputs(config: RunConfig, accelerator: Accelerator, log: Callable[[str]
                 rows,
                 config.base_model,
                 lambda: load_vae(config.base_model).to(accelerator.device),
+                device=accelerator.device,
                 size=config.size,
                 log=log,
             )
@@ -93,7 +97,7 @@ def read_inputs(config: RunConfig, accelerator: Accelerator, log: Callable[[str]
     if settings.sample_every_steps is not None:
         captions = list(dict.fromkeys(posters.captions))[:DEFAULT_PROMPTS]
         drawer = SampleDrawer(
-            config.work_dir / SAMPLES_NAME,
+            config.work_dir / SAMPLES_NAME / run,
             config.base_model,
             lambda: load_vae(config.base_model).to(accelerator.device),
             config.sampler,

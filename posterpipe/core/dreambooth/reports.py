@@ -7,6 +7,7 @@ metrics.parquet, the curves. What does not: when reports are made (`train`), bar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,8 +30,9 @@ class StepReport:
     loss: mean over the steps since the report before. smoothed_loss: moving average over about 50
     steps. holdout_loss: as last measured, None before. lr, text_encoder_lr: learning rates in this
     step; None for a text encoder that is not trained. grad_norm: of this step's gradients before
-    they are clipped. seconds_left: at this run's mean speed. memory_gib: peak of the accelerator's
-    memory, of the process's on CPU.
+    they are clipped; None where they overflowed and fp16's scaler left the step out.
+    seconds_left: at this run's mean speed. memory_gib: peak of the accelerator's memory, of the
+    process's on CPU.
     """
 
     step: int
@@ -40,10 +42,15 @@ class StepReport:
     holdout_loss: float | None
     lr: float
     text_encoder_lr: float | None
-    grad_norm: float
+    grad_norm: float | None
     steps_per_second: float
     seconds_left: float
     memory_gib: float
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> StepReport:
+        """A report as it was written; earlier versions wrote norms that are no number as such."""
+        return cls(**{**values, "grad_norm": finite(values["grad_norm"])})
 
     def numbers(self) -> dict[str, float | str]:
         """What is shown beside a bar, which counts steps and time itself."""
@@ -67,6 +74,11 @@ class StepReport:
             f"{self.smoothed_loss:.4f}{holdout}, learning rate {self.lr:.2e}{text}, {speed}{left}, "
             f"{self.memory_gib:.1f} GiB"
         )
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None for what JSON cannot hold."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -142,8 +154,8 @@ class Journal:
         """A journal as it was when it was saved."""
         return cls(
             seconds=values["seconds"],
-            reports=[StepReport(**row) for row in values["reports"]],
-            holdout=[HoldoutLoss(**row) for row in values["holdout"]],
+            reports=[StepReport.from_json(row) for row in values["reports"]],
+            holdout=[HoldoutLoss(**row) for row in values["holdout"] if math.isfinite(row["loss"])],
             smoothed=SmoothedLoss(**values["smoothed"]),
             loss_sum=values["loss_sum"],
             loss_steps=values["loss_steps"],

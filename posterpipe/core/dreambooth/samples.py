@@ -6,6 +6,7 @@ does not: the prompt suite's images, which `core.sampler` draws from finished mo
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -58,11 +59,13 @@ class SampleDrawer:
 
     @torch.no_grad()
     def draw(self, step: int, predict: Callable[[Tensor, Tensor, Sequence[str]], Tensor]) -> None:
-        """Draws all prompts one by one and writes them.
+        """Draws all prompts one by one and writes them; at step 0 it begins anew.
 
         predict: latents float32 (2, *shape), timestep and two texts -> what the U-Net predicts, in
         the shape of the latents.
         """
+        if step == 0:  # a run that was killed before its first save may have drawn other prompts
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / PROMPTS_NAME).write_text("\n".join(self.prompts) + "\n", "utf-8")
         vae = self._load_vae()

@@ -6,11 +6,13 @@ one, and turning optimizer states into tensors and JSON and back. What does not:
 
 A save is a folder `step-00000100` with safetensors, `state.json` and, written last,
 `manifest.json` with the size and sha256 of every file. It is written under a temporary name and
-renamed; older ones are removed only then. Nothing is ever unpickled.
+renamed; older ones are removed only then. Each run has a folder of its own for them, so that no
+other one removes them. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -49,10 +51,11 @@ def write_save(
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Adds the save of `step` to `folder` and then removes all but the newest `keep`.
+    """Adds the save of `step` to `folder`, which is this run's alone, and then removes all but the
+    newest `keep`.
 
-    run: the id of the run, without which a save is refused. tensors: a name -> its tensors. state:
-    anything JSON holds.
+    run: its id, without which a save is refused. tensors: a name -> its tensors. state: anything
+    JSON holds; raises ValueError for a number that it has not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for abandoned in folder.glob(".*.tmp"):
@@ -64,7 +67,7 @@ def write_save(
         # Clones: safetensors refuses tensors that share memory, as 8-bit Adam's maps do.
         owned = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in values.items()}
         save_file(owned, temporary / f"{name}.safetensors")
-    (temporary / _STATE).write_text(json.dumps(dict(state)), encoding="utf-8")
+    (temporary / _STATE).write_text(json.dumps(dict(state), allow_nan=False), encoding="utf-8")
     files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
     manifest = {"run": run, "step": step, "files": files}
     (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -82,8 +85,15 @@ def write_save(
 
 
 def remove_saves(folder: Path) -> None:
-    """Removes all saves: the run has finished."""
+    """Removes all saves of a run that has finished, and the folder above when no other has any."""
     shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()
+
+
+def other_runs(folder: Path) -> list[str]:
+    """The names of the folders beside a run's: other runs that have not finished."""
+    return sorted(path.name for path in folder.parent.glob("*") if path != folder)
 
 
 def newest_save(folder: Path, *, run: str, log: Callable[[str], None]) -> Save | None:

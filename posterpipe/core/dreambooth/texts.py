@@ -110,10 +110,11 @@ class FrozenTexts:
         """Makes texts known, from `folder` where they are there, and lets go of the encoder.
 
         The key holds the encoder's and the tokenizer's files (`encoder_key`), the text's token ids,
-        the precision, and the versions of transformers and of this code.
+        the precision, the kind of device, and the versions of torch, transformers and this code.
         """
         distinct = list(dict.fromkeys(texts))
-        versions = (_EMBEDDINGS_VERSION, encoder_key, str(self._dtype), transformers.__version__)
+        where = (str(self._dtype), self._device.type, torch.__version__, transformers.__version__)
+        versions = (_EMBEDDINGS_VERSION, encoder_key, *where)
         keys = [key_of(*versions, ids) for ids in self._tokens_of(distinct).tolist()]
 
         def compute(missing: list[int]) -> Iterator[tuple[int, Tensors]]:

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers.utils.logging
@@ -33,13 +33,13 @@ from posterpipe.core.dreambooth.config import (
 from posterpipe.core.dreambooth.data import read_training_set
 from posterpipe.core.dreambooth.draws import positions, step_seed
 from posterpipe.core.dreambooth.errors import TrainingDiverged, TrainingError, TrainingStopped
-from posterpipe.core.dreambooth.guards import only_run_in, stop_signal
+from posterpipe.core.dreambooth.guards import only_run_in, stop_signal, writing
 from posterpipe.core.dreambooth.holdout import holdout_loss, lowest, stopped_falling
 from posterpipe.core.dreambooth.inputs import read_inputs
 from posterpipe.core.dreambooth.learner import Learner
 from posterpipe.core.dreambooth.memory import memory_hint, peak_memory_gib
-from posterpipe.core.dreambooth.reports import HoldoutLoss, Journal, StepReport, TrainResult
-from posterpipe.core.dreambooth.saves import newest_save, remove_saves, write_save
+from posterpipe.core.dreambooth.reports import HoldoutLoss, Journal, StepReport, TrainResult, finite
+from posterpipe.core.dreambooth.saves import newest_save, other_runs, remove_saves, write_save
 from posterpipe.core.dreambooth.schedule import learning_rate
 from posterpipe.core.memory import is_out_of_memory
 from posterpipe.settings import TrainingSettings
@@ -71,8 +71,8 @@ def train(
     check_base_model(config.base_model)
     read_training_set(config.training_set)
     versions = config.versions or measure_versions(config)
-    run = checkpoint_id(config, versions)
     accelerator = Accelerator(mixed_precision="no")  # `learner` deals with precision
+    run = checkpoint_id(config, versions, accelerator.num_processes)
     main = accelerator.is_main_process
     say = log if main else lambda line: None
     try:
@@ -107,16 +107,19 @@ def _train(
     settings = config.training
     main, device = accelerator.is_main_process, accelerator.device
     total = settings.max_train_steps
-    inputs = read_inputs(config, accelerator, log)
+    inputs = read_inputs(config, run, accelerator, log)
     learner = Learner(config, accelerator, inputs.texts, log)
 
     # ---- init or resume -----------------------------------------------------------------------
-    # Another number of processes reads the stream of samples differently: a save of one is foreign
-    # to the other.
-    run_of_saves = f"{run}-{accelerator.num_processes}"
-    save_folder, lowest_folder = config.work_dir / _SAVES, config.work_dir / _LOWEST
+    save_folder, lowest_folder = config.work_dir / _SAVES / run, config.work_dir / _LOWEST / run
     first_step, journal = 0, Journal()
-    saved = newest_save(save_folder, run=run_of_saves, log=log)
+    saved = newest_save(save_folder, run=run, log=log)
+    others = other_runs(save_folder)
+    if others:
+        log(
+            f"{save_folder.parent}: the saves of other runs are kept ({', '.join(others)}); remove "
+            "their folders when those are not to go on"
+        )
     if saved is not None:
         learner.restore(saved)
         first_step, journal = saved.step, Journal.from_json(saved.state["journal"])
@@ -128,11 +131,11 @@ def _train(
         tensors, state = learner.state()
         state["journal"] = journal.to_json()
         if main:
-            with _full_disk_hint(save_folder, step):
+            with writing(f"the save of step {step}", save_folder):
                 write_save(
                     save_folder,
                     step=step,
-                    run=run_of_saves,
+                    run=run,
                     tensors=tensors,
                     state=state,
                     keep=settings.keep_saves,
@@ -148,16 +151,19 @@ def _train(
                 processes=accelerator.num_processes,
             )
             loss = float(accelerator.reduce(share.to(device), "sum"))
+            if not math.isfinite(loss):  # the model overflows there; while training it may not
+                log(f"the held-out loss at step {step} is no number, and is left out")
+                return
             journal.holdout.append(HoldoutLoss(step, loss))
             losses = [measured.loss for measured in journal.holdout]
             newest_is_lowest = lowest(losses, settings.early_stop_min_gain) == len(losses) - 1
             if settings.early_stop_patience is not None and newest_is_lowest and main:
-                with _full_disk_hint(lowest_folder, step):
+                with writing(f"the save of step {step}", lowest_folder):
                     weights = learner.named
                     write_save(
                         lowest_folder,
                         step=step,
-                        run=run_of_saves,
+                        run=run,
                         tensors=weights,
                         state={},
                         keep=1,
@@ -165,7 +171,7 @@ def _train(
 
     def draw_samples(step: int) -> None:
         if inputs.drawer is not None and main:
-            with learner.as_finished():
+            with learner.as_finished(), writing(f"the samples of step {step}", config.work_dir):
                 inputs.drawer.draw(step, learner.predict)
 
     def due(step: int, every: int | None) -> bool:
@@ -231,7 +237,7 @@ def _train(
                 mean_loss = float(accelerator.reduce(loss_sum.clone(), "mean")) / journal.loss_steps
                 bad_step = float(accelerator.gather(first_bad_step).min())
                 if math.isfinite(bad_step):
-                    raise _diverged(settings, int(bad_step), save_folder, run_of_saves)
+                    raise _diverged(settings, int(bad_step), save_folder, run)
             if measures:
                 measure_holdout(done)
                 if not ends and _stops_early(settings, journal):
@@ -248,7 +254,7 @@ def _train(
                     holdout_loss=journal.holdout[-1].loss if journal.holdout else None,
                     lr=rates[0],
                     text_encoder_lr=rates[1] if learner.trains_text_encoder(step) else None,
-                    grad_norm=float(norm),
+                    grad_norm=finite(float(norm)),
                     steps_per_second=(done - reported_step) / max(now - reported_at, 1e-9),
                     seconds_left=(now - started) / (done - first_step) * (total - done),
                     memory_gib=peak_memory_gib(device),
@@ -273,13 +279,20 @@ def _train(
         steps = journal.reports[-1].step
         learner.finish()
         if settings.early_stop_patience is not None:
-            best = newest_save(lowest_folder, run=run_of_saves, log=log)
+            best = newest_save(lowest_folder, run=run, log=log)
             if best is not None:
                 learner.restore_weights(best)
                 steps = best.step
-        write_checkpoint(
-            config, versions, run, trained=learner.models, journal=journal, steps=steps
-        )
+        with writing("the finished model", config.output_dir):
+            write_checkpoint(
+                config,
+                versions,
+                run,
+                trained=learner.models,
+                journal=journal,
+                steps=steps,
+                processes=accelerator.num_processes,
+            )
         remove_saves(save_folder)
         remove_saves(lowest_folder)
     return first_step
@@ -361,17 +374,6 @@ def _diverged(
         f"training.learning_rate (now {settings.learning_rate:g}), or raise the precision "
         f"(training.mixed_precision, now {settings.mixed_precision})"
     )
-
-
-@contextlib.contextmanager
-def _full_disk_hint(folder: Path, step: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise TrainingError(
-            f"{folder}: the save of step {step} could not be written ({error.strerror}); earlier "
-            "ones are as they were: make room, and start the same run again"
-        ) from error
 
 
 def _quiet() -> None:

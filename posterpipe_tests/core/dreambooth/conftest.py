@@ -63,6 +63,11 @@ def write_training_set(
 MakeConfig = Callable[..., RunConfig]
 
 
+def saves_of(config: RunConfig) -> list[Path]:
+    """Everything that lies beside the saves of runs in progress, by name."""
+    return sorted(config.work_dir.glob("saves/*/*"), key=lambda path: path.name)
+
+
 @pytest.fixture
 def make_config(tmp_path: Path, base_model: Path, training_set: Path) -> MakeConfig:
     """A RunConfig of a few fast steps; keywords change the training settings."""

@@ -106,6 +106,24 @@ def test_the_id_follows_what_decides_a_weight_and_nothing_else(make_config: Make
     assert len({plain, *others}) == 6
 
 
+def test_several_processes_make_another_checkpoint_than_one(make_config: MakeConfig) -> None:
+    # Each takes a batch of its own, so the steps are others. One keeps the name it always had.
+    config = make_config()
+    names = {checkpoint_id(config, VERSIONS, processes=count) for count in (1, 2, 4)}
+    assert len(names) == 3 and checkpoint_id(config, VERSIONS) in names
+
+
+def test_the_profiles_make_the_checkpoints_that_they_always_made(make_config: MakeConfig) -> None:
+    known = {
+        "starter": "130feac75f6b1961",
+        "sd21": "6fbc33a8036b7726",
+        "sd21_768": "212b66d694fa42ae",
+    }
+    for profile, name in known.items():
+        parts = {"training": load_settings(profile).training, "width": 64, "height": 96}
+        assert checkpoint_id(make_config(parts=parts), VERSIONS) == name, profile
+
+
 def test_class_images_and_held_out_posters_count_only_where_they_decide(
     make_config: MakeConfig,
 ) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -20,10 +23,11 @@ from safetensors.torch import load_file
 
 from posterpipe.core.dreambooth import saves
 from posterpipe.core.dreambooth.checkpoint import RECORD_NAME
-from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.config import RunConfig, checkpoint_id, measure_versions
+from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.train import train
-from posterpipe_tests.core.dreambooth.conftest import MakeConfig
+from posterpipe_tests.core.dreambooth.conftest import MakeConfig, saves_of
 
 STEPS = 24
 
@@ -194,7 +198,7 @@ def test_killed_while_saving_a_run_ends_with_the_same_bits(
 ) -> None:
     config = make_config("killed", **SHORT)
     assert finished(in_process(die_in_line_of_a_save, config, 2, 12)) == -signal.SIGKILL
-    names = sorted(path.name for path in (config.work_dir / "saves").iterdir())
+    names = [path.name for path in saves_of(config)]
     assert names[-1] == "step-00000002" and names[0].startswith(".step-00000004")
     assert_ends_like(config, uninterrupted)
 
@@ -237,7 +241,7 @@ def test_a_run_killed_before_its_model_was_written_only_writes_it(
 
     config = make_config("cut", parts=parts, **settings)
     monkeypatch.setattr("posterpipe.core.dreambooth.checkpoint.write_card", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(TrainingError, match=r"finished model could not be written \(No space"):
         train(config)
     monkeypatch.undo()
     assert not config.output_dir.exists()
@@ -256,31 +260,59 @@ def test_sigterm_saves_and_ends_with_a_sentence(make_config: MakeConfig) -> None
         rest = process.communicate(timeout=60)[0]
     assert process.returncode == 1
     assert "training: asked to stop: saved at step" in rest and "Traceback" not in rest
-    kept = list((config.work_dir / "saves").iterdir())
+    kept = saves_of(config)
     assert len(kept) == 1 and (kept[0] / "manifest.json").exists()
 
 
-def test_a_full_disk_leaves_the_saves_before_and_says_so(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+def with_files_up_to(
+    threads: int, config: RunConfig, size: int, from_step: int, said: Connection
 ) -> None:
-    from posterpipe.core.dreambooth.errors import TrainingError
+    """Trains where the system refuses larger files than `size` bytes, and tells what was said."""
+    torch.set_num_threads(threads)
 
-    config = make_config(max_train_steps=4, save_every_steps=1)
-    original, written = saves.save_file, 0
+    def limit(row: StepReport) -> None:
+        if row.step >= from_step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-    def save_file(*arguments: Any, **keywords: Any) -> None:
-        nonlocal written
-        written += 1
-        if written > 9:
-            raise OSError(28, "No space left on device")
-        original(*arguments, **keywords)
+    limit(StepReport(0, 0, 0, 0, None, 0, None, 0, 0, 0, 0))
+    try:
+        train(config, limit)
+    except TrainingError as error:
+        said.send(str(error))
 
-    monkeypatch.setattr(saves, "save_file", save_file)
-    with pytest.raises(TrainingError, match=r"the save of step 3 could not be written \(No space"):
-        train(config)
-    monkeypatch.undo()
-    assert train(config).resumed_from == 2
+
+@pytest.mark.parametrize(
+    ("size", "from_step", "settings", "words", "resumed_from"),
+    [
+        (2_000, 0, {}, "a latent or text embedding could not be written", 0),
+        (200_000, 2, {}, "the save of step 2 could not be written", 1),
+        (200_000, 0, {"method": "lora", "lora_rank": 1}, "the finished model could not", 3),
+    ],
+)
+def test_where_the_system_refuses_a_file_a_sentence_says_so_and_the_run_can_go_on(
+    make_config: MakeConfig,
+    size: int,
+    from_step: int,
+    settings: dict[str, Any],
+    words: str,
+    resumed_from: int,
+) -> None:
+    config = make_config(max_train_steps=3, save_every_steps=1, **settings)
+    hears, says = multiprocessing.Pipe(duplex=False)
+    process = in_process(with_files_up_to, config, size, from_step, says)
+    assert finished(process) == 0
+    assert hears.poll()
+    said = hears.recv()
+    assert words in said and "File too large" in said and "make room" in said
+    assert not config.output_dir.exists()
+    assert train(config).resumed_from == resumed_from
     assert (config.output_dir / RECORD_NAME).exists()
+
+
+def of_record(config: RunConfig) -> tuple[list[float], list[float], dict[str, Any]]:
+    """Losses, held-out losses, and everything that the record of a finished run tells."""
+    told = json.loads((config.output_dir / RECORD_NAME).read_text())
+    return [row["loss"] for row in told["reports"]], [row["loss"] for row in told["holdout"]], told
 
 
 @pytest.mark.slow
@@ -298,11 +330,15 @@ def test_two_processes_share_the_work_of_one(
         output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     assert output.count("finished: 3 steps") == 1, output
-    # Finished: the losses are read, not computed.
-    together = train(two)
-    assert [r.loss for r in together.reports] == pytest.approx(
-        [r.loss for r in alone.reports], abs=1e-5
-    )
-    assert [m.loss for m in together.holdout] == pytest.approx(
-        [m.loss for m in alone.holdout], abs=1e-5
-    )
+    reports, holdout, told = of_record(two)
+    assert reports == pytest.approx([r.loss for r in alone.reports], abs=1e-5)
+    assert holdout == pytest.approx([m.loss for m in alone.holdout], abs=1e-5)
+    # Their steps are those of twice the batch, and so the result has another name.
+    assert told["processes"] == 2
+    versions = measure_versions(two)
+    assert told["checkpoint_id"] == checkpoint_id(two, versions, processes=2)
+    assert told["checkpoint_id"] != checkpoint_id(two, versions)
+    card = (two.output_dir / "README.md").read_text()
+    assert "3 optimizer steps of 4 images (in 2 processes)" in card
+    with pytest.raises(TrainingError, match="holds the checkpoint"):
+        train(two)

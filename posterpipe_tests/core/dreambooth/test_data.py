@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from posterpipe.core.dreambooth.data import load_pixels, read_training_set
 from posterpipe.core.dreambooth.errors import TrainingSetError
@@ -62,6 +63,31 @@ def test_pixels_lie_between_minus_one_and_one(copied: Path) -> None:
     pixels = load_pixels(copied / "flat.png", (32, 48))
     assert pixels.shape == (3, 48, 32)
     assert pixels[:, 0, 0].tolist() == pytest.approx([1, -1, -0.6])
+
+
+def test_an_image_is_seen_as_people_see_it(copied: Path) -> None:
+    Image.new("RGBA", (32, 48), (255, 0, 0, 0)).save(copied / "clear.png")
+    assert load_pixels(copied / "clear.png", (32, 48)).unique().tolist() == [1]
+
+    grey = Image.fromarray(np.full((48, 32), 32896, dtype=np.uint16))
+    grey.save(copied / "deep.png")
+    assert load_pixels(copied / "deep.png", (32, 48)).unique().tolist() == pytest.approx(
+        [1 / 255], abs=1e-6
+    )
+
+    lying = Image.new("RGB", (48, 32), "red")
+    lying.paste("blue", (0, 0, 24, 32))
+    lying.save(copied / "lying.png", exif=exif(orientation=6))
+    pixels = load_pixels(copied / "lying.png", (32, 48))
+    assert pixels[:, 0, 0].tolist() == [-1, -1, 1] and pixels[:, 47, 0].tolist() == [1, -1, -1]
+    with pytest.raises(TrainingSetError, match=r"lying\.png: 32x48 pixels.*48x32"):
+        load_pixels(copied / "lying.png", (48, 32))
+
+
+def exif(*, orientation: int) -> Image.Exif:
+    values = Image.Exif()
+    values[ExifTags.Base.Orientation] = orientation
+    return values
 
 
 def test_an_unreadable_image_and_one_of_another_size_are_named(copied: Path) -> None:

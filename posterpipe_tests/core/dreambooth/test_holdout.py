@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +15,14 @@ def test_the_lowest_so_far_counts_only_with_enough_gain() -> None:
     assert lowest([3, 2, 2.5, 1.9], 0) == 3
     assert lowest([3, 2, 2.5, 1.9], 0.1) == 1
     assert lowest([1.0, 1.0, 1.0], 0) == 0
+
+
+def test_a_loss_that_is_no_number_is_never_the_lowest_nor_a_measurement() -> None:
+    assert lowest([math.nan, 3, 2, math.nan], 0) == 2
+    assert lowest([math.nan, -math.inf], 0) == -1
+    assert not stopped_falling([math.nan] * 5, patience=2, min_gain=0)
+    assert not stopped_falling([math.nan, 3.0, 4.0, math.nan], patience=2, min_gain=0)
+    assert stopped_falling([3.0, math.nan, 4.0, 5.0], patience=2, min_gain=0)
 
 
 def test_a_run_stops_after_so_many_measurements_without_a_new_lowest() -> None:

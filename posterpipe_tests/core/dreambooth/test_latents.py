@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from posterpipe.core.dreambooth.base_model import load_vae
 from posterpipe.core.dreambooth.data import load_pixels, read_training_set
 from posterpipe.core.dreambooth.errors import TrainingSetError
-from posterpipe.core.dreambooth.latents import Latents, cached_latents
+from posterpipe.core.dreambooth.latents import Latents, cached_latents, encode
 
 
 @pytest.fixture
@@ -27,12 +27,14 @@ def latents_of(
     base: Path,
     said: list[str] | None = None,
     size: tuple[int, int] | None = (32, 48),
+    device: str = "cpu",
 ) -> Latents:
     return cached_latents(
         cache,
         read_training_set(folder),
         base,
         lambda: load_vae(base),
+        device=torch.device(device),
         size=size,
         log=(said if said is not None else []).append,
     )
@@ -85,6 +87,43 @@ def test_a_changed_image_and_a_damaged_cache_are_encoded_anew(
     third = latents_of(copied, cache, base_model, said)
     assert torch.allclose(second.means[1], third.means[1], atol=1e-5)
     assert any("damaged" in line for line in said)
+
+
+def test_a_run_killed_while_encoding_finds_the_same_latents(
+    copied: Path, base_model: Path, tmp_path: Path
+) -> None:
+    whole = latents_of(copied, tmp_path / "whole", base_model)
+    table = copied / "training.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    for rows in (3, 4, 6):  # the heading and 2, 3, 5 images
+        table.write_text("".join(lines[:rows]))
+        pieces = latents_of(copied, tmp_path / "pieces", base_model)
+    assert all(map(torch.equal, whole.means, pieces.means))
+    assert all(map(torch.equal, whole.stds, pieces.stds))
+
+
+def test_latents_of_another_kind_of_device_or_torch_are_not_taken(
+    copied: Path, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    latents_of(copied, tmp_path / "cache", base_model, said)
+    latents_of(copied, tmp_path / "cache", base_model, said, device="cuda")
+    monkeypatch.setattr(torch, "__version__", "2.0.0")
+    latents_of(copied, tmp_path / "cache", base_model, said)
+    assert said == ["encoded 5 of 5 images into latents"] * 3
+
+
+def test_encoding_is_whole_fp32_and_repeatable_and_training_as_it_was(base_model: Path) -> None:
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.deterministic
+    inside = []
+    vae = load_vae(base_model)
+    vae.encoder.conv_in.register_forward_hook(
+        lambda *_: inside.append((cudnn.allow_tf32, cudnn.deterministic))
+    )
+    encode(vae, torch.zeros(3, 48, 32))
+    assert inside == [(False, True)]
+    assert (cudnn.allow_tf32, cudnn.deterministic) == before == (True, False)
 
 
 def test_another_vae_has_other_latents(copied: Path, base_model: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.train import train
-from posterpipe_tests.core.dreambooth.conftest import MakeConfig
+from posterpipe_tests.core.dreambooth.conftest import MakeConfig, saves_of
 from posterpipe_tests.core.dreambooth.test_train import (
     equal,
     interrupt_at,
@@ -72,7 +72,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(make_config: MakeConfig) -> None
     uninterrupted = train(whole)
     with pytest.raises(KeyboardInterrupt):
         train(cut, interrupt_at(5))
-    (newest, _) = sorted((cut.work_dir / "saves").iterdir(), reverse=True)
+    (_, newest) = saves_of(cut)
     saved = load_file(newest / "unet.safetensors")
     assert all("lora_" in name for name in saved)
     resumed = train(cut)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -80,6 +81,15 @@ def test_another_precision_or_encoder_has_answers_of_its_own(
     )
     changed = frozen(other, Counted(other))
     assert learn(changed, ["a cat"], cache, other) == ["encoded 1 captions"]
+
+
+def test_answers_of_another_torch_are_not_taken(
+    base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn(frozen(base_model, Counted(base_model)), ["a cat"], tmp_path, base_model)
+    monkeypatch.setattr(torch, "__version__", "2.0.0")
+    said = learn(frozen(base_model, Counted(base_model)), ["a cat"], tmp_path, base_model)
+    assert said == ["encoded 1 captions"]
 
 
 def test_a_text_says_the_same_whatever_comes_with_it(base_model: Path) -> None:

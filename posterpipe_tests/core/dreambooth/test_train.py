@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from posterpipe.core.dreambooth import objective
+from posterpipe.core.dreambooth.batches import Batch
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.draws import Draw, Stream
 from posterpipe.core.dreambooth.errors import (
@@ -32,11 +33,12 @@ from posterpipe.core.dreambooth.errors import (
     TrainingError,
     TrainingSetError,
 )
+from posterpipe.core.dreambooth.learner import Learner
 from posterpipe.core.dreambooth.reports import StepReport, TrainResult
 from posterpipe.core.dreambooth.train import train
 from posterpipe.core.sampler import blocked_reason
 from posterpipe.settings import default_root
-from posterpipe_tests.core.dreambooth.conftest import MakeConfig, write_training_set
+from posterpipe_tests.core.dreambooth.conftest import MakeConfig, saves_of, write_training_set
 from posterpipe_tests.models import build_tiny_stable_diffusion
 
 
@@ -312,7 +314,7 @@ def test_the_scaler_of_fp16_is_saved_and_taken_up_again(make_config: MakeConfig)
     uninterrupted = train(whole)
     with pytest.raises(KeyboardInterrupt):
         train(cut, interrupt_at(5))
-    state = json.loads((cut.work_dir / "saves" / "step-00000004" / "state.json").read_text())
+    state = json.loads((saves_of(cut)[-1] / "state.json").read_text())
     assert state["scaler"]["scale"] > 0 and state["scaler"]["_growth_tracker"] >= 0
     resumed = train(cut)
     assert resumed.resumed_from == 4 and losses(resumed) == losses(uninterrupted)
@@ -348,7 +350,43 @@ def test_a_loss_that_is_no_number_names_the_last_good_save(
     ):
         train(config)
     assert not config.output_dir.exists()
-    assert [p.name for p in (config.work_dir / "saves").iterdir()] == ["step-00000002"]
+    assert [p.name for p in saves_of(config)] == ["step-00000002"]
+
+
+def test_a_run_with_other_settings_leaves_the_saves_of_the_first_which_goes_on(
+    make_config: MakeConfig,
+) -> None:
+    first = make_config(max_train_steps=6, save_every_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(first, interrupt_at(5))
+    kept = saves_of(first)
+    other = make_config(max_train_steps=6, save_every_steps=2, seed=3)
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        train(other, interrupt_at(5), log=said.append)
+    (line,) = [line for line in said if "saves of other runs" in line]
+    assert kept[0].parent.name in line and str(other.work_dir / "saves") in line
+    assert set(kept) < set(saves_of(first))
+    assert train(first).resumed_from == 4
+    assert set(saves_of(first)).isdisjoint(kept)
+    done = first.output_dir.rename(first.output_dir.with_name("first"))
+    assert train(other).resumed_from == 4
+    assert not (first.work_dir / "saves").exists()
+    whole = make_config("whole", max_train_steps=6)
+    train(whole)
+    assert equal(unet_weights(done), unet_weights(whole.output_dir))
+
+
+def test_samples_of_another_run_in_the_same_folder_are_not_shown(make_config: MakeConfig) -> None:
+    settings: dict[str, Any] = {"sample_every_steps": 2, "sample_prompts": ("a cat", "a car")}
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(**settings, seed=3), interrupt_at(3))
+    with pytest.raises(KeyboardInterrupt):  # the same run, with other samples and no save
+        train(make_config(**settings), interrupt_at(3))
+    config = make_config(sample_every_steps=3, sample_prompts=("a cat",), max_train_steps=4)
+    train(config)
+    names = sorted(path.name for path in (config.output_dir / "samples").glob("*.png"))
+    assert names == [f"step-{step:08d}-0.png" for step in (0, 3, 4)]
 
 
 def test_what_is_missing_is_named_in_one_sentence(
@@ -404,7 +442,7 @@ def test_pickles_planted_among_saves_and_cached_tensors_are_never_read(
     proof = tmp_path / "executed"
     pickled = tmp_path / "pickle"
     torch.save(Malicious(proof), pickled)
-    (save,) = (config.work_dir / "saves").glob("step-*")
+    (save,) = saves_of(config)
     shutil.copyfile(pickled, save / "optimizer.pt")
     for path in [save / "unet.safetensors", *(config.work_dir / "cache").iterdir()]:
         shutil.copyfile(pickled, path)
@@ -486,16 +524,55 @@ def test_a_short_precision_neither_overflows_nor_draws_black(
             assert blocked_reason(image) == ""
 
 
-def test_an_overflow_under_fp16_leaves_the_step_out(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+def test_an_overflow_under_fp16_leaves_the_step_out_and_training_goes_on(
+    make_config: MakeConfig, base_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_large(prediction: Tensor, wanted: Tensor) -> Tensor:
         # Its gradient, times the scaler's 65536, is more than fp16 holds; the loss is not.
         return 1e3 * (prediction.float() - wanted).pow(2).mean(dim=(1, 2, 3))
 
     monkeypatch.setattr(objective, "squared_errors", too_large)
-    result = train(make_config(mixed_precision="fp16", max_train_steps=2))
+    still = make_config("still", mixed_precision="fp16", max_train_steps=3)
+    result = train(still)
+    assert [r.grad_norm for r in result.reports] == [None] * 3
     assert all(math.isfinite(loss) for loss in losses(result))
+    assert equal(unet_weights(still.output_dir), unet_weights(base_model))
+    assert equal(text_weights(still.output_dir), text_weights(base_model))
+    assert pyarrow.parquet.read_table(result.metrics)["grad_norm"].to_pylist() == [None] * 3
+
+    # Each time the scaler halves its factor; then steps are made again, also after a resume.
+    settings: dict[str, Any] = {"mixed_precision": "fp16", "max_train_steps": 9}
+    config = make_config("goes on", **settings, save_every_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt_at(5))
+    for path in saves_of(config)[-1].glob("*.json"):
+        strictly_read(path)
+    result = train(config)
+    assert result.resumed_from == 4
+    norms = [r.grad_norm for r in result.reports]
+    assert norms[:4] == [None] * 4 and any(norm is not None for norm in norms[5:])
+    assert not equal(unet_weights(config.output_dir), unet_weights(base_model))
+    record = strictly_read(config.output_dir / "posterpipe.json")
+    assert [row["grad_norm"] for row in record["reports"]] == norms
+    assert train(config).reports == result.reports
+
+
+def strictly_read(path: Path) -> Any:
+    """JSON as its standard has it, which knows neither NaN nor Infinity."""
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{path.name} holds {constant}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_a_limit_without_end_among_the_settings_is_null_in_the_record(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config(max_train_steps=1, max_grad_norm=math.inf)
+    train(config)
+    record = strictly_read(config.output_dir / "posterpipe.json")
+    assert record["settings"]["max_grad_norm"] is None
 
 
 def test_the_moving_average_is_that_of_the_weights_after_each_step(
@@ -606,6 +683,36 @@ def test_a_run_ends_early_with_the_weights_of_the_lowest_held_out_loss(
         assert equal(unet_weights(config.output_dir), unet_weights(same.output_dir))
     else:
         assert equal(unet_weights(config.output_dir), unet_weights(config.base_model))
+
+
+def test_a_held_out_loss_that_is_no_number_counts_nowhere(
+    make_config: MakeConfig, other_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, real = 0, Learner.errors_of
+
+    def overflows_at_first(learner: Learner, batch: Batch) -> Tensor:
+        nonlocal measured
+        measured += 1
+        return real(learner, batch) * (math.nan if measured <= questions else 1.0)
+
+    monkeypatch.setattr(Learner, "errors_of", overflows_at_first)
+    questions = 3  # 5 posters at 4 timesteps in batches of 8
+    config = make_config(
+        parts={"holdout_set": other_set},
+        max_train_steps=4,
+        holdout_every_steps=1,
+        early_stop_patience=3,
+        learning_rate=1e-5,
+    )
+    said: list[str] = []
+    result = train(config, log=said.append)
+    assert [line for line in said if "no number" in line] == [
+        "the held-out loss at step 0 is no number, and is left out"
+    ]
+    assert [m.step for m in result.holdout] == [1, 2, 3, 4]
+    lowest = min(result.holdout, key=lambda m: m.loss)
+    assert result.steps == lowest.step > 0
+    assert strictly_read(config.output_dir / "posterpipe.json")["steps"] == result.steps
 
 
 def test_early_stopping_without_held_out_posters_says_so(make_config: MakeConfig) -> None:
