@@ -1,7 +1,8 @@
 """Memory: how much a run holds, and what to say when it runs out.
 
-What belongs here: recognising that memory ran out, and the settings with which a run should fit.
-What does not: halving a batch (`train`), everything else a run meets outside itself (`guards`).
+What belongs here: the settings with which a run should fit. What does not: recognising that memory
+ran out (`core.memory`), halving a batch (`train`), everything else a run meets outside itself
+(`guards`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from posterpipe.core.dreambooth.base_model import count_parameters
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.memory import is_out_of_memory
 from posterpipe.settings import TrainingSettings
 
 _FOR_IMAGES = 0.25
@@ -25,19 +27,12 @@ _FOR_IMAGES = 0.25
 3 to 4 GiB for one of 512 px with gradient checkpointing, on the 16 GiB of a small GPU."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python could not get the memory it asked for."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
 @contextlib.contextmanager
 def memory_hint(config: RunConfig, device: torch.device) -> Iterator[None]:
     """Out of memory becomes a sentence with settings that should fit."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         parameters = count_parameters(config.base_model)

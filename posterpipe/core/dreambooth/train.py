@@ -37,10 +37,11 @@ from posterpipe.core.dreambooth.guards import only_run_in, stop_signal
 from posterpipe.core.dreambooth.holdout import holdout_loss, lowest, stopped_falling
 from posterpipe.core.dreambooth.inputs import read_inputs
 from posterpipe.core.dreambooth.learner import Learner
-from posterpipe.core.dreambooth.memory import is_out_of_memory, memory_hint, peak_memory_gib
+from posterpipe.core.dreambooth.memory import memory_hint, peak_memory_gib
 from posterpipe.core.dreambooth.reports import HoldoutLoss, Journal, StepReport, TrainResult
 from posterpipe.core.dreambooth.saves import newest_save, remove_saves, write_save
 from posterpipe.core.dreambooth.schedule import learning_rate
+from posterpipe.core.memory import is_out_of_memory
 from posterpipe.settings import TrainingSettings
 
 _SAVES, _LOWEST = "saves", "lowest"

@@ -1,0 +1,25 @@
+"""Recognising that memory ran out, on a GPU or in the machine.
+
+What belongs here: telling such an error from all others. What does not: what is done about it
+(`sampler`, `dreambooth.memory`), and any import of torch before it is asked.
+"""
+
+from __future__ import annotations
+
+import re
+
+# A GPU's memory runs out in several places: torch's own allocator, the driver beneath it, cuBLAS
+# and cuDNN when they make their workspaces; each says it in its own words. On a CPU torch says
+# "can't allocate memory", or "not enough memory" on Windows.
+_WORDS = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|_ALLOCATION_FAILED",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, a library below it or Python could not get the memory it asked for."""
+    if isinstance(error, MemoryError):
+        return True
+    # torch.OutOfMemoryError and torch.AcceleratorError are RuntimeErrors.
+    return isinstance(error, RuntimeError) and bool(_WORDS.search(str(error)))
