@@ -288,6 +288,7 @@ def _metadata(checkpoint: Path, record: dict[str, Any]) -> dict[str, Any]:
         "steps_per_second": last["step"] / max(record["seconds"], 1e-9),
         "seconds": float(record["seconds"]),
         "memory_gib": float(last["memory_gib"]),
+        "skipped_steps": int(last.get("skipped_steps", 0)),  # older records did not count them
         "packages": dg.MetadataValue.json(record["packages"]),
         "settings": dg.MetadataValue.json(record["settings"]),
         "directory": dg.MetadataValue.path(checkpoint),

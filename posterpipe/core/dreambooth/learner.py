@@ -92,6 +92,8 @@ class Learner:
         self._in_order = InMemoryOrder(groups)
         self._optimizer = make_optimizer(settings, self._in_order.groups)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self._dtype == torch.float16)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._skipped_in_a_row = self._skipped.clone()
         self._average: MovingAverage | None = None
         if settings.ema_decay is not None:
             self._average = MovingAverage(self.parameters, settings.ema_decay)
@@ -158,8 +160,24 @@ class Learner:
         self.forget_gradients()
         if self._average is not None:
             self._average.update(step)
-        # With a scaler, gradients overflow now and then, and it leaves the step out.
-        return norm, torch.isfinite(norm) | self._scaler.is_enabled()
+        finite = torch.isfinite(norm)
+        if self._scaler.is_enabled():
+            # Gradients overflow now and then; the scaler leaves such a step out. When it does so
+            # too often is for `skipped_steps` to tell.
+            self._skipped += ~finite
+            self._skipped_in_a_row = (self._skipped_in_a_row + 1) * ~finite
+            finite = torch.ones_like(finite)
+        return norm, finite
+
+    def skipped_steps(self) -> tuple[int, int]:
+        """How many steps fp16's scaler left out because gradients overflowed: in all, and now in a
+        row. Reading it makes the device wait."""
+        return int(self._skipped), int(self._skipped_in_a_row)
+
+    def scale(self) -> float:
+        """By what fp16's scaler multiplies the loss now; 1 in other precisions. Reading it makes
+        the device wait."""
+        return self._scaler.get_scale()
 
     def _errors(self, batch: Batch, predict: Callable[..., Any], texts_of: TextsOf) -> Tensor:
         with self._autocast():
@@ -206,7 +224,11 @@ class Learner:
                 "optimizer": tensors,
                 "average": {str(place): value for place, value in enumerate(average)},
             },
-            {"optimizer": optimizer, "scaler": self._scaler.state_dict()},
+            {
+                "optimizer": optimizer,
+                "scaler": self._scaler.state_dict(),
+                "skipped": self.skipped_steps(),
+            },
         )
 
     @torch.no_grad()
@@ -216,6 +238,9 @@ class Learner:
         state = unpack(saved.state["optimizer"], saved.tensors("optimizer"))
         self._optimizer.load_state_dict(state)
         self._scaler.load_state_dict(saved.state["scaler"])
+        skipped, in_a_row = saved.state.get("skipped", (0, 0))  # older saves did not count
+        self._skipped.fill_(skipped)
+        self._skipped_in_a_row.fill_(in_a_row)
         if self._average is not None:
             averages = saved.tensors("average")
             for place, value in enumerate(self._average.average):

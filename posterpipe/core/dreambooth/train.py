@@ -47,6 +47,10 @@ from posterpipe.settings import TrainingSettings
 _SAVES, _LOWEST = "saves", "lowest"
 _AGREE_EVERY_STEPS = 10
 
+# Under fp16 a step whose gradients overflow is left out, and the scale of the loss is halved. After
+# so many in a row little is left of any scale that training can use: something else is wrong.
+_SKIPPED_IN_A_ROW_AT_MOST = 20
+
 
 def train(
     config: RunConfig,
@@ -230,8 +234,17 @@ def _train(
             if reports or saves:
                 mean_loss = float(accelerator.reduce(loss_sum.clone(), "mean")) / journal.loss_steps
                 bad_step = float(accelerator.gather(first_bad_step).min())
+                skipped, in_a_row = learner.skipped_steps()
+                stuck = in_a_row >= _SKIPPED_IN_A_ROW_AT_MOST or learner.scale() < 1
                 if math.isfinite(bad_step):
-                    raise _diverged(settings, int(bad_step), save_folder, run_of_saves)
+                    what = f"the loss or its gradient is no number at step {int(bad_step)}"
+                    raise _diverged(settings, what, save_folder, run_of_saves)
+                if stuck:
+                    what = (
+                        f"fp16 overflows: {skipped} of the first {done} steps were left out, the "
+                        f"last {in_a_row} in a row, and nothing is learnt any more"
+                    )
+                    raise _diverged(settings, what, save_folder, run_of_saves)
             if measures:
                 measure_holdout(done)
                 if not ends and _stops_early(settings, journal):
@@ -252,6 +265,7 @@ def _train(
                     steps_per_second=(done - reported_step) / max(now - reported_at, 1e-9),
                     seconds_left=(now - started) / (done - first_step) * (total - done),
                     memory_gib=peak_memory_gib(device),
+                    skipped_steps=skipped,
                 )
                 journal.reports.append(row)
                 reported_at, reported_step = now, done
@@ -352,12 +366,12 @@ def _give_memory_back(device: torch.device) -> None:
 
 
 def _diverged(
-    settings: TrainingSettings, step: int, save_folder: Path, run: str
+    settings: TrainingSettings, what: str, save_folder: Path, run: str
 ) -> TrainingDiverged:
     saved = newest_save(save_folder, run=run, log=lambda line: None)
     kept = f"the last good save is {saved.folder}" if saved else "there is no save yet"
     return TrainingDiverged(
-        f"the loss or its gradient is no number at step {step}; {kept}. Lower "
+        f"{what}; {kept}. Lower "
         f"training.learning_rate (now {settings.learning_rate:g}), or raise the precision "
         f"(training.mixed_precision, now {settings.mixed_precision})"
     )

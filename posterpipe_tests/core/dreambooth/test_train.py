@@ -486,16 +486,66 @@ def test_a_short_precision_neither_overflows_nor_draws_black(
             assert blocked_reason(image) == ""
 
 
-def test_an_overflow_under_fp16_leaves_the_step_out(
+def too_large(prediction: Tensor, wanted: Tensor) -> Tensor:
+    """Errors whose gradient, times the scaler's first scales, is more than fp16 holds; they
+    themselves are not."""
+    return 1e3 * (prediction.float() - wanted).pow(2).mean(dim=(1, 2, 3))
+
+
+def test_steps_that_fp16_leaves_out_are_counted_over_a_resume_and_told(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def too_large(prediction: Tensor, wanted: Tensor) -> Tensor:
-        # Its gradient, times the scaler's 65536, is more than fp16 holds; the loss is not.
-        return 1e3 * (prediction.float() - wanted).pow(2).mean(dim=(1, 2, 3))
-
     monkeypatch.setattr(objective, "squared_errors", too_large)
-    result = train(make_config(mixed_precision="fp16", max_train_steps=2))
-    assert all(math.isfinite(loss) for loss in losses(result))
+    settings = {"mixed_precision": "fp16", "max_train_steps": 12, "save_every_steps": 2}
+    whole = train(make_config("whole", **settings))
+    assert all(math.isfinite(loss) for loss in losses(whole))
+    counted = [report.skipped_steps for report in whole.reports]
+    assert counted[:2] == [1, 2] and 2 < counted[-1] < 12
+    card = (whole.output_dir / "README.md").read_text()
+    assert f"Of 12 steps, {counted[-1]} changed nothing: their gradients overflowed" in card
+    assert f", {counted[-1]} steps left out" in str(whole.reports[-1])
+    rows = pyarrow.parquet.read_table(whole.metrics).to_pylist()
+    assert [row["skipped_steps"] for row in rows] == counted
+
+    cut = make_config("cut", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, interrupt_at(5))
+    resumed = train(cut)
+    assert resumed.resumed_from == 4
+    assert [report.skipped_steps for report in resumed.reports] == counted
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, whose gradient is no number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * float("nan")
+
+
+def test_fp16_whose_gradients_always_overflow_ends_the_run_and_names_a_precision(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = objective.squared_errors
+    monkeypatch.setattr(
+        objective,
+        "squared_errors",
+        lambda prediction, wanted: real(NoGradient.apply(prediction.float()), wanted),
+    )
+    config = make_config(
+        mixed_precision="fp16", max_train_steps=100, log_every_steps=10, train_text_encoder=False
+    )
+    # 65,536, halved at every step, is less than 1 after 17; the next report is that of step 20.
+    with pytest.raises(
+        TrainingDiverged,
+        match=r"fp16 overflows: 20 of the first 20 steps .* 20 in a row.*mixed_precision, now fp16",
+    ):
+        train(config)
+    assert not config.output_dir.exists()
 
 
 def test_the_moving_average_is_that_of_the_weights_after_each_step(
