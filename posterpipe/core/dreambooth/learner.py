@@ -65,8 +65,9 @@ class Learner:
             add_lora(self.models, settings, self._dtype)
         self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         unet.to(memory_format=self._layout)
-        # Has an effect on GPUs only: shapes hardly change, so the quickest way is looked for once.
-        torch.backends.cudnn.benchmark = True
+        # Has an effect on GPUs only: where all images have one size, the quickest convolution is
+        # looked for once. It is looked for again with each new shape, and its trials need memory.
+        torch.backends.cudnn.benchmark = not config.buckets
         for model in self.models.values():
             model.to(device).train()
         if settings.gradient_checkpointing:

@@ -755,6 +755,8 @@ def test_images_of_several_sizes_are_trained_on_together(
         )
     )
     assert losses(large) == pytest.approx(losses(small), abs=1e-5)
+    # Each new shape would be measured again, in memory of its own.
+    assert not torch.backends.cudnn.benchmark
     with pytest.raises(TrainingSetError, match=r"0001\.png: 48x32 pixels.*32x48"):
         train(make_config("strict", parts={"training_set": mixed}))
 
