@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+_CONFIG = Path(__file__).with_name("accelerate.yaml")
+
 
 def launch_command(
     config: Path,
@@ -22,7 +24,8 @@ def launch_command(
 
     processes: one a GPU; with `cpu` one in all, since accelerate starts several only through MPI
     (torch's own launcher, `torch.distributed.run`, does it with ACCELERATE_USE_CPU=true). Every
-    choice is given, so that a config file of accelerate in the user's home changes nothing.
+    choice is given, and a config file of our own, so that one of accelerate in the user's home
+    changes nothing: for one process, options alone cannot say that it is no FSDP or DeepSpeed.
     Raises ValueError for several processes on CPU.
     """
     if cpu and processes > 1:
@@ -30,7 +33,9 @@ def launch_command(
     # Without a number, accelerate sets OMP_NUM_THREADS to 1 and leaves the other cores idle.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (cores or 1) // processes))
-    where = ["--cpu"] if cpu else ["--multi_gpu"] if processes > 1 else []
+    where = ["--cpu"]  # with which accelerate reads no config file
+    if not cpu:
+        where = ["--config_file", str(_CONFIG), *(["--multi_gpu"] if processes > 1 else [])]
     return [
         *(sys.executable, "-m", "accelerate.commands.launch", *where),
         *("--num_processes", str(processes), "--num_machines", "1"),
