@@ -352,7 +352,8 @@ class _Reports(dg.PipesTempFileMessageReader):
         from posterpipe.core.dreambooth.reports import StepReport
 
         params = message.get("params") or {}
-        if message["method"] == "closed" and params.get("exception"):
+        # Of several processes the first that fails tells why; the others only miss it.
+        if message["method"] == "closed" and params.get("exception") and not self.last_words:
             self.last_words = str(params["exception"].get("message") or "").strip()
         if message["method"] != "report_custom_message":
             return False

@@ -1,16 +1,18 @@
 """The command line that trains in a process of its own.
 
-What belongs here: how `accelerate launch` is called. What does not: who calls it (the Dagster
-layer), what then runs (`__main__`, `train`).
+What belongs here: how `accelerate launch` is called, and which of its processes speaks. What does
+not: who calls it (the Dagster layer), what then runs (`__main__`, `train`).
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 _CONFIG = Path(__file__).with_name("accelerate.yaml")
+_FIRST_SPEAKS_SECONDS = 5.0
 
 
 def launch_command(
@@ -43,3 +45,20 @@ def launch_command(
         *("--num_cpu_threads_per_process", threads),
         *("-m", module, "--config", str(config)),
     ]
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks, of several that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def let_the_first_speak() -> None:
+    """To be called with an error, before it is told: returns at once in the first process, in the
+    others some seconds later.
+
+    Most errors are those of all processes: then the first one has told it and ended meanwhile, upon
+    which the launcher ends the others while they wait here. One that goes on here has an error that
+    is its own.
+    """
+    if not is_first_process():
+        time.sleep(_FIRST_SPEAKS_SECONDS)
