@@ -12,7 +12,8 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers.utils.logging
@@ -20,6 +21,8 @@ import torch
 import transformers.utils.logging
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
 
 from posterpipe.core.dreambooth.base_model import check_base_model
 from posterpipe.core.dreambooth.batches import Batch, Feed
@@ -37,7 +40,12 @@ from posterpipe.core.dreambooth.guards import only_run_in, stop_signal
 from posterpipe.core.dreambooth.holdout import holdout_loss, lowest, stopped_falling
 from posterpipe.core.dreambooth.inputs import read_inputs
 from posterpipe.core.dreambooth.learner import Learner
-from posterpipe.core.dreambooth.memory import memory_hint, peak_memory_gib
+from posterpipe.core.dreambooth.memory import (
+    InParts,
+    give_memory_back,
+    memory_hint,
+    peak_memory_gib,
+)
 from posterpipe.core.dreambooth.reports import HoldoutLoss, Journal, StepReport, TrainResult
 from posterpipe.core.dreambooth.saves import newest_save, remove_saves, write_save
 from posterpipe.core.dreambooth.schedule import learning_rate
@@ -46,6 +54,11 @@ from posterpipe.settings import TrainingSettings
 
 _SAVES, _LOWEST = "saves", "lowest"
 _AGREE_EVERY_STEPS = 10
+
+# Processes wait for the first one while it waits for its lock, encodes all posters, draws samples
+# or writes the checkpoint. NCCL's ten minutes would end them; and if one dies, the
+# launcher ends all.
+_PROCESSES_WAIT = timedelta(days=7)
 
 # Under fp16 a step whose gradients overflow is left out, and the scale of the loss is halved. After
 # so many in a row little is left of any scale that training can use: something else is wrong.
@@ -76,7 +89,10 @@ def train(
     read_training_set(config.training_set)
     versions = config.versions or measure_versions(config)
     run = checkpoint_id(config, versions)
-    accelerator = Accelerator(mixed_precision="no")  # `learner` deals with precision
+    accelerator = Accelerator(
+        mixed_precision="no",  # `learner` deals with precision
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PROCESSES_WAIT)],
+    )
     main = accelerator.is_main_process
     say = log if main else lambda line: None
     try:
@@ -86,7 +102,7 @@ def train(
                 say(f"{config.output_dir} is there already, complete")
                 resumed_from = 0
             else:
-                with memory_hint(config, accelerator.device):
+                with memory_hint(config, accelerator.device, accelerator.num_processes):
                     resumed_from = _train(config, versions, run, accelerator, report, say)
             accelerator.wait_for_everyone()
         result = read_result(config, run)
@@ -142,12 +158,25 @@ def _train(
                     keep=settings.keep_saves,
                 )
 
+    questions_in_parts = InParts(device, log, "held-out posters")
+    samples_in_parts = InParts(device, log, "samples")
+
+    def errors_of(batch: Batch) -> Tensor:
+        return questions_in_parts(
+            len(batch.texts), lambda part: learner.errors_of(batch.part(part))
+        )
+
+    def predict(latents: Tensor, timestep: Tensor, texts: Sequence[str]) -> Tensor:
+        return samples_in_parts(
+            len(texts), lambda part: learner.predict(latents[part], timestep, texts[part])
+        )
+
     def measure_holdout(step: int) -> None:
         """Adds the held-out loss to the journal; with early stopping, keeps the best weights."""
         with learner.as_finished():
             share = holdout_loss(
                 inputs.questions,
-                learner.errors_of,
+                errors_of,
                 process=accelerator.process_index,
                 processes=accelerator.num_processes,
             )
@@ -170,7 +199,7 @@ def _train(
     def draw_samples(step: int) -> None:
         if inputs.drawer is not None and main:
             with learner.as_finished():
-                inputs.drawer.draw(step, learner.predict)
+                inputs.drawer.draw(step, predict)
 
     def due(step: int, every: int | None) -> bool:
         return every is not None and step % every == 0
@@ -201,7 +230,7 @@ def _train(
                     split *= _further_split(error, settings, accelerator, split)
                 # Outside the handler, where nothing holds the memory of the failed try any more.
                 learner.forget_gradients()
-                _give_memory_back(device)
+                give_memory_back(device)
                 log(
                     f"out of memory at step {step + 1}: goes on with "
                     f"{settings.train_batch_size // split} images at once, accumulated "
@@ -232,7 +261,9 @@ def _train(
             reports = ends or measures or done == 1 or due(done, settings.log_every_steps)
 
             if reports or saves:
-                mean_loss = float(accelerator.reduce(loss_sum.clone(), "mean")) / journal.loss_steps
+                # Of all processes: each goes on from it where the run is taken up again.
+                journal.loss_sum = float(accelerator.reduce(loss_sum.clone(), "mean"))
+                mean_loss = journal.loss_sum / journal.loss_steps
                 bad_step = float(accelerator.gather(first_bad_step).min())
                 skipped, in_a_row = learner.skipped_steps()
                 stuck = in_a_row >= _SKIPPED_IN_A_ROW_AT_MOST or learner.scale() < 1
@@ -270,11 +301,10 @@ def _train(
                 journal.reports.append(row)
                 reported_at, reported_step = now, done
                 loss_sum.zero_()
-                journal.loss_steps = 0
+                journal.loss_sum, journal.loss_steps = 0.0, 0
                 if main:
                     report(row)
             if saves:
-                journal.loss_sum = float(loss_sum)
                 save(done)
             if stop and not ends:
                 raise TrainingStopped(
@@ -358,11 +388,6 @@ def _agree(accelerator: Accelerator, flag: bool) -> bool:
         return flag
     value = torch.tensor(float(flag), device=accelerator.device)
     return bool(accelerator.reduce(value, "sum") > 0)
-
-
-def _give_memory_back(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _diverged(

@@ -32,6 +32,7 @@ from posterpipe.core.dreambooth.errors import (
     TrainingError,
     TrainingSetError,
 )
+from posterpipe.core.dreambooth.learner import Learner
 from posterpipe.core.dreambooth.reports import StepReport, TrainResult
 from posterpipe.core.dreambooth.train import train
 from posterpipe.core.sampler import blocked_reason
@@ -453,6 +454,39 @@ def test_where_allowed_the_batch_is_halved_and_the_losses_stay(
     assert "3 images at once, accumulated 2 times" in tried[0]
     assert "1 images at once, accumulated 6 times" in tried[1]
     assert losses(halved) == pytest.approx(losses(whole), abs=1e-5)
+
+
+def test_held_out_posters_and_samples_that_do_not_fit_at_once_are_divided(
+    make_config: MakeConfig, other_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"train_batch_size": 1, "max_train_steps": 1, "holdout_every_steps": 1}
+    settings |= {"sample_every_steps": 1, "sample_prompts": ("a cat",)}
+    parts = {"holdout_set": other_set}
+    whole = train(make_config("whole", parts=parts, **settings))
+    out_of_memory_above(2, monkeypatch)
+    real = Learner.predict
+
+    def predict(learner: Learner, latents: Tensor, timestep: Tensor, texts: Any) -> Tensor:
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(learner, latents, timestep, texts)
+
+    monkeypatch.setattr(Learner, "predict", predict)
+    said: list[str] = []
+    divided = train(make_config("divided", parts=parts, **settings), log=said.append)
+    tried = [line for line in said if "out of memory" in line]
+    assert [line.split("with ")[1] for line in tried] == [
+        "4 held-out posters at once",
+        "2 held-out posters at once",
+        "1 samples at once",
+    ]
+    assert [m.loss for m in divided.holdout] == pytest.approx([m.loss for m in whole.holdout])
+    for name in ("step-00000000-0.png", "step-00000001-0.png"):
+        one, other = (
+            np.asarray(Image.open(run.output_dir / "samples" / name), int)
+            for run in (whole, divided)
+        )
+        assert abs(one - other).max() <= 1
 
 
 def test_a_batch_of_one_that_does_not_fit_is_an_error(
