@@ -19,11 +19,15 @@ from posterpipe.core.dreambooth import objective
 from posterpipe.core.dreambooth.base_model import load_text_encoder, load_unet
 from posterpipe.core.dreambooth.batches import Batch
 from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.lora import add_lora
 from posterpipe.core.dreambooth.optimizers import InMemoryOrder, MovingAverage, make_optimizer
 from posterpipe.core.dreambooth.saves import Save, pack, unpack
 from posterpipe.core.dreambooth.texts import FrozenTexts, Tokens, TrainedTexts, encoder_key
+from posterpipe.core.memory import is_out_of_memory
 from posterpipe.core.models import torch_dtype
+
+_LONGEST_REASON = 200
 
 TextsOf = Callable[[Sequence[str]], Tensor]
 """Captions in, the text encoder's hidden states out."""
@@ -128,11 +132,16 @@ class Learner:
         return self.settings.train_text_encoder and (stop is None or step < stop)
 
     def add_gradients(self, step: int, batches: Sequence[Batch]) -> Tensor:
-        """Adds up the gradients of a step's batches; its loss, a float32 () on the device."""
+        """Adds up the gradients of a step's batches; its loss, a float32 () on the device.
+
+        Raises TrainingError where the models cannot be compiled.
+        """
         texts_of = self._trained_texts if self.trains_text_encoder(step) else self._frozen_texts
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, start=1):
             with contextlib.ExitStack() as stack:
+                if self.settings.compile:
+                    stack.enter_context(_compile_hint())
                 if number < len(batches):  # between processes, gradients travel with the last one
                     for copy in self._copies:
                         stack.enter_context(self._accelerator.no_sync(copy))
@@ -259,3 +268,21 @@ class Learner:
         """Leaves the weights as the finished model has them."""
         if self._average is not None:
             self._average.copy_to_parameters()
+
+
+@contextlib.contextmanager
+def _compile_hint() -> Iterator[None]:
+    """What torch.compile cannot do becomes a sentence that names the setting."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    try:
+        yield
+    except (TorchDynamoException, CppCompileError, InvalidCxxCompiler) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise TrainingError(
+            f"training.compile: the models cannot be compiled ({reason[0][:_LONGEST_REASON]}); "
+            "install a C++ compiler (g++), on a GPU with Triton, or set it to false"
+        ) from error

@@ -374,6 +374,46 @@ def test_what_is_missing_is_named_in_one_sentence(
         train(make_config(parts={"training_set": unreadable}))
 
 
+def changed(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_models_of_other_kinds_are_told_before_they_are_loaded(
+    make_config: MakeConfig, base_model: Path, tmp_path: Path
+) -> None:
+    larger = Path(shutil.copytree(base_model, tmp_path / "larger"))
+    changed(larger / "unet" / "config.json", addition_embed_type="text_time")
+    with pytest.raises(BaseModelError, match="larger: it is a Stable Diffusion XL"):
+        train(make_config(parts={"base_model": larger}))
+    two_texts = Path(shutil.copytree(base_model, tmp_path / "two_texts"))
+    (two_texts / "text_encoder_2").mkdir()
+    with pytest.raises(BaseModelError, match="two_texts: it is a Stable Diffusion XL"):
+        train(make_config(parts={"base_model": two_texts}))
+    inpainting = Path(shutil.copytree(base_model, tmp_path / "inpainting"))
+    changed(inpainting / "unet" / "config.json", in_channels=25)
+    with pytest.raises(BaseModelError, match="U-Net reads 25 channels and its VAE makes 12"):
+        train(make_config(parts={"base_model": inpainting}))
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_compiled_names_the_setting(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config, cpp_builder
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    cpp_builder.cpp_compiler_search.cache_clear()  # the compiler that another test found
+    try:
+        with (
+            config.patch({"cpp.cxx": (str(tmp_path / "no-compiler"),)}),
+            pytest.raises(TrainingError, match=r"training\.compile: the models cannot be compiled"),
+        ):
+            train(make_config(compile=True, train_text_encoder=False, max_train_steps=1))
+    finally:
+        cpp_builder.cpp_compiler_search.cache_clear()
+        torch._dynamo.reset()
+
+
 class Malicious:
     """Touches a file when it is unpickled."""
 
