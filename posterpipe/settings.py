@@ -409,7 +409,7 @@ class TrainingSettings(Group):
     halve_batch_on_out_of_memory: bool = knob(
         False,
         "halves the batch and doubles the accumulation where memory runs out, instead of ending "
-        "the run",
+        "the run; with one process only",
         unit="",
         source=_OWN,
     )

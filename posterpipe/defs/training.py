@@ -286,6 +286,7 @@ def _metadata(checkpoint: Path, record: dict[str, Any]) -> dict[str, Any]:
         "steps_per_second": last["step"] / max(record["seconds"], 1e-9),
         "seconds": float(record["seconds"]),
         "memory_gib": float(last["memory_gib"]),
+        "skipped_steps": int(last.get("skipped_steps", 0)),  # older records did not count them
         "packages": dg.MetadataValue.json(record["packages"]),
         "settings": dg.MetadataValue.json(record["settings"]),
         "directory": dg.MetadataValue.path(checkpoint),
@@ -349,7 +350,8 @@ class _Reports(dg.PipesTempFileMessageReader):
         from posterpipe.core.dreambooth.reports import StepReport
 
         params = message.get("params") or {}
-        if message["method"] == "closed" and params.get("exception"):
+        # Of several processes the first that fails tells why; the others only miss it.
+        if message["method"] == "closed" and params.get("exception") and not self.last_words:
             self.last_words = str(params["exception"].get("message") or "").strip()
         if message["method"] != "report_custom_message":
             return False

@@ -6,8 +6,8 @@ this process, and any import of dagster itself.
 
 A step's report travels as a custom message (the fields of `StepReport`), everything else as log
 lines. It runs under `accelerate launch` (`dreambooth.launch.launch_command` builds the command);
-with several processes, only the first one talks to Dagster. Started by hand it trains all the
-same.
+with several processes, the first one talks to Dagster, and another one only of an error that is its
+own. Started by hand it trains all the same.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dagster_pipes import PipesContext, open_dagster_pipes
 
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.dreambooth.launch import is_first_process, let_the_first_speak
 from posterpipe.core.dreambooth.reports import TrainResult
 
 _PR_SET_PDEATHSIG = 1
@@ -36,8 +37,8 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="TOML file of a RunConfig")
     arguments = parser.parse_args()
     _stop_with_parent()
-    if int(os.environ.get("RANK", "0")) > 0:
-        _train(arguments.config)
+    if not is_first_process():
+        _train_silently(arguments.config)
         return
     with open_dagster_pipes() as pipes:
         try:
@@ -48,6 +49,16 @@ def main() -> None:
         pipes.report_asset_materialization(
             metadata=_metadata(result), data_version=result.checkpoint_id
         )
+
+
+def _train_silently(config_file: Path) -> None:
+    try:
+        _train(config_file)
+    except Exception as error:
+        let_the_first_speak()
+        with open_dagster_pipes() as pipes:
+            pipes.log.error(f"training, process {os.environ['RANK']}: {error}")
+            raise
 
 
 def _train(config_file: Path, pipes: PipesContext | None = None) -> TrainResult:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.launch import launch_command
-from posterpipe.defs.training import WORKER
+from posterpipe.defs.training import WORKER, _Reports
 from posterpipe.settings import TrainingSettings
 from posterpipe_tests.core.dreambooth.conftest import write_training_set
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
@@ -68,6 +68,29 @@ def test_reports_result_and_errors_reach_dagster(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model_index.json").exists()
     assert not failed.success
     assert "nowhere: there is no such directory" in said
+
+
+def test_an_error_of_another_process_than_the_first_reaches_dagster(tmp_path: Path) -> None:
+    reader = _Reports()
+
+    @dg.asset
+    def failing(context: dg.AssetExecutionContext) -> None:
+        client = dg.PipesSubprocessClient(
+            cwd=str(Path(__file__).parents[2]), message_reader=reader, env={"RANK": "1"}
+        )
+        command = [sys.executable, "-m", WORKER, "--config", str(tmp_path / "none.toml")]
+        client.run(command=command, context=context)
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        failed = dg.materialize([failing], instance=instance, raise_on_error=False)
+        said = "\n".join(entry.user_message for entry in instance.all_logs(failed.run_id))
+    assert not failed.success
+    assert "training, process 1: " in said
+    assert "none.toml: the run config cannot be read" in reader.last_words
+    # The first process then only misses the one that failed.
+    missed = {"exception": {"message": "Connection closed by peer"}}
+    reader._read({"method": "closed", "params": missed})
+    assert "none.toml" in reader.last_words
 
 
 def in_a_terminal(command: list[str], environment: dict[str, str]) -> tuple[int, str]:

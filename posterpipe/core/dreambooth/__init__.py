@@ -13,7 +13,7 @@ Read `train` from top to bottom; it leans on small modules:
 - `objective`: noising, targets and loss weights, pure functions.
 - `batches`: from positions to what goes through the U-Net.
 - `schedule`: the learning rate, a pure function.
-- `optimizers`, `lora`: what moves the weights, and which.
+- `optimizers`, `eight_bits`, `lora`: what moves the weights, and which.
 - `holdout`, `samples`: watching the model while it learns.
 - `saves`: crash-safe saves from which a run goes on exactly.
 - `guards`, `memory`: the lock, the signal to stop, memory that runs out.

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.dreambooth.launch import is_first_process, let_the_first_speak
 from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.progress import BarProgress
 
@@ -27,8 +27,7 @@ def main() -> int:
     )
     parser.add_argument("--config", type=Path, required=True, help="TOML file of a RunConfig")
     arguments = parser.parse_args()
-    # Under a launcher, one of several processes speaks.
-    say = print if os.environ.get("RANK", "0") == "0" else _silent
+    say = print if is_first_process() else _silent
     try:
         config = RunConfig.from_toml(arguments.config)
         say("loading the models ...", flush=True)
@@ -37,6 +36,7 @@ def main() -> int:
         with contextlib.ExitStack() as stack:
             result = train(config, _Reporter(stack), log=lambda line: say(line, flush=True))
     except TrainingError as error:
+        let_the_first_speak()
         print(f"training: {error}", file=sys.stderr)
         return 1
     say(

@@ -6,10 +6,11 @@ from (`core.models`), the finished model (`checkpoint`).
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
@@ -33,6 +34,29 @@ def check_base_model(folder: Path) -> None:
     absent = [part for part in MODEL_PARTS if not (folder / part).is_dir()]
     if absent:
         raise BaseModelError(f"{folder}: it has no {', '.join(absent)}; {remedy} as base_model")
+    unet, vae = (_config(folder / part) for part in ("unet", "vae"))
+    if (folder / "text_encoder_2").is_dir() or unet.get("addition_embed_type") is not None:
+        raise BaseModelError(
+            f"{folder}: it is a Stable Diffusion XL, or another model that is told more than a "
+            f"text and a time (addition_embed_type is {unet.get('addition_embed_type')} in "
+            f"unet/config.json); {remedy} as base_model"
+        )
+    reads, has = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if reads != has:
+        raise BaseModelError(
+            f"{folder}: its U-Net reads {reads} channels and its VAE makes {has}, so it is a model "
+            f"for inpainting, depth or editing, and those cannot be trained here; {remedy} as "
+            "base_model"
+        )
+
+
+def _config(part: Path) -> dict[str, Any]:
+    """A model's config.json; empty where it cannot be read, which loading the model tells."""
+    try:
+        config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def load_vae(folder: Path) -> AutoencoderKL:

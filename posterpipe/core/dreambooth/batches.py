@@ -45,6 +45,16 @@ class Batch:
             self.texts,
         )
 
+    def part(self, part: slice) -> Batch:
+        """Some of the samples, each as it is."""
+        return Batch(
+            self.noisy[part],
+            self.wanted[part],
+            self.timesteps[part],
+            self.weights[part],
+            self.texts[part],
+        )
+
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on a device, without waiting for what the device is doing."""

@@ -48,7 +48,7 @@ def card(config: RunConfig, record: Mapping[str, Any], folder: Path) -> str:
         f"Checkpoint `{record['checkpoint_id']}`: {_what(settings.method)} of "
         f"{'U-Net and text encoder' if settings.train_text_encoder else 'the U-Net'}, "
         f"{record['steps']} optimizer steps of {_images(settings, record['processes'])} in "
-        f"{duration(record['seconds'])}; {_ENDS[record['ended_by']]}.",
+        f"{duration(record['seconds'])}; {_ENDS[record['ended_by']]}.{_skipped(record)}",
         "",
         "```python",
         "from diffusers import StableDiffusionPipeline",
@@ -112,6 +112,16 @@ def _images(settings: Any, processes: int) -> str:
     count = settings.train_batch_size * settings.gradient_accumulation_steps * processes
     shared = f" (in {processes} processes)" if processes > 1 else ""
     return f"{count} image{'s' if count > 1 else ''}{shared}"
+
+
+def _skipped(record: Mapping[str, Any]) -> str:
+    last = record["reports"][-1]
+    if not last["skipped_steps"]:
+        return ""
+    return (
+        f" Of {last['step']} steps, {last['skipped_steps']} changed nothing: their gradients "
+        "overflowed in fp16."
+    )
 
 
 def _holdout(record: Mapping[str, Any]) -> str:

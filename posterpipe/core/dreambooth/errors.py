@@ -20,7 +20,8 @@ class BaseModelError(TrainingError):
 
 
 class TrainingDiverged(TrainingError):
-    """The loss is no longer a number. The message names the step and the last good save."""
+    """The loss is no longer a number, or its gradients always overflow. The message names the step
+    and the last good save."""
 
 
 class TrainingStopped(TrainingError):

@@ -1,14 +1,18 @@
 """The command line that trains in a process of its own.
 
-What belongs here: how `accelerate launch` is called. What does not: who calls it (the Dagster
-layer), what then runs (`__main__`, `train`).
+What belongs here: how `accelerate launch` is called, and which of its processes speaks. What does
+not: who calls it (the Dagster layer), what then runs (`__main__`, `train`).
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
+
+_CONFIG = Path(__file__).with_name("accelerate.yaml")
+_FIRST_SPEAKS_SECONDS = 5.0
 
 
 def launch_command(
@@ -22,7 +26,8 @@ def launch_command(
 
     processes: one a GPU; with `cpu` one in all, since accelerate starts several only through MPI
     (torch's own launcher, `torch.distributed.run`, does it with ACCELERATE_USE_CPU=true). Every
-    choice is given, so that a config file of accelerate in the user's home changes nothing.
+    choice is given, and a config file of our own, so that one of accelerate in the user's home
+    changes nothing: for one process, options alone cannot say that it is no FSDP or DeepSpeed.
     Raises ValueError for several processes on CPU.
     """
     if cpu and processes > 1:
@@ -30,7 +35,9 @@ def launch_command(
     # Without a number, accelerate sets OMP_NUM_THREADS to 1 and leaves the other cores idle.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (cores or 1) // processes))
-    where = ["--cpu"] if cpu else ["--multi_gpu"] if processes > 1 else []
+    where = ["--cpu"]  # with which accelerate reads no config file
+    if not cpu:
+        where = ["--config_file", str(_CONFIG), *(["--multi_gpu"] if processes > 1 else [])]
     return [
         *(sys.executable, "-m", "accelerate.commands.launch", *where),
         *("--num_processes", str(processes), "--num_machines", "1"),
@@ -38,3 +45,20 @@ def launch_command(
         *("--num_cpu_threads_per_process", threads),
         *("-m", module, "--config", str(config)),
     ]
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks, of several that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def let_the_first_speak() -> None:
+    """To be called with an error, before it is told: returns at once in the first process, in the
+    others some seconds later.
+
+    Most errors are those of all processes: then the first one has told it and ended meanwhile, upon
+    which the launcher ends the others while they wait here. One that goes on here has an error that
+    is its own.
+    """
+    if not is_first_process():
+        time.sleep(_FIRST_SPEAKS_SECONDS)

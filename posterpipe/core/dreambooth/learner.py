@@ -19,11 +19,15 @@ from posterpipe.core.dreambooth import objective
 from posterpipe.core.dreambooth.base_model import load_text_encoder, load_unet
 from posterpipe.core.dreambooth.batches import Batch
 from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.lora import add_lora
 from posterpipe.core.dreambooth.optimizers import InMemoryOrder, MovingAverage, make_optimizer
 from posterpipe.core.dreambooth.saves import Save, pack, unpack
 from posterpipe.core.dreambooth.texts import FrozenTexts, Tokens, TrainedTexts, encoder_key
+from posterpipe.core.memory import is_out_of_memory
 from posterpipe.core.models import torch_dtype
+
+_LONGEST_REASON = 200
 
 TextsOf = Callable[[Sequence[str]], Tensor]
 """Captions in, the text encoder's hidden states out."""
@@ -65,8 +69,9 @@ class Learner:
             add_lora(self.models, settings, self._dtype)
         self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         unet.to(memory_format=self._layout)
-        # Has an effect on GPUs only: shapes hardly change, so the quickest way is looked for once.
-        torch.backends.cudnn.benchmark = True
+        # Has an effect on GPUs only: where all images have one size, the quickest convolution is
+        # looked for once. It is looked for again with each new shape, and its trials need memory.
+        torch.backends.cudnn.benchmark = not config.buckets
         for model in self.models.values():
             model.to(device).train()
         if settings.gradient_checkpointing:
@@ -92,6 +97,8 @@ class Learner:
         self._in_order = InMemoryOrder(groups)
         self._optimizer = make_optimizer(settings, self._in_order.groups)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self._dtype == torch.float16)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._skipped_in_a_row = self._skipped.clone()
         self._average: MovingAverage | None = None
         if settings.ema_decay is not None:
             self._average = MovingAverage(self.parameters, settings.ema_decay)
@@ -125,11 +132,16 @@ class Learner:
         return self.settings.train_text_encoder and (stop is None or step < stop)
 
     def add_gradients(self, step: int, batches: Sequence[Batch]) -> Tensor:
-        """Adds up the gradients of a step's batches; its loss, a float32 () on the device."""
+        """Adds up the gradients of a step's batches; its loss, a float32 () on the device.
+
+        Raises TrainingError where the models cannot be compiled.
+        """
         texts_of = self._trained_texts if self.trains_text_encoder(step) else self._frozen_texts
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, start=1):
             with contextlib.ExitStack() as stack:
+                if self.settings.compile:
+                    stack.enter_context(_compile_hint())
                 if number < len(batches):  # between processes, gradients travel with the last one
                     for copy in self._copies:
                         stack.enter_context(self._accelerator.no_sync(copy))
@@ -158,8 +170,24 @@ class Learner:
         self.forget_gradients()
         if self._average is not None:
             self._average.update(step)
-        # With a scaler, gradients overflow now and then, and it leaves the step out.
-        return norm, torch.isfinite(norm) | self._scaler.is_enabled()
+        finite = torch.isfinite(norm)
+        if self._scaler.is_enabled():
+            # Gradients overflow now and then; the scaler leaves such a step out. When it does so
+            # too often is for `skipped_steps` to tell.
+            self._skipped += ~finite
+            self._skipped_in_a_row = (self._skipped_in_a_row + 1) * ~finite
+            finite = torch.ones_like(finite)
+        return norm, finite
+
+    def skipped_steps(self) -> tuple[int, int]:
+        """How many steps fp16's scaler left out because gradients overflowed: in all, and now in a
+        row. Reading it makes the device wait."""
+        return int(self._skipped), int(self._skipped_in_a_row)
+
+    def scale(self) -> float:
+        """By what fp16's scaler multiplies the loss now; 1 in other precisions. Reading it makes
+        the device wait."""
+        return self._scaler.get_scale()
 
     def _errors(self, batch: Batch, predict: Callable[..., Any], texts_of: TextsOf) -> Tensor:
         with self._autocast():
@@ -206,7 +234,11 @@ class Learner:
                 "optimizer": tensors,
                 "average": {str(place): value for place, value in enumerate(average)},
             },
-            {"optimizer": optimizer, "scaler": self._scaler.state_dict()},
+            {
+                "optimizer": optimizer,
+                "scaler": self._scaler.state_dict(),
+                "skipped": self.skipped_steps(),
+            },
         )
 
     @torch.no_grad()
@@ -216,6 +248,9 @@ class Learner:
         state = unpack(saved.state["optimizer"], saved.tensors("optimizer"))
         self._optimizer.load_state_dict(state)
         self._scaler.load_state_dict(saved.state["scaler"])
+        skipped, in_a_row = saved.state.get("skipped", (0, 0))  # older saves did not count
+        self._skipped.fill_(skipped)
+        self._skipped_in_a_row.fill_(in_a_row)
         if self._average is not None:
             averages = saved.tensors("average")
             for place, value in enumerate(self._average.average):
@@ -233,3 +268,21 @@ class Learner:
         """Leaves the weights as the finished model has them."""
         if self._average is not None:
             self._average.copy_to_parameters()
+
+
+@contextlib.contextmanager
+def _compile_hint() -> Iterator[None]:
+    """What torch.compile cannot do becomes a sentence that names the setting."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    try:
+        yield
+    except (TorchDynamoException, CppCompileError, InvalidCxxCompiler) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise TrainingError(
+            f"training.compile: the models cannot be compiled ({reason[0][:_LONGEST_REASON]}); "
+            "install a C++ compiler (g++), on a GPU with Triton, or set it to false"
+        ) from error

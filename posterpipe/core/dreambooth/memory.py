@@ -1,8 +1,8 @@
 """Memory: how much a run holds, and what to say when it runs out.
 
-What belongs here: the settings with which a run should fit. What does not: recognising that memory
-ran out (`core.memory`), halving a batch (`train`), everything else a run meets outside itself
-(`guards`).
+What belongs here: the settings with which a run should fit, and going through a model in parts that
+do. What does not: recognising that memory ran out (`core.memory`), halving what is trained on
+(`train`), everything else a run meets outside itself (`guards`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import contextlib
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from posterpipe.core.dreambooth.base_model import count_parameters
 from posterpipe.core.dreambooth.config import RunConfig
@@ -27,8 +28,48 @@ _FOR_IMAGES = 0.25
 3 to 4 GiB for one of 512 px with gradient checkpointing, on the 16 GiB of a small GPU."""
 
 
+class InParts:
+    """Goes through a model with a batch at once, or with parts of it where memory runs out.
+
+    For what is only looked at, held-out posters and samples: dividing it changes the last digits of
+    what is seen, and nothing that is learnt, so no setting has to allow it. Parts that fitted are
+    not exceeded again.
+    """
+
+    def __init__(self, device: torch.device, log: Callable[[str], None], what: str) -> None:
+        self._device = device
+        self._log = log
+        self._what = what
+        self._at_most = sys.maxsize
+
+    def __call__(self, size: int, answers_to: Callable[[slice], Tensor]) -> Tensor:
+        """The answers to all of a batch of `size`, in its order: (size, ...).
+
+        answers_to: part of the batch -> its answers (part, ...). Raises what it raises where that
+        says something else than that memory ran out, or where a part is one already.
+        """
+        while True:
+            at_once = min(size, self._at_most)
+            parts = [slice(start, start + at_once) for start in range(0, size, at_once)]
+            try:
+                return torch.cat([answers_to(part) for part in parts])
+            except (RuntimeError, MemoryError) as error:
+                if at_once == 1 or not is_out_of_memory(error):
+                    raise
+                self._at_most = at_once // 2
+            # Outside the handler, where nothing holds the memory of the failed try any more.
+            give_memory_back(self._device)
+            self._log(f"out of memory: goes on with {self._at_most} {self._what} at once")
+
+
+def give_memory_back(device: torch.device) -> None:
+    """Makes a GPU's memory that nothing holds any more free for blocks of other sizes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 @contextlib.contextmanager
-def memory_hint(config: RunConfig, device: torch.device) -> Iterator[None]:
+def memory_hint(config: RunConfig, device: torch.device, processes: int) -> Iterator[None]:
     """Out of memory becomes a sentence with settings that should fit."""
     try:
         yield
@@ -36,17 +77,20 @@ def memory_hint(config: RunConfig, device: torch.device) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         parameters = count_parameters(config.base_model)
-        raise TrainingError(advice(config.training, parameters, device_gib(device))) from error
+        words = advice(config.training, parameters, device_gib(device), processes)
+        raise TrainingError(words) from error
 
 
-def advice(settings: TrainingSettings, parameters: Mapping[str, int], gib: float) -> str:
-    """What to change when a run does not fit into `gib`.
+def advice(
+    settings: TrainingSettings, parameters: Mapping[str, int], gib: float, processes: int = 1
+) -> str:
+    """What to change when a run does not fit into `gib`, which each of its processes has.
 
     parameters: how many each model has, by its folder. Takes one measure after the other, those
     that cost the least first, until the models leave enough room for images.
     """
     fitting, words = settings, list[str]()
-    for change, in_words in _measures(settings):
+    for change, in_words in _measures(settings, processes):
         fitting = fitting.model_copy(update=change)
         words.append(in_words)
         lean = fitting.train_batch_size == 1 and fitting.gradient_checkpointing
@@ -93,16 +137,17 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _measures(settings: TrainingSettings) -> Iterator[tuple[dict[str, Any], str]]:
+def _measures(settings: TrainingSettings, processes: int) -> Iterator[tuple[dict[str, Any], str]]:
     """Changes that need less memory, and their words; those that cost the least first: the same
     steps, then slower ones, then another model."""
     images = settings.train_batch_size * settings.gradient_accumulation_steps
     if settings.train_batch_size > 1:
-        yield (
-            {"train_batch_size": 1, "gradient_accumulation_steps": images},
-            f"training.train_batch_size = 1 with gradient_accumulation_steps = {images} (or "
-            "halve_batch_on_out_of_memory = true, which divides a batch when it has to)",
-        )
+        words = f"training.train_batch_size = 1 with gradient_accumulation_steps = {images}"
+        if processes == 1:
+            words += (
+                " (or halve_batch_on_out_of_memory = true, which divides a batch when it has to)"
+            )
+        yield {"train_batch_size": 1, "gradient_accumulation_steps": images}, words
     if not settings.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, "training.gradient_checkpointing = true"
     if settings.mixed_precision == "fp32":

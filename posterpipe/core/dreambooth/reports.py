@@ -32,7 +32,8 @@ class StepReport:
     step; None for a text encoder that is not trained. grad_norm: of this step's gradients before
     they are clipped; None where they overflowed and fp16's scaler left the step out.
     seconds_left: at this run's mean speed. memory_gib: peak of the accelerator's memory, of the
-    process's on CPU.
+    process's on CPU. skipped_steps: how many of the steps so far fp16's scaler left out because
+    gradients overflowed.
     """
 
     step: int
@@ -46,6 +47,7 @@ class StepReport:
     steps_per_second: float
     seconds_left: float
     memory_gib: float
+    skipped_steps: int = 0
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StepReport:
@@ -58,7 +60,8 @@ class StepReport:
         if self.holdout_loss is not None:
             numbers["held-out"] = self.holdout_loss
         text_rate = "off" if self.text_encoder_lr is None else self.text_encoder_lr
-        return {**numbers, "lr": self.lr, "text lr": text_rate, "GiB": self.memory_gib}
+        numbers |= {"lr": self.lr, "text lr": text_rate, "GiB": self.memory_gib}
+        return {**numbers, "skipped": self.skipped_steps} if self.skipped_steps else numbers
 
     def __str__(self) -> str:
         speed = (
@@ -69,10 +72,11 @@ class StepReport:
         holdout = "" if self.holdout_loss is None else f", held-out {self.holdout_loss:.4f}"
         text = "" if self.text_encoder_lr is None else f" (text {self.text_encoder_lr:.2e})"
         left = f", about {duration(self.seconds_left)} left" if self.step < self.total else ""
+        skipped = f", {self.skipped_steps} steps left out" if self.skipped_steps else ""
         return (
             f"step {self.step} of {self.total}: loss {self.loss:.4f}, smoothed "
             f"{self.smoothed_loss:.4f}{holdout}, learning rate {self.lr:.2e}{text}, {speed}{left}, "
-            f"{self.memory_gib:.1f} GiB"
+            f"{self.memory_gib:.1f} GiB{skipped}"
         )
 
 
@@ -167,7 +171,7 @@ def write_metrics(path: Path, journal: Journal) -> None:
     """Writes one row a report or measurement, by step, as Parquet.
 
     Columns: step, loss, smoothed_loss, holdout_loss, lr, text_encoder_lr, grad_norm,
-    steps_per_second, memory_gib; what was not measured at a step is null.
+    steps_per_second, memory_gib, skipped_steps; what was not measured at a step is null.
     """
     import pyarrow
     import pyarrow.parquet
@@ -181,9 +185,16 @@ def write_metrics(path: Path, journal: Journal) -> None:
     for measured in journal.holdout:
         rows.setdefault(measured.step, {})["holdout_loss"] = measured.loss
     schema = pyarrow.schema(
-        [("step", pyarrow.int64()), *((name, pyarrow.float64()) for name in names)]
+        [
+            ("step", pyarrow.int64()),
+            *((name, pyarrow.float64()) for name in names),
+            ("skipped_steps", pyarrow.int64()),
+        ]
     )
-    table = [{"step": step} | {n: rows[step].get(n) for n in names} for step in sorted(rows)]
+    table = [
+        {"step": step} | {name: rows[step].get(name) for name in schema.names[1:]}
+        for step in sorted(rows)
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table, schema=schema), path)
 
 

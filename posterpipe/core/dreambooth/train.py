@@ -12,7 +12,8 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers.utils.logging
@@ -20,6 +21,8 @@ import torch
 import transformers.utils.logging
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
 
 from posterpipe.core.dreambooth.base_model import check_base_model
 from posterpipe.core.dreambooth.batches import Batch, Feed
@@ -37,7 +40,12 @@ from posterpipe.core.dreambooth.guards import only_run_in, stop_signal, writing
 from posterpipe.core.dreambooth.holdout import holdout_loss, lowest, stopped_falling
 from posterpipe.core.dreambooth.inputs import read_inputs
 from posterpipe.core.dreambooth.learner import Learner
-from posterpipe.core.dreambooth.memory import memory_hint, peak_memory_gib
+from posterpipe.core.dreambooth.memory import (
+    InParts,
+    give_memory_back,
+    memory_hint,
+    peak_memory_gib,
+)
 from posterpipe.core.dreambooth.reports import HoldoutLoss, Journal, StepReport, TrainResult, finite
 from posterpipe.core.dreambooth.saves import newest_save, other_runs, remove_saves, write_save
 from posterpipe.core.dreambooth.schedule import learning_rate
@@ -46,6 +54,15 @@ from posterpipe.settings import TrainingSettings
 
 _SAVES, _LOWEST = "saves", "lowest"
 _AGREE_EVERY_STEPS = 10
+
+# Processes wait for the first one while it waits for its lock, encodes all posters, draws samples
+# or writes the checkpoint. NCCL's ten minutes would end them; and if one dies, the
+# launcher ends all.
+_PROCESSES_WAIT = timedelta(days=7)
+
+# Under fp16 a step whose gradients overflow is left out, and the scale of the loss is halved. After
+# so many in a row little is left of any scale that training can use: something else is wrong.
+_SKIPPED_IN_A_ROW_AT_MOST = 20
 
 
 def train(
@@ -71,7 +88,10 @@ def train(
     check_base_model(config.base_model)
     read_training_set(config.training_set)
     versions = config.versions or measure_versions(config)
-    accelerator = Accelerator(mixed_precision="no")  # `learner` deals with precision
+    accelerator = Accelerator(
+        mixed_precision="no",  # `learner` deals with precision
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PROCESSES_WAIT)],
+    )
     run = checkpoint_id(config, versions, accelerator.num_processes)
     main = accelerator.is_main_process
     say = log if main else lambda line: None
@@ -82,7 +102,7 @@ def train(
                 say(f"{config.output_dir} is there already, complete")
                 resumed_from = 0
             else:
-                with memory_hint(config, accelerator.device):
+                with memory_hint(config, accelerator.device, accelerator.num_processes):
                     resumed_from = _train(config, versions, run, accelerator, report, say)
             accelerator.wait_for_everyone()
         result = read_result(config, run)
@@ -141,12 +161,25 @@ def _train(
                     keep=settings.keep_saves,
                 )
 
+    questions_in_parts = InParts(device, log, "held-out posters")
+    samples_in_parts = InParts(device, log, "samples")
+
+    def errors_of(batch: Batch) -> Tensor:
+        return questions_in_parts(
+            len(batch.texts), lambda part: learner.errors_of(batch.part(part))
+        )
+
+    def predict(latents: Tensor, timestep: Tensor, texts: Sequence[str]) -> Tensor:
+        return samples_in_parts(
+            len(texts), lambda part: learner.predict(latents[part], timestep, texts[part])
+        )
+
     def measure_holdout(step: int) -> None:
         """Adds the held-out loss to the journal; with early stopping, keeps the best weights."""
         with learner.as_finished():
             share = holdout_loss(
                 inputs.questions,
-                learner.errors_of,
+                errors_of,
                 process=accelerator.process_index,
                 processes=accelerator.num_processes,
             )
@@ -172,7 +205,7 @@ def _train(
     def draw_samples(step: int) -> None:
         if inputs.drawer is not None and main:
             with learner.as_finished(), writing(f"the samples of step {step}", config.work_dir):
-                inputs.drawer.draw(step, learner.predict)
+                inputs.drawer.draw(step, predict)
 
     def due(step: int, every: int | None) -> bool:
         return every is not None and step % every == 0
@@ -203,7 +236,7 @@ def _train(
                     split *= _further_split(error, settings, accelerator, split)
                 # Outside the handler, where nothing holds the memory of the failed try any more.
                 learner.forget_gradients()
-                _give_memory_back(device)
+                give_memory_back(device)
                 log(
                     f"out of memory at step {step + 1}: goes on with "
                     f"{settings.train_batch_size // split} images at once, accumulated "
@@ -234,10 +267,21 @@ def _train(
             reports = ends or measures or done == 1 or due(done, settings.log_every_steps)
 
             if reports or saves:
-                mean_loss = float(accelerator.reduce(loss_sum.clone(), "mean")) / journal.loss_steps
+                # Of all processes: each goes on from it where the run is taken up again.
+                journal.loss_sum = float(accelerator.reduce(loss_sum.clone(), "mean"))
+                mean_loss = journal.loss_sum / journal.loss_steps
                 bad_step = float(accelerator.gather(first_bad_step).min())
+                skipped, in_a_row = learner.skipped_steps()
+                stuck = in_a_row >= _SKIPPED_IN_A_ROW_AT_MOST or learner.scale() < 1
                 if math.isfinite(bad_step):
-                    raise _diverged(settings, int(bad_step), save_folder, run)
+                    what = f"the loss or its gradient is no number at step {int(bad_step)}"
+                    raise _diverged(settings, what, save_folder, run)
+                if stuck:
+                    what = (
+                        f"fp16 overflows: {skipped} of the first {done} steps were left out, the "
+                        f"last {in_a_row} in a row, and nothing is learnt any more"
+                    )
+                    raise _diverged(settings, what, save_folder, run)
             if measures:
                 measure_holdout(done)
                 if not ends and _stops_early(settings, journal):
@@ -258,15 +302,15 @@ def _train(
                     steps_per_second=(done - reported_step) / max(now - reported_at, 1e-9),
                     seconds_left=(now - started) / (done - first_step) * (total - done),
                     memory_gib=peak_memory_gib(device),
+                    skipped_steps=skipped,
                 )
                 journal.reports.append(row)
                 reported_at, reported_step = now, done
                 loss_sum.zero_()
-                journal.loss_steps = 0
+                journal.loss_sum, journal.loss_steps = 0.0, 0
                 if main:
                     report(row)
             if saves:
-                journal.loss_sum = float(loss_sum)
                 save(done)
             if stop and not ends:
                 raise TrainingStopped(
@@ -359,18 +403,13 @@ def _agree(accelerator: Accelerator, flag: bool) -> bool:
     return bool(accelerator.reduce(value, "sum") > 0)
 
 
-def _give_memory_back(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _diverged(
-    settings: TrainingSettings, step: int, save_folder: Path, run: str
+    settings: TrainingSettings, what: str, save_folder: Path, run: str
 ) -> TrainingDiverged:
     saved = newest_save(save_folder, run=run, log=lambda line: None)
     kept = f"the last good save is {saved.folder}" if saved else "there is no save yet"
     return TrainingDiverged(
-        f"the loss or its gradient is no number at step {step}; {kept}. Lower "
+        f"{what}; {kept}. Lower "
         f"training.learning_rate (now {settings.learning_rate:g}), or raise the precision "
         f"(training.mixed_precision, now {settings.mixed_precision})"
     )

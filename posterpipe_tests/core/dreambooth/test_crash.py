@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from posterpipe.core.dreambooth import saves
@@ -342,3 +345,72 @@ def test_two_processes_share_the_work_of_one(
     assert "3 optimizer steps of 4 images (in 2 processes)" in card
     with pytest.raises(TrainingError, match="holds the checkpoint"):
         train(two)
+
+
+def test_processes_wait_for_days_for_the_first_one(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One process as a launcher starts it: its group is made as that of several.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    several = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    for name, value in {**several, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    waits: list[timedelta] = []
+
+    def look(report: StepReport) -> None:
+        group: Any = dist.group.WORLD
+        waits.append(group._get_backend(torch.device("cpu")).options._timeout)
+
+    try:
+        train(make_config(max_train_steps=1), look)
+    finally:
+        dist.destroy_process_group()
+    assert waits == [timedelta(days=7)]
+
+
+STOPPING = """
+import sys
+from pathlib import Path
+from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.train import train
+
+def stop(report):
+    if str(report.step) == sys.argv[2]:
+        raise KeyboardInterrupt
+
+train(RunConfig.from_toml(Path(sys.argv[1])), stop)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_go_on_report_the_losses_of_both(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The save of step 4 lies between two reports: it holds the loss of one step.
+    settings = {"max_train_steps": 7, "log_every_steps": 3, "save_every_steps": 4}
+    one = train(make_config("one", train_batch_size=4, **settings))
+    two = make_config("two", train_batch_size=2, **settings)
+    script, config = tmp_path / "stopping.py", two.to_toml(tmp_path / "two.toml")
+    script.write_text(STOPPING)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    for stop_at in ("6", "never"):
+        with started([*launcher, str(script), str(config), stop_at]) as process:
+            output = process.communicate(timeout=300)[0]
+        assert (process.returncode == 0) == (stop_at == "never"), output
+    reports, _, told = of_record(two)
+    assert [row["step"] for row in told["reports"]] == [1, 3, 6, 7]
+    assert reports == pytest.approx([r.loss for r in one.reports], abs=1e-5)
+
+
+def test_an_error_of_all_processes_is_told_once(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    by_hand = ["-m", "posterpipe.core.dreambooth", "--config", str(tmp_path / "none.toml")]
+    with started([*launcher, *by_hand]) as process:
+        output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert output.count("none.toml: the run config cannot be read") == 1, output

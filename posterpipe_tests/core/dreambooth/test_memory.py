@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 from transformers import CLIPTextModel
 
 from posterpipe.core.dreambooth.base_model import count_parameters, load_unet
-from posterpipe.core.dreambooth.memory import advice, models_gib
+from posterpipe.core.dreambooth.memory import InParts, advice, models_gib
 from posterpipe.settings import TrainingSettings
 
 SD21 = {"unet": 865_910_724, "text_encoder": 340_387_840}
@@ -45,6 +47,42 @@ def test_on_a_small_gpu_what_costs_least_comes_first_until_it_fits() -> None:
     assert "lora" not in words
     assert 'method = "lora"' in advice(wide, SD21, gib=8.0)
     assert "adamw_8bit" not in advice(wide, SD21, gib=80.0)
+
+
+def test_several_processes_are_not_told_to_halve_a_batch() -> None:
+    wide = TrainingSettings(train_batch_size=4)
+    assert "halve_batch_on_out_of_memory" in advice(wide, SD21, gib=15.0)
+    several = advice(wide, SD21, gib=15.0, processes=2)
+    assert "train_batch_size = 1" in several and "halve_batch_on_out_of_memory" not in several
+
+
+def test_a_batch_is_looked_at_in_parts_that_fit_and_a_second_one_at_once_in_those() -> None:
+    said: list[str] = []
+    sizes: list[int] = []
+    look = InParts(torch.device("cpu"), said.append, "images")
+
+    def squares(part: slice) -> Tensor:
+        values = torch.arange(7.0)[part]
+        sizes.append(len(values))
+        if len(values) > 2:
+            raise RuntimeError("CUDA error: out of memory")
+        return values**2
+
+    assert look(7, squares).tolist() == [0, 1, 4, 9, 16, 25, 36]
+    assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    assert said == [
+        "out of memory: goes on with 3 images at once",
+        "out of memory: goes on with 1 images at once",
+    ]
+    sizes.clear()
+    look(3, squares)
+    assert sizes == [1, 1, 1]
+
+    def broken(part: slice) -> Tensor:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        InParts(torch.device("cpu"), said.append, "images")(7, broken)
 
 
 def test_where_nothing_is_left_to_change_it_says_so() -> None:

@@ -411,6 +411,46 @@ def test_what_is_missing_is_named_in_one_sentence(
         train(make_config(parts={"training_set": unreadable}))
 
 
+def changed(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_models_of_other_kinds_are_told_before_they_are_loaded(
+    make_config: MakeConfig, base_model: Path, tmp_path: Path
+) -> None:
+    larger = Path(shutil.copytree(base_model, tmp_path / "larger"))
+    changed(larger / "unet" / "config.json", addition_embed_type="text_time")
+    with pytest.raises(BaseModelError, match="larger: it is a Stable Diffusion XL"):
+        train(make_config(parts={"base_model": larger}))
+    two_texts = Path(shutil.copytree(base_model, tmp_path / "two_texts"))
+    (two_texts / "text_encoder_2").mkdir()
+    with pytest.raises(BaseModelError, match="two_texts: it is a Stable Diffusion XL"):
+        train(make_config(parts={"base_model": two_texts}))
+    inpainting = Path(shutil.copytree(base_model, tmp_path / "inpainting"))
+    changed(inpainting / "unet" / "config.json", in_channels=25)
+    with pytest.raises(BaseModelError, match="U-Net reads 25 channels and its VAE makes 12"):
+        train(make_config(parts={"base_model": inpainting}))
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_compiled_names_the_setting(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config, cpp_builder
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    cpp_builder.cpp_compiler_search.cache_clear()  # the compiler that another test found
+    try:
+        with (
+            config.patch({"cpp.cxx": (str(tmp_path / "no-compiler"),)}),
+            pytest.raises(TrainingError, match=r"training\.compile: the models cannot be compiled"),
+        ):
+            train(make_config(compile=True, train_text_encoder=False, max_train_steps=1))
+    finally:
+        cpp_builder.cpp_compiler_search.cache_clear()
+        torch._dynamo.reset()
+
+
 class Malicious:
     """Touches a file when it is unpickled."""
 
@@ -493,6 +533,39 @@ def test_where_allowed_the_batch_is_halved_and_the_losses_stay(
     assert losses(halved) == pytest.approx(losses(whole), abs=1e-5)
 
 
+def test_held_out_posters_and_samples_that_do_not_fit_at_once_are_divided(
+    make_config: MakeConfig, other_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"train_batch_size": 1, "max_train_steps": 1, "holdout_every_steps": 1}
+    settings |= {"sample_every_steps": 1, "sample_prompts": ("a cat",)}
+    parts = {"holdout_set": other_set}
+    whole = train(make_config("whole", parts=parts, **settings))
+    out_of_memory_above(2, monkeypatch)
+    real = Learner.predict
+
+    def predict(learner: Learner, latents: Tensor, timestep: Tensor, texts: Any) -> Tensor:
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(learner, latents, timestep, texts)
+
+    monkeypatch.setattr(Learner, "predict", predict)
+    said: list[str] = []
+    divided = train(make_config("divided", parts=parts, **settings), log=said.append)
+    tried = [line for line in said if "out of memory" in line]
+    assert [line.split("with ")[1] for line in tried] == [
+        "4 held-out posters at once",
+        "2 held-out posters at once",
+        "1 samples at once",
+    ]
+    assert [m.loss for m in divided.holdout] == pytest.approx([m.loss for m in whole.holdout])
+    for name in ("step-00000000-0.png", "step-00000001-0.png"):
+        one, other = (
+            np.asarray(Image.open(run.output_dir / "samples" / name), int)
+            for run in (whole, divided)
+        )
+        assert abs(one - other).max() <= 1
+
+
 def test_a_batch_of_one_that_does_not_fit_is_an_error(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -524,13 +597,15 @@ def test_a_short_precision_neither_overflows_nor_draws_black(
             assert blocked_reason(image) == ""
 
 
+def too_large(prediction: Tensor, wanted: Tensor) -> Tensor:
+    """Errors whose gradient, times the scaler's first scales, is more than fp16 holds; they
+    themselves are not."""
+    return 1e3 * (prediction.float() - wanted).pow(2).mean(dim=(1, 2, 3))
+
+
 def test_an_overflow_under_fp16_leaves_the_step_out_and_training_goes_on(
     make_config: MakeConfig, base_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def too_large(prediction: Tensor, wanted: Tensor) -> Tensor:
-        # Its gradient, times the scaler's 65536, is more than fp16 holds; the loss is not.
-        return 1e3 * (prediction.float() - wanted).pow(2).mean(dim=(1, 2, 3))
-
     monkeypatch.setattr(objective, "squared_errors", too_large)
     still = make_config("still", mixed_precision="fp16", max_train_steps=3)
     result = train(still)
@@ -573,6 +648,62 @@ def test_a_limit_without_end_among_the_settings_is_null_in_the_record(
     train(config)
     record = strictly_read(config.output_dir / "posterpipe.json")
     assert record["settings"]["max_grad_norm"] is None
+
+
+def test_steps_that_fp16_leaves_out_are_counted_over_a_resume_and_told(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective, "squared_errors", too_large)
+    settings = {"mixed_precision": "fp16", "max_train_steps": 12, "save_every_steps": 2}
+    whole = train(make_config("whole", **settings))
+    assert all(math.isfinite(loss) for loss in losses(whole))
+    counted = [report.skipped_steps for report in whole.reports]
+    assert counted[:2] == [1, 2] and 2 < counted[-1] < 12
+    card = (whole.output_dir / "README.md").read_text()
+    assert f"Of 12 steps, {counted[-1]} changed nothing: their gradients overflowed" in card
+    assert f", {counted[-1]} steps left out" in str(whole.reports[-1])
+    rows = pyarrow.parquet.read_table(whole.metrics).to_pylist()
+    assert [row["skipped_steps"] for row in rows] == counted
+
+    cut = make_config("cut", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, interrupt_at(5))
+    resumed = train(cut)
+    assert resumed.resumed_from == 4
+    assert [report.skipped_steps for report in resumed.reports] == counted
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, whose gradient is no number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * float("nan")
+
+
+def test_fp16_whose_gradients_always_overflow_ends_the_run_and_names_a_precision(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = objective.squared_errors
+    monkeypatch.setattr(
+        objective,
+        "squared_errors",
+        lambda prediction, wanted: real(NoGradient.apply(prediction.float()), wanted),
+    )
+    config = make_config(
+        mixed_precision="fp16", max_train_steps=100, log_every_steps=10, train_text_encoder=False
+    )
+    # 65,536, halved at every step, is less than 1 after 17; the next report is that of step 20.
+    with pytest.raises(
+        TrainingDiverged,
+        match=r"fp16 overflows: 20 of the first 20 steps .* 20 in a row.*mixed_precision, now fp16",
+    ):
+        train(config)
+    assert not config.output_dir.exists()
 
 
 def test_the_moving_average_is_that_of_the_weights_after_each_step(
@@ -812,6 +943,8 @@ def test_images_of_several_sizes_are_trained_on_together(
         )
     )
     assert losses(large) == pytest.approx(losses(small), abs=1e-5)
+    # Each new shape would be measured again, in memory of its own.
+    assert not torch.backends.cudnn.benchmark
     with pytest.raises(TrainingSetError, match=r"0001\.png: 48x32 pixels.*32x48"):
         train(make_config("strict", parts={"training_set": mixed}))
 

@@ -1,0 +1,264 @@
+"""What only a GPU can show: training and drawing there, by the starter models in their precisions.
+
+Every case has a twin that runs the same lines on a CPU, with a tiny model, where there is no GPU:
+so they are known to run before a GPU is paid for. `python -m pytest posterpipe_tests/test_cuda.py`
+on a machine with one takes a few minutes, most of it for torch.compile.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import Tensor
+
+from posterpipe.core.dreambooth.base_model import load_vae
+from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.data import load_pixels
+from posterpipe.core.dreambooth.inputs import Inputs, read_inputs
+from posterpipe.core.dreambooth.latents import encode
+from posterpipe.core.dreambooth.learner import Learner
+from posterpipe.core.dreambooth.reports import StepReport, TrainResult
+from posterpipe.core.dreambooth.saves import Save, newest_save
+from posterpipe.core.dreambooth.train import train
+from posterpipe.core.sampler import ImageRequest, Sampler, blocked_reason
+from posterpipe.settings import SamplerSettings, TrainingSettings, default_root
+from posterpipe_tests.core.dreambooth.conftest import write_training_set
+from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
+
+HAS_GPU = torch.cuda.is_available()
+COMPILES_ON_CPU = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),
+]
+
+
+def on_devices(*, compiles: bool = False) -> pytest.MarkDecorator:
+    """A case for the GPU, and its twin for the CPU where there is none."""
+    cpu = [pytest.mark.skipif(HAS_GPU, reason="there is a GPU, and it runs this case")]
+    gpu = [pytest.mark.skipif(not HAS_GPU, reason="there is no CUDA device")]
+    return pytest.mark.parametrize(
+        "device",
+        [
+            pytest.param("cuda", marks=gpu),
+            pytest.param("cpu", marks=cpu + (COMPILES_ON_CPU if compiles else [])),
+        ],
+    )
+
+
+@pytest.fixture
+def world(device: str, tmp_path: Path) -> RunConfig:
+    """Six fast steps, of the starter model on a GPU and of a tiny one on a CPU."""
+    base = default_root() / "data" / "models" / "starter" / "base"
+    return RunConfig(
+        base_model=base if device == "cuda" else build_tiny_stable_diffusion(tmp_path / "base"),
+        training_set=write_training_set(tmp_path / "set"),
+        output_dir=tmp_path / "run" / "out",
+        work_dir=tmp_path / "run" / "work",
+        cache_dir=tmp_path / "cache",
+        width=TINY_WIDTH,
+        height=TINY_HEIGHT,
+        training=TrainingSettings(
+            max_train_steps=6,
+            train_batch_size=2,
+            learning_rate=1e-4,
+            lr_warmup_steps=0,
+            log_every_steps=1,
+            mixed_precision="fp32",
+            optimizer="adamw_fused",
+        ),
+        sampler=SamplerSettings(num_inference_steps=2),
+    )
+
+
+def changed(world: RunConfig, name: str, **training: Any) -> RunConfig:
+    """The same run under another name, with other settings."""
+    folder = world.work_dir.parents[1] / name
+    return world.model_copy(
+        update={
+            "output_dir": folder / "out",
+            "work_dir": folder / "work",
+            "training": world.training.model_copy(update=training),
+        }
+    )
+
+
+def losses(result: TrainResult) -> list[float]:
+    return [report.loss for report in result.reports]
+
+
+def unet(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_learnt(config: RunConfig, result: TrainResult) -> None:
+    """The run ended with finite losses and weights that moved; on a GPU if there is one."""
+    assert all(math.isfinite(loss) for loss in losses(result))
+    before, after = unet(config.base_model), unet(config.output_dir)
+    assert all(bool(torch.isfinite(value).all()) for value in after.values())
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+    assert not HAS_GPU or torch.cuda.max_memory_allocated() > 2**20
+
+
+@contextmanager
+def learning(config: RunConfig) -> Iterator[tuple[Learner, Inputs]]:
+    """A run's models and inputs, without its loop."""
+    accelerator = Accelerator(mixed_precision="no")
+    try:
+        inputs = read_inputs(config, accelerator, print)
+        yield Learner(config, accelerator, inputs.texts, print), inputs
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def saved_in(folder: Path) -> Save:
+    """The newest save in a folder, of whatever run it is."""
+    newest = max(folder.glob("step-*"))
+    run = json.loads((newest / "manifest.json").read_text())["run"]
+    saved = newest_save(folder, run=run, log=print)
+    assert saved is not None
+    return saved
+
+
+@on_devices()
+def test_fp16_with_its_scaler_and_fused_adam_follows_fp32(world: RunConfig) -> None:
+    exact = train(changed(world, "exact"))
+    config = changed(world, "short", mixed_precision="fp16")
+    result = train(config)
+    assert_learnt(config, result)
+    assert result.reports[-1].skipped_steps < 6
+    # The first loss is of the same weights, noise and timesteps.
+    assert losses(result)[0] == pytest.approx(losses(exact)[0], rel=0.02)
+
+
+@on_devices()
+def test_bf16_with_eight_bit_adam_goes_on_from_a_save_with_the_same_bits(world: RunConfig) -> None:
+    settings = {"mixed_precision": "bf16", "optimizer": "adamw_8bit", "save_every_steps": 2}
+    settings |= {"ema_decay": 0.9, "train_text_encoder": False}
+    whole, cut = changed(world, "whole", **settings), changed(world, "cut", **settings)
+    uninterrupted = train(whole)
+    assert_learnt(whole, uninterrupted)
+
+    def interrupt(report: StepReport) -> None:
+        if report.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, interrupt)
+    with learning(cut) as (learner, _):
+        saved = saved_in(cut.work_dir / "saves")
+        assert saved.step == 4
+        learner.restore(saved)
+        tensors, state = learner.state()
+        for name, values in tensors.items():
+            kept = saved.tensors(name)
+            assert kept.keys() == values.keys()
+            for key, value in values.items():
+                assert torch.equal(value.cpu(), kept[key]), (name, key)
+        assert state["optimizer"] == saved.state["optimizer"]
+    resumed = train(cut)
+    assert resumed.resumed_from == 4
+    # A GPU adds up in another order each time; a CPU does not.
+    tolerance = 0.02 if HAS_GPU else 0.0
+    assert losses(resumed) == pytest.approx(losses(uninterrupted), rel=tolerance, abs=0)
+
+
+@on_devices(compiles=True)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_compiled_with_a_moving_average_the_losses_are_those_of_the_plain_model(
+    world: RunConfig, method: str
+) -> None:
+    settings = {"method": method, "ema_decay": 0.9, "max_train_steps": 3}
+    plain = train(changed(world, "plain", **settings))
+    config = changed(world, "compiled", **settings, compile=True)
+    result = train(config)
+    assert_learnt(config, result)
+    assert losses(result) == pytest.approx(losses(plain), rel=0.02 if HAS_GPU else 1e-3)
+    torch._dynamo.reset()
+
+
+@on_devices()
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_fused", "adamw_8bit"])
+def test_the_layout_changes_no_loss(world: RunConfig, optimizer: str) -> None:
+    last = changed(world, "last", channels_last=True, optimizer=optimizer)
+    first = changed(world, "first", channels_last=False, optimizer=optimizer)
+    result = train(last)
+    assert_learnt(last, result)
+    # On a GPU fp32 convolutions may be TF32, whose products have ten bits.
+    assert losses(result) == pytest.approx(losses(train(first)), rel=0.02 if HAS_GPU else 1e-3)
+
+
+@on_devices()
+def test_a_latent_does_not_depend_on_its_batch(world: RunConfig, device: str) -> None:
+    vae = load_vae(world.base_model).to(device)
+    paths = sorted(world.training_set.glob("*.png"))
+    images = [(n, load_pixels(path, world.size)) for n, path in enumerate(paths)]
+    together = dict(encode(vae, images))
+    for image in images:
+        ((index, alone),) = encode(vae, [image])
+        for name, value in alone.items():
+            close = 0.02 if HAS_GPU else 1e-4
+            torch.testing.assert_close(together[index][name], value, atol=close, rtol=close)
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="there is no CUDA device")
+@pytest.mark.parametrize("device", ["cuda"])
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    [("adamw_8bit", "bf16"), ("adamw", "bf16"), ("adamw_fused", "bf16"), ("adamw_fused", "fp16")],
+)
+def test_a_step_does_not_wait_for_the_gpu(
+    world: RunConfig, optimizer: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"optimizer": optimizer, "mixed_precision": precision, "ema_decay": 0.9}
+    config = changed(world, "run", **settings)
+    waits: list[None] = []
+    with learning(config) as (learner, inputs):
+
+        def make(step: int) -> None:
+            batches = inputs.feed.batches([2 * step, 2 * step + 1], parts=1)
+            learner.add_gradients(step, batches)
+            learner.make_step(step, learner.peak_rates)
+
+        for step in range(3):  # the first ones prepare states and kernels
+            make(step)
+        torch.cuda.synchronize()
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: waits.append(None))
+        torch.cuda.set_sync_debug_mode("error")  # what reads a number from the GPU raises
+        try:
+            for step in range(3, 6):
+                make(step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert not waits
+
+
+@on_devices(compiles=True)
+def test_the_sampler_draws_in_bf16_compiled_what_it_draws_plainly(world: RunConfig) -> None:
+    settings = SamplerSettings(
+        num_inference_steps=4, width=TINY_WIDTH, height=TINY_HEIGHT, precision="bf16", batch_size=2
+    )
+    requests = [ImageRequest(prompt="a red rocket", negative="text", seed=n) for n in (1, 2)]
+    drawn = {}
+    for compiled in (False, True):
+        sampler = Sampler(
+            world.base_model, settings.model_copy(update={"compile": compiled}), model_id="test"
+        )
+        drawn[compiled] = sampler(requests)
+        assert [blocked_reason(image) for image in drawn[compiled]] == ["", ""]
+    torch._dynamo.reset()
+    for plain, quick in zip(drawn[False], drawn[True], strict=True):
+        # bf16 keeps three digits, and a compiled model rounds less often.
+        apart = np.abs(np.asarray(plain, int) - np.asarray(quick, int))
+        assert apart.mean() < 8
