@@ -45,7 +45,8 @@ EVIDENCE_COLUMNS = (
 """Columns of the table of evidence: one row a generation and metric. `role` is what the gate reads
 it for (clip, fidelity, diversity, preference, copies) or "". In rows with the role copies,
 `nearest_poster` is the content hash of the nearest training image and `copied` says whether
-similarity or perceptual hash is that of a copy."""
+similarity by the first image encoder, or the perceptual hash, is that of a copy; what other
+encoders say is in fct_nearest, for reports."""
 
 
 TOLD = "decisions.json"
@@ -203,7 +204,7 @@ def _preference(
     encoder = pickscore_settings(settings.evidence)
     if encoder is None:
         return None
-    metric = pickscore_metric(encoder, settings.root)
+    metric = pickscore_metric(encoder, settings.evidence.pickscore_processor, settings.root)
     known = warehouse.scores(metric.metric_id, generations["generation_key"])
     new = generations[~generations["generation_key"].isin(known["generation_key"])]
     measured = measure_pickscore(store, new, settings.evidence, settings.root, progress)
