@@ -71,8 +71,8 @@ format: install-dev  ## put the formatting right
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install-dev  ## benchmarks; one of them with ONLY=name
-	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY))
+bench: install-dev  ## benchmarks; one of them with ONLY=name; fails on a missed figure with STRICT=1
+	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(STRICT),--strict)
 
 docs: install-dev  ## the reference, from docstrings, and the blocks of the guides that follow from the code
 	$(BIN)/python -m docs.tools.pages

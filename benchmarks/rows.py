@@ -14,7 +14,11 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """`ratio` is peer / ours for times (above 1: we are faster) or as `required` says in words."""
+    """`ratio` is peer / ours for times (above 1: we are faster) or as `required` says in words.
+
+    Where `required` says "at least" or "at most" and a number, that is asked of the ratio, or of
+    `ours` in a row without one; other words are for people.
+    """
 
     name: str
     unit: str
@@ -23,6 +27,19 @@ class Row:
     peer_name: str = ""
     ratio: float | None = None
     required: str = ""
+
+
+_LIMIT = re.compile(r"\bat (least|most) (\d[\d.,]*(?:e-?\d+)?)")
+
+
+def is_met(row: Row) -> bool | None:
+    """Whether a row meets what is required of it; None where no number is."""
+    limit = _LIMIT.search(row.required)
+    if limit is None:
+        return None
+    value = row.ours if row.ratio is None else row.ratio
+    wanted = float(limit[2].rstrip(".,").replace(",", ""))
+    return value >= wanted if limit[1] == "least" else value <= wanted
 
 
 def machine() -> str:

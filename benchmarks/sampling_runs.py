@@ -41,6 +41,7 @@ class Loop:
     """The loop a user writes. Loading the model is not counted."""
 
     def __init__(self, model: Path, settings: SamplerSettings) -> None:
+        import torch
         from diffusers import StableDiffusionPipeline
 
         self.settings = settings
@@ -52,6 +53,9 @@ class Loop:
         pipeline.scheduler = make_scheduler(model, settings.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline = pipeline.to(self.device)
+        if settings.channels_last:
+            for part in (pipeline.unet, pipeline.vae):
+                part.to(memory_format=torch.channels_last)
 
     def __call__(self, prompts: Sequence[Prompt], folder: Path) -> list[Path]:
         """The images' files, by prompt and seed."""

@@ -52,11 +52,11 @@ EVIDENCE_COLUMNS = (
     "generation_key", "variant", "prompt_id", "seed", "checkpoint_id", "metric_id", "metric",
     "role", "value", "status", "reason", "nearest_poster", "copied",
 )  # fmt: skip
-"""Columns of the table of evidence: one row a generation and metric. `role` is what it
-is read for, or "": clip, specific, fidelity, diversity, preference and copies by the gate, control
-and rank by the growth chart. In rows with the role copies, `nearest_poster` is the content hash of
-the nearest training image and `copied` says whether similarity or perceptual hash is that of a
-copy."""
+"""Columns of the table of evidence: one row a generation and metric. `role` is what it is read for,
+or "": clip, specific, fidelity, diversity, preference and copies by the gate, control and rank by
+the growth chart. In rows with the role copies, `nearest_poster` is the content hash of the nearest
+training image and `copied` says whether similarity by the first image encoder, or the perceptual
+hash, is that of a copy; what other encoders say is in fct_nearest, for reports."""
 
 
 TOLD = "decisions.json"
@@ -223,7 +223,7 @@ def _preference(
     encoder = pickscore_settings(settings.evidence)
     if encoder is None:
         return None
-    metric = pickscore_metric(encoder, settings.root)
+    metric = pickscore_metric(encoder, settings.evidence.pickscore_processor, settings.root)
     known = warehouse.scores(metric.metric_id, generations["generation_key"])
     new = generations[~generations["generation_key"].isin(known["generation_key"])]
     measured = measure_pickscore(store, new, settings.evidence, settings.root, progress)

@@ -66,6 +66,8 @@ COLUMNS = (
 """Columns of the table of generations; status is ok, blocked (drawn, but black or of one colour)
 or failed (not drawn: `image` and `image_path` are empty)."""
 
+_A1111_NEGATIVE = "Negative prompt:"
+
 _A1111_SAMPLERS = {"dpmsolver++": "DPM++ 2M", "ddim": "DDIM", "euler": "Euler"}
 
 # Steps on latents are cheap; decoding needs about 1 GB for 512 x 512 pixels in fp32, so large
@@ -560,7 +562,10 @@ def png_bytes(image: Image.Image, parameters: str) -> bytes:
 
 
 def parameters_text(request: ImageRequest, settings: SamplerSettings, model_id: str) -> str:
-    """How an image was made, in the form of AUTOMATIC1111's web UI. Nothing of the machine."""
+    """How an image was made, in the form of AUTOMATIC1111's web UI. Nothing of the machine.
+
+    Prompt and negative prompt are a line each, as programs that read this form expect.
+    """
     values = {
         "Steps": settings.num_inference_steps,
         "Sampler": _A1111_SAMPLERS[settings.scheduler],
@@ -573,9 +578,14 @@ def parameters_text(request: ImageRequest, settings: SamplerSettings, model_id: 
     }
     if request.negative and request.negative_from > 0:
         values["Negative from"] = f"{request.negative_from:g}"
-    lines = [" ".join(request.prompt.split())]
+    prompt = " ".join(request.prompt.split())
+    if prompt.startswith(_A1111_NEGATIVE):
+        # Readers would take it for the other line, which they know by this very spelling. In small
+        # letters it is the same prompt, since CLIP reads no capitals.
+        prompt = prompt[0].lower() + prompt[1:]
+    lines = [prompt]
     if request.negative:
-        lines.append(f"Negative prompt: {' '.join(request.negative.split())}")
+        lines.append(f"{_A1111_NEGATIVE} {' '.join(request.negative.split())}")
     lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
     return "\n".join(lines)
 

@@ -168,7 +168,7 @@ def titled_posters(
         status="string: ok, blocked or failed",
         reason="string: why it is not ok",
         nearest_poster="string: sha256 of the nearest training image",
-        copied="bool: whether it counts as a copy of it",
+        copied="bool: whether it counts as a copy of it, by the first encoder or the hash",
     ),
 )
 def fidelity_scores(

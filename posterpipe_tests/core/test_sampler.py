@@ -32,6 +32,7 @@ from posterpipe.core.sampler import (
     blocked_reason,
     generate,
     initial_latents,
+    parameters_text,
     pixel_key,
     text_limit,
 )
@@ -683,6 +684,18 @@ def test_pngs_say_how_they_were_made(store: Store, model_dir: Path) -> None:
         "Precision: fp32, Version: posterpipe sampler 1",
     ]
     assert json.loads(table.settings[0])["num_inference_steps"] == 3
+
+
+def test_a_prompt_is_never_read_as_the_negative_one(model_dir: Path) -> None:
+    """AUTOMATIC1111's reader goes by lines, and knows the negative one by how it begins."""
+    from transformers import CLIPTokenizer
+
+    request = ImageRequest("Negative prompt: is\n a film", "Negative prompt: cats", 1)
+    first, second, _ = parameters_text(request, SETTINGS, "tiny").splitlines()
+    assert first == "negative prompt: is a film"
+    assert second == "Negative prompt: Negative prompt: cats"
+    tokenizer = CLIPTokenizer.from_pretrained(model_dir / "tokenizer")
+    assert tokenizer(first).input_ids == tokenizer(request.prompt).input_ids
 
 
 def test_fp16_without_a_gpu_is_fp32_and_recorded_as_such(

@@ -70,6 +70,9 @@ def encoder_id(settings: ScorerSettings, root: Path) -> str:
 class ImageEncoder(Protocol):
     """What makes embeddings of images. Made once, called on batches."""
 
+    encoder_id: str
+    """Names what decides the embeddings: they are kept under it."""
+
     def prepare(self, image: Image.Image) -> np.ndarray:
         """What the model sees of an image. From any thread."""
         ...
@@ -306,7 +309,8 @@ def kept_embeddings(
     Embeddings are kept as they come, so that a kill loses little. An image that cannot be read, or
     that gives no finite number, is named with the reason. Raises ModelMissing.
     """
-    kind = f"embedding.{encoder_id(settings, root)}.v{ENCODER_VERSION}"
+    encoded_by = encoder.encoder_id if encoder else encoder_id(settings, root)
+    kind = f"embedding.{encoded_by}.v{ENCODER_VERSION}"
     unreadable: dict[str, str] = {}
 
     def compute(missing: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -18,10 +18,10 @@ from PIL import Image
 
 from posterpipe.core.metrics.base import Metric, encoder_metric, score_rows
 from posterpipe.core.metrics.encoders import ClipEncoder, encoder_id, kept_embeddings
-from posterpipe.core.models import locate
+from posterpipe.core.models import fingerprint, locate
 from posterpipe.core.progress import Progress
 from posterpipe.core.store import Store
-from posterpipe.settings import EvidenceSettings, ScorerSettings
+from posterpipe.settings import EvidenceSettings, ModelRef, ScorerSettings
 
 PICKSCORE_VERSION = 1
 
@@ -38,10 +38,18 @@ def pickscore_settings(evidence: EvidenceSettings) -> ScorerSettings | None:
     )
 
 
-def pickscore_metric(settings: ScorerSettings, root: Path) -> Metric:
-    """What PickScore with these settings is."""
+def pickscore_encoder_id(settings: ScorerSettings, processor: ModelRef | None, root: Path) -> str:
+    """`encoder_id`, with the fingerprint of the processor where that is another model's: it decides
+    what the encoder sees and reads. Raises ModelMissing."""
+    name = encoder_id(settings, root)
+    return name if processor is None else f"{name}.{fingerprint(processor, root)[:8]}"
+
+
+def pickscore_metric(settings: ScorerSettings, processor: ModelRef | None, root: Path) -> Metric:
+    """What PickScore with these settings is; `processor` is `evidence.pickscore_processor`."""
+    encoder = pickscore_encoder_id(settings, processor, root)
     return encoder_metric(
-        f"pickscore.{encoder_id(settings, root)}.v{PICKSCORE_VERSION}", "PickScore", settings, root,
+        f"pickscore.{encoder}.v{PICKSCORE_VERSION}", "PickScore", settings, root,
         PICKSCORE_VERSION, "scaled cosine of image and score text, about 15 to 25; only differences"
         " for one text mean something",
     )  # fmt: skip
@@ -51,10 +59,11 @@ class PickScore(ClipEncoder):
     """The scaled cosine of image and text. Made once, called on batches. Raises ModelMissing."""
 
     def __init__(
-        self, settings: ScorerSettings, root: Path, *, processor: Path | None = None
+        self, settings: ScorerSettings, root: Path, *, processor: ModelRef | None = None
     ) -> None:
-        super().__init__(settings, root, processor=processor)
-        self.metric_id = pickscore_metric(settings, root).metric_id
+        super().__init__(settings, root, processor=locate(processor, root) if processor else None)
+        self.encoder_id = pickscore_encoder_id(settings, processor, root)
+        self.metric_id = pickscore_metric(settings, processor, root).metric_id
         self.scale = float(self.model.logit_scale.float().exp())
 
     def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> np.ndarray:
@@ -83,12 +92,12 @@ def measure_pickscore(
     settings = pickscore_settings(evidence)
     if settings is None:
         return None
-    metric = pickscore_metric(settings, root)
+    processor = evidence.pickscore_processor
+    metric = pickscore_metric(settings, processor, root)
     drawn = generations[generations["status"] == "ok"]
     if drawn.empty:
         return metric, score_rows(generations, metric.metric_id, {}, {})
-    processor = evidence.pickscore_processor
-    worker = PickScore(settings, root, processor=locate(processor, root) if processor else None)
+    worker = PickScore(settings, root, processor=processor)
     files = {str(r.image): store.root / str(r.image_path) for r in drawn.itertuples(index=False)}
     embeddings = kept_embeddings(store, settings, root, files, progress, encoder=worker)
     ready = drawn[drawn["image"].isin(embeddings.vectors.keys())]

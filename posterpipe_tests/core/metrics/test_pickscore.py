@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +73,7 @@ def test_scores_are_the_scaled_cosines_of_plain_transformers(root: Path, tmp_pat
 def test_the_worker_and_the_table_agree(root: Path) -> None:
     settings = pickscore_settings(EVIDENCE)
     assert settings is not None
-    worker = PickScore(settings, root, processor=root / "models" / "pick")
+    worker = PickScore(settings, root, processor=EVIDENCE.pickscore_processor)
     texts = ["a red rocket", "a blue cat", "a cat"]
     whole = worker(some_images(3), texts)
     np.testing.assert_allclose(
@@ -79,6 +81,26 @@ def test_the_worker_and_the_table_agree(root: Path) -> None:
     )
     with pytest.raises(ValueError, match="3 images and 1 texts"):
         worker(some_images(3), ["a"])
+
+
+def test_another_processor_is_another_metric_with_embeddings_of_its_own(
+    root: Path, tmp_path: Path
+) -> None:
+    other = root / "models" / "other"
+    shutil.copytree(root / "models" / "pick", other)
+    config = json.loads((other / "preprocessor_config.json").read_text())
+    mean = {"image_mean": [0.9, 0.1, 0.1]}
+    (other / "preprocessor_config.json").write_text(json.dumps({**config, **mean}))
+    store = Store(tmp_path / "store")
+    table = generations(store, [*some_images(2)])
+    changed = EVIDENCE.model_copy(update={"pickscore_processor": ModelRef(id="models/other")})
+    measured = [
+        measure_pickscore(store, table, evidence, root, NoProgress())
+        for evidence in (EVIDENCE, changed)
+    ]
+    (one, scores), (another, others) = (pair for pair in measured if pair is not None)
+    assert one.metric_id != another.metric_id
+    assert (scores.value != others.value).all(), "nothing is taken from the first one's embeddings"
 
 
 def test_it_is_measured_only_where_it_is_configured(root: Path, tmp_path: Path) -> None:
