@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rows import RESULTS, Row, is_met, markdown, merge
+from benchmarks.rows import RESULTS, Row, is_met, machine, markdown, merge
 from benchmarks.training_runs import PEER_SCRIPT
 
 BENCHMARKS = (
@@ -32,6 +32,8 @@ BENCHMARKS = (
 )
 REHEARSED = ("train_sd21_gpu", "sample_sd21_gpu")
 """Those that only a GPU can measure, and that can be tried without one."""
+IN_PARTS = ("train_sd21_gpu",)
+"""Those that give their rows one by one, each of which is filed at once."""
 
 README = Path(__file__).parents[1] / "README.md"
 MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
@@ -76,22 +78,43 @@ def main() -> None:
         action="store_true",
         help="exit with 1 where a figure misses what is required of it; a busy machine may do that",
     )
+    parser.add_argument(
+        "--part",
+        help="with --only train_sd21_gpu: only runs whose name contains it, such as unet.batch1",
+    )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="with --only train_sd21_gpu: folder in which its model is left for the next command",
+    )
     arguments = parser.parse_args()
     if arguments.peer_script:
         os.environ[PEER_SCRIPT] = str(arguments.peer_script.resolve(strict=True))
     only = arguments.only
+    options = {name: getattr(arguments, name) for name in ("part", "keep")}
+    options = {name: value for name, value in options.items() if value is not None}
+    if options and only not in IN_PARTS:
+        parser.error(f"--part and --keep need --only with one of {', '.join(IN_PARTS)}")
     if arguments.rehearse:
         if only not in REHEARSED:
             parser.error(f"--rehearse needs --only with one of {', '.join(REHEARSED)}")
-        show(importlib.import_module(f"benchmarks.{only}").run(rehearse=True))
+        show(list(importlib.import_module(f"benchmarks.{only}").run(rehearse=True, **options)))
         return
     names = (only,) if only else BENCHMARKS
     rows: list[Row] = []
     for name in names:
-        rows += importlib.import_module(f"benchmarks.{name}").run()
-    path = merge(rows)
+        measured = importlib.import_module(f"benchmarks.{name}").run(**options)
+        if name in IN_PARTS:
+            for row in measured:
+                print(f"{row.name}: {row.ours:g} {row.unit} {row.required}", flush=True)
+                merge([row], in_parts=True)
+                rows.append(row)
+        else:
+            merge(measured)
+            rows += measured
     update_readme()
     show(rows)
+    path = RESULTS / f"{machine()}.json"
     print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
     missed = [row.name for row in rows if is_met(row) is False]
     if missed:

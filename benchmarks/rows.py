@@ -54,15 +54,31 @@ def machine() -> str:
     return f"cpu-{platform.machine()}-{os.cpu_count()}"
 
 
-def merge(rows: list[Row]) -> Path:
-    """Writes the rows into this machine's file; rows of other benchmarks stay as they were."""
+def filed() -> list[dict]:
+    """This machine's rows, as they were filed."""
+    path = RESULTS / f"{machine()}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def merge(rows: list[Row], *, in_parts: bool = False) -> Path:
+    """Writes the rows into this machine's file; rows of other benchmarks stay as they were.
+
+    in_parts: so do rows of the same benchmark that have other names; each row takes the place of
+    the one that had its name.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{machine()}.json"
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    topics = {row.name.split(".")[0] for row in rows}
-    kept = [row for row in kept if row["name"].split(".")[0] not in topics]
-    everything = kept + [asdict(row) for row in rows]
-    path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+
+    new = [asdict(row) for row in rows]
+
+    def stays(row: dict) -> bool:
+        of = (lambda name: name) if in_parts else (lambda name: name.split(".")[0])
+        return of(row["name"]) not in {of(other["name"]) for other in new}
+
+    everything = [row for row in filed() if stays(row)] + new
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
     return path
 
 

@@ -4,6 +4,10 @@ Both sides: random weights of the real size, bf16, 8-bit Adam, batch 1 and 4, th
 with the text encoder. Then what each measure contributes: each is left out, or added, alone. No
 rows without a GPU.
 
+Each row is filed when it is there, and a run that fails is a row too. `--part` measures some of the
+runs and `--keep` leaves the model for the next command, so that all of them can be made in several
+short ones: `--part unet.batch1.plain` first, since the others of that batch are compared with it.
+
 `--rehearse` runs every line of it on a tiny model and whatever device there is, so that the command
 is known to work before a GPU is paid for; its figures mean nothing and are not filed.
 """
@@ -12,17 +16,20 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.rows import Row
+from benchmarks.rows import Row, filed
 from benchmarks.training_runs import (
     CAPTION,
     Measured,
+    RunFailed,
     peer_script,
     run_ours,
     run_peer,
@@ -33,8 +40,14 @@ if TYPE_CHECKING:
     import torch
 
 THESIS_STEPS = 1000
-BF16_PEAK_TFLOPS = {"h100": 989, "h200": 989, "a100": 312, "l4": 121, "4090": 165, "3090": 71}
-"""Dense bf16, from the makers' data sheets; by a part of the device's name."""
+BF16_PEAK_TFLOPS = {
+    "h100": 989, "h100 pcie": 756, "h100 nvl": 835, "h200": 989, "a100": 312, "l4": 121, "l40": 181,
+    "l40s": 362, "4090": 165, "3090": 71,
+}  # fmt: skip
+"""Dense bf16, from the makers' data sheets; by whole words of the device's name, of which the
+longest row counts."""
+
+_LONGEST_REASON = 160
 
 
 @dataclass(frozen=True)
@@ -66,78 +79,157 @@ MEASURES: dict[str, dict[str, Any]] = {
 }
 
 
-def run(*, rehearse: bool = False) -> list[Row]:
+def run(*, rehearse: bool = False, part: str = "", keep: Path | None = None) -> Iterator[Row]:
+    """Rows as they are measured, so that each can be filed before the next is begun.
+
+    part: only runs whose name contains it, such as `unet.batch1` or `with_compile`. keep: folder
+    in which the model that is trained is left for the next command, gigabytes.
+    """
     import torch
 
     if not rehearse and not torch.cuda.is_available():
-        return []
-    from posterpipe_tests.models import build_tiny_stable_diffusion
-    from posterpipe_tests.real_size import build_stable_diffusion
-
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         scale = REHEARSAL if rehearse else FULL
-        if rehearse:
-            base = build_tiny_stable_diffusion(folder / "base", precision="fp32")
-        else:
-            base = build_stable_diffusion(folder / "base", base=True, precision="fp32")
+        base = _model(keep or folder, rehearse=rehearse)
         data = training_set(folder / "data", images=16, side=scale.side)
-        return list(_rows(folder, base, data, scale))
+        known = {} if rehearse else {row["name"]: row["ours"] for row in filed()}
+        for name, measure in _Comparison(folder, base, data, scale, known).runs():
+            if part in name:
+                yield from _rows_or_failure(name, measure)
 
 
-def _rows(folder: Path, base: Path, data: Path, scale: Scale) -> Iterator[Row]:
-    script = peer_script()
-    numbers = itertools.count()
+def _model(folder: Path, *, rehearse: bool) -> Path:
+    """The directory of the model that is trained, made where it is not there."""
+    from posterpipe_tests.models import build_tiny_stable_diffusion
+    from posterpipe_tests.real_size import build_stable_diffusion
 
-    def ours(training: dict[str, Any]) -> Measured:
-        work = folder / f"ours-{next(numbers)}"
-        return run_ours(work, base, data, scale.side, **{"log_every_steps": scale.warm, **training})
+    base = folder / ("tiny" if rehearse else "sd21_base")
+    if not base.exists():
+        unfinished = base.with_suffix(".tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if rehearse:
+            build_tiny_stable_diffusion(unfinished, precision="fp32")
+        else:
+            build_stable_diffusion(unfinished, base=True, precision="fp32")
+        unfinished.rename(base)
+    return base
 
-    for batch in scale.batches:
-        for text_encoder in (False, True):
+
+def _rows_or_failure(name: str, measure: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """The rows of a run; one that does not go through is a row itself, in place of the first."""
+    try:
+        yield from measure()
+    except RuntimeError as error:  # RunFailed, and what torch raises in this process
+        yield Row(name.removesuffix(".plain"), "steps/s", 0.0, required=f"failed: {_reason(error)}")
+
+
+def _reason(error: RuntimeError) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:_LONGEST_REASON]
+
+
+class _Comparison:
+    """All runs of the benchmark, each by its name.
+
+    known: figures that were filed before, by name; a measure alone is compared with the plain run
+    of this command or, where that is not among its runs, of an earlier one.
+    """
+
+    def __init__(
+        self, folder: Path, base: Path, data: Path, scale: Scale, known: dict[str, float]
+    ) -> None:
+        self._folder = folder
+        self._base = base
+        self._data = data
+        self._scale = scale
+        self._figures = {name: figure for name, figure in known.items() if figure}
+        self._numbers = itertools.count()
+
+    def runs(self) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
+        for batch, text_encoder in itertools.product(self._scale.batches, (False, True)):
             parts = "unet_text_encoder" if text_encoder else "unet"
             name = f"train_sd21_gpu.{parts}.batch{batch}"
             training = {
                 **SETTINGS,
-                "max_train_steps": scale.steps,
+                "max_train_steps": self._scale.steps,
                 "train_batch_size": batch,
                 "train_text_encoder": text_encoder,
             }
-            mine = ours(training)
-            speed = mine.steps_per_second(scale.warm)
-            peer = None
-            if script is not None:
-                work = folder / f"peer-{next(numbers)}"
-                peer = run_peer(script, work, base, data, scale.side, **training)
-            yield from _compared(name, mine, peer, scale.warm)
-            yield Row(f"{name}.images", "images/s", round(speed * batch, 2))
-            yield Row(f"{name}.thesis_run", "s for 1,000 steps", round(THESIS_STEPS / speed))
-            flops = _step_flops(base, batch, scale.side, text_encoder)
-            peak = _peak_tflops()
-            if peak:
-                share = flops * speed / (peak * 1e12)
-                yield Row(f"{name}.of_bf16_peak", "%", round(100 * share, 1))
-            else:
-                yield Row(f"{name}.rate", "TFLOP/s (no peak known)", round(flops * speed / 1e12, 2))
+            yield f"{name}.plain", partial(self._plain, name, training)
+            yield f"{name}.peer", partial(self._peer, name, training)
             if text_encoder:
                 continue
             for measure, changed in MEASURES.items():
-                other = ours({**training, **changed}).steps_per_second(scale.warm)
                 words = re.sub(r"[^a-z0-9]+", "_", measure.lower())
-                yield Row(
-                    f"{name}.{words}", "steps/s", round(other, 3), round(speed, 3), "as above",
-                    round(other / speed, 2),
-                )  # fmt: skip
-            encoding = _vae_seconds(base, batch, scale.side)
-            yield Row(f"{name}.vae_at_each_step", "ms saved a step", round(1000 * encoding, 1))
+                yield (
+                    f"{name}.{words}",
+                    partial(self._measure, name, f"{name}.{words}", {**training, **changed}),
+                )
+            yield f"{name}.vae_at_each_step", partial(self._vae, name, batch)
 
+    def _ours(self, training: dict[str, Any]) -> Measured:
+        work = self._folder / f"ours-{next(self._numbers)}"
+        settings = {"log_every_steps": self._scale.warm, **training}
+        measured = run_ours(work, self._base, self._data, self._scale.side, **settings)
+        shutil.rmtree(work)
+        return measured
 
-def _compared(name: str, ours: Measured, peer: Measured | None, warm: int) -> Iterator[Row]:
-    speed = ours.steps_per_second(warm)
-    if peer is None:
+    def _plain(self, name: str, training: dict[str, Any]) -> Iterator[Row]:
+        """Ours, and how it stands to what the GPU can do."""
+        mine = self._ours(training)
+        speed = self._figures[name] = mine.steps_per_second(self._scale.warm)
+        self._figures[f"{name}.memory"] = mine.peak_gib
         yield Row(name, "steps/s", round(speed, 3), required="needs --peer-script")
-        yield Row(f"{name}.memory", "GiB", round(ours.peak_gib, 2))
-        return
+        yield Row(f"{name}.memory", "GiB", round(mine.peak_gib, 2))
+        batch = training["train_batch_size"]
+        yield Row(f"{name}.images", "images/s", round(speed * batch, 2))
+        yield Row(f"{name}.thesis_run", "s for 1,000 steps", round(THESIS_STEPS / speed))
+        flops = _step_flops(self._base, batch, self._scale.side, training["train_text_encoder"])
+        peak = _peak_tflops()
+        if peak:
+            share = flops * speed / (peak * 1e12)
+            yield Row(f"{name}.of_bf16_peak", "%", round(100 * share, 1))
+        else:
+            yield Row(f"{name}.rate", "TFLOP/s (no peak known)", round(flops * speed / 1e12, 2))
+
+    def _peer(self, name: str, training: dict[str, Any]) -> Iterator[Row]:
+        """diffusers' script beside ours: its figures take the place of ours alone."""
+        script = peer_script()
+        if script is None:
+            return
+        speed, memory = self._known(name), self._known(f"{name}.memory")
+        work = self._folder / f"peer-{next(self._numbers)}"
+        try:
+            peer = run_peer(script, work, self._base, self._data, self._scale.side, **training)
+        except RunFailed as error:
+            failed = f"the script failed: {_reason(error)}"
+            yield Row(name, "steps/s", round(speed, 3), required=failed)
+            return
+        shutil.rmtree(work)
+        yield from _compared(name, speed, memory, peer, self._scale.warm)
+
+    def _measure(self, plain: str, name: str, training: dict[str, Any]) -> Iterator[Row]:
+        other = self._ours(training).steps_per_second(self._scale.warm)
+        speed = self._known(plain)
+        yield Row(
+            name, "steps/s", round(other, 3), round(speed, 3), "as above", round(other / speed, 2)
+        )
+
+    def _vae(self, name: str, batch: int) -> Iterator[Row]:
+        encoding = _vae_seconds(self._base, batch, self._scale.side)
+        yield Row(f"{name}.vae_at_each_step", "ms saved a step", round(1000 * encoding, 1))
+
+    def _known(self, name: str) -> float:
+        """A figure of the plain run."""
+        figure = self._figures.get(name)
+        if figure is None:
+            raise RunFailed(f"no figure of {name} to compare with; measure its part plain first")
+        return figure
+
+
+def _compared(name: str, speed: float, memory: float, peer: Measured, warm: int) -> Iterator[Row]:
     theirs = peer.steps_per_second(warm)
     title = "diffusers train_dreambooth.py"
     yield Row(
@@ -145,8 +237,8 @@ def _compared(name: str, ours: Measured, peer: Measured | None, warm: int) -> It
         "ours / peer at least 1.5",
     )  # fmt: skip
     yield Row(
-        f"{name}.memory", "GiB", round(ours.peak_gib, 2), round(peer.peak_gib, 2), title,
-        round(peer.peak_gib / max(ours.peak_gib, 1e-9), 2), "peer / ours at least 1",
+        f"{name}.memory", "GiB", round(memory, 2), round(peer.peak_gib, 2), title,
+        round(peer.peak_gib / max(memory, 1e-9), 2), "peer / ours at least 1",
     )  # fmt: skip
 
 
@@ -155,8 +247,14 @@ def _peak_tflops() -> int | None:
 
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name().lower()
-    return next((peak for part, peak in BF16_PEAK_TFLOPS.items() if part in name), None)
+    return peak_tflops(torch.cuda.get_device_name())
+
+
+def peak_tflops(device_name: str) -> int | None:
+    """The peak of a device such as "NVIDIA H100 PCIe"; None for one that is not known."""
+    words = set(re.findall(r"[a-z0-9]+", device_name.lower()))
+    named = [name for name in BF16_PEAK_TFLOPS if words.issuperset(name.split())]
+    return BF16_PEAK_TFLOPS[max(named, key=len)] if named else None
 
 
 def _step_flops(base: Path, batch: int, side: int, text_encoder: bool) -> float:

@@ -39,10 +39,15 @@ CAPTION = "a minimalist film poster"
 """Of all images: the peer knows one prompt only."""
 
 
+class RunFailed(RuntimeError):
+    """A run left no figures; the message is the last line that it printed."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """One run: at the end of which steps, at what time in seconds, which losses, and the peak of
-    the GPU's memory in GiB (0 on a CPU)."""
+    the GPU's memory in GiB after the first step, in which cuDNN tries its algorithms (0 on a CPU).
+    """
 
     steps: list[int]
     seconds: list[float]
@@ -94,8 +99,8 @@ def in_fp32(base: Path, folder: Path) -> Path:
 
 
 def run_ours(work: Path, base: Path, data: Path, side: int, **training: Any) -> Measured:
-    """Trains with the trainer of this project."""
-    from posterpipe.core.dreambooth.config import RunConfig
+    """Trains with the trainer of this project. Raises RunFailed."""
+    from posterpipe.core.dreambooth.config import RunConfig, Versions
     from posterpipe.settings import TrainingSettings
 
     config = RunConfig(
@@ -106,6 +111,8 @@ def run_ours(work: Path, base: Path, data: Path, side: int, **training: Any) -> 
         cache_dir=data / "cache",
         width=side,
         height=side,
+        # Not measured: hashing gigabytes of a model that was made for this is no part of training.
+        versions=Versions(training_set=str(data), base_model=str(base)),
         training=TrainingSettings(
             holdout_every_steps=None, lr_scheduler="constant", save_every_steps=10**6, **training
         ),
@@ -123,7 +130,10 @@ def run_peer(
     same_draws: bool = False,
     **training: Any,
 ) -> Measured:
-    """Trains with diffusers' script; `training` are names and values of our settings."""
+    """Trains with diffusers' script; `training` are names and values of our settings.
+
+    Raises RunFailed.
+    """
     arguments = {
         "pretrained_model_name_or_path": base,
         "instance_data_dir": data / "images",
@@ -154,7 +164,9 @@ def _in_process(*arguments: str, work: Path) -> Measured:
     command = [sys.executable, "-m", "benchmarks.training_runs", str(result), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=default_root())
     if not result.exists():
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+        print(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}", file=sys.stderr)
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise RunFailed(said[-1] if said else f"it ended with status {done.returncode}")
     return Measured(**json.loads(result.read_text(encoding="utf-8")))
 
 
@@ -169,6 +181,8 @@ class _Recorder:
     def add(self, step: int, loss: float) -> None:
         for name, value in (("steps", step), ("seconds", time.perf_counter()), ("losses", loss)):
             self._values[name].append(value)
+        if step == 1:
+            _forget_peak()
 
     def write(self) -> None:
         import torch
@@ -176,6 +190,13 @@ class _Recorder:
         gpu = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0
         self._result.write_text(json.dumps({**self._values, "peak_gib": peak}), encoding="utf-8")
+
+
+def _forget_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 class _Enough(BaseException):

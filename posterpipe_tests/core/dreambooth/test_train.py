@@ -536,8 +536,8 @@ def test_where_allowed_the_batch_is_halved_and_the_losses_stay(
 def test_held_out_posters_and_samples_that_do_not_fit_at_once_are_divided(
     make_config: MakeConfig, other_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"train_batch_size": 1, "max_train_steps": 1, "holdout_every_steps": 1}
-    settings |= {"sample_every_steps": 1, "sample_prompts": ("a cat",)}
+    settings: dict[str, Any] = {"train_batch_size": 1, "max_train_steps": 1}
+    settings |= {"holdout_every_steps": 1, "sample_every_steps": 1, "sample_prompts": ("a cat",)}
     parts = {"holdout_set": other_set}
     whole = train(make_config("whole", parts=parts, **settings))
     out_of_memory_above(2, monkeypatch)
