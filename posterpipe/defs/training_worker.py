@@ -68,7 +68,8 @@ def _train(config_file: Path, pipes: PipesContext | None = None) -> TrainResult:
 
 def _metadata(result: TrainResult) -> dict[str, Any]:
     last = result.reports[-1]
-    speed = result.steps / result.seconds if result.seconds else 0.0
+    # The weights may be those of an earlier step.
+    speed = last.step / result.seconds if result.seconds else 0.0
     return {
         "checkpoint_id": {"raw_value": result.checkpoint_id, "type": "text"},
         "checkpoint": {"raw_value": str(result.output_dir), "type": "path"},

@@ -32,6 +32,7 @@ from posterpipe.core.dreambooth.config import (
 )
 from posterpipe.core.dreambooth.data import read_training_set
 from posterpipe.core.dreambooth.draws import positions, step_seed
+from posterpipe.core.dreambooth.effects import remarks
 from posterpipe.core.dreambooth.errors import TrainingDiverged, TrainingError, TrainingStopped
 from posterpipe.core.dreambooth.guards import only_run_in, stop_signal, writing
 from posterpipe.core.dreambooth.holdout import holdout_loss, lowest, stopped_falling
@@ -74,6 +75,8 @@ def train(
     run = checkpoint_id(config, versions, accelerator.num_processes)
     main = accelerator.is_main_process
     say = log if main else lambda line: None
+    for remark in remarks(config.training):
+        say(remark)
     try:
         with only_run_in(config.work_dir, say) if main else contextlib.nullcontext():
             result = read_result(config, run) if main else None

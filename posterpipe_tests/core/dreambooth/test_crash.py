@@ -270,13 +270,13 @@ def with_files_up_to(
     """Trains where the system refuses larger files than `size` bytes, and tells what was said."""
     torch.set_num_threads(threads)
 
-    def limit(row: StepReport) -> None:
-        if row.step >= from_step:
+    def limit(step: int) -> None:
+        if step >= from_step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-    limit(StepReport(0, 0, 0, 0, None, 0, None, 0, 0, 0, 0))
+    limit(0)
     try:
-        train(config, limit)
+        train(config, lambda report: limit(report.step))
     except TrainingError as error:
         said.send(str(error))
 
