@@ -13,10 +13,7 @@ same.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import signal
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,9 +22,8 @@ from dagster_pipes import PipesContext, open_dagster_pipes
 
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.dreambooth.guards import stop_with_parent
 from posterpipe.core.dreambooth.reports import TrainResult
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -35,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train for Dagster.")
     parser.add_argument("--config", type=Path, required=True, help="TOML file of a RunConfig")
     arguments = parser.parse_args()
-    _stop_with_parent()
+    stop_with_parent()
     if int(os.environ.get("RANK", "0")) > 0:
         _train(arguments.config)
         return
@@ -82,13 +78,6 @@ def _metadata(result: TrainResult) -> dict[str, Any]:
         "training_seconds": {"raw_value": result.seconds, "type": "float"},
         "peak_memory_gib": {"raw_value": last.memory_gib, "type": "float"},
     }
-
-
-def _stop_with_parent() -> None:
-    """Asks the system for SIGTERM, on which a run saves and ends, when the launcher dies: without
-    it, a cancelled Dagster run would leave its training behind. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.dreambooth.guards import launched, stop_with_parent
 from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.progress import BarProgress
 
@@ -27,6 +29,8 @@ def main() -> int:
     )
     parser.add_argument("--config", type=Path, required=True, help="TOML file of a RunConfig")
     arguments = parser.parse_args()
+    if launched():  # started by itself, it outlives the shell if it is asked to
+        stop_with_parent()
     # Under a launcher, one of several processes speaks.
     say = print if os.environ.get("RANK", "0") == "0" else _silent
     try:
@@ -39,6 +43,11 @@ def main() -> int:
     except TrainingError as error:
         print(f"training: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(
+            "training: ended at once; start it again to go on from its last save", file=sys.stderr
+        )
+        return 128 + signal.SIGINT
     say(
         f"finished: {result.steps} steps ({result.ended_by}), smoothed loss "
         f"{result.final_loss:.4f}, checkpoint {result.checkpoint_id} in {result.output_dir}"

@@ -65,7 +65,7 @@ def train(
     same bits as one that was not (same machine, same number of threads).
 
     Raises TrainingError with what to do: TrainingSetError, BaseModelError, TrainingDiverged when
-    the loss is no number, TrainingStopped after SIGTERM.
+    the loss is no number, TrainingStopped after SIGTERM or Ctrl-C.
     """
     _quiet()
     check_base_model(config.base_model)
@@ -267,6 +267,8 @@ def _train(
                 journal.loss_steps = 0
                 if main:
                     report(row)
+            if stop and not ends:
+                log(f"asked to stop: saves step {done} and ends; Ctrl-C now ends it without")
             if saves:
                 journal.loss_sum = float(loss_sum)
                 save(done)
