@@ -14,7 +14,7 @@ from typing import Any
 import dagster as dg
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord
 
-from posterpipe.core.dreambooth.config import WITHOUT_EFFECT
+from posterpipe.core.dreambooth.effects import deciding
 from posterpipe.defs.resources import (
     BASE_MODEL,
     CHALLENGER,
@@ -53,7 +53,7 @@ _DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
     ],
     "dreambooth_checkpoint": lambda s: [
         s.base_model.model_dump(mode="json"),
-        s.training.model_dump(mode="json", exclude=set(WITHOUT_EFFECT)),
+        deciding(s.training),
     ],
     "base_generations": lambda s: _drawing(s),
     "tuned_generations": lambda s: [s.sampler.model_dump(mode="json", exclude=_SPEED)],

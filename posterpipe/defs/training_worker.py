@@ -13,10 +13,7 @@ own. Started by hand it trains all the same.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import signal
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,10 +22,9 @@ from dagster_pipes import PipesContext, open_dagster_pipes
 
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.dreambooth.guards import stop_with_parent
 from posterpipe.core.dreambooth.launch import is_first_process, let_the_first_speak
 from posterpipe.core.dreambooth.reports import TrainResult
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -36,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train for Dagster.")
     parser.add_argument("--config", type=Path, required=True, help="TOML file of a RunConfig")
     arguments = parser.parse_args()
-    _stop_with_parent()
+    stop_with_parent()
     if not is_first_process():
         _train_silently(arguments.config)
         return
@@ -79,7 +75,8 @@ def _train(config_file: Path, pipes: PipesContext | None = None) -> TrainResult:
 
 def _metadata(result: TrainResult) -> dict[str, Any]:
     last = result.reports[-1]
-    speed = result.steps / result.seconds if result.seconds else 0.0
+    # The weights may be those of an earlier step.
+    speed = last.step / result.seconds if result.seconds else 0.0
     return {
         "checkpoint_id": {"raw_value": result.checkpoint_id, "type": "text"},
         "checkpoint": {"raw_value": str(result.output_dir), "type": "path"},
@@ -92,13 +89,6 @@ def _metadata(result: TrainResult) -> dict[str, Any]:
         "training_seconds": {"raw_value": result.seconds, "type": "float"},
         "peak_memory_gib": {"raw_value": last.memory_gib, "type": "float"},
     }
-
-
-def _stop_with_parent() -> None:
-    """Asks the system for SIGTERM, on which a run saves and ends, when the launcher dies: without
-    it, a cancelled Dagster run would leave its training behind. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":

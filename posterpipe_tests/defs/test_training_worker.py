@@ -5,6 +5,7 @@ import pty
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.launch import launch_command
+from posterpipe.core.dreambooth.reports import StepReport, TrainResult
+from posterpipe.defs import training_worker
 from posterpipe.defs.training import WORKER, _Reports
 from posterpipe.settings import TrainingSettings
 from posterpipe_tests.core.dreambooth.conftest import write_training_set
@@ -91,6 +94,23 @@ def test_an_error_of_another_process_than_the_first_reaches_dagster(tmp_path: Pa
     missed = {"exception": {"message": "Connection closed by peer"}}
     reader._read({"method": "closed", "params": missed})
     assert "none.toml" in reader.last_words
+
+
+def test_the_speed_counts_all_steps_where_the_weights_are_those_of_an_earlier_one() -> None:
+    numbers: dict[str, Any] = dict.fromkeys((field.name for field in fields(StepReport)), 0.0)
+    result = TrainResult(
+        output_dir=Path("out"),
+        checkpoint_id="id",
+        steps=0,
+        final_loss=0.5,
+        seconds=4.0,
+        resumed_from=0,
+        ended_by="early_stop",
+        reports=(StepReport(**{**numbers, "step": 20}),),
+        holdout=(),
+    )
+    told = training_worker._metadata(result)
+    assert told["steps_per_second"]["raw_value"] == 5.0 and told["steps"]["raw_value"] == 0
 
 
 def in_a_terminal(command: list[str], environment: dict[str, str]) -> tuple[int, str]:

@@ -6,6 +6,7 @@ here every image brings its own caption, as in the study that posterpipe rebuild
 Read `train` from top to bottom; it leans on small modules:
 
 - `config`: what one run is told, and the id of what it makes. Imports no torch.
+- `effects`: which settings have an effect beside the others. Imports no torch either.
 - `base_model`: the parts of the base model.
 - `data`: a training set on disk.
 - `latents`, `texts`: images and captions as the U-Net reads them, computed once (`cache`).

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.dreambooth.guards import launched, stop_with_parent
 from posterpipe.core.dreambooth.launch import is_first_process, let_the_first_speak
 from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.progress import BarProgress
@@ -27,6 +29,8 @@ def main() -> int:
     )
     parser.add_argument("--config", type=Path, required=True, help="TOML file of a RunConfig")
     arguments = parser.parse_args()
+    if launched():  # started by itself, it outlives the shell if it is asked to
+        stop_with_parent()
     say = print if is_first_process() else _silent
     try:
         config = RunConfig.from_toml(arguments.config)
@@ -39,6 +43,11 @@ def main() -> int:
         let_the_first_speak()
         print(f"training: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(
+            "training: ended at once; start it again to go on from its last save", file=sys.stderr
+        )
+        return 128 + signal.SIGINT
     say(
         f"finished: {result.steps} steps ({result.ended_by}), smoothed loss "
         f"{result.final_loss:.4f}, checkpoint {result.checkpoint_id} in {result.output_dir}"

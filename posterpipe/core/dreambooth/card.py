@@ -20,7 +20,7 @@ CARD_NAME = "README.md"
 
 _ENDS = {
     "max_train_steps": "all steps were made",
-    "early_stop": "the held-out loss had stopped falling, and the weights are those of its lowest",
+    "early_stop": "the held-out loss had stopped falling",
     "time_limit": "the time limit was reached",
 }
 
@@ -42,13 +42,18 @@ def card(config: RunConfig, record: Mapping[str, Any], folder: Path) -> str:
         "license": licence or "other",
         "tags": [*tags, "lora"] if settings.method == "lora" else tags,
     }
+    made = record["reports"][-1]["step"]
+    taken = ""
+    if record["steps"] < made:
+        lowest_at = f"step {record['steps']} of {made}"
+        taken = f" The weights are those of {lowest_at}, where the held-out loss was lowest."
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
     lines += [f"# {base}, fine-tuned with DreamBooth", ""]
     lines += [
         f"Checkpoint `{record['checkpoint_id']}`: {_what(settings.method)} of "
         f"{'U-Net and text encoder' if settings.train_text_encoder else 'the U-Net'}, "
-        f"{record['steps']} optimizer steps of {_images(settings, record['processes'])} in "
-        f"{duration(record['seconds'])}; {_ENDS[record['ended_by']]}.{_skipped(record)}",
+        f"{made} optimizer steps of {_images(settings, record['processes'])} in "
+        f"{duration(record['seconds'])}; {_ENDS[record['ended_by']]}.{taken}{_skipped(record)}",
         "",
         "```python",
         "from diffusers import StableDiffusionPipeline",

@@ -12,13 +12,14 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.dreambooth.effects import deciding
+from posterpipe.core.dreambooth.errors import TrainingError, TrainingSetError
 from posterpipe.settings import SamplerSettings, TrainingSettings
 
 TRAINER_VERSION = "2"
@@ -28,19 +29,7 @@ CSV_NAME = "training.csv"
 MODEL_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 """The folders of a Stable Diffusion directory that decide what is trained."""
 
-WITHOUT_EFFECT = frozenset(
-    {
-        "log_every_steps",
-        "save_every_steps",
-        "keep_saves",
-        "sample_every_steps",
-        "sample_prompts",
-        "sample_seed",
-        "halve_batch_on_out_of_memory",
-    }
-)
-"""Settings that change what a run says and keeps, but no weight."""
-
+# Left out of the id, not just as if they were not given, so that ids stay as they were.
 _OF_EARLY_STOP = {"holdout_every_steps", "holdout_timesteps", "early_stop_min_gain"}
 _OF_THE_PRIOR = {"prior_loss_weight", "class_prompt", "class_image_count"}
 
@@ -142,11 +131,11 @@ def checkpoint_id(config: RunConfig, versions: Versions, processes: int = 1) -> 
     A hash of everything that decides a weight: the training set, the base model, the image size,
     the training settings and the trainer's version; the class images with prior preservation, the
     held-out posters with early stopping; the number of processes where there are several, each of
-    which takes a batch of its own. Paths, and settings that only change what is logged or kept, are
-    not in it.
+    which takes a batch of its own. Paths, and settings without an effect on the weights (see
+    `effects`), are not in it.
     """
     training = config.training
-    unused = set(WITHOUT_EFFECT)
+    settings = deciding(training)
     parts: dict[str, object] = {
         "training_set": versions.training_set,
         "base_model": versions.base_model,
@@ -158,14 +147,18 @@ def checkpoint_id(config: RunConfig, versions: Versions, processes: int = 1) -> 
     if training.prior_preservation:
         parts["class_set"] = versions.class_set
     else:
-        unused |= _OF_THE_PRIOR
+        settings = _without(settings, _OF_THE_PRIOR)
     if training.early_stop_patience is not None:
         parts["holdout_set"] = versions.holdout_set
     else:
-        unused |= _OF_EARLY_STOP
-    parts["training"] = training.model_dump(mode="json", exclude=unused)
+        settings = _without(settings, _OF_EARLY_STOP)
+    parts["training"] = settings
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
 
 
 def measure_versions(config: RunConfig) -> Versions:
@@ -179,13 +172,25 @@ def measure_versions(config: RunConfig) -> Versions:
 
 
 def _hash_set(folder: Path | None) -> str:
-    return "" if folder is None else hash_files(folder, "*", "*/*")
+    """Hash of the files of a set, those in its folders' folders included where training.csv names
+    them."""
+    if folder is None:
+        return ""
+    from posterpipe.core.dreambooth.data import read_training_set  # it imports torch
+
+    try:
+        named = [example.image for example in read_training_set(folder)]
+    except TrainingSetError:
+        named = []  # whoever reads it says what is wrong; it may not be needed
+    return hash_files(folder, "*", "*/*", named=named)
 
 
-def hash_files(folder: Path, *patterns: str) -> str:
-    """sha256 over the names and bytes of the files in `folder` that match; "" for none."""
+def hash_files(folder: Path, *patterns: str, named: Iterable[Path] = ()) -> str:
+    """sha256 over the names and bytes of the files in `folder` that match, and of those that are
+    `named`; "" for none."""
     digest = hashlib.sha256()
-    for path in sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()}):
+    matching = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    for path in sorted(matching.union(named)):
         with open(path, "rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())

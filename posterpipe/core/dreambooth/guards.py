@@ -7,20 +7,28 @@ memory (`memory`).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 from safetensors import SafetensorError
 
 from posterpipe.core.dreambooth.errors import TrainingError
 
 _WAITING_LINE_EVERY_SECONDS = 60.0
+
+# One Ctrl-C comes twice under torch's launcher: from the terminal, and passed on by the launcher.
+_ECHO_SECONDS = 1.0
+
+_PR_SET_PDEATHSIG = 1
 
 
 @contextlib.contextmanager
@@ -51,16 +59,40 @@ def only_run_in(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """SIGTERM becomes a question the loop can ask between steps."""
+    """SIGTERM and Ctrl-C become a question the loop can ask between steps. A further Ctrl-C is a
+    KeyboardInterrupt as ever."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # Python delivers signals to the main thread only
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    first = math.inf
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        now = time.monotonic()
+        if number == signal.SIGINT and now - first > _ECHO_SECONDS:
+            raise KeyboardInterrupt
+        first = min(first, now)
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked.is_set
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_with_parent() -> None:
+    """Asks the system for SIGTERM, on which a run saves and ends, when the launcher dies: without
+    it, a cancelled run would leave its training behind. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def launched() -> bool:
+    """Whether a launcher, torch's or accelerate's, is the parent of this process."""
+    return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensors:
     """Runs one image, float32 (3, height, width) in -1..1, through the VAE: its mean and std.
 
     One alone: how a batch is made up shows in the last digits, and a run that was killed here goes
-    on with the images that are left. On one core batches of 16 small posters take a sixth less.
+    on with the images that are left. On one core, batches of 16 small posters take a fifth less.
     """
     with _whole_fp32():
         latent = vae.encode(pixels[None].to(vae.device)).latent_dist

@@ -35,6 +35,7 @@ from posterpipe.core.dreambooth.config import (
 )
 from posterpipe.core.dreambooth.data import read_training_set
 from posterpipe.core.dreambooth.draws import positions, step_seed
+from posterpipe.core.dreambooth.effects import remarks
 from posterpipe.core.dreambooth.errors import TrainingDiverged, TrainingError, TrainingStopped
 from posterpipe.core.dreambooth.guards import only_run_in, stop_signal, writing
 from posterpipe.core.dreambooth.holdout import holdout_loss, lowest, stopped_falling
@@ -82,7 +83,7 @@ def train(
     same bits as one that was not (same machine, same number of threads).
 
     Raises TrainingError with what to do: TrainingSetError, BaseModelError, TrainingDiverged when
-    the loss is no number, TrainingStopped after SIGTERM.
+    the loss is no number, TrainingStopped after SIGTERM or Ctrl-C.
     """
     _quiet()
     check_base_model(config.base_model)
@@ -95,6 +96,8 @@ def train(
     run = checkpoint_id(config, versions, accelerator.num_processes)
     main = accelerator.is_main_process
     say = log if main else lambda line: None
+    for remark in remarks(config.training):
+        say(remark)
     try:
         with only_run_in(config.work_dir, say) if main else contextlib.nullcontext():
             result = read_result(config, run) if main else None
@@ -310,6 +313,8 @@ def _train(
                 journal.loss_sum, journal.loss_steps = 0.0, 0
                 if main:
                     report(row)
+            if stop and not ends:
+                log(f"asked to stop: saves step {done} and ends; Ctrl-C now ends it without")
             if saves:
                 save(done)
             if stop and not ends:

@@ -151,6 +151,21 @@ def test_versions_are_measured_from_the_bytes(make_config: MakeConfig, tmp_path:
     assert after.base_model == before.base_model
 
 
+def test_a_changed_image_counts_however_deep_it_lies(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    folder = write_training_set(tmp_path / "deep")
+    config = make_config(parts={"training_set": folder})
+    flat = measure_versions(config).training_set
+    (folder / "a" / "b" / "c").mkdir(parents=True)
+    image = (folder / "0000.png").rename(folder / "a" / "b" / "c" / "0000.png")
+    table = folder / "training.csv"
+    table.write_text(table.read_text().replace("0000.png", "a/b/c/0000.png"))
+    before = measure_versions(config).training_set
+    image.write_bytes(image.read_bytes() + b"more")
+    assert len({flat, before, measure_versions(config).training_set}) == 3
+
+
 def test_the_launcher_is_told_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     command = launch_command(Path("run.toml"), module="some.worker", cpu=True)

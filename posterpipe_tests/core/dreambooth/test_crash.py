@@ -28,6 +28,7 @@ from posterpipe.core.dreambooth import saves
 from posterpipe.core.dreambooth.checkpoint import RECORD_NAME
 from posterpipe.core.dreambooth.config import RunConfig, checkpoint_id, measure_versions
 from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.dreambooth.launch import launch_command
 from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.train import train
 from posterpipe_tests.core.dreambooth.conftest import MakeConfig, saves_of
@@ -255,13 +256,26 @@ def test_a_run_killed_before_its_model_was_written_only_writes_it(
     assert [m.loss for m in result.holdout] == [m.loss for m in whole.holdout]
 
 
-def test_sigterm_saves_and_ends_with_a_sentence(make_config: MakeConfig) -> None:
+@pytest.mark.parametrize(
+    ("stop", "launcher"),
+    [
+        pytest.param(signal.SIGINT, False, id="Ctrl-C"),
+        pytest.param(signal.SIGTERM, True, id="SIGTERM to the launcher"),  # ends in a SIGTERM too
+        pytest.param(signal.SIGTERM, False, id="SIGTERM", marks=pytest.mark.slow),
+    ],
+)
+def test_asked_to_stop_a_run_saves_and_ends_with_a_sentence(
+    make_config: MakeConfig, stop: signal.Signals, launcher: bool
+) -> None:
     config = make_config(max_train_steps=5000, save_every_steps=5000)
-    with started(by_hand(config)) as process:
+    command = by_hand(config)
+    if launcher:
+        command = launch_command(Path(command[-1]), cpu=True)
+    with started(command) as process:
         wait_for(process, "step 3 of 5000")
-        process.terminate()
-        rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 1
+        process.send_signal(stop)
+        rest = process.communicate(timeout=60)[0]  # until the training has ended as well
+    assert process.returncode == (-stop if launcher else 1)
     assert "training: asked to stop: saved at step" in rest and "Traceback" not in rest
     kept = saves_of(config)
     assert len(kept) == 1 and (kept[0] / "manifest.json").exists()
@@ -273,13 +287,13 @@ def with_files_up_to(
     """Trains where the system refuses larger files than `size` bytes, and tells what was said."""
     torch.set_num_threads(threads)
 
-    def limit(row: StepReport) -> None:
-        if row.step >= from_step:
+    def limit(step: int) -> None:
+        if step >= from_step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-    limit(StepReport(0, 0, 0, 0, None, 0, None, 0, 0, 0, 0))
+    limit(0)
     try:
-        train(config, limit)
+        train(config, lambda report: limit(report.step))
     except TrainingError as error:
         said.send(str(error))
 

@@ -846,6 +846,22 @@ def test_a_held_out_loss_that_is_no_number_counts_nowhere(
     assert strictly_read(config.output_dir / "posterpipe.json")["steps"] == result.steps
 
 
+def test_where_all_steps_were_made_the_card_tells_of_which_the_weights_are(
+    make_config: MakeConfig, other_set: Path
+) -> None:
+    config = make_config(
+        parts={"holdout_set": other_set},
+        learning_rate=0.05,  # so high that it gets worse
+        holdout_every_steps=1,
+        early_stop_patience=50,
+    )
+    result = train(config)
+    assert result.ended_by == "max_train_steps" and result.steps < 4
+    card = (config.output_dir / "README.md").read_text()
+    assert "4 optimizer steps of 2 images in" in card and "all steps were made. The" in card
+    assert f"The weights are those of step {result.steps} of 4" in card
+
+
 def test_early_stopping_without_held_out_posters_says_so(make_config: MakeConfig) -> None:
     with pytest.raises(TrainingError, match="early_stop_patience: there are no held-out posters"):
         train(make_config(early_stop_patience=2))

@@ -1,0 +1,91 @@
+"""Which settings have an effect, given the others.
+
+What belongs here: what decides a weight and what does not, and what is said of a setting that was
+given for nothing. What does not: the settings themselves (`posterpipe.settings`), the id that is
+made of those that decide (`config`). Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from posterpipe.settings import TrainingSettings
+
+WATCHING = frozenset(
+    {
+        "log_every_steps",
+        "save_every_steps",
+        "keep_saves",
+        "sample_every_steps",
+        "sample_prompts",
+        "sample_seed",
+        "halve_batch_on_out_of_memory",
+    }
+)
+"""Settings that change what a run says and keeps, but no weight."""
+
+
+def deciding(training: TrainingSettings) -> dict[str, Any]:
+    """The settings that may decide a weight, as JSON values.
+
+    One that has no effect beside the others is as if nobody had given it: a LoRA's rank does not
+    tell two full trainings apart.
+    """
+    fields = TrainingSettings.model_fields
+    unused = {name: fields[name].default for name in idle(training)}
+    return training.model_copy(update=unused).model_dump(mode="json", exclude=set(WATCHING))
+
+
+def idle(training: TrainingSettings) -> dict[str, str]:
+    """The settings that have no effect beside the others, each with the setting that it needs."""
+    needs = {}
+
+    def without(setting: str, *names: str) -> None:
+        needs.update(dict.fromkeys(names, setting))
+
+    if not training.train_text_encoder:
+        without(
+            "train_text_encoder",
+            "text_encoder_learning_rate",
+            "text_encoder_stop_step",
+            "lora_text_encoder_targets",
+        )
+    if training.method != "lora":
+        without(
+            "method = lora",
+            "lora_rank",
+            "lora_alpha",
+            "lora_targets",
+            "lora_text_encoder_targets",
+        )
+    if training.lr_scheduler == "constant":
+        without("another lr_scheduler than constant", "lr_warmup_steps")
+    if not training.caption_shuffling:
+        without("caption_shuffling", "caption_separator", "caption_kept_parts")
+    if not training.prior_preservation:
+        without("prior_preservation", "prior_loss_weight", "class_prompt", "class_image_count")
+    if training.early_stop_patience is None:
+        without("early_stop_patience", "early_stop_min_gain")
+    if training.holdout_every_steps is None:
+        without("holdout_every_steps", "holdout_timesteps")
+    if training.sample_every_steps is None:
+        without("sample_every_steps", "sample_prompts", "sample_seed")
+    return needs
+
+
+def remarks(training: TrainingSettings) -> Iterator[str]:
+    """A sentence for each setting that was given and does not do what it says."""
+    given = training.model_dump(mode="json")
+    usual = TrainingSettings().model_dump(mode="json")
+    for name, needed in idle(training).items():
+        if given[name] != usual[name]:
+            shown = json.dumps(given[name], ensure_ascii=False)
+            yield f"training.{name} = {shown} has no effect without {needed}"
+    warmup, steps = training.lr_warmup_steps, training.max_train_steps
+    if training.lr_scheduler != "constant" and warmup >= steps:
+        yield (
+            f"training.lr_warmup_steps = {warmup} is not reached in {steps} steps: the learning "
+            "rate stays below its peak"
+        )

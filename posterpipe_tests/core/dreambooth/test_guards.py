@@ -1,0 +1,47 @@
+"""Signals, as the system delivers them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from posterpipe.core.dreambooth import guards
+from posterpipe.core.dreambooth.__main__ import main
+from posterpipe_tests.core.dreambooth.conftest import MakeConfig
+
+
+def press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_asks_to_stop_and_later_again_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(guards, "_ECHO_SECONDS", 0.2)
+    with guards.stop_signal() as asked:
+        assert not asked()
+        press_ctrl_c()
+        press_ctrl_c()  # the same one, passed on by a launcher
+        assert asked()
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            press_ctrl_c()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_ctrl_c_while_loading_ends_with_a_sentence(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object, **keywords: object) -> None:
+        press_ctrl_c()
+        time.sleep(5)
+
+    monkeypatch.setattr("posterpipe.core.dreambooth.train.train", interrupted)
+    config = make_config()
+    file = config.to_toml(config.work_dir / "run.toml")
+    monkeypatch.setattr("sys.argv", ["training", "--config", str(file)])
+    assert main() == 130
+    assert "training: ended at once; start it again" in capsys.readouterr().err
