@@ -157,7 +157,8 @@ def test_bf16_with_eight_bit_adam_goes_on_from_a_save_with_the_same_bits(world: 
     with pytest.raises(KeyboardInterrupt):
         train(cut, interrupt)
     with learning(cut) as (learner, _):
-        saved = saved_in(cut.work_dir / "saves")
+        (folder,) = (cut.work_dir / "saves").iterdir()
+        saved = saved_in(folder)
         assert saved.step == 4
         learner.restore(saved)
         tensors, state = learner.state()
@@ -200,16 +201,14 @@ def test_the_layout_changes_no_loss(world: RunConfig, optimizer: str) -> None:
 
 
 @on_devices()
-def test_a_latent_does_not_depend_on_its_batch(world: RunConfig, device: str) -> None:
-    vae = load_vae(world.base_model).to(device)
-    paths = sorted(world.training_set.glob("*.png"))
-    images = [(n, load_pixels(path, world.size)) for n, path in enumerate(paths)]
-    together = dict(encode(vae, images))
-    for image in images:
-        ((index, alone),) = encode(vae, [image])
-        for name, value in alone.items():
-            close = 0.02 if HAS_GPU else 1e-4
-            torch.testing.assert_close(together[index][name], value, atol=close, rtol=close)
+def test_a_latent_is_computed_in_whole_fp32(world: RunConfig, device: str) -> None:
+    vae = load_vae(world.base_model)
+    path = min(world.training_set.glob("*.png"))
+    pixels = load_pixels(path, world.size)
+    expected = encode(vae, pixels)
+    # TF32 would differ in the third digit.
+    for name, value in encode(vae.to(device), pixels).items():
+        torch.testing.assert_close(value.cpu(), expected[name], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="there is no CUDA device")
