@@ -5,10 +5,10 @@ what is done about near-duplicates (they are flagged, never dropped: `landing`).
 
 Comparing all with all would be quadratic. As in multi-index hashing (Norouzi, Punjani, Fleet 2012)
 the 64 bits are cut into bands: of two hashes that differ in at most d bits, three of d + 3 bands
-are equal. So for each choice of three bands only hashes that agree in all of them are compared, and,
-since the earliest neighbour is all that is wanted, each with the earliest of them first and no
+are equal. So for each choice of three bands only hashes that agree in all of them are compared,
+and, since the earliest neighbour is all that is wanted, each with the earliest of them first and no
 further than the best that it has. Many posters that resemble each other, variants of one layout,
-say, therefore cost no more than as many that do not: most find an early neighbour at once.
+say, therefore cost little more than as many that do not: most find an early neighbour at once.
 """
 
 from __future__ import annotations
