@@ -44,7 +44,7 @@ _COLUMNS = columns(
     group_name="ingest",
     kinds={"python", "pillow"},
     owners=["team:data"],
-    code_version="2",
+    code_version="3",
     io_manager_key=TABLES,
     metadata=_COLUMNS,
 )
@@ -86,7 +86,7 @@ def raw_posters(
     group_name="ingest",
     kinds={"python", "pillow"},
     owners=["team:data"],
-    code_version="1",
+    code_version="2",
     io_manager_key=TABLES,
     metadata=_COLUMNS,
 )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from posterpipe.core.near_duplicates import MAX_DISTANCE, _pairs, earliest_near_duplicates
+from posterpipe.core import near_duplicates
+from posterpipe.core.near_duplicates import MAX_DISTANCE, earliest_near_duplicates
 
 
 def related(rng: np.random.Generator, count: int, families: int) -> list[str]:
@@ -36,15 +41,17 @@ def test_it_finds_exactly_what_comparing_all_with_all_finds(distance: int) -> No
     assert 0 < sum(index >= 0 for index in found) < len(hashes)
 
 
-def test_every_pair_of_seven_differing_bits_is_compared() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(200):
+@pytest.mark.parametrize("distance", range(1, MAX_DISTANCE + 1))
+def test_every_pair_of_as_many_differing_bits_is_found(distance: int) -> None:
+    rng = np.random.default_rng(distance)
+    for _ in range(100):
         code = int(rng.integers(0, 2**64, dtype=np.uint64))
         other = code
-        for bit in rng.choice(64, MAX_DISTANCE, replace=False):
+        for bit in rng.choice(64, distance, replace=False):
             other ^= 1 << int(bit)
-        pairs = _pairs(np.array([code, other], dtype=np.uint64))
-        assert any((1, 0) in zip(later, earlier, strict=True) for later, earlier in pairs)
+        hashes = [f"{code:016x}", f"{other:016x}"]
+        assert earliest_near_duplicates(hashes, distance) == [-1, 0]
+        assert earliest_near_duplicates(hashes, distance - 1) == [-1, -1]
 
 
 def test_equal_hashes_name_the_first_of_them() -> None:
@@ -52,11 +59,44 @@ def test_equal_hashes_name_the_first_of_them() -> None:
     assert earliest_near_duplicates([], 4) == []
 
 
-def test_few_of_all_pairs_are_compared() -> None:
-    count = 20_000
-    codes = np.random.default_rng(1).integers(0, 2**64, count, dtype=np.uint64)
-    compared = sum(len(later) for later, _ in _pairs(codes))
-    assert compared < count * count / 2 / 500
+def unrelated(rng: np.random.Generator, count: int) -> NDArray[np.uint64]:
+    return rng.integers(0, 2**64, count, dtype=np.uint64)
+
+
+def variants_of_one(rng: np.random.Generator, count: int) -> NDArray[np.uint64]:
+    """One layout with a few bits changed, as a series of posters has."""
+    codes = np.full(count, rng.integers(0, 2**64, dtype=np.uint64))
+    for _ in range(6):
+        codes ^= np.uint64(1) << rng.integers(0, 64, count, dtype=np.uint64)
+    return codes
+
+
+def alike_in_a_corner(rng: np.random.Generator, count: int) -> NDArray[np.uint64]:
+    """Black at the bottom, and nothing else in common."""
+    return unrelated(rng, count) & np.uint64(2**64 - 2**16)
+
+
+@pytest.mark.parametrize("kind", [unrelated, variants_of_one, alike_in_a_corner])
+def test_twice_as_many_posters_take_no_four_times_as_many_comparisons(
+    kind: Callable[[np.random.Generator, int], NDArray[np.uint64]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared = 0
+    near = near_duplicates._near
+
+    def counting(codes: Any, some: Any, others: Any, distance: int) -> Any:
+        nonlocal compared
+        compared += len(some)
+        return near(codes, some, others, distance)
+
+    monkeypatch.setattr(near_duplicates, "_near", counting)
+    codes = kind(np.random.default_rng(1), 20_000)
+    counts = []
+    for count in (10_000, 20_000):
+        compared = 0
+        earliest_near_duplicates([f"{code:016x}" for code in codes[:count].tolist()], 4)
+        counts.append(compared)
+    assert counts[1] < 3 * max(counts[0], 10_000)
 
 
 def test_ten_thousand_blank_posters_cost_nothing_special() -> None:
