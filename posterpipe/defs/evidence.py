@@ -155,7 +155,7 @@ def titled_posters(
     group_name="scoring",
     kinds={"python", "huggingface", "duckdb"},
     owners=["team:ml"],
-    code_version="1",
+    code_version="2",
     io_manager_key=TABLES,
     pool="warehouse",
     deps=["clip_scores", "holdout_posters"],
@@ -169,6 +169,7 @@ def titled_posters(
         reason="string: why it is not ok",
         nearest_poster="string: sha256 of the nearest training image",
         copied="bool: whether it counts as a copy of it",
+        copy_threshold="float: cosine from which it does; empty with too few holdout posters",
     ),
 )
 def fidelity_scores(
@@ -219,10 +220,10 @@ def fidelity_scores(
             "thresholds": table_preview(
                 pd.DataFrame(
                     [
-                        (name, calibration.threshold, len(calibration.similarities))
-                        for name, calibration in evidence.calibrations.items()
+                        (name, one.threshold, len(one.similarities), one.left_out)
+                        for name, one in evidence.calibrations.items()
                     ],
-                    columns=["encoder", "copy_from_cosine", "holdout_posters"],
+                    columns=["encoder", "copy_from_cosine", "holdout_posters", "left_out"],
                 )
             ),
             **counts(table, "status"),
@@ -301,7 +302,7 @@ def legibility_scores(
     group_name="scoring",
     kinds={"python", "duckdb"},
     owners=["team:ml"],
-    code_version="1",
+    code_version="2",
     io_manager_key=TABLES,
     pool="warehouse",
     metadata=columns(

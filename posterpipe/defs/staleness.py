@@ -63,6 +63,7 @@ _DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
         s.scorer.model_dump(mode="json", exclude=_BATCH),
         s.evidence.model_dump(mode="json", exclude=_BATCH),
         str(s.holdout),
+        s.checks.holdout_distance,
         *_size(s),
     ],
     "champion": lambda s: [s.gate.model_dump(mode="json")],
