@@ -711,7 +711,8 @@ def unset_titles(titled: pd.DataFrame) -> Finding:
 
 
 def unread_titles(legibility: pd.DataFrame, min_share: float) -> Finding:
-    """Titles set in type that the OCR did not read exactly; the table `legibility_scores`."""
+    """Titles set in type that the OCR did not read exactly; the table `legibility_scores`. Of all
+    titles, those on blocked images included, as reports count them."""
     typeset = legibility[legibility["lettering"] == "set"]
     exact = typeset["exact"].astype(bool)
     drawn = legibility.loc[legibility["lettering"] == "drawn", "exact"].astype(bool)
