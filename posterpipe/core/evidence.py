@@ -50,13 +50,14 @@ from posterpipe.settings import GateSettings, Settings
 
 EVIDENCE_COLUMNS = (
     "generation_key", "variant", "prompt_id", "seed", "checkpoint_id", "metric_id", "metric",
-    "role", "value", "status", "reason", "nearest_poster", "copied",
+    "role", "value", "status", "reason", "nearest_poster", "copied", "copy_threshold",
 )  # fmt: skip
 """Columns of the table of evidence: one row a generation and metric. `role` is what it is read for,
 or "": clip, specific, fidelity, diversity, preference and copies by the gate, control and rank by
 the growth chart. In rows with the role copies, `nearest_poster` is the content hash of the nearest
-training image and `copied` says whether similarity by the first image encoder, or the perceptual
-hash, is that of a copy; what other encoders say is in fct_nearest, for reports."""
+training image, `copied` says whether similarity by the first image encoder, or the perceptual hash,
+is that of a copy (what other encoders say is in fct_nearest, for reports), and `copy_threshold` is
+the cosine above which it is, NaN with too few holdout posters to tell."""
 
 
 TOLD = "decisions.json"
@@ -121,7 +122,7 @@ def measure(
     encoders = evidence_encoders(settings.evidence, settings.scorer.model)
     fidelity = compare_with_posters(
         store, generations, training, holdout, encoders, root, progress,
-        alarm=settings.evidence.copy_alarm,
+        alarm=settings.evidence.copy_alarm, same_bits=settings.checks.holdout_distance,
     )  # fmt: skip
     metrics += fidelity.metrics
     scores.append(fidelity.scores)
@@ -174,6 +175,7 @@ def _evidence_table(
     keys = table["generation_key"].where(copies)
     table["nearest_poster"] = keys.map(first["nearest_poster"]).fillna("")
     table["copied"] = keys.map(first["copied"]).astype("boolean")
+    table["copy_threshold"] = keys.map(first["similarity_threshold"]).astype(float)
     order = {metric.metric_id: place for place, metric in enumerate(metrics)}
     table = table.sort_values("metric_id", key=lambda ids: ids.map(order), kind="stable")
     return table[list(EVIDENCE_COLUMNS)].reset_index(drop=True)
@@ -314,6 +316,8 @@ def judge(
     same decision as last time is no new row. Raises WarehouseBusy, and GateError where `champion`
     is not the one to beat any more: nothing is decided then.
     """
+    # A table that an older posterpipe made lacks a column until it is made again.
+    evidence = evidence.reindex(columns=list(EVIDENCE_COLUMNS))
     roles = evidence[evidence["role"] != ""].drop_duplicates("role")
     metric_of = dict(zip(roles["role"], roles["metric_id"], strict=True))
     compared = evidence[(evidence["role"] == "copies") & evidence["copied"].notna()]
@@ -329,6 +333,7 @@ def judge(
             diversity=metric_of["diversity"],
             preference=metric_of.get("preference"),
             specific=metric_of.get("specific"),
+            calibrated=bool(compared["copy_threshold"].notna().any()),
             settings=settings,
         ),
         settings,

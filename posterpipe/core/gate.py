@@ -6,8 +6,9 @@ estimating (`statistics`) and keeping decisions (`warehouse`: fct_promotion).
 
 A challenger is promoted when every check passes, rejected when one fails, and otherwise held: the
 evidence is too thin, or not complete. A check that compares fails only when its whole interval says
-so, and passes only when its whole interval does; so chance alone neither promotes nor rejects. The
-first champion is the base model. People may pin a checkpoint, or roll back to an earlier champion;
+so, and passes only when its whole interval does; so chance alone neither promotes nor rejects. With
+few prompts an interval says too little about itself for that, so then it decides nothing. The first
+champion is the base model. People may pin a checkpoint, or roll back to an earlier champion;
 the gate then goes on deciding, but what is served stays until the pin is taken away.
 """
 
@@ -76,13 +77,22 @@ class Evidence:
     expected: int
     """Cells (with negative prompt or without, prompt, seed) that the challenger was asked for."""
     missing: int
-    """Of these, cells that were not drawn, or were drawn and lack a score."""
+    """Of these, cells that were not drawn, or were drawn and lack a score that they could have."""
+    missing_of_champion: int
+    """The same of the champion: what it lacks cannot be compared either."""
     blocked: int
     """Of these, images that are black or of one colour."""
+    blocked_of_champion: int
+    alone: int
+    """Images, of both, that are the only one of their prompt and variant that shows something, so
+    that they can have no diversity."""
     copies: int
     """Images that count as copies of a training poster."""
     compared: int
     """Images that were compared with the training posters."""
+    calibrated: bool
+    """Whether there were holdout posters enough to say from which similarity on an image is a
+    copy; else only those that equal a training poster, or have its perceptual hash, are known."""
     clip: Effect
     """Difference of CLIP-T."""
     fidelity: Effect
@@ -113,7 +123,7 @@ def decide(evidence: Evidence, settings: GateSettings) -> Decision:
         _blocked(evidence, settings),
         _copying(evidence, settings),
         _not_inferior(evidence, settings),
-        _faithful(evidence),
+        _faithful(evidence, settings),
         _diverse(evidence, settings),
     )
     failed = [check for check in checks if check.outcome == "fail"]
@@ -130,11 +140,23 @@ def _told(checks: Sequence[Check]) -> str:
 
 
 def _complete(evidence: Evidence) -> Check:
-    outcome: Outcome = "pass" if evidence.expected and not evidence.missing else "open"
-    reason = f"{evidence.expected - evidence.missing} of {evidence.expected} cells have a score"
+    expected = evidence.expected
+    lacking = max(evidence.missing, evidence.missing_of_champion)
+    outcome: Outcome = "pass" if expected and not lacking else "open"
+    reason = (
+        f"{expected - evidence.missing} of {expected} cells are drawn and scored, and "
+        f"{expected - evidence.missing_of_champion} of the champion's"
+    )
+    if evidence.blocked_of_champion:
+        reason += f" ({evidence.blocked_of_champion} of these are blocked, so not compared)"
     if outcome == "open":
-        reason += "; materialize the generations and scores again"
-    share = evidence.missing / evidence.expected if evidence.expected else math.nan
+        owners = {
+            "tuned_generations": evidence.missing or not expected,
+            "champion_generations": evidence.missing_of_champion,
+        }
+        again = [f"`{name}`" for name, lacks in owners.items() if lacks]
+        reason += f"; materialize {', '.join(again)} and `fidelity_scores` again"
+    share = lacking / expected if expected else math.nan
     return Check("complete", outcome, share, math.nan, math.nan, 0.0, reason)
 
 
@@ -161,12 +183,19 @@ def _copying(evidence: Evidence, settings: GateSettings) -> Check:
         f"{evidence.copies} of {evidence.compared} images are as near to a training poster as no "
         f"new poster is, at most {limit:.0%} may be"
     )
+    if outcome == "pass" and not evidence.calibrated:
+        outcome = "open"
+        reason = (
+            f"{evidence.copies} of {evidence.compared} images equal a training poster; how near is "
+            "too near is not known, since it takes three holdout posters or more that are no "
+            "copies of training posters themselves: add some to the folder `holdout`"
+        )
     return Check("copies", outcome, share, math.nan, math.nan, limit, reason)
 
 
 def _not_inferior(evidence: Evidence, settings: GateSettings) -> Check:
     clip, limit = evidence.clip, -settings.clip_margin
-    outcome = _against(clip, limit)
+    outcome = _against(clip, limit, settings)
     how = {
         "pass": "not lower than",
         "fail": "lower than the champion's by more than",
@@ -182,12 +211,13 @@ def _not_inferior(evidence: Evidence, settings: GateSettings) -> Check:
             reason += ": its images tell the prompts apart less"
             # Not rejected: how much of that a style may cost is for people to say.
             outcome = "open" if outcome == "pass" and margin is not None else outcome
+    reason += _few(clip, settings)
     return Check("CLIP-T", outcome, clip.estimate, clip.low, clip.high, limit, reason)
 
 
-def _faithful(evidence: Evidence) -> Check:
+def _faithful(evidence: Evidence, settings: GateSettings) -> Check:
     fidelity, preference = evidence.fidelity, evidence.preference
-    outcome = _against(fidelity, 0.0)
+    outcome = _against(fidelity, 0.0, settings)
     if outcome == "pass" and fidelity.low == 0:
         outcome = "open"  # as good is not better
     reason = (
@@ -197,10 +227,11 @@ def _faithful(evidence: Evidence) -> Check:
             "fail": "lower than the champion's",
             "open": "not surely higher than the champion's",
         }[outcome]
+        + _few(fidelity, settings)
     )
     if preference is not None:
         preferred = preference.win_low > 0.5
-        if preferred:
+        if preferred and not _few(preference, settings):
             outcome = "pass"
         reason += (
             f"; preferred for {preference.win_rate:.0%} of the prompts "
@@ -211,7 +242,7 @@ def _faithful(evidence: Evidence) -> Check:
 
 def _diverse(evidence: Evidence, settings: GateSettings) -> Check:
     kept = evidence.diversity
-    outcome = _against(kept, 0.0)
+    outcome = _against(kept, 0.0, settings)
     share = f"{settings.diversity_kept:.0%} of the champion's diversity"
     reason = (
         f"difference to {share} {_interval(kept)}: "
@@ -220,16 +251,29 @@ def _diverse(evidence: Evidence, settings: GateSettings) -> Check:
             "fail": "lost, the images of a prompt are too much alike",
             "open": "not surely kept",
         }[outcome]
+        + _few(kept, settings)
     )
+    if evidence.alone:
+        reason += (
+            f"; {evidence.alone} images are the only one of their prompt and are left out: give "
+            "every prompt two seeds or more"
+        )
     return Check("diversity", outcome, kept.estimate, kept.low, kept.high, 0.0, reason)
 
 
-def _against(effect: Effect, limit: float) -> Outcome:
-    if math.isnan(effect.low) or math.isnan(effect.high):
+def _against(effect: Effect, limit: float, settings: GateSettings) -> Outcome:
+    if math.isnan(effect.low) or math.isnan(effect.high) or _few(effect, settings):
         return "open"
     if effect.low >= limit:
         return "pass"
     return "fail" if effect.high < limit else "open"
+
+
+def _few(effect: Effect, settings: GateSettings) -> str:
+    """What to say where an effect stands on too few prompts to decide; "" where it does not."""
+    if effect.prompts >= settings.min_prompts:
+        return ""
+    return f"; {effect.prompts} prompts decide nothing, it takes {settings.min_prompts}"
 
 
 def _interval(effect: Effect) -> str:
@@ -256,6 +300,7 @@ def gather(
     diversity: str,
     preference: str | None = None,
     specific: str | None = None,
+    calibrated: bool,
     settings: GateSettings,
 ) -> Evidence:
     """The evidence about a challenger.
@@ -264,14 +309,13 @@ def gather(
     `sampler.COLUMNS` (generation_key, variant, prompt_id, seed, checkpoint_id, status).
     `scores`: long, as of `metrics.base.SCORE_COLUMNS`; `clip`, `fidelity`, `diversity`,
     `preference` and `specific` are the metric_ids to read. `copied`: whether an image counts as a
-    copy, by generation_key; images that are not in it were not compared. Raises ValueError where a
-    cell of a checkpoint is there twice.
+    copy, by generation_key; images that are not in it were not compared; `calibrated`: see
+    `Evidence`. Raises ValueError where a cell of a checkpoint is there twice.
     """
     own = _cells(generations, challenger)
     other = _cells(generations, champion)
-    # What the champion was asked, the challenger has to answer as well.
+    # What one of them was asked, the other has to answer as well.
     expected = own.index.union(other.index)
-    answered = own.reindex(expected)
     metrics = [clip, fidelity, diversity, *([preference] if preference else [])]
     by_metric = {name: scores[scores["metric_id"] == name] for name in metrics}
     if specific:  # shown beside clip, and missing where clip is
@@ -280,12 +324,17 @@ def gather(
         name: rows.set_index("generation_key")["value"].astype(float)
         for name, rows in by_metric.items()
     }
-    drawn = answered[answered["status"] == "ok"]
-    scored = pd.Series(True, index=drawn.index)
-    for name in metrics:
-        scored &= drawn["generation_key"].map(values[name]).notna()
-    blocked = int((answered["status"] == "blocked").sum())
-    known = [copied[key] for key in drawn["generation_key"] if key in copied]
+    known = [
+        copied[key] for key in own.loc[own["status"] == "ok", "generation_key"] if key in copied
+    ]
+
+    def missing(cells: pd.DataFrame) -> int:
+        asked = cells.reindex(expected)
+        scored = pd.Series(True, index=expected)
+        for name in metrics:
+            has = asked["generation_key"].map(values[name]).notna()
+            scored &= has | _alone(asked) if name == diversity else has
+        return int((~(scored & (asked["status"] == "ok")) & (asked["status"] != "blocked")).sum())
 
     def difference(name: str, share: float = 1.0) -> Effect:
         ours = own["generation_key"].map(values[name]).astype(float)
@@ -297,10 +346,14 @@ def gather(
         challenger=challenger,
         champion=champion,
         expected=len(expected),
-        missing=len(expected) - blocked - int(scored.sum()),
-        blocked=blocked,
+        missing=missing(own),
+        missing_of_champion=missing(other),
+        blocked=int((own["status"] == "blocked").sum()),
+        blocked_of_champion=int((other["status"] == "blocked").sum()),
+        alone=sum(int(_alone(cells.reindex(expected)).sum()) for cells in (own, other)),
         copies=sum(known),
         compared=len(known),
+        calibrated=calibrated,
         clip=difference(clip),
         fidelity=difference(fidelity),
         diversity=difference(diversity, settings.diversity_kept),
@@ -321,6 +374,15 @@ def _cells(generations: pd.DataFrame, checkpoint: str) -> pd.DataFrame:
             "give generations of one suite and one setting of the sampler"
         )
     return cells
+
+
+def _alone(cells: pd.DataFrame) -> pd.Series:
+    """Whether an image has no second one of its prompt to differ from, and will get none: the
+    others are blocked, or the suite asks for one seed. One that failed may be there next time."""
+    ok, answered = cells["status"] == "ok", cells["status"].isin(["ok", "blocked"])
+    prompt = ["arm", "prompt_id"]
+    only = ok.astype(int).groupby(level=prompt).transform("sum") == 1
+    return ok & only & (answered.astype(int).groupby(level=prompt).transform("min") == 1)
 
 
 # --- decisions and the champion -----------------------------------------------------------------
@@ -345,7 +407,9 @@ def decision_row(
         "checks": [asdict(check) for check in decision.checks],
         "expected": evidence.expected,
         "missing": evidence.missing,
+        "missing_of_champion": evidence.missing_of_champion,
         "blocked": evidence.blocked,
+        "blocked_of_champion": evidence.blocked_of_champion,
         "copies": evidence.copies,
         "compared": evidence.compared,
     }

@@ -711,7 +711,8 @@ def unset_titles(titled: pd.DataFrame) -> Finding:
 
 
 def unread_titles(legibility: pd.DataFrame, min_share: float) -> Finding:
-    """Titles set in type that the OCR did not read exactly; the table `legibility_scores`."""
+    """Titles set in type that the OCR did not read exactly; the table `legibility_scores`. Of all
+    titles, those on blocked images included, as reports count them."""
     typeset = legibility[legibility["lettering"] == "set"]
     exact = typeset["exact"].astype(bool)
     drawn = legibility.loc[legibility["lettering"] == "drawn", "exact"].astype(bool)
@@ -746,17 +747,38 @@ def unmeasured_images(evidence: pd.DataFrame) -> Finding:
 
 
 def copied_posters(evidence: pd.DataFrame, max_share: float) -> Finding:
-    """Images of tuned models that count as copies of a training poster; as `unmeasured_images`."""
-    compared = evidence[(evidence["role"] == "copies") & evidence["copied"].notna()]
+    """Images of tuned models that count as copies of a training poster; as `unmeasured_images`.
+
+    Does not pass either where the holdout posters were too few to say what a copy is.
+    """
+    # A table that an older posterpipe made has no threshold.
+    compared = evidence.reindex(columns=[*evidence.columns.union(["copy_threshold"], sort=False)])
+    compared = compared[(compared["role"] == "copies") & compared["copied"].notna()]
     tuned = compared[compared["variant"].str.startswith("dreambooth")]
     copies = tuned[tuned["copied"].astype(bool)]
     share = _share(len(copies), len(tuned))
+    summary = (
+        f"{len(copies)} of {len(tuned)} images of fine-tuned models are as near to a "
+        f"training poster as no new poster is ({share:.1%}); at most {max_share:.1%} may be"
+    )
+    remedy = (
+        "the gate rejects this checkpoint: train fewer steps, at a lower rate, or on more "
+        "posters. The limit is gate.copy_limit"
+    )
+    known = tuned.empty or bool(compared["copy_threshold"].notna().any())
+    if share <= max_share and not known:
+        summary = (
+            f"{len(copies)} of {len(tuned)} images of fine-tuned models equal a training poster; "
+            "how near is too near is not known"
+        )
+        remedy = (
+            "add holdout posters, three or more that are no copies of training posters, to the "
+            "folder `holdout`. Until then the gate holds the new checkpoint"
+        )
     return Finding(
-        passed=share <= max_share,
-        summary=f"{len(copies)} of {len(tuned)} images of fine-tuned models are as near to a "
-        f"training poster as no new poster is ({share:.1%}); at most {max_share:.1%} may be",
-        remedy="the gate rejects this checkpoint: train fewer steps, at a lower rate, or on more "
-        "posters. The limit is gate.copy_limit",
+        passed=share <= max_share and known,
+        summary=summary,
+        remedy=remedy,
         expected=f"at most {max_share:g}",
         actual=share,
         offenders=copies[["variant", "prompt_id", "seed", "nearest_poster", "value"]],

@@ -169,6 +169,7 @@ def titled_posters(
         reason="string: why it is not ok",
         nearest_poster="string: sha256 of the nearest training image",
         copied="bool: whether it counts as a copy of it, by the first encoder or the hash",
+        copy_threshold="float: cosine from which it does; empty with too few holdout posters",
     ),
 )
 def fidelity_scores(
@@ -221,10 +222,10 @@ def fidelity_scores(
             "thresholds": table_preview(
                 pd.DataFrame(
                     [
-                        (name, calibration.threshold, len(calibration.similarities))
-                        for name, calibration in evidence.calibrations.items()
+                        (name, one.threshold, len(one.similarities), one.left_out)
+                        for name, one in evidence.calibrations.items()
                     ],
-                    columns=["encoder", "copy_from_cosine", "holdout_posters"],
+                    columns=["encoder", "copy_from_cosine", "holdout_posters", "left_out"],
                 )
             ),
             **counts(table, "status"),
@@ -240,7 +241,7 @@ def fidelity_scores(
     group_name="scoring",
     kinds={"python", "duckdb"},
     owners=["team:ml"],
-    code_version="1",
+    code_version="2",
     io_manager_key=TABLES,
     pool="warehouse",
     deps=["clip_scores"],
@@ -248,8 +249,9 @@ def fidelity_scores(
         generation_key="string: the image",
         lettering="string: drawn by the model, or set in type",
         title="string: what should be read",
+        status="string: ok, blocked or failed; what is not ok was not read",
         read="string: what was read, line by line",
-        distance="float: normalised edit distance, 0 (the title) to 1",
+        distance="float: normalised edit distance, 0 (the title) to 1; empty where not read",
         exact="bool: whether the title was read exactly",
     ),
 )
@@ -263,13 +265,13 @@ def legibility_scores(
     """Whether a real OCR reads the title, as the model drew it and as it was set in type.
 
     Both are read on the same images, those that are lettered. An image that was read before is not
-    read again.
+    read again. One that is blocked is not read, and counts as one without its title.
     """
     import pandas as pd
 
     from posterpipe.core.evidence import record_readings, record_titles
     from posterpipe.core.metrics.base import record_scores
-    from posterpipe.core.metrics.legibility import measure_legibility
+    from posterpipe.core.metrics.legibility import measure_legibility, of_all_titles
 
     generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
     record_titles(deployment.warehouse, titled_posters, run_id=context.run.run_id)
@@ -284,9 +286,9 @@ def legibility_scores(
             step=f"legibility_scores {where}",
         )  # fmt: skip
         record_readings(deployment.warehouse, read, where, run_id=context.run.run_id)
-        readings.append(read.assign(lettering=where))
+        readings.append(of_all_titles(images, read).assign(lettering=where))
     table = pd.concat(readings, ignore_index=True)[
-        ["generation_key", "lettering", "title", "read", "distance", "exact"]
+        ["generation_key", "lettering", "title", "status", "read", "distance", "exact"]
     ]
     shares = table.groupby("lettering")["exact"].mean()
     return table_output(

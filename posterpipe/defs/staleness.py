@@ -64,6 +64,7 @@ _DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
         s.scorer.model_dump(mode="json", exclude=_BATCH),
         s.evidence.model_dump(mode="json", exclude=_BATCH),
         str(s.holdout),
+        s.checks.holdout_distance,
         *_size(s),
         s.gate.copy_limit,  # of its check, which has the gate's limit
     ],

@@ -27,6 +27,7 @@ from posterpipe.core.evidence import (
 from posterpipe.core.gate import DECISION_COLUMNS, GATE, GateError, champion_of, pin
 from posterpipe.core.metrics.fidelity import Posters
 from posterpipe.core.progress import NoProgress
+from posterpipe.core.quality import copied_posters
 from posterpipe.core.store import Store, table_version
 from posterpipe.core.warehouse import Warehouse
 from posterpipe.settings import Settings, load_settings
@@ -136,6 +137,27 @@ def test_a_checkpoint_that_draws_its_training_posters_is_rejected(
     pd.testing.assert_frame_equal(
         told_decisions(store.root), decisions, check_dtype=False, check_column_type=False
     )
+
+
+def test_with_two_holdout_posters_the_gate_does_not_say_that_nothing_is_copied(
+    store: Store, warehouse: Warehouse, settings: Settings
+) -> None:
+    seen = posters(store, "training", [i for i in pictures(8, 2) if i])
+    tuned = generations(store, pictures(8, 4), variant="dreambooth", checkpoint="tuned")
+    table = pd.concat([generations(store, pictures(8, 3)), tuned], ignore_index=True)
+    held = posters(store, "holdout", [i for i in pictures(2, 1) if i])
+    evidence = measure(
+        store, warehouse, table, seen, held, settings, NoProgress(), run_id="run"
+    ).table
+    # A table of before there was a threshold is not taken for a calibrated one either.
+    for known in (evidence, evidence.drop(columns="copy_threshold")):
+        decision = judge(
+            warehouse, table, known, challenger="tuned", champion="base", base_model="base",
+            settings=settings.gate, run_id="run",
+        )  # fmt: skip
+        assert "copies: 0 of 8 images equal a training poster" in decision.reason
+        finding = copied_posters(known, 0.05)
+        assert not finding.passed and "how near is too near is not known" in finding.summary
 
 
 def test_decisions_are_told_while_the_warehouse_is_locked(

@@ -88,6 +88,7 @@ def judged(
     unscored: int = 0,
     specific: float | None = None,
     settings: GateSettings = SETTINGS,
+    calibrated: bool = True,
 ) -> Decision:
     own = images("new", tuned=True, blocked=blocked, without=without)
     scores = measured(own, clip=clip, fidelity=fidelity, diversity=diversity, seed=1)
@@ -108,6 +109,7 @@ def judged(
         fidelity="fidelity",
         diversity="diversity",
         specific=None if specific is None else "specific",
+        calibrated=calibrated,
         settings=settings,
     )
     return decide(evidence, settings)
@@ -192,10 +194,115 @@ def test_an_incomplete_checkpoint_is_held() -> None:
     for decision in (judged(without=5), judged(unscored=2)):
         assert decision.verdict == "hold"
         assert outcomes(decision)["complete"] == "open"
-        assert "cells have a score" in decision.reason
+        assert "cells are drawn and scored, and 192 of the champion's" in decision.reason
+        assert "materialize `tuned_generations` and `fidelity_scores` again" in decision.reason
     assert judged(without=5).evidence.missing == 5
     # What is bad already need not be complete.
     assert judged(without=5, copies=60).verdict == "reject"
+
+
+def between(
+    champion: pd.DataFrame,
+    challenger: pd.DataFrame,
+    scores: pd.DataFrame,
+    *,
+    preference: bool = False,
+) -> Decision:
+    evidence = gather(
+        pd.concat([champion, challenger]),
+        scores,
+        dict.fromkeys(challenger["generation_key"], False),
+        challenger="new",
+        champion="base",
+        clip="clip",
+        fidelity="fidelity",
+        diversity="diversity",
+        preference="fidelity" if preference else None,
+        calibrated=True,
+        settings=SETTINGS,
+    )
+    return decide(evidence, SETTINGS)
+
+
+def better(table: pd.DataFrame) -> pd.DataFrame:
+    return measured(table, clip=0.30, fidelity=0.70, diversity=0.30, seed=1)
+
+
+def test_nothing_is_promoted_over_a_champion_whose_cells_are_missing() -> None:
+    own = images("new", tuned=True)
+    late = ~BASE["prompt_id"].isin([f"p{prompt}" for prompt in range(10)])
+    failed = BASE.assign(status=BASE["status"].mask(late, "failed"))
+    scores = BASE_SCORES[~BASE_SCORES["generation_key"].isin(BASE.loc[late, "generation_key"])]
+    decision = between(failed, own, pd.concat([scores, better(own)]))
+    assert decision.verdict == "hold" and outcomes(decision)["complete"] == "open"
+    assert decision.evidence.missing == 0
+    assert decision.evidence.missing_of_champion == 14 * 4 * 2
+    assert "192 of 192 cells are drawn and scored, and 80 of the champion's" in decision.reason
+    assert "materialize `champion_generations` and `fidelity_scores` again" in decision.reason
+    # Blocked ones will not come: they are told, and are no reason to wait.
+    black = BASE.assign(status=BASE["status"].mask(late, "blocked"))
+    decision = between(black, own, pd.concat([scores, better(own)]))
+    assert decision.verdict == "promote" and decision.evidence.blocked_of_champion == 112
+    assert "112 of these are blocked" in decision.checks[0].reason
+
+
+def few(table: pd.DataFrame, prompts: int, seeds: int = SEEDS) -> pd.DataFrame:
+    kept = table["prompt_id"].str[1:].astype(int) < prompts
+    return table[kept & (table["seed"] % 100 < seeds)].reset_index(drop=True)
+
+
+@pytest.mark.parametrize("preference", [False, True])
+def test_two_equal_models_on_few_prompts_are_neither_promoted_nor_rejected(
+    preference: bool,
+) -> None:
+    for prompts in (2, 3, SETTINGS.min_prompts - 1):
+        base, own = few(BASE, prompts), few(images("new", tuned=True), prompts)
+        for seed in range(10):
+            scores = [
+                measured(table, clip=0.3, fidelity=0.6, diversity=0.3, seed=2 * seed + place)
+                for place, table in enumerate((base, own))
+            ]
+            decision = between(base, own, pd.concat(scores), preference=preference)
+            assert decision.verdict == "hold", (prompts, seed, decision.reason)
+            for name in ("CLIP-T", "fidelity", "diversity"):
+                assert outcomes(decision)[name] == "open"
+            assert f"{prompts} prompts decide nothing, it takes 8" in decision.reason
+    enough = few(images("new", tuned=True), SETTINGS.min_prompts)
+    base = few(BASE, SETTINGS.min_prompts)
+    assert between(base, enough, pd.concat([BASE_SCORES, better(enough)])).verdict == "promote"
+
+
+def test_one_seed_a_prompt_is_complete_and_the_diversity_check_says_what_to_do() -> None:
+    base, own = few(BASE, PROMPTS, 1), few(images("new", tuned=True), PROMPTS, 1)
+    scores = pd.concat([BASE_SCORES, better(own)])
+    scores["value"] = scores["value"].mask(scores["metric_id"] == "diversity")
+    decision = between(base, own, scores)
+    told = outcomes(decision)
+    assert decision.verdict == "hold" and told.pop("diversity") == "open"
+    assert set(told.values()) == {"pass"} and decision.evidence.alone == 2 * 48
+    assert "give every prompt two seeds or more" in decision.reason
+
+
+def test_an_image_beside_a_blocked_one_misses_no_diversity_and_one_beside_a_failed_one_does() -> (
+    None
+):
+    base, own = few(BASE, PROMPTS, 2), few(images("new", tuned=True), PROMPTS, 2)
+    scores = pd.concat([BASE_SCORES, better(own)]).set_index(["metric_id", "generation_key"])
+    beside = own["generation_key"].iloc[1]
+    scores.loc[("diversity", beside), "value"] = np.nan
+    for status, missing, alone in (("blocked", 0, 1), ("failed", 2, 0)):
+        own.loc[0, "status"] = status
+        decision = between(base, own, scores.reset_index())
+        assert (decision.evidence.missing, decision.evidence.alone) == (missing, alone)
+
+
+def test_without_a_calibration_copies_are_not_ruled_out() -> None:
+    decision = judged(calibrated=False)
+    assert decision.verdict == "hold"
+    assert [name for name, how in outcomes(decision).items() if how == "open"] == ["copies"]
+    assert "0 of 192 images equal a training poster" in decision.reason
+    assert "three holdout posters" in decision.reason
+    assert judged(calibrated=False, copies=60).verdict == "reject"
 
 
 def test_a_difference_that_chance_explains_is_held() -> None:
@@ -223,7 +330,7 @@ def test_the_very_same_model_is_neither_better_nor_worse() -> None:
     evidence = gather(
         pd.concat([BASE, own]), pd.concat([BASE_SCORES, same]), {},
         challenger="new", champion="base", clip="clip", fidelity="fidelity",
-        diversity="diversity", settings=SETTINGS,
+        diversity="diversity", calibrated=True, settings=SETTINGS,
     )  # fmt: skip
     decision = decide(evidence, SETTINGS)
     assert decision.verdict == "hold"
@@ -234,7 +341,7 @@ def test_the_very_same_model_is_neither_better_nor_worse() -> None:
 def test_without_any_image_the_gate_holds() -> None:
     evidence = gather(
         BASE.iloc[:0], BASE_SCORES.iloc[:0], {}, challenger="new", champion="base", clip="clip",
-        fidelity="fidelity", diversity="diversity", settings=SETTINGS,
+        fidelity="fidelity", diversity="diversity", calibrated=True, settings=SETTINGS,
     )  # fmt: skip
     decision = decide(evidence, SETTINGS)
     assert decision.verdict == "hold" and set(outcomes(decision).values()) == {"open"}
@@ -244,7 +351,8 @@ def test_a_cell_that_is_there_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="prompt p0 with seed 0 twice"):
         gather(
             pd.concat([BASE, BASE.iloc[:1]]), BASE_SCORES, {}, challenger="new", champion="base",
-            clip="clip", fidelity="fidelity", diversity="diversity", settings=SETTINGS,
+            clip="clip", fidelity="fidelity", diversity="diversity", calibrated=True,
+            settings=SETTINGS,
         )  # fmt: skip
 
 

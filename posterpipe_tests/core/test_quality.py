@@ -679,3 +679,16 @@ def test_images_may_wait_a_while_for_their_scores_and_then_are_named() -> None:
         }
         assert finding.actual == 1
         assert finding.numbers["behind_hours"] == hours
+
+
+def test_titles_on_blocked_images_are_among_those_that_were_not_read() -> None:
+    table = pd.DataFrame(
+        {
+            "generation_key": list("abcd"), "lettering": "set", "title": "Sea",
+            "status": ["ok", "ok", "ok", "blocked"], "read": ["SEA", "SEA", "SEA", ""],
+            "distance": [0.0, 0.0, 0.0, np.nan], "exact": [True, True, True, False],
+        }
+    )  # fmt: skip
+    finding = quality.unread_titles(table, 0.9)
+    assert not finding.passed and finding.actual == 0.75
+    assert finding.offenders["generation_key"].tolist() == ["d"]

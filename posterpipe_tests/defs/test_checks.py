@@ -135,7 +135,12 @@ class World:
         titled = images[["generation_key", "status", "reason"]].assign(title="Sea")
         self.store.write_table("titled_posters", titled)
         measured = images.assign(
-            metric="nearest", role="copies", value=0.5, nearest_poster="ab", copied=False
+            metric="nearest",
+            role="copies",
+            value=0.5,
+            nearest_poster="ab",
+            copied=False,
+            copy_threshold=0.9,
         )
         self.store.write_table("fidelity_scores", measured)
         read = titled.assign(lettering="set", read="SEA", distance=0.0, exact=True)

@@ -34,6 +34,12 @@ select
     cast(json_extract_string(decisions.numbers, '$.expected') as bigint) as expected_images,
     cast(json_extract_string(decisions.numbers, '$.missing') as bigint) as missing_images,
     cast(json_extract_string(decisions.numbers, '$.blocked') as bigint) as blocked_images,
+    cast(
+        json_extract_string(decisions.numbers, '$.missing_of_champion') as bigint
+    ) as champion_missing_images,
+    cast(
+        json_extract_string(decisions.numbers, '$.blocked_of_champion') as bigint
+    ) as champion_blocked_images,
     cast(json_extract_string(decisions.numbers, '$.compared') as bigint) as compared_images,
     cast(json_extract_string(decisions.numbers, '$.copies') as bigint) as copied_images,
     decisions.champion_after,

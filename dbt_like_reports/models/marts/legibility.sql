@@ -31,7 +31,8 @@ prompt_means as (
         count(*) filter (where measure = 'title_exact') as images,
         count(value) filter (where measure = 'title_exact') as readable,
         sum(value) filter (where measure = 'title_exact') as exact,
-        avg(value) filter (where measure = 'title_exact') as exact_share,
+        -- An image that could not be read counts, as one without its title.
+        avg(coalesce(value, 0)) filter (where measure = 'title_exact') as exact_share,
         avg(value) filter (where measure = 'title_distance') as distance
     from scores
     inner join readers on readers.metric_id = scores.metric_id

@@ -87,7 +87,9 @@ def measure_diversity(
         if missing:
             failures |= dict.fromkeys(keys, "another image of the prompt is missing")
         elif len(own) < 2:
-            failures |= dict.fromkeys(keys, "the prompt has no second image to differ from")
+            failures |= dict.fromkeys(
+                keys, "the prompt has no second image to differ from; give it more seeds"
+            )
         else:
             distances = worker(embeddings.rows(own["image"].astype(str).tolist()))
             values |= dict(zip(keys, distances.tolist(), strict=True))

@@ -8,7 +8,8 @@ As in DreamBooth's evaluation (Ruiz et al. 2023), similarity to a set of posters
 between the embeddings of an image and of each poster. A model that has learnt the style comes as
 near to posters it has never seen (holdout) as to those it was trained on; the difference is the
 overfit gap. How near is too near to one training poster is not guessed: posters of the holdout set
-are no copies, and how near they come to the training posters is the yardstick.
+are no copies, and how near they come to the training posters is the yardstick. Those that are
+copies all the same, since someone put a poster into both folders, are left out of it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ HASH_VERSION = 1
 UNRELATED_BITS = 10
 """Perceptual hashes that differ in more of their 64 bits say that pictures are different ones
 (Zauner 2010 finds 0.1 to 0.2 of the bits for altered copies); a calibration may only lower this."""
+
+SAME_COSINE = 1 - 1e-6
+"""From here on, images are one picture in all that float32 tells."""
 
 _SHORTFALL = 1e-7
 """Keeps a cosine of 1 from an infinite place on the scale of calibration: float32 rounding."""
@@ -101,8 +105,10 @@ class CopyCalibration:
     """
 
     similarities: tuple[float, ...]
-    """Cosines of each holdout poster with its nearest training poster."""
+    """Cosines of each holdout poster that is no copy with its nearest training poster."""
     alarm: float
+    left_out: int = 0
+    """Holdout posters that are copies of training posters themselves."""
 
     @property
     def threshold(self) -> float:
@@ -118,7 +124,7 @@ class CopyCalibration:
     def is_copy(self, similarities: np.ndarray) -> np.ndarray:
         """bool (batch,): above the threshold."""
         # What equals its poster in all float32 tells is one, however wide the holdout set spreads.
-        same = np.asarray(similarities) >= 1 - 1e-6
+        same = np.asarray(similarities) >= SAME_COSINE
         threshold = self.threshold
         return same if math.isnan(threshold) else same | (np.asarray(similarities) > threshold)
 
@@ -173,8 +179,12 @@ def compare_with_posters(
     progress: Progress,
     *,
     alarm: float,
+    same_bits: int,
 ) -> Fidelity:
     """Similarities, overfit gap, nearest training poster and copies, for every generation.
+
+    Holdout posters that are training posters too calibrate nothing: by content, or with a
+    perceptual hash that differs in up to `same_bits` (-1: by content only).
 
     `generations` as of `sampler.COLUMNS`; posters in the form in which they were trained on, so
     that a shape is not mistaken for a style. Only embeddings and hashes that the store lacks are
@@ -185,13 +195,19 @@ def compare_with_posters(
     files = {str(r.image): store.root / str(r.image_path) for r in drawn.itertuples(index=False)}
     everything = {**files, **training.files, **holdout.files}
     hashes = _hashes(store, everything, progress)
+    unseen = {
+        key: file
+        for key, file in holdout.files.items()
+        if not _is_seen(key, training, hashes, same_bits)
+    }
+    new = Posters(holdout.name, unseen)
     metrics: list[Metric] = []
     scores: list[pd.DataFrame] = []
     nearest: list[pd.DataFrame] = []
     calibrations: dict[str, CopyCalibration] = {}
     for settings in encoders:
         embeddings = kept_embeddings(store, settings, root, everything, progress)
-        measured = _Measured(settings, root, embeddings, training, holdout, alarm)
+        measured = _Measured(settings, root, embeddings, training, holdout, new, alarm)
         for key, metric in measured.measures.items():
             metrics.append(metric)
             values, failures = measured.values(key, drawn)
@@ -221,19 +237,26 @@ class _Measured:
         embeddings: Embeddings,
         training: Posters,
         holdout: Posters,
+        new: Posters,
         alarm: float,
     ) -> None:
         self.embeddings = embeddings
         self.encoder = encoder_id(settings, root)
         self.training = training
         self.holdout = holdout
+        self.new = new
         self.seen = [key for key in training.files if key in embeddings.vectors]
         self.unseen = [key for key in holdout.files if key in embeddings.vectors]
         self.measures = _measures(settings, root, training, holdout)
         self.calibration = CopyCalibration((), alarm)
         if self.seen and self.unseen:
             similarities, _ = self._nearest(embeddings.rows(self.unseen))
-            self.calibration = CopyCalibration(tuple(map(float, similarities)), alarm)
+            told = tuple(
+                float(similarity)
+                for key, similarity in zip(self.unseen, similarities, strict=True)
+                if key in new.files and similarity < SAME_COSINE
+            )
+            self.calibration = CopyCalibration(told, alarm, left_out=len(self.unseen) - len(told))
 
     def values(self, metric: str, drawn: pd.DataFrame) -> tuple[dict[str, float], dict[str, str]]:
         """Values and reasons of failure by generation_key, of a key of `measures`."""
@@ -268,7 +291,7 @@ class _Measured:
             self.embeddings.rows(ready["image"].astype(str).tolist())
         )
         copied = self.calibration.is_copy(similarities)
-        hash_bound = hash_threshold(_poster_distances(self.training, self.holdout, hashes))
+        hash_bound = hash_threshold(_poster_distances(self.training, self.new, hashes))
         rows = []
         for row, similarity, index, near in zip(
             ready.itertuples(index=False), similarities, indices, copied, strict=True
@@ -385,6 +408,12 @@ def _nearest_hash(
         return "", None
     bits, key = min(known)
     return key, bits
+
+
+def _is_seen(key: str, training: Posters, hashes: Mapping[str, str], same_bits: int) -> bool:
+    """Whether a poster is a training poster too."""
+    _, bits = _nearest_hash(hashes.get(key), training, hashes)
+    return key in training.files or (bits is not None and bits <= same_bits)
 
 
 def _poster_distances(training: Posters, holdout: Posters, hashes: Mapping[str, str]) -> list[int]:

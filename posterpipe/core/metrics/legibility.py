@@ -215,8 +215,7 @@ def measure_legibility(
     " / "), distance, exact. Readings are kept, so that another title reads no image again.
     """
     distance_metric, exact_metric = metrics = legibility_metrics(where)
-    # As booleans also where there is no row: no rows of another type would be read as column names.
-    titled = images[images["title"].map(lambda title: bool(plain(str(title)))).astype(bool)]
+    titled = _titled(images)
     drawn = titled[titled["status"] == "ok"]
     files = {str(r.image): store.root / str(r.image_path) for r in drawn.itertuples(index=False)}
     read, unreadable = _readings(store, files, progress)
@@ -240,6 +239,29 @@ def measure_legibility(
     )
     columns = ["generation_key", "title", "read", "distance", "exact"]
     return list(metrics), scores, pd.DataFrame(rows, columns=columns)
+
+
+def of_all_titles(images: pd.DataFrame, read: pd.DataFrame) -> pd.DataFrame:
+    """What was read of every image with a title, so that shares are of all of them.
+
+    `images` and `read` as `measure_legibility` takes and returns them. One row an image:
+    generation_key, title, status (ok, blocked or failed), read, distance, exact; one that was not
+    read has no distance and is not exact.
+    """
+    titled = _titled(images)[["generation_key", "title", "status"]]
+    table = titled.merge(read.drop(columns="title"), on="generation_key", how="left")
+    unread = table["read"].isna()
+    return table.assign(
+        status=table["status"].mask(unread & (table["status"] == "ok"), "failed"),
+        read=table["read"].fillna(""),
+        distance=table["distance"].astype(float),
+        exact=table["exact"].eq(True),
+    )
+
+
+def _titled(images: pd.DataFrame) -> pd.DataFrame:
+    # As booleans also where there is no row: no rows of another type would be read as column names.
+    return images[images["title"].map(lambda title: bool(plain(str(title)))).astype(bool)]
 
 
 def _readings(

@@ -74,6 +74,8 @@ def copying_context(published: Published, pictures: Pictures) -> dict[str, Any]:
     ]
     if not compared:
         headline = "Images have not been compared with posters yet"
+    elif not flagged and all(nearest.threshold is None for _, _, nearest in compared):
+        headline = "No image equals a training poster; too few holdout posters tell what is a copy"
     elif not flagged:
         headline = "No image counts as a copy"
     elif len(flagged) == 1:

@@ -103,6 +103,25 @@ def test_the_hash_threshold_stays_below_posters_that_are_no_copies() -> None:
     assert hash_threshold([]) == 10
 
 
+def test_holdout_posters_that_were_trained_on_calibrate_nothing(store: Store, root: Path) -> None:
+    seen, unseen = pictures(6, 70), pictures(6, 71)
+    squeezed = io.BytesIO()
+    seen[2].save(squeezed, "JPEG", quality=85)
+    leaked = [seen[0], Image.open(squeezed).convert("RGB")]
+    drawn = generations(store, [seen[1], *pictures(3, 72)])
+    training = posters(store, "training", seen)
+    clean = compared(store, root, drawn, training, posters(store, "holdout", unseen))
+    mixed = compared(store, root, drawn, training, posters(store, "holdout", [*unseen, *leaked]))
+    (expected,), (found,) = clean.calibrations.values(), mixed.calibrations.values()
+    assert (expected.left_out, found.left_out) == (0, 2)
+    assert sorted(found.similarities) == pytest.approx(sorted(expected.similarities))
+    assert found.threshold == pytest.approx(expected.threshold)
+    assert mixed.nearest.hash_threshold.tolist() == clean.nearest.hash_threshold.tolist()
+    assert mixed.nearest.copied.tolist() == [True, False, False, False]
+    only = compared(store, root, drawn, training, posters(store, "holdout", leaked))
+    assert only.nearest.similarity_threshold.isna().all()
+
+
 def compared(
     store: Store, root: Path, table: pd.DataFrame, training: Posters, holdout: Posters,
     encoders: list[ScorerSettings] | None = None,
@@ -111,7 +130,7 @@ def compared(
     return compare_with_posters(
         store, table, training, holdout,
         encoders or evidence_encoders(settings, ModelRef(id="unused", revision=None)),
-        root, NoProgress(), alarm=0.01,
+        root, NoProgress(), alarm=0.01, same_bits=4,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from posterpipe.core.metrics.legibility import (
     edit_distance,
     legibility_metrics,
     measure_legibility,
+    of_all_titles,
     plain,
     reader_id,
     title_distance,
@@ -140,6 +141,8 @@ def test_an_unreadable_image_is_a_row_with_the_reason(tmp_path: Path) -> None:
     _, scores, read = measure_legibility(store, table, "drawn", NoProgress())
     assert scores.status.tolist() == ["failed", "ok", "failed", "ok"]
     assert "cannot be read" in scores.reason[0] and len(read) == 1
+    told = of_all_titles(table, read)
+    assert told["status"].tolist() == ["failed", "ok"] and told["exact"].tolist() == [False, True]
     assert isinstance(read, pd.DataFrame)
 
 
@@ -148,3 +151,4 @@ def test_a_suite_without_titles_has_nothing_to_read(tmp_path: Path) -> None:
     nothing = pd.DataFrame(columns=columns)
     metrics, scores, read = measure_legibility(Store(tmp_path), nothing, "set", NoProgress())
     assert len(metrics) == 2 and scores.empty and read.empty
+    assert of_all_titles(nothing, read).empty
