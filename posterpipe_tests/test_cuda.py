@@ -116,7 +116,7 @@ def learning(config: RunConfig) -> Iterator[tuple[Learner, Inputs]]:
     """A run's models and inputs, without its loop."""
     accelerator = Accelerator(mixed_precision="no")
     try:
-        inputs = read_inputs(config, accelerator, print)
+        inputs = read_inputs(config, "run", accelerator, print)
         yield Learner(config, accelerator, inputs.texts, print), inputs
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
