@@ -54,6 +54,31 @@ def test_diffusers_loads_it_on_the_base_model_and_draws_what_the_merged_one_draw
     assert np.abs(loaded - merged).max() <= 2
 
 
+def test_diffusers_loads_it_into_the_text_encoder_as_well(
+    make_config: MakeConfig, base_model: Path
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    config = make_config(**LORA, max_train_steps=2)
+    train(config)
+
+    def pipeline_of(folder: Path) -> Any:
+        return StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+
+    @torch.no_grad()
+    def says(pipeline: Any) -> torch.Tensor:
+        return pipeline.text_encoder(torch.arange(48)[None]).last_hidden_state
+
+    loaded = pipeline_of(base_model)
+    alone = says(loaded)
+    loaded.load_lora_weights(config.output_dir)
+    assert set(loaded.get_list_adapters()) == {"unet", "text_encoder"}
+    way = (says(loaded) - alone).abs().max()
+    # The merged weights are rounded to the fp16 of the base model's files.
+    error = (says(loaded) - says(pipeline_of(config.output_dir))).abs().max()
+    assert way > 0.05 and error < way / 20
+
+
 def test_only_the_named_layers_change(make_config: MakeConfig, base_model: Path) -> None:
     config = make_config(**LORA, lora_targets=("to_v",), train_text_encoder=False)
     train(config)
