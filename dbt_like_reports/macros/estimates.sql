@@ -42,11 +42,15 @@
 
 {#
   An end of an interval of a metric, which does not leave the metric's range: a share or a distance
-  of titles lies between 0 and 1. (greatest() and least() pass over NULL, which has to stay.)
+  of titles, and a rank among texts, lie between 0 and 1. (greatest() and least() pass over NULL,
+  which has to stay.)
 #}
 {% macro within_range(value, metric_id) -%}
     case
-        when {{ value }} is not null and {{ metric_id }} like 'title\_%' escape '\' then
+        when
+            {{ value }} is not null
+            and regexp_matches({{ metric_id }}, '^(title_|clip_rank[.])')
+        then
             round(least(1, greatest(0, {{ value }})), 6)
         else round({{ value }}, 6)
     end

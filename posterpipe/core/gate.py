@@ -207,7 +207,7 @@ def _not_inferior(evidence: Evidence, settings: GateSettings) -> Check:
     if specific is not None:
         reason += f"; own text less those of other prompts {_interval(specific)}"
         margin = settings.specific_margin
-        if specific.high < -(margin or 0.0):
+        if specific.high < -(margin or 0.0) and not _few(specific, settings):
             reason += ": its images tell the prompts apart less"
             # Not rejected: how much of that a style may cost is for people to say.
             outcome = "open" if outcome == "pass" and margin is not None else outcome
