@@ -139,9 +139,9 @@ def test_a_report_is_made_again_when_a_macro_or_a_staging_model_of_it_changes(
         return {name for name, version in versions().items() if version != before[name]}
 
     assert edit("nodes", "leaderboard", "raw_code") == {"leaderboard"}
-    # t_interval asks t_quantile, and freshness neither.
-    by_macro = edit("macros", "t_quantile", "macro_sql")
-    assert {"leaderboard", "paired_effects"} <= by_macro and "freshness" not in by_macro
+    # t_p_value asks no_spread, and freshness neither.
+    by_macro = edit("macros", "no_spread", "macro_sql")
+    assert "paired_effects" in by_macro and "freshness" not in by_macro
     by_staging = edit("nodes", "stg_current_scores", "raw_code")
     assert "paired_effects" in by_staging and "gate_decisions" not in by_staging
 

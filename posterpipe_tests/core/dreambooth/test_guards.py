@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from posterpipe.core.dreambooth import guards
 from posterpipe.core.dreambooth.__main__ import main
 from posterpipe_tests.core.dreambooth.conftest import MakeConfig
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal() -> Iterator[None]:
+    """Python's own answer to Ctrl-C, which the workers of a test run go without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def press_ctrl_c() -> None:
