@@ -16,7 +16,7 @@ from benchmarks.training_runs import in_fp32, peer_script, run_ours, run_peer, t
 from posterpipe.settings import default_root
 
 SIDE = 64
-WARM, STEPS, ROUNDS = 10, 40, 3
+WARM, STEPS, ROUNDS = 10, 60, 5
 COMPARED_STEPS = 20
 SETTINGS: dict[str, Any] = {
     "train_batch_size": 8,
