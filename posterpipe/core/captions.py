@@ -27,7 +27,15 @@ from typing import Any
 
 import pandas as pd
 
-from posterpipe.core.landing import EXTENSIONS, Rehash, forget_changed, list_place, reread
+from posterpipe.core.landing import (
+    CHANGED,
+    EXTENSIONS,
+    UNREADABLE,
+    Rehash,
+    forget_changed,
+    list_place,
+    reread,
+)
 from posterpipe.core.listing import Entry, Folder, Place, SourceChanged, source_name, suffix
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import NoProgress, Progress
@@ -52,8 +60,6 @@ REHASHED_SIDECARS = "sidecars_rehashed"
 """Mark of `rehash_sidecars` (see `landing.rehashed`)."""
 
 _ATTEMPTS = 20
-
-_CHANGED, _UNREADABLE = "changed while it was read", "cannot be read"
 
 
 class CaptionRejected(ValueError):
@@ -138,7 +144,7 @@ def read_human_captions(
 def unread_count(table: pd.DataFrame) -> int:
     """How many sidecars of the table above could not be read, which may pass by itself."""
     problem = table["reason"].astype(str).str
-    unread = problem.contains(f": {_CHANGED}") | problem.contains(f": {_UNREADABLE}")
+    unread = problem.contains(f": {CHANGED}") | problem.contains(f": {UNREADABLE}")
     return int((unread & (table["origin"] == SIDECAR)).sum())
 
 
@@ -291,10 +297,10 @@ def _read_sidecar(place: Place, entry: Entry) -> dict[str, Any]:
     except UnicodeDecodeError:
         return {**fact, "problem": "not UTF-8; save it as UTF-8"}
     except SourceChanged:
-        problem = f"{_CHANGED}; materialize human_captions again"
+        problem = f"{CHANGED}; materialize human_captions again"
         return {**fact, "problem": problem, "transient": True}
     except OSError as error:
-        problem = f"{_UNREADABLE} ({error.strerror or error}); make it readable"
+        problem = f"{UNREADABLE} ({error.strerror or error}); make it readable"
         return {**fact, "problem": problem, "transient": True}
 
 

@@ -72,7 +72,8 @@ COLUMNS = [
 _FILES, _CONTENTS, REHASHED = "landing_file", "poster_content", "landing_rehashed"
 _SAVE_EVERY = 16
 
-_CHANGED, _UNREADABLE = "changed while it was read", "cannot be read"
+CHANGED, UNREADABLE = "changed while it was read", "cannot be read"
+"""How reasons begin that may pass by themselves."""
 
 # A bucket is read by many threads, and a decoded poster may take half a gigabyte.
 _decoding = threading.BoundedSemaphore(cores())
@@ -171,7 +172,7 @@ def unread_count(posters: pd.DataFrame) -> int:
     Folders that were not entered do not count: the listing changes when they can be.
     """
     problem = posters["reason"].astype(str).str
-    unread = problem.startswith(_CHANGED) | problem.startswith(_UNREADABLE)
+    unread = problem.startswith(CHANGED) | problem.startswith(UNREADABLE)
     return int((unread & (posters["poster_id"] == "")).sum())
 
 
@@ -231,7 +232,7 @@ def reread(
         try:
             return read(files[key]), ""
         except SourceChanged:
-            return "", _CHANGED
+            return "", CHANGED
         except OSError as error:
             return "", _said(error)
 
@@ -396,10 +397,10 @@ def _inspect(
             return {**file, "poster_id": place.sha256(entry)}, None
         data = place.read(entry)
     except SourceChanged:
-        problem = f"{_CHANGED}; materialize raw_posters again"
+        problem = f"{CHANGED}; materialize raw_posters again"
         return {**file, "problem": problem, "transient": True}, None
     except OSError as error:
-        problem = f"{_UNREADABLE} ({_said(error)}); make it readable or remove it"
+        problem = f"{UNREADABLE} ({_said(error)}); make it readable or remove it"
         return {**file, "problem": problem, "transient": True}, None
     poster_id = hashlib.sha256(data).hexdigest()
     return {**file, "poster_id": poster_id}, _content(data, poster_id, limits, store)

@@ -332,9 +332,9 @@ def bootstrap_interval(
     equal they show no spread, and both ends are that value.
     """
     samples = np.asarray(values, dtype=float)[np.newaxis]
-    low, high = bootstrap_intervals(samples, confidence=confidence, resamples=resamples, seed=seed)[
-        0
-    ]
+    ((low, high),) = bootstrap_intervals(
+        samples, confidence=confidence, resamples=resamples, seed=seed
+    )
     return float(low), float(high)
 
 

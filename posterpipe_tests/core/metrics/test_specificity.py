@@ -17,6 +17,7 @@ from posterpipe.core.metrics.specificity import (
     suite_texts,
 )
 from posterpipe.core.progress import NoProgress
+from posterpipe.core.statistics import CONTRASTS, effect
 from posterpipe.core.store import Store
 from posterpipe.settings import ModelRef, ScorerSettings
 from posterpipe_tests.core.metrics.tiny import build_tiny_clip, generations, some_images
@@ -102,6 +103,29 @@ def test_a_look_that_all_prompts_share_raises_the_score_and_the_control_alike() 
     assert (styled.specific - before.specific).mean() < 0
     assert (better.specific - before.specific).mean() > 0.2
     assert better.rank.mean() == 1 > before.rank.mean() > 0.9
+
+
+def test_the_negative_control_shows_no_effect_of_following_prompts() -> None:
+    """Images of the tuned model follow their own prompts more closely, and no others."""
+    rng = np.random.default_rng(7)
+
+    def unit(vectors: np.ndarray) -> np.ndarray:
+        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+    texts = unit(rng.normal(size=(24, 64)))
+    worker, own = PromptSpecificity(texts), np.repeat(np.arange(24), 4)
+    parts = []
+    for variant, follows in {"sd": 0.2, "dreambooth": 0.5}.items():
+        images = unit(follows * texts[own] + 0.7 * unit(rng.normal(size=(96, 64))))
+        found = worker(images, own)
+        cells = {"variant": variant, "prompt_id": own, "seed": np.tile(np.arange(4), 24)}
+        parts.append(pd.DataFrame({**cells, "control": found.control, "own": found.specific}))
+    weights = CONTRASTS["tuned without negative"]
+    control, specific = (
+        effect(pd.concat(parts), name, weights, value=name) for name in ("control", "own")
+    )
+    assert specific.low > 0.1 and specific.p_value < 0.001
+    assert control.low < 0 < control.high and control.p_value > 0.05
 
 
 def test_a_text_that_fits_as_well_counts_half() -> None:
