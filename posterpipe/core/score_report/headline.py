@@ -89,8 +89,8 @@ def headline(published: Published, board: Board) -> tuple[str, str]:
     if own is None:
         return (
             "Too few prompts to tell",
-            f"Fine-tuning was compared on {plural(prompts, 'prompt')}. One prompt says nothing "
-            "about others: an interval needs two or more.",
+            f"Fine-tuning was compared on {plural(prompts, 'prompt')}. That says nothing about "
+            "others: an interval needs two or more that do not all differ by the same.",
         )
     specific = change_of(board_of(published, SPECIFIC))
     control = change_of(board_of(published, CONTROL))
