@@ -34,6 +34,7 @@ from posterpipe.core.models import torch_dtype
 from posterpipe.settings import CaptionerSettings, ModelRef
 
 POSTER_SIZE = (1400, 2100)
+POSTERS = 300
 TOKENS = 20
 BEAMS = 3
 NGRAM = 3
@@ -67,9 +68,9 @@ TINY = Size("tiny", 32, 2, 2, image_size=32, text_width=32, text_layers=2, text_
 
 def run() -> list[Row]:
     """On the CPU; where there is a GPU, BLIP-large on it as well."""
-    rows = measure(BASE, "cpu", posters=32, batch_size=32)
+    rows = measure(BASE, "cpu", posters=POSTERS, batch_size=32)
     if torch.cuda.is_available():
-        rows += measure(LARGE, "cuda", posters=256, batch_size=64)
+        rows += measure(LARGE, "cuda", posters=POSTERS, batch_size=64)
     return rows
 
 
@@ -294,7 +295,7 @@ def main() -> None:
     rows = measure(
         sizes[options.size or ("large" if gpu else "base")],
         options.device,
-        posters=options.posters or (256 if gpu else 32),
+        posters=options.posters or POSTERS,
         batch_size=options.batch_size or (64 if gpu else 32),
     )
     if options.keep:

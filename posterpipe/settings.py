@@ -636,6 +636,11 @@ class CheckSettings(Group):
     min_distinct_captions: Share = Field(
         0.1, description="distinct captions among all; with fewer nothing is trained"
     )
+    max_long_captions: Share = Field(
+        0.0,
+        description="training captions with more tokens than the text encoder reads; with more of "
+        "them nothing is trained",
+    )
     holdout_distance: int = Field(
         4,
         ge=-1,

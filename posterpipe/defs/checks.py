@@ -273,10 +273,12 @@ TRAINING_CSV = [
     _spec(
         "training_csv",
         "captions_fit_the_text_encoder",
-        "Words beyond the text encoder's limit are cut by the trainer, as every Stable Diffusion "
-        "does: the training is sound but does not learn them, so this warns and does not block. "
-        "Shorten the named captions.",
-        severity=WARN,
+        "Words beyond the text encoder's limit are cut, as every Stable Diffusion does: a GPU would "
+        "be paid for learning images without what someone wrote about them. BLIP's captions are "
+        "bounded when they are made, so it is people's captions or a long template. When this "
+        "fails, shorten the named captions. Limit: `checks.max_long_captions`.",
+        severity=ERROR,
+        blocking=True,
     ),
     _spec(
         "training_csv",
@@ -311,7 +313,9 @@ def training_csv_checks(
         from posterpipe.core.sampler import text_limit
 
         count_tokens, max_tokens = text_limit(locate(settings.base_model, settings.root))
-        return quality.long_captions(training_csv, count_tokens, max_tokens)
+        return quality.long_captions(
+            training_csv, count_tokens, max_tokens, limits.max_long_captions
+        )
 
     yield from _results(
         context,

@@ -426,12 +426,14 @@ def test_captions_longer_than_the_text_encoder_reads_are_named(tmp_path: Path) -
     def count(text: str) -> int:
         return len(text.split())
 
-    assert quality.long_captions(table, count, 4).passed
-    finding = quality.long_captions(table, count, 2)
+    assert quality.long_captions(table, count, 4, 0).passed
+    finding = quality.long_captions(table, count, 2, 0.5)
     assert not finding.passed
-    assert finding.actual == 4
+    assert finding.actual == pytest.approx(2 / 3)
+    assert finding.numbers == {"long": 2, "longest": 4}
     assert finding.offenders["tokens"].tolist() == [4, 3]
     assert names_of(finding) == {"train/0.png", "train/2.png"}
+    assert quality.long_captions(table, count, 2, 0.7).passed
 
 
 def holdout(**looks: str) -> pd.DataFrame:
