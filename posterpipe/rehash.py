@@ -10,7 +10,7 @@ from rich.console import Console
 
 from posterpipe.core.captions import rehash_sidecars
 from posterpipe.core.landing import Rehash, rehash
-from posterpipe.core.listing import Place, open_place
+from posterpipe.core.listing import HOLDOUT, Place, open_place
 from posterpipe.core.progress import BarProgress
 from posterpipe.core.store import Store
 from posterpipe.settings import load_settings
@@ -28,7 +28,7 @@ def run_rehash() -> int:
     store = Store(settings.path(settings.store))
     places = [open_place(settings.landing, settings.root)]
     if settings.path(settings.holdout).exists():
-        places.append(open_place(settings.path(settings.holdout)))
+        places.append(open_place(settings.path(settings.holdout), role=HOLDOUT))
     found = []
     for place in places:
         for read in (rehash, rehash_sidecars):

@@ -20,7 +20,14 @@ from pathlib import Path
 
 from posterpipe.core.captions import REHASHED_SIDECARS
 from posterpipe.core.landing import landing_digest, poster_entries, rehashed
-from posterpipe.core.listing import Entry, Folder, PlaceMissing, listing_digest, source_name
+from posterpipe.core.listing import (
+    HOLDOUT,
+    Entry,
+    Folder,
+    PlaceMissing,
+    listing_digest,
+    source_name,
+)
 from posterpipe.core.store import Store, content_key
 from posterpipe.settings import AutomationSettings
 
@@ -165,7 +172,7 @@ def holdout_entries(folder: Path) -> list[Entry]:
     if not folder.exists():
         return []
     try:
-        return Folder(folder).entries()
+        return Folder(folder, HOLDOUT).entries()
     except PlaceMissing as error:
         raise NotADirectoryError(
             errno.ENOTDIR, "not a folder that can be listed", folder

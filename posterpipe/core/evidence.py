@@ -26,6 +26,7 @@ from posterpipe.core.gate import (
     gather,
 )
 from posterpipe.core.images import resize_posters
+from posterpipe.core.landing import scan_holdout
 from posterpipe.core.metrics.base import SCORE_COLUMNS, Metric, record_scores
 from posterpipe.core.metrics.clip import clip_t_id, clip_t_metric, clip_t_scores
 from posterpipe.core.metrics.diversity import measure_diversity
@@ -43,7 +44,6 @@ from posterpipe.core.metrics.pickscore import (
 )
 from posterpipe.core.metrics.specificity import measure_specificity
 from posterpipe.core.progress import Progress
-from posterpipe.core.quality import holdout_posters
 from posterpipe.core.store import Store, write_atomic
 from posterpipe.core.warehouse import Warehouse, insert
 from posterpipe.settings import GateSettings, Settings
@@ -86,7 +86,7 @@ def posters_of(store: Store, name: str, images: pd.DataFrame) -> Posters:
 
 def held_out(store: Store, settings: Settings, progress: Progress) -> Posters:
     """The holdout posters, resized like those trained on; those resized before are not again."""
-    found = holdout_posters(settings.path(settings.holdout), settings.images, store, progress)
+    found = scan_holdout(settings.path(settings.holdout), settings.images, store, progress)
     return posters_of(store, "holdout", resize_posters(store, found, settings.images, progress))
 
 

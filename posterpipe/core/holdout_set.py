@@ -11,9 +11,9 @@ from pathlib import Path
 from posterpipe.core.captioner import caption_posters
 from posterpipe.core.captions import captions_by_poster, read_human_captions
 from posterpipe.core.images import resize_posters
-from posterpipe.core.listing import open_place
+from posterpipe.core.landing import scan_holdout
+from posterpipe.core.listing import HOLDOUT, open_place
 from posterpipe.core.progress import Progress
-from posterpipe.core.quality import holdout_posters
 from posterpipe.core.store import Store
 from posterpipe.core.training_set import TrainingSetEmpty, build_training_set
 from posterpipe.settings import Settings
@@ -28,13 +28,11 @@ def build_holdout_set(
     Posters that were resized and captioned before are not again. Raises ModelMissing for the
     captioner.
     """
-    place = settings.path(settings.holdout)
-    posters = holdout_posters(place, settings.images, store, progress)
+    place = open_place(settings.path(settings.holdout), role=HOLDOUT)
+    posters = scan_holdout(place, settings.images, store, progress)
     if posters.empty:
         return None, ""
-    written = read_human_captions(
-        open_place(place), settings.path(settings.captions), store, progress
-    )
+    written = read_human_captions(place, settings.path(settings.captions), store, progress)
     resized = resize_posters(store, posters, settings.images, progress)
     captions = caption_posters(
         store,

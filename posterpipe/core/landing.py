@@ -29,7 +29,9 @@ from posterpipe.core.images import (
     perceptual_hash,
 )
 from posterpipe.core.listing import (
+    HOLDOUT,
     Entry,
+    Folder,
     Place,
     PlaceMissing,
     SourceChanged,
@@ -125,6 +127,26 @@ def scan(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def scan_holdout(
+    place: Path | str | Place,
+    limits: ImageSettings,
+    store: Store,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """The table of `scan` for the holdout folder; no rows where it is empty or not there.
+
+    Each file is read once. Raises LandingEmpty for a folder or bucket that cannot be listed.
+    """
+    place = open_place(place, role=HOLDOUT)
+    nothing = pd.DataFrame(columns=COLUMNS, dtype="object")
+    if isinstance(place, Folder) and not place.path.exists():
+        return nothing
+    entries = list_place(place)
+    if not poster_entries(entries):
+        return nothing
+    return scan(place, limits, store, progress, entries=entries)
+
+
 def list_place(place: Place) -> list[Entry]:
     """Everything that lies in a place, perhaps nothing. Raises LandingEmpty where it is missing or
     cannot be listed."""
@@ -147,7 +169,7 @@ def list_posters(place: Place) -> list[Entry]:
 def _no_posters(place: Place) -> LandingEmpty:
     return LandingEmpty(
         f"{place.location}: no posters there; put some in ({', '.join(EXTENSIONS)}) "
-        "or set POSTERPIPE_LANDING to another folder"
+        f"or set {place.role.setting} to another folder"
     )
 
 
@@ -397,7 +419,7 @@ def _inspect(
             return {**file, "poster_id": place.sha256(entry)}, None
         data = place.read(entry)
     except SourceChanged:
-        problem = f"{CHANGED}; materialize raw_posters again"
+        problem = f"{CHANGED}; materialize {place.role.asset} again"
         return {**file, "problem": problem, "transient": True}, None
     except OSError as error:
         problem = f"{UNREADABLE} ({_said(error)}); make it readable or remove it"

@@ -46,6 +46,20 @@ class SourceChanged(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Role:
+    """What a place is for, in the names by which people can mend it."""
+
+    setting: str
+    """The variable that says where the place is."""
+    asset: str
+    """The asset that reads the place when it is materialized."""
+
+
+LANDING = Role("POSTERPIPE_LANDING", "raw_posters")
+HOLDOUT = Role("POSTERPIPE_HOLDOUT", "holdout_posters")
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One file of a listing. As long as nothing here changes, its bytes are taken as unchanged."""
 
@@ -70,6 +84,8 @@ class Place(ABC):
     """Absolute path or URL, for people."""
     threads: int
     """How many files are worth reading at the same time."""
+    role: Role
+    """What messages about the place tell people to set or to materialize."""
 
     @abstractmethod
     def entries(self) -> list[Entry]:
@@ -91,19 +107,22 @@ class Place(ABC):
         """Where the file is, as text without surrogates: equal for no two files anywhere."""
 
 
-def open_place(location: Path | str | Place, root: Path | None = None) -> Place:
+def open_place(
+    location: Path | str | Place, root: Path | None = None, role: Role = LANDING
+) -> Place:
     """The folder or bucket at `location`; relative paths start at `root` (default: where we are).
 
-    A `file://` URL is a local folder. Nothing is opened yet.
+    A `file://` URL is a local folder. A place that is one already keeps its role. Nothing is opened
+    yet.
     """
     if isinstance(location, Place):
         return location
     text = str(location)
     if text.startswith("file://"):
-        return Folder(Path(unquote(urlsplit(text).path)))
+        return Folder(Path(unquote(urlsplit(text).path)), role)
     if is_url(location):
-        return Bucket(text)
-    return Folder((root or Path.cwd()) / location)
+        return Bucket(text, role)
+    return Folder((root or Path.cwd()) / location, role)
 
 
 def is_url(location: Path | str) -> bool:
@@ -139,7 +158,8 @@ class Folder(Place):
     """A local folder. Links to files are followed, links to folders are not: they may run in
     circles."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, role: Role = LANDING) -> None:
+        self.role = role
         self.path = Path(os.path.abspath(path))
         self.location = str(self.path)
         self.threads = cores() + _AT_THE_DISK
@@ -149,7 +169,7 @@ class Folder(Place):
         if not self.path.is_dir():
             raise PlaceMissing(
                 f"{self.path}: this folder of posters is not there; create it and put posters in, "
-                "or set POSTERPIPE_LANDING to another folder"
+                f"or set {self.role.setting} to another folder"
             )
         try:
             found = list(self._walk("", self.location))
@@ -246,7 +266,8 @@ def _local_entry(name: str, stats: os.stat_result) -> Entry:
 class Bucket(Place):
     """Objects below a URL, as fsspec lists them."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, role: Role = LANDING) -> None:
+        self.role = role
         self.location = url
         self.threads = FETCHES
         self._opened: tuple[Any, str] | None = None
@@ -259,12 +280,12 @@ class Bucket(Place):
         except FileNotFoundError as error:
             raise PlaceMissing(
                 f"{self.location}: this bucket is not there; create it, correct its name, or set "
-                "POSTERPIPE_LANDING to another folder or URL"
+                f"{self.role.setting} to another folder or URL"
             ) from error
         except Exception as error:  # each provider has its own
             raise PlaceMissing(
                 f"{self.location}: cannot be listed ({type(error).__name__}: {error}); check the "
-                "address, the network and the credentials, or set POSTERPIPE_LANDING to another "
+                f"address, the network and the credentials, or set {self.role.setting} to another "
                 "folder or URL"
             ) from error
         entries = []
@@ -316,13 +337,13 @@ class Bucket(Place):
                 files, base = url_to_fs(self.location, use_listings_cache=False)
             except ImportError as error:
                 raise PlaceMissing(
-                    f"{self.location}: {error}; `pip install 'posterpipe[cloud]'` brings S3 and "
-                    "Google Cloud Storage"
+                    f"{self.location}: {error}; `.venv/bin/pip install -e '.[cloud]'` in the "
+                    "project's folder brings S3 and Google Cloud Storage"
                 ) from error
             except ValueError as error:
                 raise PlaceMissing(
-                    f"{self.location}: {error}; set POSTERPIPE_LANDING to a folder, or a URL such "
-                    "as s3://bucket/posters"
+                    f"{self.location}: {error}; set {self.role.setting} to a folder, or a URL "
+                    "such as s3://bucket/posters"
                 ) from error
             self._opened = files, str(base).rstrip("/")
         return self._opened

@@ -25,12 +25,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from posterpipe.core.landing import COLUMNS, list_place, poster_entries, scan
-from posterpipe.core.listing import Folder, open_place
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import NoProgress, Progress
 from posterpipe.core.store import Store, cells, compute_missing, content_key
-from posterpipe.settings import ImageSettings
 
 STATISTICS_VERSION = 1
 """Raise it when `image_statistics` gives other numbers: every image is then looked at again."""
@@ -493,23 +490,6 @@ def long_captions(
         offenders=long[["file_name", "caption", "tokens"]],
         numbers={"long": len(long), "longest": longest},
     )
-
-
-def holdout_posters(
-    place: Path | str, limits: ImageSettings, store: Store, progress: Progress | None = None
-) -> pd.DataFrame:
-    """The table of `landing.scan` for the holdout folder; no rows where it is empty or not there.
-
-    Each file is read once. Raises LandingEmpty for a folder or bucket that cannot be listed.
-    """
-    opened = open_place(place)
-    nothing = pd.DataFrame(columns=COLUMNS, dtype="object")
-    if isinstance(opened, Folder) and not opened.path.exists():
-        return nothing
-    entries = list_place(opened)
-    if not poster_entries(entries):
-        return nothing
-    return scan(opened, limits, store, progress, entries=entries)
 
 
 def holdout_overlap(

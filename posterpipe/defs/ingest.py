@@ -100,14 +100,13 @@ def holdout_posters(
     changes. Without any the table is empty, and so are the scores against them.
     """
     from posterpipe.core.arrivals import holdout_entries
-    from posterpipe.core.landing import landing_digest
-    from posterpipe.core.quality import holdout_posters as read
+    from posterpipe.core.landing import landing_digest, scan_holdout
 
     settings = deployment.settings
     store = deployment.store
     folder = settings.path(settings.holdout)
     digest = landing_digest(holdout_entries(folder), store)
-    posters = read(folder, settings.images, store, deployment.progress(context))
+    posters = scan_holdout(folder, settings.images, store, deployment.progress(context))
     return table_output(
         posters,
         {

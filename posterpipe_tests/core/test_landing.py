@@ -17,8 +17,8 @@ from PIL import Image
 
 from posterpipe.core import landing
 from posterpipe.core.images import hash_distance
-from posterpipe.core.landing import LandingEmpty, landing_digest, rehash, scan
-from posterpipe.core.listing import Bucket, Entry, Folder
+from posterpipe.core.landing import LandingEmpty, landing_digest, rehash, scan, scan_holdout
+from posterpipe.core.listing import HOLDOUT, Bucket, Entry, Folder
 from posterpipe.core.store import Store
 from posterpipe.settings import ImageSettings
 from posterpipe_tests.core.test_images import png_bomb
@@ -125,6 +125,14 @@ def test_an_empty_or_missing_folder_is_an_error_with_a_remedy(tmp_path: Path, ma
         (folder / ".hidden.png").write_text("not a poster")
     with pytest.raises(LandingEmpty, match=r"posters: .*put .*POSTERPIPE_LANDING"):
         scan(folder, LIMITS)
+
+
+def test_a_holdout_folder_that_cannot_be_listed_names_its_own_setting(
+    tmp_path: Path, store: Store
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(LandingEmpty, match=r"file: .*POSTERPIPE_HOLDOUT"):
+        scan_holdout(tmp_path / "file", LIMITS, store)
 
 
 def test_hidden_files_and_sidecars_have_no_rows_and_folders_are_entered(folder: Path) -> None:
@@ -315,7 +323,9 @@ def test_an_older_file_put_in_place_of_a_listed_one_is_not_taken_for_it(
     poster(folder / "a.png", colour="blue")
     found = row(scan(place, LIMITS, store, entries=entries), "a.png")
     assert found["status"] == "rejected"
-    assert "changed while it was read" in found["reason"]
+    assert found["reason"] == "changed while it was read; materialize raw_posters again"
+    held = row(scan(Folder(folder, HOLDOUT), LIMITS, entries=entries), "a.png")
+    assert held["reason"] == "changed while it was read; materialize holdout_posters again"
     os.replace(tmp_path / "kept.png", folder / "a.png")
     red = row(scan(place, LIMITS, store), "a.png")
     assert (red["status"], red["reason"]) == ("ok", "")

@@ -183,7 +183,7 @@ def test_a_bucket_whose_driver_is_not_installed_names_what_to_install(
 
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.setitem(fsspec.registry, "s3", None) if "s3" in fsspec.registry else None
-    with pytest.raises(PlaceMissing, match=r"posterpipe\[cloud\]"):
+    with pytest.raises(PlaceMissing, match=r"pip install -e '\.\[cloud\]'"):
         Bucket("s3://bucket/posters").entries()
 
 

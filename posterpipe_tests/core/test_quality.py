@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from posterpipe.core import quality
 from posterpipe.core.images import hash_distance, png_bytes
-from posterpipe.core.landing import LandingEmpty
+from posterpipe.core.landing import scan_holdout
 from posterpipe.core.quality import Finding
 from posterpipe.core.store import Store
 from posterpipe.settings import ImageSettings, default_root
@@ -496,20 +496,14 @@ def test_without_holdout_posters_nothing_is_compared_and_the_check_says_so(
     tmp_path: Path, store: Store
 ) -> None:
     table = training_set(tmp_path, "a cat")
-    absent = quality.holdout_posters(tmp_path / "absent", ImageSettings(), store)
+    absent = scan_holdout(tmp_path / "absent", ImageSettings(), store)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("to do: collect some")
-    empty = quality.holdout_posters(tmp_path / "empty", ImageSettings(), store)
+    empty = scan_holdout(tmp_path / "empty", ImageSettings(), store)
     for held in (absent, empty):
         finding = quality.holdout_overlap(table, raw_posters("0.png"), held, 4)
         assert finding.passed
         assert "no holdout posters" in finding.summary
-
-
-def test_a_holdout_place_that_cannot_be_listed_is_an_error(tmp_path: Path, store: Store) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(LandingEmpty, match="file"):
-        quality.holdout_posters(tmp_path / "file", ImageSettings(), store)
 
 
 @UNTIMED
@@ -535,16 +529,16 @@ def test_pairs_are_found_in_every_part_of_a_large_set(monkeypatch: pytest.Monkey
 def test_the_starter_posters_and_their_holdout_set_are_apart(tmp_path: Path, store: Store) -> None:
     root = default_root() / "data"
     limits = ImageSettings()
-    posters = quality.holdout_posters(root / "raw_posters", limits, store)
+    posters = scan_holdout(root / "raw_posters", limits, store)
     training = posters[["poster_id"]].assign(file_name="train/x.png")
-    held = quality.holdout_posters(root / "holdout_posters", limits, store)
+    held = scan_holdout(root / "holdout_posters", limits, store)
     assert quality.holdout_overlap(training, posters, held, 4).passed
     assert quality.near_duplicates(posters, 0.0).passed
     # A small JPEG of a training poster is the same picture.
     shutil.copytree(root / "holdout_posters", tmp_path / "held")
     with Image.open(root / "raw_posters" / "star_sailor.png") as image:
         image.convert("RGB").resize((320, 480)).save(tmp_path / "held" / "ours.jpg", quality=60)
-    held = quality.holdout_posters(tmp_path / "held", limits, store)
+    held = scan_holdout(tmp_path / "held", limits, store)
     finding = quality.holdout_overlap(training, posters, held, 4)
     assert finding.offenders[["training_poster", "holdout_poster"]].to_numpy().tolist() == [
         ["star_sailor.png", "ours.jpg"]

@@ -13,11 +13,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from posterpipe.core import quality
 from posterpipe.core.evidence import write_decisions
 from posterpipe.core.gate import DECISION_COLUMNS, GATE
 from posterpipe.core.images import png_bytes, resize_posters
-from posterpipe.core.landing import scan
+from posterpipe.core.landing import scan, scan_holdout
 from posterpipe.core.store import Store
 from posterpipe.core.training_set import build_training_set
 from posterpipe.defs import checks, dataset, evidence, generation, ingest, scoring
@@ -97,7 +96,7 @@ class World:
     def hold_out(self) -> None:
         """What `holdout_posters` does."""
         limits = self.settings.images
-        held = quality.holdout_posters(self.settings.holdout, limits, self.store)
+        held = scan_holdout(self.settings.holdout, limits, self.store)
         self.store.write_table("holdout_posters", held)
 
     def draw(self) -> None:
