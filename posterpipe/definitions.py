@@ -1,4 +1,8 @@
-"""The composition of posterpipe: settings in, Dagster definitions out; nothing else."""
+"""The composition of posterpipe: settings in, Dagster definitions out.
+
+What belongs here: which assets, checks, jobs, sensors and schedules there are, and the resources
+that they are given. What does not: what any of them does (`defs`).
+"""
 
 import gc
 

@@ -1,7 +1,8 @@
 """Pictures for people to look at: contact sheets, grids, thumbnails.
 
 What belongs here: arranging images with labels, and the small inline images that Dagster's pages
-show. What does not: training images (`images`) and plots of numbers (`defs`).
+show. What does not: training images (`images`) and plots of numbers (`thesis`,
+`dreambooth.reports`).
 """
 
 from __future__ import annotations

@@ -237,9 +237,9 @@ WHERE fct_promotion.checkpoint_id = known.checkpoint_id AND fct_promotion.base_m
 TABLES = frozenset({"schema_version", *re.findall(r"CREATE TABLE IF NOT EXISTS (\w+)", _TABLES)})
 """What the pipeline writes; whatever else lies there is a report."""
 
-# greatest() passes over NULL, so a blocked image would score 0 without the CASE.
 VIEWS = frozenset({"clip_scores"})
 
+# greatest() passes over NULL, so a blocked image would score 0 without the CASE.
 _VIEW = """
 CREATE OR REPLACE VIEW clip_scores AS
 WITH current_key AS (

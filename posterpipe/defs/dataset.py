@@ -32,7 +32,7 @@ from posterpipe.defs.resources import (
     metadata=columns(
         poster_id="string: the poster",
         image="string: sha256 of the training image, a PNG in the store",
-        fit="string: stretch, pad or crop",
+        fit="string: stretch, pad, crop or bucket",
         width="int: pixels",
         height="int: pixels",
         status="string: ok or failed",

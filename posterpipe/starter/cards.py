@@ -1,6 +1,9 @@
 """Model cards and the README's quality table: `python -m posterpipe.starter.cards`.
 
 Both are written from `evaluation.json` and the training logs, so that no figure is typed by hand.
+
+What belongs here: the words of the cards, and putting figures between them. What does not:
+measuring (`evaluate`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """A small convolutional classifier of object kinds: an independent judge of generated images.
 
 It is trained apart from the scorer, on fresh draws, and only ever used to measure the base model.
+
+What belongs here: the network, and reading and writing it. What does not: its training (`stages`)
+and what is concluded from its answers (`evaluate`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Digests of model folders, so that what was derived from a model is not used with another."""
+"""Digests of model folders, so that what was derived from a model is not used with another.
+
+What belongs here: the digest of a folder of the starter models. What does not: the fingerprint by
+which the pipeline knows any model (`core.models`).
+"""
 
 from __future__ import annotations
 

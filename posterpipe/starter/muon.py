@@ -1,7 +1,10 @@
 """Muon: momentum whose matrix updates are orthogonalised (Jordan et al. 2024).
 
-What belongs here: the optimizer alone. torch's own `torch.optim.Muon` takes matrices only; most
-weights of a U-Net and a VAE are convolutions, which this one sees as (out, in * height * width).
+What belongs here: the optimizer alone. What does not: which weights it moves, and how fast
+(`stages`).
+
+torch's own `torch.optim.Muon` takes matrices only; most weights of a U-Net and a VAE are
+convolutions, which this one sees as (out, in * height * width).
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 Small, because the real CLIP vocabulary alone would hold more weights than the starter U-Net.
 Unknown words are spelt in pieces, so nothing that people type is refused.
+
+What belongs here: learning the two vocabularies and writing them as tokenizers. What does not: the
+captions that they are learnt on (`captions`).
 """
 
 from __future__ import annotations

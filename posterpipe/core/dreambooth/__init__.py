@@ -3,6 +3,10 @@
 Ruiz et al. 2023 (arXiv:2208.12242) teach a diffusion model by training it further on a few images;
 here every image brings its own caption, as in the study that posterpipe rebuilds.
 
+What belongs here: a training set and a base model in, a finished model out. What does not: how
+posters become a training set (`training_set`), how images are drawn (`sampler`), and anything of
+Dagster.
+
 Read `train` from top to bottom; it leans on small modules:
 
 - `config`: what one run is told, and the id of what it makes. Imports no torch.
@@ -24,7 +28,4 @@ Read `train` from top to bottom; it leans on small modules:
 
 By hand: `python -m posterpipe.core.dreambooth --config run.toml`, or the same under
 `accelerate launch -m`.
-
-What does not belong here: how posters become a training set (`training_set`), how images are drawn
-(`sampler`), and anything of Dagster.
 """

@@ -2,7 +2,7 @@
 
 What belongs here: `write_report`, which puts the parts together: `data` reads the published
 database, `pictures` and `fonts` bring files, `charts` and `pages` make HTML, `folder` swaps the
-whole in. What does not: the asset (`defs.reports`) and the numbers themselves (the marts).
+whole in. What does not: the asset (`defs.score_report`) and the numbers themselves (the marts).
 
 The folder needs no network and no script: scripts add the viewer, sorting and the theme switch.
 """

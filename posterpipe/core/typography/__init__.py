@@ -1,5 +1,8 @@
 """Titles set in type on generated posters.
 
+What belongs here: from an image and a title to the same image with the title on it. What does not:
+drawing the picture (`sampler`) and reading the title back (`metrics.legibility`).
+
 Diffusion models of this size draw shapes like letters and no words, so the title is set afterwards.
 The layout is computed: candidate blocks (line breaks, widths, places) are scored by how little of
 the main object they cover, how much they cover of what the model meant to be lettering, how large
@@ -14,9 +17,6 @@ criterion 1.4.3), and what is promised is what is measured on the finished groun
 - `ground`: the letters' colour, and the ground below them.
 - `render`: one title on one image.
 - `titled`: the table of titled posters over the store.
-
-What does not belong here: drawing the picture (`sampler`) and reading the title back
-(`metrics.legibility`).
 """
 
 from posterpipe.core.typography.fonts import STYLES, TitleImpossible, choose_style

@@ -1,4 +1,8 @@
-"""Captions: posters with their captions, to look through and to mend."""
+"""Captions: posters with their captions, to look through and to mend.
+
+What belongs here: the page. What does not: finding captions and keeping mended ones
+(`studio.caption_desk`).
+"""
 
 import hashlib
 from typing import Any

@@ -1,4 +1,8 @@
-"""Compare: base and champion side by side, on one prompt and one seed."""
+"""Compare: base and champion side by side, on one prompt and one seed.
+
+What belongs here: the page. What does not: the fields that it shares with the page Make
+(`studio.desk`), which models there are (`studio.served`), and drawing (`studio.engine`).
+"""
 
 from collections.abc import Sequence
 from typing import Any

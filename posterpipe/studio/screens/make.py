@@ -1,4 +1,8 @@
-"""Make a poster: a description, a button, the poster, and a button that saves it."""
+"""Make a poster: a description, a button, the poster, and a button that saves it.
+
+What belongs here: the page. What does not: the fields that it shares with the page Compare
+(`studio.desk`), which models there are (`studio.served`), and drawing (`studio.engine`).
+"""
 
 from collections.abc import Sequence
 from typing import Any

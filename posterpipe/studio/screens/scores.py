@@ -1,4 +1,7 @@
-"""Scores: the leaderboard and the gallery of the published database."""
+"""Scores: the leaderboard and the gallery of the published database.
+
+What belongs here: the page. What does not: reading the publication (`studio.published`).
+"""
 
 import datetime as dt
 import time
