@@ -1,8 +1,10 @@
 """How good the starter models are: `python -m posterpipe.starter.evaluate` writes evaluation.json.
 
 Everything is measured on fresh draws, with seeds that no training stage uses, and the base model
-by a classifier that shares nothing with the scorer. The DreamBooth figures come from the score
-database of the last `make demo`, so that they are the ones a user sees.
+by a classifier that shares nothing with the scorer.
+
+What belongs here: figures of the starter models themselves. What does not: what fine-tuning makes
+of them, which the scores of each `make demo` say, and the words around the figures (`cards`).
 """
 
 from __future__ import annotations
@@ -189,25 +191,9 @@ def evaluate_base(models: Path, count: int = 204, sheet: Path | None = None) -> 
     }
 
 
-def evaluate_dreambooth(database: Path) -> dict[str, Any]:
-    """Effects in the published score table, paired by prompt and seed."""
-    import duckdb
-
-    if not database.exists():
-        return {"dreambooth": f"not measured: {database} is missing; run `make demo` first"}
-    with duckdb.connect(str(database), read_only=True) as connection:
-        rows = connection.sql(
-            "select variant, images, mean as mean_clip_cosine, low_95, high_95, "
-            "diff_to_sd, diff_low_95, diff_high_95 from leaderboard where is_headline "
-            "order by variant"
-        ).df()
-    return {"dreambooth": json.loads(rows.to_json(orient="records", double_precision=5))}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", type=Path, default=Path("data/models/starter"))
-    parser.add_argument("--database", type=Path, default=Path("data/store/public/scores.duckdb"))
     parser.add_argument("--out", type=Path, default=Path("data/models/starter/evaluation.json"))
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet of base images here")
     arguments = parser.parse_args()
@@ -217,7 +203,6 @@ def main() -> None:
         ("scorer", lambda: evaluate_scorer(arguments.models)),
         ("captioner", lambda: evaluate_captioner(arguments.models)),
         ("base", lambda: evaluate_base(arguments.models, sheet=arguments.sheet)),
-        ("dreambooth", lambda: evaluate_dreambooth(arguments.database)),
     ):
         measured = measure()
         print(name, json.dumps(measured), flush=True)
