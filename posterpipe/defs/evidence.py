@@ -63,6 +63,8 @@ def champion_generations(
 
     base = str(base_generations["checkpoint_id"].iloc[0])
     challenger = str(tuned_generations["checkpoint_id"].iloc[0])
+    # Of the warehouse, though this step waits while another writes: what is told beside it may be
+    # behind, and the gate would refuse to compare with that champion.
     champion = defender_of(read_decisions(deployment.warehouse), base, challenger)
     if champion == base:
         table = base_generations
@@ -330,10 +332,13 @@ def champion(
 ) -> dg.Output[Table]:
     """The checkpoint that is served: the one that the gate accepted last, or that a person pinned.
 
-    A new checkpoint is promoted when CLIP scores it no lower and it does not surely tell the
-    prompts apart less, is nearer to film posters it never saw, copies none that it saw, still
-    varies, draws no black images, and lacks no cell of the suite. Every decision is a row of
-    `fct_promotion` with its numbers and reasons. `posterpipe champion` shows, pins and rolls back.
+    A new checkpoint is promoted when the whole suite is drawn and scored, at most 2 % of its images
+    are black or of one colour, at most 5 % count as copies of training posters, CLIP scores it no
+    lower than the champion, it is nearer to film posters that it never saw or preferred by
+    PickScore, and the images of a prompt still differ. Where gate.specific_margin is set, one
+    that surely tells the prompts apart less, beyond that margin, is held. Every decision is a row
+    of `fct_promotion` with its numbers and reasons. `posterpipe champion` shows, pins and rolls
+    back.
     """
     import pandas as pd
 

@@ -13,6 +13,7 @@ import pytest
 
 from posterpipe.core.gate import (
     DECISION_COLUMNS,
+    RULE,
     Decision,
     GateError,
     champion_of,
@@ -529,3 +530,9 @@ def test_decisions_are_rows_of_the_warehouse(tmp_path) -> None:  # type: ignore[
     check = {entry["name"]: entry for entry in numbers["checks"]}["CLIP-T"]
     assert check["value"] == pytest.approx(decision.evidence.clip.estimate)
     assert check["limit"] == -SETTINGS.clip_margin and not math.isnan(check["low"])
+
+
+def test_the_rule_in_words_names_the_default_limits() -> None:
+    assert f"at most {SETTINGS.blocked_limit * 100:g} % of its images are black" in RULE
+    assert f"at most {SETTINGS.copy_limit * 100:g} % count as copies" in RULE
+    assert SETTINGS.specific_margin is None

@@ -310,3 +310,8 @@ def test_a_rejected_checkpoint_cannot_be_pinned(world: World) -> None:
     world.judge()
     with pytest.raises(gate.GateError, match="never served"):
         world.decide(gate.pin, "copy")
+
+
+def test_the_champion_is_described_with_the_rule_of_the_gate() -> None:
+    description = next(iter(evidence.champion.specs)).description or ""
+    assert gate.RULE in " ".join(description.split())

@@ -10,6 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from posterpipe.core.gate import RULE
 from posterpipe.core.score_report import charts
 from posterpipe.core.score_report.data import (
     BASELINE,
@@ -265,7 +266,7 @@ def gate_context(published: Published) -> dict[str, Any]:
         headline = f"The latest decision: {latest['checkpoint']} was {latest['decision']}"
         if latest["by_person"]:
             headline = f"The latest decision is a person's: {latest['after']} is served"
-    return {"headline": headline, "decisions": decisions}
+    return {"headline": headline, "rule": RULE, "decisions": decisions}
 
 
 def _decision(row: Row, checks: Sequence[Row]) -> dict[str, Any]:

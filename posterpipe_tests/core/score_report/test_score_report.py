@@ -17,6 +17,7 @@ from urllib.parse import unquote
 import duckdb
 import pytest
 
+from posterpipe.core.gate import RULE
 from posterpipe.core.score_report import Written, write_report
 from posterpipe.core.score_report.data import Published, read_published
 from posterpipe.core.score_report.gallery_pages import IMAGES_A_PAGE, slug_of
@@ -134,6 +135,7 @@ def test_every_section_is_there_and_filled(pages: dict[str, Parsed]) -> None:
     )
     assert "THING 1" in pages["legibility.html"].text
     assert "by ada" in pages["gate.html"].text and "36 of 36 cells" in pages["gate.html"].text
+    assert RULE in " ".join(pages["gate.html"].text.split())
     data = pages["data.html"].text
     assert "resembles another" in data and "This publication" in data and "publishi" in data
     assert "What does 0.30 mean?" in pages["glossary.html"].text
