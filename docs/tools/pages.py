@@ -1,7 +1,9 @@
 """Fills the blocks of the guides that follow from the code: `python -m docs.tools.pages`.
 
 What belongs here: the graph, the tables of assets and jobs, the list of settings. What does not:
-what `make demo`, `make bench` and the starter training write into the README.
+blocks that others write: the training settings (`posterpipe.settings_table`), the figures of the
+starter models (`posterpipe.starter.cards`) and of the benchmarks (`benchmarks`). What `make demo`
+printed is copied into the README by hand.
 
 A block stands between `<!-- name: begin -->` and `<!-- name: end -->`. With `--check` nothing is
 written; the exit code says whether the pages are as the code is.
@@ -77,28 +79,56 @@ def jobs() -> str:
 def settings() -> str:
     """Every setting with its default, bounds and meaning, a table a group."""
     parts = ["### Top level", "", *_settings_table(Settings, "")]
+    for name, kind in _groups():
+        said = _first_sentence(kind.__doc__ or "")
+        if name == "training":
+            see = "All of them, with unit and source: [training](training.md#every-setting)."
+            parts += ["", f"### {name}", "", f"{said} {see}"]
+            continue
+        parts += ["", f"### {name}", "", said, "", *_settings_table(kind, f"{name}.")]
+    said = f"{_first_sentence(ModelRef.__doc__ or '')} {_model_settings()}"
+    parts += ["", "### Models", "", said]
+    # A model's id has no default in any group.
+    return "\n".join([*parts, "", *_settings_table(ModelRef, "", required="none, it must be set")])
+
+
+def _model_settings() -> str:
+    """Which settings name a model, and which of them several."""
+    named: list[str] = []
+    lists: list[str] = []
+    groups: dict[str, type[BaseModel]] = {
+        "": Settings,
+        **{f"{name}.": kind for name, kind in _groups()},
+    }
+    for prefix, group in groups.items():
+        for name, field in group.model_fields.items():
+            kind = field.annotation
+            if kind is ModelRef or ModelRef in get_args(kind):
+                (lists if get_origin(kind) is tuple else named).append(f"`{prefix}{name}`")
+    return (
+        f"{', '.join(named)} are written so, and each item of the list {', '.join(lists)}: see "
+        "[naming a model](models.md#naming-and-pinning-a-model)."
+    )
+
+
+def _groups() -> Iterator[tuple[str, type[Group]]]:
     for name, field in Settings.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Group) and kind is not ModelRef:
-            said = _first_sentence(kind.__doc__ or "")
-            if name == "training":
-                see = "All of them, with unit and source: [training](training.md#every-setting)."
-                parts += ["", f"### {name}", "", f"{said} {see}"]
-                continue
-            parts += ["", f"### {name}", "", said, "", *_settings_table(kind, f"{name}.")]
-    return "\n".join(parts)
+            yield name, kind
 
 
-def _settings_table(group: type[BaseModel], prefix: str) -> list[str]:
+def _settings_table(
+    group: type[BaseModel], prefix: str, required: str = "of the profile"
+) -> list[str]:
     rows = ["| setting | default | |", "|---|---|---|"]
     for name, field in group.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Group) and kind is not ModelRef:
             continue
         bounds = f" ({', '.join(_bounds(field))})" if _bounds(field) else ""
-        rows.append(
-            f"| `{prefix}{name}` | {_default(field)} | {_cell(field.description or '')}{bounds} |"
-        )
+        default = required if field.is_required() else _default(field)
+        rows.append(f"| `{prefix}{name}` | {default} | {_cell(field.description or '')}{bounds} |")
     return rows
 
 
@@ -114,8 +144,6 @@ def _bounds(field: FieldInfo) -> list[str]:
 
 
 def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "of the profile"
     if field.default_factory is not None:
         return "the project's folder"
     value = field.default
