@@ -74,8 +74,12 @@ format: install-dev  ## put the formatting right
 bench: install-dev  ## benchmarks; one of them with ONLY=name; fails on a missed figure with STRICT=1
 	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(STRICT),--strict)
 
-docs: install-dev  ## the reference, from docstrings, and the blocks of the guides that follow from the code
+# Each leaves a page that is as it should be as it is. The README's block of `make demo` is kept by hand.
+docs: install-dev  ## the reference, from docstrings, and the blocks of the pages that follow from code and results
 	$(BIN)/python -m docs.tools.pages
+	$(BIN)/python -m posterpipe.settings_table
+	$(BIN)/python -m posterpipe.starter.cards
+	$(BIN)/python -c 'from benchmarks.__main__ import update_readme; update_readme()'
 	$(BIN)/python -m docs.tools.reference
 
 screenshots: install-dev  ## the pictures of README and docs, of the real thing; needs a finished make demo

@@ -54,7 +54,10 @@ def describe_graph() -> str:
 
 
 def test_graph_is_as_recorded() -> None:
-    assert describe_graph() == SNAPSHOT.read_text("utf-8")
+    assert describe_graph() == SNAPSHOT.read_text("utf-8"), (
+        "the graph is another one; where that is meant, write it anew and look at the difference: "
+        ".venv/bin/python -m posterpipe_tests.test_definitions"
+    )
 
 
 def test_loading_the_definitions_loads_nothing_heavy() -> None:

@@ -7,6 +7,7 @@ variable exist; what they do has tests of its own.
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import os
@@ -33,12 +34,15 @@ from posterpipe.settings import Group, Settings, TrainingSettings, default_root,
 from posterpipe_tests.report_world import published_world
 
 ROOT = default_root()
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 LARGEST_PICTURE = 400_000
 LANGUAGES = ("sh", "python", "sql", "toml", "yaml", "csv", "mermaid", "")
 
 PROGRAMS = {"cp", "cd", "curl", "duckdb", "git", "rm", "pip", "accelerate", "docker", "psql"}
 """What a reader's machine brings, or a package; nothing of it is checked further."""
+
+VARIABLES = {"POSTERPIPE_TEST_BROWSER", "POSTERPIPE_WAREHOUSE"}
+"""Variables that are no settings: of the browser tests, and of the dbt project."""
 
 COMPUTED = ("data/store", "data/captions.csv", "docs/_build", "dbt_like_reports/target")
 """Paths that are there only after something ran, or where someone wrote them."""
@@ -143,7 +147,8 @@ def test_every_picture_is_described_and_shown_somewhere() -> None:
 def test_every_guide_can_be_found() -> None:
     index = (ROOT / "docs" / "README.md").read_text("utf-8")
     for page in PAGES[1:]:
-        assert page.name == "README.md" or f"]({page.name})" in index, page.name
+        path = os.path.relpath(page, ROOT / "docs")
+        assert page.name == "README.md" or f"]({path})" in index, page.name
     assert "(docs/README.md)" in (ROOT / "README.md").read_text("utf-8")
 
 
@@ -191,7 +196,7 @@ def test_commands_exist() -> None:
         elif program == "dbt":
             assert words[1] in ("build", "run", "test", "parse", "compile", "show"), where
         elif program == "pip":
-            for extra in re.findall(r"posterpipe\[(\w+)\]", " ".join(words)):
+            for extra in re.findall(r"(?:posterpipe|\.)\[(\w+)\]", " ".join(words)):
                 assert extra in (metadata("posterpipe").get_all("Provides-Extra") or []), where
         else:
             assert program in PROGRAMS, f"{where}: what is {program}?"
@@ -209,18 +214,19 @@ def test_variables_are_settings_and_their_values_are_accepted(
     by_block: dict[Block, dict[str, str]] = {}
     for block, variables, _ in commands():
         by_block.setdefault(block, {}).update(variables)
+    not_compared = {"POSTERPIPE_PROFILE", *VARIABLES}
     checked = 0
     for block, variables in by_block.items():
         with monkeypatch.context() as patch:
             for name, value in variables.items():
                 if name == "POSTERPIPE_PROFILE" and value.endswith(".toml"):
                     value = str(ROOT / "posterpipe" / "profiles" / "sd21.toml")
-                if name.startswith("POSTERPIPE_"):
+                if name.startswith("POSTERPIPE_") and name not in VARIABLES:
                     patch.setenv(name, value)
                     checked += 1
             settings = load_settings()
             for name, value in variables.items():
-                if name.startswith("POSTERPIPE_") and name != "POSTERPIPE_PROFILE":
+                if name.startswith("POSTERPIPE_") and name not in not_compared:
                     found: object = settings
                     for part in name.removeprefix("POSTERPIPE_").lower().split("__"):
                         found = getattr(found, part)
@@ -244,8 +250,9 @@ def test_settings_and_files_that_are_named_exist(page: Path) -> None:
     names = settings_names()
     groups = {name.partition(".")[0] for name in names if "." in name}
     text = page.read_text("utf-8")
-    for name in re.findall(r"POSTERPIPE_([A-Z_]+[A-Z])", text):
-        assert name == "TEST_BROWSER" or name.lower().replace("__", ".") in names, name
+    for name in set(re.findall(r"POSTERPIPE_[A-Z_]+[A-Z]", text)) - VARIABLES:
+        setting = name.removeprefix("POSTERPIPE_").lower().replace("__", ".")
+        assert setting in names, name
     for code in re.findall(r"`([^`\n]+)`", prose(page)):
         is_file = code.endswith(FILE_ENDINGS)
         if re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)+", code) and not is_file:
@@ -327,6 +334,12 @@ def test_what_follows_from_the_code_is_as_the_code_is() -> None:
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_module_says_what_belongs_there_and_what_does_not() -> None:
+    for module in sorted((ROOT / "posterpipe").rglob("*.py")):
+        said = " ".join((ast.get_docstring(ast.parse(module.read_text("utf-8"))) or "").split())
+        assert "What belongs here: " in said and "What does not: " in said, module
 
 
 @pytest.mark.slow
