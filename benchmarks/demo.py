@@ -1,6 +1,6 @@
 """`demo`: wall time of the whole chain from an empty store, by stage, and of a second run.
 
-There is no peer: nobody else's pipeline does this work. The bound is the issue's: 8 minutes.
+There is no peer: nobody else's pipeline does this work. Our bound: 8 minutes.
 """
 
 from __future__ import annotations
