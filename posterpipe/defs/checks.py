@@ -273,9 +273,9 @@ TRAINING_CSV = [
     _spec(
         "training_csv",
         "captions_fit_the_text_encoder",
-        "Words beyond the text encoder's limit are cut, as every Stable Diffusion does: a GPU would "
-        "be paid for learning images without what someone wrote about them. BLIP's captions are "
-        "bounded when they are made, so it is people's captions or a long template. When this "
+        "Words beyond the text encoder's limit are cut, as every Stable Diffusion does: a GPU "
+        "would be paid for learning images without what someone wrote about them. BLIP's captions "
+        "are bounded when they are made, so it is people's captions or a long template. When this "
         "fails, shorten the named captions. Limit: `checks.max_long_captions`.",
         severity=ERROR,
         blocking=True,
