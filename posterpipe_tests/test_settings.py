@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ def test_broken_toml_names_file_and_line(tmp_path: Path) -> None:
         ("POSTERPIPE_IMAGES__WIDTH", "65", "images.width: .*multiple of 8"),
         ("POSTERPIPE_TRAINING__LEARNING_RATE", "0", "training.learning_rate: .*greater than 0"),
         ("POSTERPIPE_TRAINING__OPTIMIZER", "sgd", "training.optimizer: .*adamw"),
-        ("POSTERPIPE_SAMPLER__STEPS", "5", "sampler.steps: "),
+        ("POSTERPIPE_SAMPLER__STEPS", "5", "POSTERPIPE_SAMPLER__STEPS: there is no such setting"),
         ("POSTERPIPE_SAMPLER__BATCH_SIZE", "many", "sampler.batch_size: .*integer"),
     ],
 )
@@ -132,9 +133,85 @@ def test_a_wrong_setting_is_named(
 def test_all_wrong_settings_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POSTERPIPE_IMAGES__WIDTH", "0")
     monkeypatch.setenv("POSTERPIPE_MAX_CONCURRENT", "none")
+    monkeypatch.setenv("POSTERPIPE_IMAGES__HIGHT", "64")
     with pytest.raises(SettingsError, match=r"images\.width") as caught:
         load_settings()
     assert "max_concurrent" in str(caught.value)
+    assert str(caught.value).count("HIGHT") == 1 and "images.hight" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mistyped", "meant"),
+    [
+        ("POSTERPIPE_LANDNG", "POSTERPIPE_LANDING"),
+        ("POSTERPIPE_TRAINNG__LEARNING_RATE", "POSTERPIPE_TRAINING__LEARNING_RATE"),
+        ("POSTERPIPE_TRAINING_LEARNING_RATE", "POSTERPIPE_TRAINING__LEARNING_RATE"),
+        ("POSTERPIPE_TRAINING__LEARNING_RAT", "POSTERPIPE_TRAINING__LEARNING_RATE"),
+        ("POSTERPIPE_EVIDENCE__PIKSCORE__ID", "POSTERPIPE_EVIDENCE__PICKSCORE__ID"),
+        ("posterpipe_stor", "POSTERPIPE_STORE"),
+        ("POSTERPIPE_WAREHOUS", "POSTERPIPE_WAREHOUSE"),
+    ],
+)
+def test_a_mistyped_variable_is_refused_with_the_name_that_was_meant(
+    monkeypatch: pytest.MonkeyPatch, mistyped: str, meant: str
+) -> None:
+    monkeypatch.setenv(mistyped, "5")
+    with pytest.raises(SettingsError, match=rf"^{mistyped}: .*did you mean {meant}\?$"):
+        load_settings()
+
+
+@pytest.mark.parametrize("name", ["POSTERPIPE_QQQQQ", "POSTERPIPE_SAMPLER__STEPS"])
+def test_a_variable_like_no_other_is_refused_without_a_guess(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "5")
+    with pytest.raises(SettingsError, match=rf"^{name}: .*docs/settings\.md") as caught:
+        load_settings()
+    assert "did you mean" not in str(caught.value)
+
+
+def test_variables_that_other_parts_of_the_project_read_are_no_mistakes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = Path(__file__).parents[1]
+    read = set()
+    for folder in ("posterpipe", "posterpipe_tests", "benchmarks", "docs/tools", "deploy"):
+        for path in (root / folder).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            read |= set(re.findall(r"(?:environ|getenv)\W+(?:get\W+)?\"(POSTERPIPE_\w+)", text))
+            read |= set(re.findall(r"^[A-Z_]+ = \"(POSTERPIPE_\w+[A-Z])\"$", text, re.M))
+    assert {"POSTERPIPE_PROFILE", "POSTERPIPE_PEER_SCRIPT"} <= read
+    for name in read - {"POSTERPIPE_PROFILE"}:
+        monkeypatch.setenv(name, "5")
+    for name in ("POSTERPIPE_WAREHOUSE", "POSTERPIPE_SERVICE_HOST", "POSTERPIPE_PORT_80_TCP"):
+        monkeypatch.setenv(name, "5")
+    load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("POSTERPIPE_BASE_MODEL", "x/y"),
+        ("POSTERPIPE_BASE_MODEL", '"x/y"'),
+        ("POSTERPIPE_SCORER", "x/y"),
+        ("POSTERPIPE_SCORER__MODEL", "x/y"),
+        ("POSTERPIPE_EVIDENCE__PICKSCORE", "x/y"),
+        ("POSTERPIPE_EVIDENCE__IMAGE_ENCODERS", "facebook/dinov2-base"),
+        ("POSTERPIPE_EVIDENCE__IMAGE_ENCODERS", '["facebook/dinov2-base"]'),
+        ("POSTERPIPE_TRAINING__LORA_TARGETS", "to_q,to_k"),
+        ("POSTERPIPE_IMAGES", "512"),
+    ],
+)
+def test_a_list_or_group_that_is_written_wrongly_is_answered_with_a_form_that_works(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=f"{name} has to be JSON") as caught:
+        load_settings()
+    example = re.search(rf"such as {name}='(.+?)'", str(caught.value))
+    assert example is not None
+    monkeypatch.setenv(name, example[1])
+    load_settings()
 
 
 def test_settings_do_not_change_after_loading() -> None:

@@ -104,7 +104,8 @@ def image_encoder(settings: ScorerSettings, root: Path) -> ImageEncoder:
         return DinoEncoder(settings, root)
     raise ModelMissing(
         f"{folder}: a model of the kind {kind!r} cannot encode images here; name a CLIP, DINO or "
-        "DINOv2 model in POSTERPIPE_EVIDENCE__IMAGE_ENCODERS"
+        "DINOv2 model, such as POSTERPIPE_EVIDENCE__IMAGE_ENCODERS="
+        """'[{"id": "facebook/dinov2-base"}]'"""
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from posterpipe.core.metrics.encoders import (
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.store import Store
-from posterpipe.settings import ModelRef, ScorerSettings
+from posterpipe.settings import ModelRef, ScorerSettings, load_settings
 from posterpipe_tests.core.metrics.tiny import build_tiny_clip, build_tiny_dino, some_images
 
 
@@ -87,13 +88,19 @@ def test_the_id_names_preprocessing_model_weights_and_precision(root: Path) -> N
     assert len(ids) == 4
 
 
-def test_a_model_of_another_kind_is_refused_by_name(root: Path, tmp_path: Path) -> None:
+def test_a_model_of_another_kind_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     folder = tmp_path / "models" / "bert"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "bert"}', "utf-8")
     (folder / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(ModelMissing, match=r"the kind 'bert'.*POSTERPIPE_EVIDENCE"):
+    with pytest.raises(ModelMissing, match=r"the kind 'bert'") as caught:
         image_encoder(settings("bert"), tmp_path)
+    told = re.search(r"(POSTERPIPE_EVIDENCE__IMAGE_ENCODERS)='(.+)'", str(caught.value))
+    assert told is not None
+    monkeypatch.setenv(told[1], told[2])
+    assert load_settings("starter").evidence.image_encoders[0].id == "facebook/dinov2-base"
 
 
 @pytest.fixture
