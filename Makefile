@@ -40,13 +40,10 @@ install-dev: $(VENV)/installed-dev  ## the same, and what tests and checks need
 demo: install  ## the whole graph on the starter posters, then the leaderboard
 	@$(BIN)/posterpipe demo
 
-$(DAGSTER_HOME)/dagster.yaml: deploy/dagster.yaml
-	@mkdir -p $(@D)
-	@cp $< $@
-
 # Posters, captions and prompts are watched and what is cheap follows at once; the training follows
 # its schedule.
-dev: install $(DAGSTER_HOME)/dagster.yaml  ## Dagster UI on http://127.0.0.1:3000; sensors and schedules are on
+dev: install  ## Dagster UI on http://127.0.0.1:3000; sensors and schedules are on
+	@$(BIN)/python -m posterpipe.home
 	$(BIN)/dagster dev --host $(HOST) --port $(PORT) --workspace workspace.yaml
 
 doctor: install  ## what this machine has, and what is missing

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import socket
 import sys
 import time
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from posterpipe.home import prepare_home
 from posterpipe.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def run_demo(timings: Path | None = None) -> int:
     """
     started = time.perf_counter()
     settings = load_settings()
-    home = prepare_home(settings)
+    home = prepare_home(settings.root)
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     log = home / "demo.log"
     atexit.register(_keep_last_words, log)
@@ -103,17 +103,6 @@ def run_demo(timings: Path | None = None) -> int:
         return 1
     _conclude(deployment, watch, total, home)
     return 0
-
-
-def prepare_home(settings: Settings) -> Path:
-    """DAGSTER_HOME (default: `.dagster` in the root) with this machine's dagster.yaml in it."""
-    home = Path(os.environ.get("DAGSTER_HOME") or settings.path(Path(".dagster"))).resolve()
-    home.mkdir(parents=True, exist_ok=True)
-    os.environ["DAGSTER_HOME"] = str(home)
-    source, target = settings.path(Path("deploy/dagster.yaml")), home / "dagster.yaml"
-    if source.exists() and (not target.exists() or source.read_bytes() != target.read_bytes()):
-        shutil.copyfile(source, target)
-    return home
 
 
 def require_inputs(settings: Settings) -> None:

@@ -15,7 +15,7 @@ from posterpipe import cli, doctor
 from posterpipe.core.landing import scan
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.store import Store
-from posterpipe.demo import prepare_home, require_inputs
+from posterpipe.demo import require_inputs
 from posterpipe.settings import ModelRef, Settings, SettingsError, load_settings
 from posterpipe_tests.models import HubCache
 
@@ -157,17 +157,6 @@ def test_doctor_tells_which_revisions_can_move(
     assert f"revision = '{commit}'" in found["scorer"].text
     assert "move" not in found["evidence p"].text and "not here yet" in found["evidence p"].text
     assert found["hub"].state == "missing"
-
-
-def test_the_demo_brings_the_configuration_of_one_machine(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
-    settings = load_settings("starter", store=tmp_path / "store")
-    home = prepare_home(settings)
-    assert home == tmp_path / "home"
-    deployed = settings.path(Path("deploy/dagster.yaml")).read_text("utf-8")
-    assert (home / "dagster.yaml").read_text("utf-8") == deployed
 
 
 def test_the_demo_wants_its_models_and_prompts_first(tmp_path: Path) -> None:

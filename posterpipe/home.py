@@ -1,0 +1,68 @@
+"""DAGSTER_HOME: this machine's `dagster.yaml` in it, unless a person wrote another one.
+
+What belongs here: putting `deploy/dagster.yaml` there. What does not: what it says. `python -m
+posterpipe.home` is what `make dev` runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from pathlib import Path
+
+from posterpipe.core.store import write_atomic
+from posterpipe.settings import default_root
+
+_MARK = "# Written by posterpipe and renewed by it until something here is changed: {}\n"
+"""The first line of what is written, with the digest of what follows."""
+
+_UNMARKED = (
+    "fda56be25154c28364ff67d55b13b94e5854e340fd95f4fd7cd9aaddeb6d7609",
+    "0fa9af405a1edb77df815f05e1d31f912f5c58c20b044a493feab830f1328b32",
+    "534994cf09fca572635094ca455966728802ee2df13df8f5e37dbe309b3cabce",
+)
+"""sha256 of the versions that were written before there was a mark."""
+
+
+def prepare_home(root: Path) -> Path:
+    """DAGSTER_HOME (default: `.dagster` in the root) with a dagster.yaml in it.
+
+    One that is there and is not as posterpipe wrote it stays, and a line on stderr says so.
+    """
+    home = Path(os.environ.get("DAGSTER_HOME") or root / ".dagster").resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ["DAGSTER_HOME"] = str(home)
+    source, target = root / "deploy" / "dagster.yaml", home / "dagster.yaml"
+    if not source.exists():
+        return home
+    config = source.read_bytes()
+    present = target.read_bytes() if target.exists() else None
+    if present is None or _is_ours(present):
+        wanted = _marked(config)
+        if present != wanted:
+            write_atomic(target, wanted)
+    elif present != config:
+        print(
+            f"posterpipe: {target} is kept as it is, since it was changed or written by hand; what "
+            f"posterpipe would put there is {source}",
+            file=sys.stderr,
+        )
+    return home
+
+
+def _marked(config: bytes) -> bytes:
+    return _MARK.format(hashlib.sha256(config).hexdigest()).encode() + config
+
+
+def _is_ours(present: bytes) -> bool:
+    first, _, rest = present.partition(b"\n")
+    mark = re.fullmatch(_MARK.strip().format("([0-9a-f]{64})").encode(), first)
+    if mark:
+        return mark[1].decode() == hashlib.sha256(rest).hexdigest()
+    return hashlib.sha256(present).hexdigest() in _UNMARKED
+
+
+if __name__ == "__main__":
+    prepare_home(default_root())

@@ -1,0 +1,106 @@
+"""DAGSTER_HOME: posterpipe's dagster.yaml is put there, and a person's own one is left alone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from posterpipe import home as home_module
+from posterpipe.home import prepare_home
+from posterpipe.settings import default_root
+
+DEPLOYED = default_root() / "deploy" / "dagster.yaml"
+OWN = "storage:\n  postgres:\n    postgres_url: postgresql://dagster@db/dagster\n"
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    folder = tmp_path / "home"
+    monkeypatch.setenv("DAGSTER_HOME", str(folder))
+    return folder
+
+
+def root_with(config: str, folder: Path) -> Path:
+    (folder / "deploy").mkdir(parents=True)
+    (folder / "deploy" / "dagster.yaml").write_text(config, "utf-8")
+    return folder
+
+
+def content(home: Path) -> object:
+    return yaml.safe_load((home / "dagster.yaml").read_text("utf-8"))
+
+
+def test_a_new_home_gets_the_configuration_of_one_machine(home: Path) -> None:
+    assert prepare_home(default_root()) == home
+    assert content(home) == yaml.safe_load(DEPLOYED.read_text("utf-8"))
+    written = (home / "dagster.yaml").stat()
+    prepare_home(default_root())
+    assert (home / "dagster.yaml").stat() == written
+
+
+@pytest.mark.parametrize("own", [OWN, DEPLOYED.read_text("utf-8") + OWN])
+def test_a_configuration_of_ones_own_is_kept_and_one_line_says_so(
+    home: Path, capsys: pytest.CaptureFixture[str], own: str
+) -> None:
+    home.mkdir()
+    (home / "dagster.yaml").write_text(own, "utf-8")
+    prepare_home(default_root())
+    assert (home / "dagster.yaml").read_text("utf-8") == own
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"{home / 'dagster.yaml'} is kept as it is" in told
+
+
+def test_what_was_changed_by_hand_after_posterpipe_wrote_it_is_kept(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare_home(default_root())
+    assert not capsys.readouterr().err
+    with open(home / "dagster.yaml", "a", encoding="utf-8") as file:
+        file.write(OWN)
+    changed = (home / "dagster.yaml").read_text("utf-8")
+    prepare_home(default_root())
+    assert (home / "dagster.yaml").read_text("utf-8") == changed
+    assert "is kept as it is" in capsys.readouterr().err
+
+
+def test_what_posterpipe_wrote_follows_its_new_version(home: Path, tmp_path: Path) -> None:
+    prepare_home(root_with("telemetry: {enabled: true}\n", tmp_path / "old"))
+    prepare_home(root_with("telemetry: {enabled: false}\n", tmp_path / "new"))
+    assert content(home) == {"telemetry": {"enabled": False}}
+
+
+def test_what_posterpipe_wrote_before_it_marked_its_files_is_renewed(
+    monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path
+) -> None:
+    home.mkdir()
+    (home / "dagster.yaml").write_text(OWN, "utf-8")
+    monkeypatch.setattr(home_module, "_UNMARKED", (hashlib.sha256(OWN.encode()).hexdigest(),))
+    prepare_home(root_with("telemetry: {enabled: false}\n", tmp_path / "new"))
+    assert content(home) == {"telemetry": {"enabled": False}}
+
+
+def test_make_dev_keeps_a_configuration_of_ones_own_too(home: Path, tmp_path: Path) -> None:
+    home.mkdir()
+    (home / "dagster.yaml").write_text(OWN, "utf-8")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, line in (("python", f'exec {sys.executable} "$@"'), ("dagster", "echo served")):
+        (tools / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tools / name).chmod(0o755)
+    served = subprocess.run(
+        ["make", "-o", "install", "dev", f"BIN={tools}"],
+        cwd=default_root(),
+        env={**os.environ, "PYTHONPATH": str(default_root())},
+        capture_output=True,
+        text=True,
+    )
+    assert served.returncode == 0, served.stderr
+    assert "served" in served.stdout and "is kept as it is" in served.stderr
+    assert (home / "dagster.yaml").read_text("utf-8") == OWN
