@@ -37,8 +37,6 @@ LOGGER = "demo"
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 PID_TAG, HOST_TAG = "posterpipe/pid", "posterpipe/host"
-ROOTS = ("raw_posters", "holdout_posters", "human_captions", "prompt_suite")
-"""Assets that read the outside world: only running them tells whether it changed."""
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -126,6 +124,7 @@ def materialize(
     import dagster as dg
 
     from posterpipe.definitions import build_defs
+    from posterpipe.defs.arrivals import ROOTS
     from posterpipe.defs.staleness import stale_assets
 
     end_dead_runs(instance)
@@ -309,6 +308,7 @@ def _write_timings(path: Path, settings: Settings, watch: Watch, total: float) -
 def _conclude(deployment: Deployment, watch: Watch, total: float, home: Path) -> None:
     """Times, the leaderboard, and where to look next."""
     from posterpipe.core.progress import duration
+    from posterpipe.defs.arrivals import ROOTS
 
     console = Console(highlight=False)
     stages = _stages(watch)

@@ -20,9 +20,10 @@ from dagster_dbt import dbt_assets
 
 from posterpipe.definitions import build_defs, defs
 from posterpipe.defs import reports
-from posterpipe.defs.arrivals import REASON_TAG
+from posterpipe.defs.arrivals import REASON_TAG, ROOTS
 from posterpipe.defs.overview import OVERVIEW
 from posterpipe.defs.staleness import _LIMITS
+from posterpipe.defs.timing import SOURCES
 from posterpipe.settings import Settings, default_root, load_settings
 
 SNAPSHOT = Path(__file__).parent / "graph.txt"
@@ -93,6 +94,14 @@ def test_every_asset_is_described_for_newcomers() -> None:
         assert spec.code_version, name
 
 
+def test_what_reads_the_outside_world_says_which_change_makes_it_due() -> None:
+    assert set(SOURCES) == set(ROOTS)
+    specs = {spec.key.to_user_string(): spec for spec in defs.resolve_all_asset_specs()}
+    for name, source in SOURCES.items():
+        _, _, timing = (specs[name].description or "").partition("**When it runs:**")
+        assert f"soon after {source} changed; the sensor `arrivals` looks" in timing
+
+
 def test_jobs_sensors_and_schedules_are_described_for_newcomers() -> None:
     repository = defs.get_repository_def()
     jobs = [job for job in repository.get_all_jobs() if not job.name.startswith("__")]
@@ -128,6 +137,16 @@ def test_a_setting_changes_the_code_version_of_what_it_decides_and_of_nothing_el
     before, after = versions(build_defs(settings)), versions(build_defs(changed))
     differing = {name for name in before if before[name] != after[name]}
     assert differing == {"base_generations", "tuned_generations", "champion_generations"}
+
+
+def test_another_public_address_writes_the_report_with_other_links() -> None:
+    settings = load_settings("starter")
+    moved = settings.model_copy(update={"public_url": "https://posters.example.org"})
+    before, after = (
+        {spec.key.to_user_string(): spec.code_version for spec in of.resolve_all_asset_specs()}
+        for of in (build_defs(settings), build_defs(moved))
+    )
+    assert {name for name in before if before[name] != after[name]} == {"score_report"}
 
 
 def test_a_limit_changes_the_code_version_of_what_is_checked_against_it() -> None:

@@ -27,10 +27,10 @@ from posterpipe.core.progress import BarProgress
 from posterpipe.core.store import Store
 from posterpipe.core.trace import trace
 from posterpipe.definitions import build_defs
+from posterpipe.defs.arrivals import ROOTS
 from posterpipe.defs.resources import Deployment
 from posterpipe.defs.staleness import DATA_VERSION, stale_assets
 from posterpipe.demo import (
-    ROOTS,
     Watch,
     champion_line,
     control_line,

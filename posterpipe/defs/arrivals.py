@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from posterpipe.core.arrivals import LastRead, Memory, Source
 
 ROOTS = ("raw_posters", "holdout_posters", "human_captions", "prompt_suite")
-"""Assets that read the outside world."""
+"""Assets that read the outside world: only running them tells whether it changed."""
 
 ROOT_TAG = "posterpipe/arrived"
 """Tag of the runs that the sensor requests: for which asset."""

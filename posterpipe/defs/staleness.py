@@ -69,6 +69,7 @@ _DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
         s.gate.copy_limit,  # of its check, which has the gate's limit
     ],
     "champion": lambda s: [s.gate.model_dump(mode="json")],
+    "score_report": lambda s: [s.public_url],  # where its metadata leads
 }
 """Settings that decide what is in an asset, by asset."""
 

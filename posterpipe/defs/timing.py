@@ -9,15 +9,17 @@ from typing import Any
 
 import dagster as dg
 
+from posterpipe.defs.arrivals import ROOTS
 from posterpipe.defs.automation import ON_SCHEDULE, follows_its_inputs
 from posterpipe.settings import Settings
 
 SOURCES = {
     "raw_posters": "the folder or bucket of posters",
+    "holdout_posters": "the folder of held-out posters",
     "human_captions": "a text file beside a poster, or the CSV of captions,",
     "prompt_suite": "the file of the prompt suite",
 }
-"""Assets that read the outside world, and what a change of what makes them due."""
+"""What a change of makes each of ROOTS due."""
 
 
 def described(
@@ -46,7 +48,7 @@ def described(
 def _when(spec: dg.AssetSpec, settings: Settings) -> str:
     name = spec.key.path[-1]
     automation = settings.automation
-    if name in SOURCES:
+    if name in ROOTS:
         return (
             f"soon after {SOURCES[name]} changed; the sensor `arrivals` looks every "
             f"{automation.sensor_interval_seconds} seconds"
