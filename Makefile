@@ -68,8 +68,10 @@ format: install-dev  ## put the formatting right
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install-dev  ## benchmarks; one of them with ONLY=name; fails on a missed figure with STRICT=1
-	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(STRICT),--strict)
+# With FILE=1 the figures take the place of this machine's in benchmarks/results and README.md.
+bench: install-dev  ## benchmarks: ONLY=name PEER_SCRIPT=path STRICT=1 FILE=1; see README, Benchmarks
+	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) \
+	  $(if $(PEER_SCRIPT),--peer-script '$(PEER_SCRIPT)') $(if $(STRICT),--strict) $(if $(FILE),--file)
 
 # Each leaves a page that is as it should be as it is. The README's block of `make demo` is kept by hand.
 docs: install-dev  ## the reference, from docstrings, and the blocks of the pages that follow from code and results

@@ -1,4 +1,8 @@
-"""`python -m benchmarks [--only NAME]`: runs benchmarks, files the results, prints a table."""
+"""`python -m benchmarks [--only NAME] [--file]`: runs benchmarks and prints a table.
+
+Nothing else is written, unless `--file` asks for it: then the figures take the place of this
+machine's in `benchmarks/results` and in the README.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rows import RESULTS, Row, is_met, machine, markdown, merge
-from benchmarks.training_runs import PEER_SCRIPT
+from benchmarks.rows import RESULTS, Row, figure, is_met, markdown, merge
+from benchmarks.training_runs import PEER_SCRIPT, peer_script
 
 BENCHMARKS = (
     "load_code_location",
@@ -34,6 +38,8 @@ REHEARSED = ("train_sd21_gpu", "sample_sd21_gpu")
 """Those that only a GPU can measure, and that can be tried without one."""
 IN_PARTS = ("train_sd21_gpu",)
 """Those that give their rows one by one, each of which is filed at once."""
+AGAINST_THE_SCRIPT = ("train_unet", "train_unet_text_encoder")
+"""Those that are measured against diffusers' script, which is no part of this project."""
 
 README = Path(__file__).parents[1] / "README.md"
 MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
@@ -45,7 +51,8 @@ def show(rows: list[Row]) -> None:
         required = f"[red]{row.required}: missed[/]" if is_met(row) is False else row.required
         peer = "" if row.peer is None else f"{row.peer:g}  {row.peer_name}"
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        table.add_row(row.name, f"{row.ours:g}", row.unit, peer, ratio, required)
+        ours = "" if row.ours is None else f"{row.ours:g}"
+        table.add_row(row.name, ours, row.unit, peer, ratio, required)
     Console().print(table)
 
 
@@ -60,9 +67,24 @@ def update_readme() -> None:
     README.write_text(re.sub(pattern, lambda _: between, text, flags=re.S), encoding="utf-8")
 
 
+def file(rows: list[Row], *, in_parts: bool = False) -> None:
+    """Writes the rows into this machine's results and into the README, and says so."""
+    path = merge(rows, in_parts=in_parts)
+    update_readme()
+    here = Path.cwd()
+    written = [name.relative_to(here) if name.is_relative_to(here) else name
+               for name in (path, README)]  # fmt: skip
+    print(f"written to {written[0]} and {written[1]}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=BENCHMARKS, help="one benchmark; all when left out")
+    parser.add_argument(
+        "--file",
+        action="store_true",
+        help="write the figures into benchmarks/results and the README, in place of this machine's",
+    )
     parser.add_argument(
         "--peer-script",
         type=Path,
@@ -71,7 +93,7 @@ def main() -> None:
     parser.add_argument(
         "--rehearse",
         action="store_true",
-        help="run a GPU's benchmark on a tiny model, to see that it works; nothing is filed",
+        help="run a GPU's benchmark on a tiny model, to see that it works",
     )
     parser.add_argument(
         "--strict",
@@ -95,27 +117,36 @@ def main() -> None:
     options = {name: value for name, value in options.items() if value is not None}
     if options and only not in IN_PARTS:
         parser.error(f"--part and --keep need --only with one of {', '.join(IN_PARTS)}")
+    names = (only,) if only else BENCHMARKS
+    needing = [name for name in names if name in AGAINST_THE_SCRIPT]
+    if arguments.file and needing and not peer_script():
+        parser.error(
+            f"--file needs --peer-script for {' and '.join(needing)}: without the other side there "
+            "is nothing to file; or choose another one with --only"
+        )
+    if arguments.rehearse and arguments.file:
+        parser.error("--rehearse gives figures that mean nothing: leave out --file")
     if arguments.rehearse:
         if only not in REHEARSED:
             parser.error(f"--rehearse needs --only with one of {', '.join(REHEARSED)}")
         show(list(importlib.import_module(f"benchmarks.{only}").run(rehearse=True, **options)))
         return
-    names = (only,) if only else BENCHMARKS
     rows: list[Row] = []
     for name in names:
         measured = importlib.import_module(f"benchmarks.{name}").run(**options)
         if name in IN_PARTS:
             for row in measured:
-                print(f"{row.name}: {row.ours:g} {row.unit} {row.required}", flush=True)
-                merge([row], in_parts=True)
+                print(f"{row.name}: {figure(row.ours, row.unit)} {row.required}", flush=True)
                 rows.append(row)
+                if arguments.file:
+                    file([row], in_parts=True)
         else:
-            merge(measured)
             rows += measured
-    update_readme()
+            if arguments.file:
+                file(measured)
     show(rows)
-    path = RESULTS / f"{machine()}.json"
-    print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    if not arguments.file:
+        print("nothing is filed: --file writes these figures into benchmarks/results and README")
     missed = [row.name for row in rows if is_met(row) is False]
     if missed:
         print(f"missed what is required: {', '.join(missed)}")

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.rows import Row, merge
+from benchmarks.rows import Row
 from posterpipe.core.captioner import Captioner, caption_files
 from posterpipe.core.models import torch_dtype
 from posterpipe.settings import CaptionerSettings, ModelRef
@@ -280,15 +280,17 @@ def _rounded(value: float) -> float:
 
 
 def main() -> None:
-    """One size on one device, filed with this machine's results."""
-    from benchmarks.__main__ import show
+    """One size on one device."""
+    from benchmarks.__main__ import file, show
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=("tiny", "base", "large"))
     parser.add_argument("--posters", type=int)
     parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--keep", action="store_true", help="file the results")
+    parser.add_argument(
+        "--file", action="store_true", help="write the figures into benchmarks/results and README"
+    )
     options = parser.parse_args()
     gpu = options.device == "cuda"
     sizes = {size.name: size for size in (TINY, BASE, LARGE)}
@@ -298,9 +300,9 @@ def main() -> None:
         posters=options.posters or POSTERS,
         batch_size=options.batch_size or (64 if gpu else 32),
     )
-    if options.keep:
-        merge(rows)
     show(rows)
+    if options.file:
+        file(rows)
 
 
 if __name__ == "__main__":

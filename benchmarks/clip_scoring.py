@@ -166,7 +166,7 @@ def measure(
             Row(
                 f"{name}.torchmetrics",
                 f"does not run ({reason.replace(str(model), 'the model')[:80]})",
-                0.0,
+                None,
             )
         )
     return rows

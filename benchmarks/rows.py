@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,12 +18,13 @@ class Row:
     """`ratio` is peer / ours for times (above 1: we are faster) or as `required` says in words.
 
     Where `required` says "at least" or "at most" and a number, that is asked of the ratio, or of
-    `ours` in a row without one; other words are for people.
+    `ours` in a row without one; other words are for people. Without `ours`, `unit` says why there
+    is no figure.
     """
 
     name: str
     unit: str
-    ours: float
+    ours: float | None
     peer: float | None = None
     peer_name: str = ""
     ratio: float | None = None
@@ -38,6 +40,8 @@ def is_met(row: Row) -> bool | None:
     if limit is None:
         return None
     value = row.ours if row.ratio is None else row.ratio
+    if value is None:
+        return None
     wanted = float(limit[2].rstrip(".,").replace(",", ""))
     return value >= wanted if limit[1] == "least" else value <= wanted
 
@@ -64,22 +68,45 @@ def merge(rows: list[Row], *, in_parts: bool = False) -> Path:
     """Writes the rows into this machine's file; rows of other benchmarks stay as they were.
 
     in_parts: so do rows of the same benchmark that have other names; each row takes the place of
-    the one that had its name.
+    the one that had its name. What is measured again keeps its place in the file.
     """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{machine()}.json"
-
-    new = [asdict(row) for row in rows]
-
-    def stays(row: dict) -> bool:
-        of = (lambda name: name) if in_parts else (lambda name: name.split(".")[0])
-        return of(row["name"]) not in {of(other["name"]) for other in new}
-
-    everything = [row for row in filed() if stays(row)] + new
+    everything = filed()
+    if in_parts:
+        for row in rows:
+            everything = _with([row], everything, lambda name: name)
+    else:
+        for topic in dict.fromkeys(_topic(row.name) for row in rows):
+            own = [row for row in rows if _topic(row.name) == topic]
+            everything = _with(own, everything, _topic)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return path
+
+
+def _topic(name: str) -> str:
+    """The benchmark that a row is of."""
+    return name.split(".")[0]
+
+
+def _with(rows: list[Row], filed: list[dict], of: Callable[[str], str]) -> list[dict]:
+    """What is filed, with these rows in the place of those that are `of` the same; where there are
+    none, below their benchmark's last row, or at the end."""
+    replaced = {of(row.name) for row in rows}
+    topics = {_topic(row.name) for row in rows}
+    places = [place for place, row in enumerate(filed) if of(row["name"]) in replaced]
+    below = [place + 1 for place, row in enumerate(filed) if _topic(row["name"]) in topics]
+    place = places[0] if places else below[-1] if below else len(filed)
+    stay = [[row for row in part if of(row["name"]) not in replaced]
+            for part in (filed[:place], filed[place:])]  # fmt: skip
+    return [*stay[0], *map(asdict, rows), *stay[1]]
+
+
+def figure(ours: float | None, unit: str) -> str:
+    """A figure with its unit, or why there is none."""
+    return unit if ours is None else f"{ours:g} {unit}"
 
 
 def markdown(records: list[dict]) -> str:
@@ -92,7 +119,7 @@ def markdown(records: list[dict]) -> str:
         peer = "" if record["peer"] is None else f"{record['peer']:g} ({record['peer_name']})"
         ratio = "" if record["ratio"] is None else f"{record['ratio']:.2f}"
         lines.append(
-            f"| `{record['name']}` | {record['ours']:g} {record['unit']} | {peer} | {ratio} "
+            f"| `{record['name']}` | {figure(record['ours'], record['unit'])} | {peer} | {ratio} "
             f"| {record['required']} |"
         )
     return "\n".join(lines)

@@ -4,9 +4,9 @@ Both sides: random weights of the real size, bf16, 8-bit Adam, batch 1 and 4, th
 with the text encoder. Then what each measure contributes: each is left out, or added, alone. No
 rows without a GPU.
 
-Each row is filed when it is there, and a run that fails is a row too. `--part` measures some of the
-runs and `--keep` leaves the model for the next command, so that all of them can be made in several
-short ones: `--part unet.batch1.plain` first, since the others of that batch are compared with it.
+With `--file`, each row is filed when it is there, and a run that fails is a row too. `--part`
+measures some of the runs and `--keep` leaves the model for the next command, so that all of them can
+be made in several short ones: `--part unet.batch1.plain` first, since the others of that batch are compared with it.
 
 `--rehearse` runs every line of it on a tiny model and whatever device there is, so that the command
 is known to work before a GPU is paid for; its figures mean nothing and are not filed.
@@ -122,7 +122,7 @@ def _rows_or_failure(name: str, measure: Callable[[], Iterator[Row]]) -> Iterato
     try:
         yield from measure()
     except RuntimeError as error:  # RunFailed, and what torch raises in this process
-        yield Row(name.removesuffix(".plain"), "steps/s", 0.0, required=f"failed: {_reason(error)}")
+        yield Row(name.removesuffix(".plain"), f"failed ({_reason(error)})", None)
 
 
 def _reason(error: RuntimeError) -> str:
@@ -138,7 +138,7 @@ class _Comparison:
     """
 
     def __init__(
-        self, folder: Path, base: Path, data: Path, scale: Scale, known: dict[str, float]
+        self, folder: Path, base: Path, data: Path, scale: Scale, known: dict[str, float | None]
     ) -> None:
         self._folder = folder
         self._base = base
@@ -225,7 +225,9 @@ class _Comparison:
         """A figure of the plain run."""
         figure = self._figures.get(name)
         if figure is None:
-            raise RunFailed(f"no figure of {name} to compare with; measure its part plain first")
+            raise RunFailed(
+                f"no figure of {name} to compare with; measure its part plain first, with --file"
+            )
         return figure
 
 

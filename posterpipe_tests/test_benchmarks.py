@@ -4,14 +4,19 @@ cores, or a GPU that is lent for minutes and on which a run may fail."""
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import load_code_location, rows, train_sd21_gpu, training_runs
-from benchmarks.rows import RESULTS, Row, is_met, merge
+from benchmarks.rows import RESULTS, Row, is_met, markdown, merge
+from posterpipe.settings import default_root
 
 
 @pytest.mark.parametrize(
@@ -26,6 +31,7 @@ from benchmarks.rows import RESULTS, Row, is_met, merge
         (Row("a", "items", 4.0, 30_016.0, "cold", required="at most 3: one each"), False),
         (Row("a", "s", 6.6, required="seconds"), None),
         (Row("a", "s", 6.6), None),
+        (Row("a", "failed (no compiler)", None, required="at least 1.5 times as fast"), None),
     ],
 )
 def test_a_figure_is_held_against_what_is_required_of_it(row: Row, met: bool | None) -> None:
@@ -40,12 +46,10 @@ def test_the_results_that_are_filed_meet_what_is_required() -> None:
 
 
 def test_a_missed_figure_is_told_and_fails_where_that_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     missed = [Row("load_code_location", "s", 3.0, 2.0, "peer", 1.5, "ours / peer at most 1.2")]
     monkeypatch.setattr(load_code_location, "run", lambda: missed)
-    monkeypatch.setattr(rows, "RESULTS", tmp_path)
-    monkeypatch.setattr(command, "update_readme", lambda: None)
     for option, code in ((), 0), (("--strict",), 1):
         monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "load_code_location", *option])
         with pytest.raises(SystemExit) as ended:
@@ -56,8 +60,79 @@ def test_a_missed_figure_is_told_and_fails_where_that_is_asked_for(
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(rows, "RESULTS", tmp_path)
-    return tmp_path / f"{rows.machine()}.json"
+    for module in (rows, command):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(command, "README", tmp_path / "README.md")
+    command.README.write_text("\n".join(("before", *command.MARKS, "after")), "utf-8")
+    return tmp_path / "results" / f"{rows.machine()}.json"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *options])
+    command.main()
+
+
+def test_figures_are_only_printed_unless_they_are_to_be_filed(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = [Row("load_code_location", "s", 3.0)]
+    monkeypatch.setattr(load_code_location, "run", lambda: measured)
+    readme = command.README.read_text("utf-8")
+    run(monkeypatch, "--only", "load_code_location")
+    assert not results.exists() and command.README.read_text("utf-8") == readme
+    assert "nothing is filed" in capsys.readouterr().out
+    run(monkeypatch, "--only", "load_code_location", "--file")
+    assert names(results) == ["load_code_location"]
+    assert "`load_code_location` | 3 s |" in command.README.read_text("utf-8")
+    told = capsys.readouterr().out
+    assert str(results) in told and str(command.README) in told
+
+
+def test_parts_are_filed_one_by_one_where_that_is_asked_for(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parts() -> Iterator[Row]:
+        yield Row("train_sd21_gpu.one", "steps/s", 1.0)
+        seen.append(names(results) if results.exists() else [])
+        yield Row("train_sd21_gpu.two", "failed (no memory)", None)
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(train_sd21_gpu, "run", parts)
+    run(monkeypatch, "--only", "train_sd21_gpu")
+    run(monkeypatch, "--only", "train_sd21_gpu", "--file")
+    assert seen == [[], ["train_sd21_gpu.one"]]
+    assert names(results) == ["train_sd21_gpu.one", "train_sd21_gpu.two"]
+
+
+def test_what_was_measured_without_its_other_side_is_not_filed(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(training_runs.PEER_SCRIPT, raising=False)
+    for options in ((), ("--only", "train_unet")):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "--file", *options)
+        assert "--peer-script" in capsys.readouterr().err
+    assert not results.exists()
+
+
+def test_make_hands_on_what_it_is_given() -> None:
+    given = ("ONLY=train_unet", "PEER_SCRIPT=/tmp/a script.py", "STRICT=1", "FILE=1")
+    told = subprocess.run(
+        ["make", "-n", "-o", "install-dev", "bench", *given],
+        cwd=default_root(),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert shlex.split(told.replace("\\\n", " "))[1:] == [
+        *("-m", "benchmarks", "--only", "train_unet"),
+        *("--peer-script", "/tmp/a script.py", "--strict", "--file"),
+    ]
+
+
+def test_what_does_not_run_is_said_without_a_figure() -> None:
+    record = asdict(Row("clip_scoring.torchmetrics", "does not run (AttributeError)", None))
+    assert "| `clip_scoring.torchmetrics` | does not run (AttributeError) |" in markdown([record])
 
 
 def names(path: Path) -> list[str]:
@@ -67,12 +142,22 @@ def names(path: Path) -> list[str]:
 def test_rows_of_other_benchmarks_stay_and_in_parts_those_of_other_names_too(results: Path) -> None:
     merge([Row("a.one", "s", 1.0), Row("b.one", "s", 1.0), Row("a.two", "s", 1.0)])
     merge([Row("a.one", "s", 2.0)], in_parts=True)
-    assert names(results) == ["b.one", "a.two", "a.one"]
-    assert json.loads(results.read_text())[-1]["ours"] == 2.0
+    assert sorted(names(results)) == ["a.one", "a.two", "b.one"]
+    assert {row["name"]: row["ours"] for row in json.loads(results.read_text())}["a.one"] == 2.0
     merge([Row("a.three", "s", 1.0)])
-    assert names(results) == ["b.one", "a.three"]
+    assert sorted(names(results)) == ["a.three", "b.one"]
     merge([])
-    assert names(results) == ["b.one", "a.three"]
+    assert sorted(names(results)) == ["a.three", "b.one"]
+
+
+def test_what_is_measured_again_keeps_its_place(results: Path) -> None:
+    merge([Row(name, "s", 1.0) for name in ("a", "a.one", "b", "b.one", "c")])
+    merge([Row("b", "s", 2.0), Row("b.two", "s", 2.0)])
+    assert names(results) == ["a", "a.one", "b", "b.two", "c"]
+    merge([Row("a.one", "s", 3.0), Row("b.three", "s", 3.0)], in_parts=True)
+    assert names(results) == ["a", "a.one", "b", "b.two", "b.three", "c"]
+    merge([Row("d", "s", 1.0), Row("a", "s", 4.0)])
+    assert names(results) == ["a", "b", "b.two", "b.three", "c", "d"]
 
 
 @pytest.mark.parametrize(
@@ -104,10 +189,10 @@ def test_a_run_that_fails_is_a_row_and_the_next_ones_are_measured(
     monkeypatch.setattr(train_sd21_gpu, "_step_flops", lambda *_: 1e12)
     found = {row.name: row for row in train_sd21_gpu.run(rehearse=True, part="unet.batch2")}
     failed = found["train_sd21_gpu.unet.batch2.with_compile"]
-    assert failed.ours == 0.0 and "training.compile: no compiler" in failed.required
+    assert failed.ours is None and "training.compile: no compiler" in failed.unit
     assert found["train_sd21_gpu.unet.batch2"].ours == 0.5
     assert found["train_sd21_gpu.unet.batch2.with_lora"].ratio == 1.0
     assert not any("text_encoder" in name for name in found)
 
     alone = list(train_sd21_gpu.run(rehearse=True, part="with_lora"))
-    assert "measure its part plain first" in alone[0].required
+    assert "measure its part plain first" in alone[0].unit
