@@ -13,7 +13,8 @@ export DAGSTER_DISABLE_TELEMETRY := 1
 export DBT_SEND_ANONYMOUS_USAGE_STATS := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo dev doctor test test-slow lint format bench docs screenshots clean
+.PHONY: help install install-dev demo dev doctor test test-slow lint format bench docs \
+  screenshots clean clean-store
 
 help:  ## show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -84,8 +85,25 @@ docs: install-dev  ## the reference, from docstrings, and the blocks of the page
 screenshots: install-dev  ## the pictures of README and docs, of the real thing; needs a finished make demo
 	$(BIN)/python -m docs.tools.screenshots $(ARGS)
 
-clean:  ## remove what was computed, and .venv; posters and models stay
-	rm -rf $(VENV) .dagster dbt_like_reports/target dbt_like_reports/logs docs/_build
-	@# Training the starter models takes hours; its saves stay.
-	find data/store -mindepth 1 -maxdepth 1 ! -name starter_training -exec rm -rf {} + 2>/dev/null || true
+clean:  ## remove .venv, caches and builds; the store and its runs stay (see clean-store)
+	rm -rf $(VENV) dbt_like_reports/target dbt_like_reports/logs docs/_build
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+# Trained checkpoints and scores cannot be made again at once. The saves of the starter models'
+# training, which takes hours, stay.
+clean-store:  ## list the store (checkpoints, scores) and Dagster's home; YES=1 removes them
+	@store="$${POSTERPIPE_STORE:-data/store}"; \
+	for found in "$$store" "$$DAGSTER_HOME"; do \
+	  if [ -d "$$found" ]; then \
+	    find "$$found" -mindepth 1 -maxdepth 1 ! -name starter_training -exec du -sh {} +; \
+	  fi; \
+	done; \
+	if [ "$(YES)" != 1 ]; then \
+	  echo "Nothing is removed yet: make clean-store YES=1 removes all of this."; exit; \
+	fi; \
+	for found in "$$store" "$$DAGSTER_HOME"; do \
+	  if [ -d "$$found" ]; then \
+	    find "$$found" -mindepth 1 -maxdepth 1 ! -name starter_training -exec rm -rf {} +; \
+	  fi; \
+	done; \
+	echo "Removed."

@@ -5,8 +5,9 @@ with the text encoder. Then what each measure contributes: each is left out, or 
 rows without a GPU.
 
 With `--file`, each row is filed when it is there, and a run that fails is a row too. `--part`
-measures some of the runs and `--keep` leaves the model for the next command, so that all of them can
-be made in several short ones: `--part unet.batch1.plain` first, since the others of that batch are compared with it.
+measures some of the runs and `--keep` leaves the model for the next command, so that all of them
+can be made in several short ones: `--part unet.batch1.plain` first, since the others of that batch
+are compared with it.
 
 `--rehearse` runs every line of it on a tiny model and whatever device there is, so that the command
 is known to work before a GPU is paid for; its figures mean nothing and are not filed.
