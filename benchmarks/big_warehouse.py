@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from posterpipe.core.variants import VARIANTS
 from posterpipe.core.warehouse import Warehouse
 
 METRICS = (
     "clip_t.crop", "clip_t.pad", "fidelity.holdout", "fidelity.training", "overfit_gap",
     "nearest_training", "diversity", "title_distance.drawn", "title_exact.drawn", "title_exact.set",
 )  # fmt: skip
-VARIANTS = ("sd", "sd_negative", "dreambooth", "dreambooth_negative")
 PROMPTS = 50
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.big_warehouse import METRICS, VARIANTS, build
+from benchmarks.big_warehouse import METRICS, build
 from benchmarks.rows import Row
 from posterpipe.core.images import png_bytes
 from posterpipe.core.metrics.base import Metric, record_scores
@@ -27,6 +27,7 @@ from posterpipe.core.progress import NoProgress
 from posterpipe.core.prompts import Prompt, load_suite
 from posterpipe.core.sampler import COLUMNS, generation_key
 from posterpipe.core.store import Store
+from posterpipe.core.variants import TUNED_VARIANTS
 from posterpipe.core.warehouse import Warehouse
 from posterpipe.settings import Settings, load_settings
 from posterpipe.starter.render import render
@@ -83,7 +84,7 @@ class _Side:
         rows = []
         for prompt in suite:
             for seed in prompt.seeds:
-                for variant in VARIANTS[2:]:
+                for variant in TUNED_VARIANTS:
                     key = f"{checkpoint} {variant} {prompt.prompt_id} {seed}"
                     rng = np.random.default_rng([*key.encode()])
                     image = render(sample_scene(rng, style="poster"), 64, 96, supersample=1)

@@ -18,7 +18,6 @@ import pytest
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from posterpipe.core import statistics
 from posterpipe.core.evidence import read_decisions, write_decisions
 from posterpipe.core.garbage import find_garbage, remove_garbage
 from posterpipe.core.gate import GateError, pin, unpin
@@ -43,6 +42,7 @@ from posterpipe_tests.core.metrics.test_clip import build_tiny_clip
 from posterpipe_tests.core.test_garbage import age
 from posterpipe_tests.core.tiny_blip import build_tiny_blip
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
+from posterpipe_tests.reference import leaderboard
 
 POSTERS = 6
 SUITE = """
@@ -239,7 +239,7 @@ def test_the_published_leaderboard_is_what_the_scores_say(pipeline: Pipeline) ->
 
 def compare(board: pd.DataFrame, rows: pd.DataFrame) -> None:
     """The leaderboard of one metric against its scores."""
-    expected = statistics.leaderboard(rows).set_index("variant")
+    expected = leaderboard(rows).set_index("variant")
     assert list(board.index) == list(expected.index)
     assert board["images"].tolist() == [IMAGES_A_VARIANT] * 4
     assert board["prompts"].tolist() == [3] * 4

@@ -25,6 +25,7 @@ import duckdb
 import httpx
 from PIL import Image
 
+from posterpipe.core.variants import VARIANTS
 from posterpipe.defs.resources import Deployment
 from posterpipe.settings import load_settings
 
@@ -42,7 +43,6 @@ COLOURS = (256, 128, 64)
 OPENED = ("ingest", "dataset", "training", "generation", "scoring")
 """Groups that the graph shows opened; with the reports it would be too small to read."""
 
-VARIANTS = ("sd", "sd_negative", "dreambooth", "dreambooth_negative")
 PAPER = "#f6f4f0"
 PATIENCE_MS = 120_000
 PROMPT = "a minimalist film poster of an orange rocket on a blue background"

@@ -12,9 +12,10 @@ import pandas as pd
 
 from posterpipe.core.progress import Progress
 from posterpipe.core.prompts import Prompt
-from posterpipe.core.sampler import BASE_VARIANTS, generate
+from posterpipe.core.sampler import generate
 from posterpipe.core.store import Store
 from posterpipe.core.training_set import build_training_set
+from posterpipe.core.variants import BASE_VARIANTS
 from posterpipe.settings import Settings
 
 COLUMNS = ["file_name", "caption", "poster_id", "image"]

@@ -42,18 +42,11 @@ from posterpipe.core.progress import Progress
 from posterpipe.core.prompts import Prompt, suite_prompts
 from posterpipe.core.provenance import record_environment
 from posterpipe.core.store import Store, compute_missing, content_key
+from posterpipe.core.variants import DELAYED_VARIANTS, VARIANTS
 from posterpipe.settings import Precision, SamplerSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-VARIANTS = ("sd", "sd_negative", "dreambooth", "dreambooth_negative")
-"""The base model and the tuned one, each without and with the suite's negative prompts."""
-
-BASE_VARIANTS, TUNED_VARIANTS = VARIANTS[:2], VARIANTS[2:]
-
-DELAYED_VARIANTS = ("sd_negative_delayed", "dreambooth_negative_delayed")
-"""The same with the negative prompt delayed, for prompts that ask for it."""
 
 SAMPLER_VERSION = 1
 """Raised when the same settings would give other pixels; part of every pixel key."""

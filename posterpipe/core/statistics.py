@@ -1,7 +1,7 @@
 """What scores add up to: means, paired differences, and how sure one can be of them.
 
-What belongs here: estimates with intervals, the study's 2x2 design, tests, the smallest effect that
-could have been seen, and the leaderboard. What does not: computing scores (`metrics`), keeping them
+What belongs here: estimates with intervals, the study's 2x2 design, tests, and the smallest effect
+that could have been seen. What does not: computing scores (`metrics`), keeping them
 (`warehouse`), drawing them, and what follows from them for a checkpoint (`gate`).
 
 All variants answer the same prompts with the same seeds, so differences are taken image by image.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -99,50 +99,6 @@ def paired_difference(
     """
     pairs = _values(frame, variant, value) - _values(frame, baseline, value)
     return mean_interval(pairs.rename("difference").reset_index(), "difference")
-
-
-def leaderboard(
-    frame: pd.DataFrame,
-    *,
-    baseline: str = "sd",
-    value: str = "clip_cosine",
-    order: Sequence[str] = ("sd", "sd_negative", "dreambooth", "dreambooth_negative"),
-) -> pd.DataFrame:
-    """One row a variant: how it did, and its difference to `baseline`.
-
-    `frame` holds one row an image (the current rows of the view clip_scores, of one metric).
-    Columns: variant, prompts, images, missing (images without a value), mean, low, high, pairs,
-    difference, difference_low, difference_high; the difference of the baseline itself is NaN.
-    Variants come in `order`, others after them. Raises ValueError where an image is there twice.
-    """
-    names = [str(name) for name in frame["variant"].unique()]
-    ranked = sorted(names, key=lambda name: (order.index(name) if name in order else 99, name))
-    rows = []
-    for name in ranked:
-        own = frame[frame["variant"] == name]
-        _values(frame, name, value)  # refuses an image that is there twice
-        mean = mean_interval(own, value)
-        difference = Estimate(math.nan, math.nan, math.nan, 0, 0)
-        if name != baseline and baseline in names:
-            difference = paired_difference(frame, name, baseline, value)
-        rows.append(
-            {
-                "variant": name,
-                "prompts": mean.prompts,
-                "images": len(own),
-                "missing": len(own) - mean.images,
-                "mean": mean.mean,
-                "low": mean.low,
-                "high": mean.high,
-                "pairs": difference.images,
-                "difference": difference.mean,
-                "difference_low": difference.low,
-                "difference_high": difference.high,
-            }
-        )
-    columns = ["variant", "prompts", "images", "missing", "mean", "low", "high", "pairs",
-               "difference", "difference_low", "difference_high"]  # fmt: skip
-    return pd.DataFrame(rows, columns=columns)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from posterpipe.defs.generation import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
+from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs.resources import Deployment, Table, table_preview
 from posterpipe.settings import Settings
 

@@ -59,7 +59,7 @@ def champion_generations(
     from posterpipe.core.prompts import suite_prompts
     from posterpipe.core.provenance import require_checkpoint
     from posterpipe.core.sampler import generate
-    from posterpipe.defs.generation import DELAYED_VARIANTS, TUNED_VARIANTS
+    from posterpipe.core.variants import DELAYED_VARIANTS, TUNED_VARIANTS
 
     base = str(base_generations["checkpoint_id"].iloc[0])
     challenger = str(tuned_generations["checkpoint_id"].iloc[0])

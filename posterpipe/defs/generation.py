@@ -10,6 +10,7 @@ from typing import Any
 
 import dagster as dg
 
+from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs.resources import (
     MODEL_FINGERPRINT,
     SOURCE_DIGEST,
@@ -23,11 +24,6 @@ from posterpipe.defs.resources import (
     table_preview,
     thumbnails,
 )
-
-BASE_VARIANTS = ("sd", "sd_negative")
-TUNED_VARIANTS = ("dreambooth", "dreambooth_negative")
-DELAYED_VARIANTS = ("sd_negative_delayed", "dreambooth_negative_delayed")
-"""Drawn for prompts of the suite that hold `negative_from`."""
 
 _COLUMNS = columns(
     generation_key="string: the image and what it is scored against",

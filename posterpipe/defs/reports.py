@@ -30,7 +30,7 @@ from dagster_dbt.asset_utils import get_upstream_unique_ids
 from dagster_dbt.errors import DagsterDbtCliRuntimeError
 from packaging.version import Version
 
-from posterpipe.defs.generation import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
+from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs.resources import (
     TABLES,
     Deployment,

@@ -20,8 +20,6 @@ from posterpipe.settings import load_settings
 
 APP = Path(__file__).with_name("app.py")
 
-PORT = 8501
-
 LIGHT = {
     "primaryColor": "#2f5d62",
     "backgroundColor": "#fbfaf7",

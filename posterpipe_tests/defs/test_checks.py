@@ -19,8 +19,8 @@ from posterpipe.core.images import png_bytes, resize_posters
 from posterpipe.core.landing import scan, scan_holdout
 from posterpipe.core.store import Store
 from posterpipe.core.training_set import build_training_set
+from posterpipe.core.variants import BASE_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs import checks, dataset, evidence, generation, ingest, scoring
-from posterpipe.defs.generation import BASE_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs.resources import TABLES, Deployment, store_tables
 from posterpipe.settings import CheckSettings, Settings, default_root, load_settings
 

@@ -30,6 +30,7 @@ from posterpipe.defs.automation import with_policy
 from posterpipe.defs.resources import Deployment
 from posterpipe.settings import Settings, default_root, load_settings
 from posterpipe_tests import study
+from posterpipe_tests.reference import leaderboard
 
 NEW = "seed_spread"
 
@@ -222,7 +223,7 @@ def test_the_leaderboard_is_what_python_computes(world: World) -> None:
     assert len(board) == board.groupby("metric_id").size().sum() == 4 * rows["metric_id"].nunique()
     for metric_id, own in board.groupby("metric_id"):
         scores = rows[rows["metric_id"] == metric_id]
-        expected = statistics.leaderboard(scores, value="value").set_index("variant")
+        expected = leaderboard(scores, value="value").set_index("variant")
         got = own.set_index("variant").loc[expected.index]
         for column, name in (
             ("prompts", "prompts"), ("images", "images"), ("mean", "mean"),

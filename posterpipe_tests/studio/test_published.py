@@ -34,7 +34,7 @@ def publication(folder: Path, cosine: float) -> Path:
         connection.execute("INSERT INTO current_generation VALUES ('g')")
         connection.execute(
             "CREATE OR REPLACE TABLE leaderboard AS SELECT 'clip_t.crop.x' AS metric_id, "
-            f"'sd' AS variant, {cosine} AS mean_clip_cosine"
+            f"'sd' AS variant, {cosine} AS mean"
         )
     publish(private, public)
     return public
@@ -58,7 +58,7 @@ def test_each_publication_is_seen_and_the_file_is_never_held_open(tmp_path: Path
     assert published.signature() != before
     assert published.images("rocket", "clip_t.crop.x")["clip_cosine"].tolist() == [0.5]
     board = published.leaderboard()
-    assert board is not None and board["mean_clip_cosine"].astype(float).tolist() == [0.5]
+    assert board is not None and board["mean"].astype(float).tolist() == [0.5]
     assert published.prompts()["prompt"].tolist() == ["a <b>rocket</b>"]
 
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
+from posterpipe.core.variants import LABELS
 from posterpipe.settings import Settings
 from posterpipe.studio import caption_desk, rooms
 from posterpipe.studio.caption_desk import CaptionDesk
@@ -219,11 +220,12 @@ def test_scores_are_fresh_after_each_publication(deployment: Settings) -> None:
     publication(store, 0.25)
     at = page("scores")
     assert not at.exception
-    assert at.dataframe[0].value["mean_clip_cosine"].astype(float).tolist() == [0.25]
+    assert at.dataframe[0].value["mean"].astype(float).tolist() == [0.25]
+    assert at.dataframe[0].value["variant"].tolist() == [LABELS["sd"]]
     assert "a <b>rocket</b>" in texts(at)
     publication(store, 0.5)
     at.run()
-    assert at.dataframe[0].value["mean_clip_cosine"].astype(float).tolist() == [0.5]
+    assert at.dataframe[0].value["mean"].astype(float).tolist() == [0.5]
 
 
 def test_the_frame_shows_the_first_page() -> None:

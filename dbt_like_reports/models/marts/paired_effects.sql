@@ -1,10 +1,7 @@
 -- The study's 2 x 2 design (tuned or not, with the negative prompt or without), asked eight
 -- questions, and two more where the suite delays the negative prompt. Weights are those of the
 -- variants' values; a cell that lacks a variant of the comparison is left out.
-{% set variants = [
-    'sd', 'sd_negative', 'dreambooth', 'dreambooth_negative',
-    'sd_negative_delayed', 'dreambooth_negative_delayed',
-] %}
+{% set variants = var('variants') %}
 with scores as (
     select * from {{ ref('stg_current_scores') }}
 ),

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from posterpipe.core.models import revision_of
-from posterpipe.core.store import Store, content_key
+from posterpipe.core.store import content_key
 from posterpipe.core.warehouse import (
     Warehouse,
     insert,
@@ -71,11 +71,6 @@ def encoder_metric(
 def digest(values: Iterable[object]) -> str:
     """8 hex digits of what a metric is measured against, whatever the order."""
     return content_key(sorted(map(str, values)))[:DIGEST_LENGTH]
-
-
-def image_files(store: Store, blobs: Iterable[str], suffix: str = ".png") -> dict[str, Path]:
-    """The files of images by their hashes."""
-    return {str(blob): store.path(str(blob), suffix) for blob in blobs if blob}
 
 
 def score_rows(

@@ -18,19 +18,18 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from posterpipe.core.variants import LABELS
+
 ROW_HEIGHT = 30
 AXIS_HEIGHT = 22
 PLOT_HEIGHT = 280
 """Pixels."""
 _TOP, _BOTTOM = 18, 44
 
-_VARIANTS = ("sd", "sd_negative", "dreambooth", "dreambooth_negative",
-             "sd_negative_delayed", "dreambooth_negative_delayed")  # fmt: skip
-
 
 def variant_class(variant: str) -> str:
     """The CSS class that gives a variant its colour and mark."""
-    return f"v-{variant}" if variant in _VARIANTS else "v-other"
+    return f"v-{variant}" if variant in LABELS else "v-other"
 
 
 def missing(value: float | None) -> bool:

@@ -22,22 +22,8 @@ import duckdb
 import pandas as pd
 
 from posterpipe.core.store import content_key
+from posterpipe.core.variants import LABELS
 from posterpipe.core.warehouse import WarehouseMissing
-
-VARIANTS = (
-    "sd", "sd_negative", "sd_negative_delayed",
-    "dreambooth", "dreambooth_negative", "dreambooth_negative_delayed",
-)  # fmt: skip
-"""In the order in which they stand side by side; unknown ones come last."""
-
-NAMES = {
-    "sd": "Base",
-    "sd_negative": "Base + negative",
-    "sd_negative_delayed": "Base + late negative",
-    "dreambooth": "Fine-tuned",
-    "dreambooth_negative": "Fine-tuned + negative",
-    "dreambooth_negative_delayed": "Fine-tuned + late negative",
-}
 
 BASELINE = "sd"
 TUNED = "dreambooth"
@@ -317,12 +303,13 @@ def _stored(path: Any) -> Stored | None:
 
 def variant_order(variant: str) -> tuple[int, str]:
     """Sorts variants as they stand side by side."""
-    return (VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS), variant)
+    known = list(LABELS)
+    return (known.index(variant) if variant in known else len(known), variant)
 
 
 def variant_name(variant: str) -> str:
     """What a variant is called on the pages."""
-    return NAMES.get(variant, variant)
+    return LABELS.get(variant, variant)
 
 
 def records(table: pd.DataFrame) -> list[Row]:

@@ -12,6 +12,7 @@ import pandas as pd
 import streamlit as st
 from streamlit.elements.lib.column_types import ColumnConfig
 
+from posterpipe.core.variants import LABELS
 from posterpipe.studio import look
 from posterpipe.studio.published import PublishedError, Signature
 from posterpipe.studio.rooms import is_served, rooms
@@ -19,19 +20,9 @@ from posterpipe.studio.rooms import is_served, rooms
 LOOK_SECONDS = 1.0
 """How often the page asks whether there is a new publication."""
 
-VARIANTS = {
-    "sd": "Base model",
-    "sd_negative": "Base, negative prompt",
-    "sd_negative_delayed": "Base, delayed negative",
-    "dreambooth": "Fine-tuned",
-    "dreambooth_negative": "Fine-tuned, negative prompt",
-    "dreambooth_negative_delayed": "Fine-tuned, delayed negative",
-}
-
 COLUMNS = {
     "variant": "Variant",
     "mean": "Mean",
-    "mean_clip_cosine": "Mean",
     "low_95": "95 % from",
     "high_95": "to",
     "diff_to_sd": "Against base",
@@ -106,7 +97,7 @@ def show_leaderboard(table: pd.DataFrame | None, metric: str) -> None:
     if "metric_id" in table:
         table = table[table["metric_id"] == metric]
     table = table[[name for name in COLUMNS if name in table]].copy()
-    table["variant"] = table["variant"].map(lambda name: VARIANTS.get(name, name))
+    table["variant"] = table["variant"].map(lambda name: LABELS.get(name, name))
     if "checkpoint_id" in table:
         table["checkpoint_id"] = table["checkpoint_id"].str[:8]
     columns: dict[str, ColumnConfig] = {}
@@ -132,7 +123,7 @@ def show_gallery(signature: Signature | None, metric: str) -> None:
     texts = dict(zip(prompts["prompt_id"], prompts["prompt"], strict=True))
     look.faint(texts[chosen], "prompt")
     found = images(signature, chosen, metric)
-    variants = [name for name in VARIANTS if name in set(found["variant"])]
+    variants = [name for name in LABELS if name in set(found["variant"])]
     with st.container(key="pair-gallery"):
         for seed, row in found.groupby("seed", sort=True):
             cells = {str(cell.variant): cell for cell in row.itertuples(index=False)}
@@ -147,13 +138,13 @@ def show_cell(cell: object, variant: str, seed: int) -> None:
     status = str(getattr(cell, "status", "missing"))
     path = rooms().store / Path(str(getattr(cell, "image_path", "") or "nowhere"))
     if status == "missing" or not path.is_file():
-        look.faint(f"{VARIANTS[variant]}: no picture", f"gone-{key}")
+        look.faint(f"{LABELS[variant]}: no picture", f"gone-{key}")
         return
     data = path.read_bytes()
-    st.image(data, alt=f"{VARIANTS[variant]}, seed {seed}", width="stretch")
+    st.image(data, alt=f"{LABELS[variant]}, seed {seed}", width="stretch")
     value = getattr(cell, "clip_cosine", None)
     score = status if value is None or pd.isna(value) else f"{value:.3f}"
-    look.faint(f"{VARIANTS[variant]}\n{score} · seed {seed}", f"score-{key}")
+    look.faint(f"{LABELS[variant]}\n{score} · seed {seed}", f"score-{key}")
 
 
 def main() -> None:

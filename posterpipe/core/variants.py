@@ -1,0 +1,28 @@
+"""The variants of the study: what each prompt and seed is drawn with.
+
+What belongs here: their names, and what people read in their place. What does not: how they are
+drawn (`sampler`), what is asked of them (`statistics`), and what the thesis calls them (`thesis`).
+
+They differ in the model (base or tuned) and in the negative prompt. dbt has them as well, in the
+variable `variants` of `dbt_like_reports/dbt_project.yml`.
+"""
+
+from collections.abc import Mapping
+
+VARIANTS = ("sd", "sd_negative", "dreambooth", "dreambooth_negative")
+"""The base model and the tuned one, each without and with the suite's negative prompts."""
+
+BASE_VARIANTS, TUNED_VARIANTS = VARIANTS[:2], VARIANTS[2:]
+
+DELAYED_VARIANTS = ("sd_negative_delayed", "dreambooth_negative_delayed")
+"""The same with the negative prompt delayed, for prompts of the suite that hold `negative_from`."""
+
+LABELS: Mapping[str, str] = {
+    "sd": "Base",
+    "sd_negative": "Base + negative",
+    "sd_negative_delayed": "Base + late negative",
+    "dreambooth": "Fine-tuned",
+    "dreambooth_negative": "Fine-tuned + negative",
+    "dreambooth_negative_delayed": "Fine-tuned + late negative",
+}
+"""What people read, in the order in which variants stand side by side."""
