@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from posterpipe.core.models import best_device, torch_dtype
+from posterpipe.core.models import best_device, torch_dtype, usable_precision
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.prompts import Prompt
 from posterpipe.core.sampler import (
@@ -28,7 +28,6 @@ from posterpipe.core.sampler import (
     Sampler,
     generate,
     make_scheduler,
-    usable_precision,
 )
 from posterpipe.core.store import Store
 from posterpipe.settings import SamplerSettings

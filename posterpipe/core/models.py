@@ -260,6 +260,13 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
+def usable_precision(precision: Precision) -> Precision:
+    """fp16 becomes fp32 where there is no GPU: CPUs compute it slowly, or not at all."""
+    if precision != "fp16":
+        return precision  # asked first, since importing torch costs seconds
+    return "fp32" if best_device().type == "cpu" else "fp16"
+
+
 def torch_dtype(precision: Precision) -> torch.dtype:
     """The torch type of a precision setting."""
     import torch

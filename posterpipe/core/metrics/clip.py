@@ -22,6 +22,7 @@ from PIL import Image
 
 from posterpipe.core.metrics.base import Metric, encoder_metric, record_scores, score_rows
 from posterpipe.core.metrics.encoders import ClipEncoder, encoder_id, kept_embeddings
+from posterpipe.core.models import usable_precision
 from posterpipe.core.progress import Progress
 from posterpipe.core.store import Store, compute_missing, content_key
 from posterpipe.core.warehouse import Warehouse
@@ -36,7 +37,8 @@ def clip_t_id(settings: ScorerSettings, root: Path) -> str:
     not fp32: e.g. `clip_t.crop.clip-vit-large-patch14.1f9a02c4.v1`. Loads nothing heavy."""
     encoder = encoder_id(settings.model_copy(update={"precision": "fp32"}), root)
     name = f"clip_t.{encoder}.v{CLIP_T_VERSION}"
-    return name if settings.precision == "fp32" else f"{name}.{settings.precision}"
+    precision = usable_precision(settings.precision)
+    return name if precision == "fp32" else f"{name}.{precision}"
 
 
 def clip_t_metric(settings: ScorerSettings, root: Path) -> Metric:

@@ -34,6 +34,7 @@ from posterpipe.core.models import (
     locate,
     quiet_hub,
     torch_dtype,
+    usable_precision,
 )
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import Progress
@@ -47,6 +48,10 @@ if TYPE_CHECKING:
 ENCODER_VERSION = 1
 """Raised when the same weights and preprocessing would give other embeddings."""
 
+_SEEN = {"crop": "crop", "pad": "pad2"}
+"""What an encoder sees, with a number that is raised when it sees other pixels. `pad2` shows the
+whole image also where a model's own preprocessing cuts the middle out of a larger square."""
+
 _KEPT_TEXTS = 4096
 
 _SAVE_EVERY = 256
@@ -59,12 +64,15 @@ _CPU_BATCH = 16
 def encoder_id(settings: ScorerSettings, root: Path) -> str:
     """`<preprocessing>.<model>.<fingerprint>`, with the precision where it is not fp32.
 
-    E.g. `pad.dinov2-base.77b1c03f`. It is the part of a metric's id that names its encoder. Loads
-    nothing heavy. Raises ModelMissing when the model is not there and cannot be downloaded.
+    E.g. `pad2.dinov2-base.77b1c03f`. It is the part of a metric's id that names its encoder. The
+    precision is the one that this machine computes in, so that numbers of a GPU and a CPU do not
+    mix. Loads nothing heavy, but asks torch for a GPU where fp16 is set. Raises ModelMissing when
+    the model is not there and cannot be downloaded.
     """
     model = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(settings.model.id).name)
-    name = f"{settings.preprocessing}.{model}.{fingerprint(settings.model, root)[:8]}"
-    return name if settings.precision == "fp32" else f"{name}.{settings.precision}"
+    name = f"{_SEEN[settings.preprocessing]}.{model}.{fingerprint(settings.model, root)[:8]}"
+    precision = usable_precision(settings.precision)
+    return name if precision == "fp32" else f"{name}.{precision}"
 
 
 class ImageEncoder(Protocol):
@@ -126,7 +134,8 @@ class _Encoder:
         self.folder = locate(settings.model, root)
         self.device: torch.device = best_device()
         # On a GPU the weights themselves are short; on a CPU autocast keeps the norms exact.
-        self.dtype = torch_dtype(settings.precision if self.device.type != "cpu" else "fp32")
+        self.precision = usable_precision(settings.precision)
+        self.dtype = torch_dtype(self.precision if self.device.type != "cpu" else "fp32")
 
     def image_features(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Image embeddings of length 1, float32 (batch, dimension)."""
@@ -162,7 +171,7 @@ class _Encoder:
     def _autocast(self) -> AbstractContextManager[Any]:
         import torch
 
-        if self.device.type == "cpu" and self.settings.precision == "bf16":
+        if self.device.type == "cpu" and self.precision == "bf16":
             return torch.autocast("cpu", torch.bfloat16)
         return nullcontext()
 
@@ -191,7 +200,8 @@ class ClipEncoder(_Encoder):
 
     Equals `CLIPModel` with `CLIPProcessor` (its PIL form) of transformers. `crop` is CLIP's own
     preprocessing: the shorter side to the encoder's size, then the square in the middle, which cuts
-    a third of a poster's height away; `pad` puts the whole image on a square of CLIP's mean colour.
+    a third of a poster's height away; `pad` puts the whole image on a square of CLIP's mean colour,
+    of which nothing is cut.
     `processor`: a directory whose tokenizer and image processor serve, where it is not the model's.
     Raises ModelMissing.
     """

@@ -22,7 +22,8 @@ class Preparation:
     """An image processor of transformers in its PIL form, with the same pixels to the last bit and
     a float's rounding, several times as fast on small images.
 
-    `pad` puts the whole image on a square of the processor's mean colour first. A processor that
+    `pad` puts the whole image on a square of the processor's mean colour first, and makes that
+    square as large as what the processor would cut out, so that nothing is cut. A processor that
     does anything but resize, cut the middle out, rescale and normalise is called as it is.
     """
 
@@ -40,11 +41,16 @@ class Preparation:
         rgb = image.convert("RGB")
         if self._pad_colour is not None:
             rgb = letterbox(rgb, self._pad_colour)
-        shown = self._middle(rgb) if self._known else None
+        done: dict[str, bool] = {}
+        if self._pad_colour is not None and getattr(self._processor, "do_center_crop", False):
+            size = (self._processor.crop_size.width, self._processor.crop_size.height)
+            rgb = rgb.resize(size, resample=self._processor.resample)
+            done = {"do_resize": False, "do_center_crop": False}
+        shown = (rgb if done else self._middle(rgb)) if self._known else None
         if shown is not None:
             # Here, on small pieces, rather than on a batch.
             return np.ascontiguousarray(np.asarray(shown).transpose(2, 0, 1))
-        return self._processor(rgb, return_tensors="np").pixel_values[0]
+        return self._processor(rgb, return_tensors="np", **done).pixel_values[0]
 
     def batch(self, prepared: Sequence[np.ndarray], device: torch.device) -> Tensor:
         """Normalised pixels, float32 (batch, 3, height, width), of what `image` gave."""

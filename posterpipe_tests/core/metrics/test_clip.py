@@ -122,7 +122,7 @@ def test_the_metric_id_names_encoder_weights_and_preprocessing(root: Path) -> No
     assert len(weights) == 8
     hub = ModelRef(id="openai/clip-vit-large-patch14", revision="0123456789" * 4)
     hub_name = clip_t_id(scorer(model=hub, preprocessing="pad"), root)
-    assert hub_name.startswith("clip_t.pad.clip-vit-large-patch14.")
+    assert hub_name.startswith("clip_t.pad2.clip-vit-large-patch14.")
     assert ClipTextSimilarity(scorer(), root).metric_id == name
 
 

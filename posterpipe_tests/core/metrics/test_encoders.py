@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from posterpipe.core import models
 from posterpipe.core.metrics import encoders as encoders_module
+from posterpipe.core.metrics.clip import clip_t_id
 from posterpipe.core.metrics.encoders import (
     ClipEncoder,
     DinoEncoder,
@@ -86,6 +89,35 @@ def test_the_id_names_preprocessing_model_weights_and_precision(root: Path) -> N
         encoder_id(settings("dino"), root),
     }
     assert len(ids) == 4
+
+
+def test_the_id_names_the_precision_that_is_computed_in(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16 is computed in fp32 on a CPU, and such numbers are not those of a GPU."""
+    import torch
+
+    half, exact = settings("dinov2", precision="fp16"), settings("dinov2")
+    scorer = settings("clip", precision="fp16")
+    for module in (models, encoders_module):
+        monkeypatch.setattr(module, "best_device", lambda: torch.device("cpu"))
+    assert image_encoder(half, root).encoder_id == encoder_id(exact, root)
+    assert clip_t_id(scorer, root) == clip_t_id(settings("clip"), root)
+    monkeypatch.setattr(models, "best_device", lambda: torch.device("cuda"))
+    assert encoder_id(half, root) == f"{encoder_id(exact, root)}.fp16"
+    assert clip_t_id(scorer, root) == f"{clip_t_id(settings('clip'), root)}.fp16"
+
+
+def test_a_padded_poster_is_seen_to_its_edges_by_a_model_that_cuts(root: Path) -> None:
+    """DINOv2's own preprocessing resizes to 256 and cuts 224 out; here it is 40 and 32."""
+    encoder = image_encoder(settings("dinov2", preprocessing="pad"), root)
+    poster = Image.new("RGB", (64, 96), (200, 40, 40))
+    framed = poster.copy()
+    framed.paste((255, 255, 255), (0, 0, 64, 6))
+    assert abs(encoder.prepare(framed)[:, 0].astype(int) - encoder.prepare(poster)[:, 0]).max() > 99
+    assert encoder.prepare(poster).shape == (3, 32, 32)
+    far = float(encoder.image_features([framed])[0] @ encoder.image_features([poster])[0])
+    assert far < 1 - 1e-4
 
 
 def test_a_model_of_another_kind_is_refused_by_name(

@@ -63,8 +63,12 @@ def test_a_batch_is_its_images_beside_each_other(pad: bool) -> None:
     ours = Preparation(processor, pad=pad)
     whole = ours.batch([ours.image(image) for image in images], CPU)
     for image, found in zip(images, whole, strict=True):
-        shown = letterbox(image, (123, 117, 104)) if pad else image
-        expected = processor(shown, return_tensors="pt").pixel_values[0]
+        kept: dict[str, Any] = {}
+        shown = image
+        if pad:  # nothing is cut, and nothing added, of the square with the whole image
+            shown = letterbox(image, (123, 117, 104)).resize((24, 24), Image.Resampling.BICUBIC)
+            kept = {"do_resize": False, "do_center_crop": False}
+        expected = processor(shown, return_tensors="pt", **kept).pixel_values[0]
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
 
 
@@ -79,3 +83,18 @@ def test_a_processor_of_another_kind_does_it_all_itself() -> None:
     image = Image.new("RGB", (30, 40), (10, 20, 30))
     found = ours.batch([ours.image(image)], CPU)
     torch.testing.assert_close(found, processor(image, return_tensors="pt").pixel_values)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "dino", "clip", "odd crop", "no resize"])
+@pytest.mark.parametrize("known", [True, False])
+def test_padded_images_are_seen_to_their_edges(
+    name: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not known:
+        monkeypatch.setattr(pixels, "_is_known", lambda processor: False)
+    image = Image.new("RGB", (60, 90), (0, 0, 255))
+    image.paste((255, 255, 255), (0, 0, 60, 8))
+    ours = Preparation(PROCESSORS[name], pad=True)
+    found = ours.batch([ours.image(image)], CPU)[0]
+    middle = found[:, :, found.shape[2] // 2]
+    assert middle[0, 0] > middle[0, -1] + 0.9, "red: the white edge above, none below"
