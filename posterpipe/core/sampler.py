@@ -37,19 +37,23 @@ from posterpipe.core.models import (
     give_memory_back,
     quiet_hub,
     torch_dtype,
+    usable_precision,
 )
 from posterpipe.core.progress import Progress
 from posterpipe.core.prompts import Prompt, suite_prompts
 from posterpipe.core.provenance import record_environment
 from posterpipe.core.store import Store, compute_missing, content_key
 from posterpipe.core.variants import DELAYED_VARIANTS, VARIANTS
-from posterpipe.settings import Precision, SamplerSettings
+from posterpipe.settings import SamplerSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SAMPLER_VERSION = 1
 """Raised when the same settings would give other pixels; part of every pixel key."""
+
+_SHORT_LORA_VERSION = "LoRA added in fp32"
+"""Changed when LoRA weights would be added otherwise to a model that draws in bf16 or fp16."""
 
 COLUMNS = (
     "generation_key", "pixel_key", "variant", "prompt_id", "prompt", "score_text",
@@ -96,8 +100,14 @@ class ImageRequest:
     negative_from: float = 0.0
 
 
-def pixel_key(model_id: str, request: ImageRequest, settings: SamplerSettings) -> str:
-    """Key of everything that decides an image's pixels, the batch it is drawn in left out."""
+def pixel_key(
+    model_id: str, request: ImageRequest, settings: SamplerSettings, *, lora: bool = False
+) -> str:
+    """Key of everything that decides an image's pixels, the batch it is drawn in left out.
+
+    `lora`: whether the model is LoRA weights that are added to another one.
+    """
+    short = lora and usable_precision(settings.precision) != "fp32"
     delayed = request.negative and request.negative_from > 0
     return content_key(
         "pixels",
@@ -108,6 +118,7 @@ def pixel_key(model_id: str, request: ImageRequest, settings: SamplerSettings) -
         request.seed,
         pixel_settings(settings),
         *([request.negative_from] if delayed else []),
+        *([_SHORT_LORA_VERSION] if short else []),
     )
 
 
@@ -127,13 +138,6 @@ def generation_key(
 ) -> str:
     """Key of an image in its place in the study: one row of the table of generations."""
     return content_key("generation", pixel_key, variant, prompt_id, score_text, title)
-
-
-def usable_precision(precision: Precision) -> Precision:
-    """fp16 becomes fp32 where there is no GPU: CPUs compute it slowly, or not at all."""
-    if precision != "fp16":
-        return precision  # asked first, since importing torch costs seconds
-    return "fp32" if best_device().type == "cpu" else "fp16"
 
 
 def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
@@ -175,7 +179,8 @@ class Sampler:
     Works for every `StableDiffusionPipeline` of one text encoder (1.x, 2.x, the starter model); the
     prediction type and the noise schedule come from the model's scheduler config. `model_dir` may
     also hold LoRA weights alone (`pytorch_lora_weights.safetensors`); then `base_dir` is the model
-    that they belong to. Only safetensors are read, and no safety checker is loaded. `model_id` is
+    that they belong to, and they are added to it in fp32 whatever the precision is: what they
+    change is often less than the last digit of a short number. Only safetensors are read, and no safety checker is loaded. `model_id` is
     the name that goes into the images. Raises ModelMissing.
     """
 
@@ -213,14 +218,15 @@ class Sampler:
         # On a GPU the weights themselves are short; on a CPU autocast keeps the norms exact.
         short = self.precision if self.device.type != "cpu" else "fp32"
         self.dtype = torch_dtype(short)
-        load: dict[str, Any] = {"dtype": self.dtype, "use_safetensors": True}
+        kept: dict[str, Any] = {"dtype": self.dtype, "use_safetensors": True}
+        added_to = {**kept, "dtype": torch.float32} if lora else kept
         try:
             self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
             self.text_encoder: Any = CLIPTextModel.from_pretrained(
-                folder / "text_encoder", dtype=self.dtype, use_safetensors=True
+                folder / "text_encoder", **added_to
             )
-            self.unet: Any = UNet2DConditionModel.from_pretrained(folder / "unet", **load)
-            self.vae: Any = AutoencoderKL.from_pretrained(folder / "vae", **load)
+            self.unet: Any = UNet2DConditionModel.from_pretrained(folder / "unet", **added_to)
+            self.vae: Any = AutoencoderKL.from_pretrained(folder / "vae", **kept)
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelMissing(
                 f"{folder}: the model cannot be loaded ({_first_line(error)}); it must be a "
@@ -228,6 +234,8 @@ class Sampler:
             ) from error
         if lora:
             self._merge(lora)
+            self.text_encoder.to(self.dtype)
+            self.unet.to(self.dtype)
         for model in (self.text_encoder, self.unet, self.vae):
             model.requires_grad_(False).eval().to(self.device)
         # Convolutions over channels-last images are the quicker ones on CPUs and GPUs alike.
@@ -618,7 +626,8 @@ def generate(
         if variant not in DELAYED_VARIANTS or prompt.negative_from is not None
     ]
     # An empty negative prompt asks for the very image of the variant without: drawn once.
-    keys = {request: pixel_key(model_id, request, settings) for _, _, request in cells}
+    lora = lora_weights(model_dir) is not None
+    keys = {request: pixel_key(model_id, request, settings, lora=lora) for _, _, request in cells}
     drawing = _Drawing(store, model_dir, model_id, settings, progress, run_id, base_dir)
     requests = {key: request for request, key in keys.items()}
     drawn = compute_missing(

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from posterpipe.core import models
 from posterpipe.core import sampler as sampler_module
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.progress import NoProgress
@@ -375,7 +376,8 @@ def test_a_compiled_model_draws_the_same_images(model_dir: Path) -> None:
         assert abs(pixels(one) - pixels(other)).max() <= 1
 
 
-def test_lora_weights_are_added_to_their_model(model_dir: Path, tmp_path: Path) -> None:
+def lora_and_merged(model_dir: Path, folder: Path, strength: float) -> tuple[Path, Path]:
+    """A directory of random LoRA weights, and one of the whole model with them added in fp32."""
     import torch
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig
@@ -388,16 +390,19 @@ def test_lora_weights_are_added_to_their_model(model_dir: Path, tmp_path: Path) 
     with torch.no_grad():
         for name, parameter in pipeline.unet.named_parameters():
             if "lora" in name:
-                parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(len(name)))
+                parameter.normal_(0, strength, generator=torch.Generator().manual_seed(len(name)))
     state = get_peft_model_state_dict(pipeline.unet)
-    folder = tmp_path / "lora"
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=state)
-    assert (folder / LORA_WEIGHTS).is_file()
+    lora, merged = folder / "lora", folder / "merged"
+    StableDiffusionPipeline.save_lora_weights(lora, unet_lora_layers=state)
+    assert (lora / LORA_WEIGHTS).is_file()
     pipeline.unet.fuse_lora()
     pipeline.unet.unload_lora()
-    merged = tmp_path / "merged"
     pipeline.save_pretrained(merged, safe_serialization=True)
+    return lora, merged
 
+
+def test_lora_weights_are_added_to_their_model(model_dir: Path, tmp_path: Path) -> None:
+    folder, merged = lora_and_merged(model_dir, tmp_path, strength=0.5)
     ours = Sampler(folder, SETTINGS, model_id="tiny", base_dir=model_dir)(REQUESTS[:3])
     whole = Sampler(merged, SETTINGS, model_id="tiny")(REQUESTS[:3])
     base = Sampler(model_dir, SETTINGS, model_id="tiny")(REQUESTS[:3])
@@ -406,6 +411,37 @@ def test_lora_weights_are_added_to_their_model(model_dir: Path, tmp_path: Path) 
         assert abs(pixels(one) - pixels(without)).max() > 1
     with pytest.raises(ModelMissing, match="LoRA weights alone draw nothing"):
         Sampler(folder, SETTINGS, model_id="tiny")
+
+
+def test_what_small_lora_weights_change_is_not_lost_in_a_short_precision(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    folder, merged = lora_and_merged(model_dir, tmp_path, strength=0.02)
+    # As on a GPU, where the weights themselves are short.
+    monkeypatch.setattr(sampler_module, "torch_dtype", lambda _: torch.bfloat16)
+    short = SETTINGS.model_copy(update={"precision": "bf16"})
+    ours = Sampler(folder, short, model_id="tiny", base_dir=model_dir)
+    whole = Sampler(merged, short, model_id="tiny")
+    expected = {
+        **{f"unet {name}": value for name, value in whole.unet.state_dict().items()},
+        **{f"text {name}": value for name, value in whole.text_encoder.state_dict().items()},
+    }
+    found = {
+        **{f"unet {name}": value for name, value in ours.unet.state_dict().items()},
+        **{f"text {name}": value for name, value in ours.text_encoder.state_dict().items()},
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+def test_images_of_short_lora_weights_are_not_taken_for_those_of_a_whole_model() -> None:
+    short = SETTINGS.model_copy(update={"precision": "bf16"})
+    for settings, same in ((SETTINGS, True), (short, False)):
+        one, other = (pixel_key("m", REQUESTS[0], settings, lora=lora) for lora in (False, True))
+        assert (one == other) == same
 
 
 def test_a_missing_model_is_named_with_the_remedy(tmp_path: Path) -> None:
@@ -702,7 +738,8 @@ def test_fp16_without_a_gpu_is_fp32_and_recorded_as_such(
 ) -> None:
     import torch
 
-    monkeypatch.setattr(sampler_module, "best_device", lambda: torch.device("cpu"))
+    for module in (models, sampler_module):
+        monkeypatch.setattr(module, "best_device", lambda: torch.device("cpu"))
     half = SETTINGS.model_copy(update={"precision": "fp16"})
     assert pixel_key("m", REQUESTS[0], half) == pixel_key("m", REQUESTS[0], SETTINGS)
     table = drawn(store, model_dir, SUITE[1:], settings=half)
