@@ -180,8 +180,8 @@ class Sampler:
     prediction type and the noise schedule come from the model's scheduler config. `model_dir` may
     also hold LoRA weights alone (`pytorch_lora_weights.safetensors`); then `base_dir` is the model
     that they belong to, and they are added to it in fp32 whatever the precision is: what they
-    change is often less than the last digit of a short number. Only safetensors are read, and no safety checker is loaded. `model_id` is
-    the name that goes into the images. Raises ModelMissing.
+    change is often less than the last digit of a short number. Only safetensors are read, and no
+    safety checker is loaded. `model_id` is the name that goes into the images. Raises ModelMissing.
     """
 
     def __init__(
