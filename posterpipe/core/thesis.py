@@ -45,7 +45,10 @@ CONTROLS = ("control", "specific", "rank")
 """Roles of the evidence that tell whether a score is the own prompt's."""
 
 SHOWN = 4
-"""Best and worst pairs that are shown."""
+"""Best and worst pairs that are shown at most."""
+
+NO_INTERVAL = "no interval"
+"""Said of a mean over one prompt, which does not tell how far another prompt would be from it."""
 
 SCALES = (
     "A cosine of image and text lies between -1 and 1; real CLIP models rarely give more than 0.4. "
@@ -62,6 +65,16 @@ SCALES = (
 def _rows(table: pd.DataFrame) -> Iterator[Any]:
     """The rows as named tuples."""
     return iter(table.itertuples(index=False))
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _ends(low: float, high: float, form: str) -> str:
+    """An interval in words, also where there is none."""
+    known = math.isfinite(low) and math.isfinite(high)
+    return f"{low:{form}} to {high:{form}}" if known else NO_INTERVAL
 
 
 def growth(scores: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
@@ -130,7 +143,7 @@ def control_told(own: pd.DataFrame, control: pd.DataFrame) -> str:
     if any(len(found) == 0 for found in rows.values()):
         return ""
     said = {
-        name: f"{row.estimate:+.3f} ({row.low:+.3f} to {row.high:+.3f})"
+        name: f"{row.estimate:+.3f} ({_ends(row.low, row.high, '+.3f')})"
         for name, found in rows.items()
         for row in _rows(found)
     }
@@ -157,8 +170,9 @@ def draw_growth(table: pd.DataFrame, metric_id: str, note: str = "") -> Image.Im
     colours = ["#c8793a" if own else "#8fa6c4" for own in tuned]
     axes.bar(places, table["score"], 0.56, color=colours, zorder=2)
     below, above = table["score"] - table["score_low"], table["score_high"] - table["score"]
+    sure = (below.notna() & above.notna()).to_numpy()
     axes.errorbar(
-        places, table["score"], yerr=np.nan_to_num(np.array([below, above])), fmt="none",
+        places[sure], table["score"][sure], yerr=np.array([below[sure], above[sure]]), fmt="none",
         ecolor="#26262a", elinewidth=1.6, capsize=6, zorder=3,
     )  # fmt: skip
     axes.plot(
@@ -166,6 +180,8 @@ def draw_growth(table: pd.DataFrame, metric_id: str, note: str = "") -> Image.Im
         label="the study's number (one image, scale not stated)", zorder=4, clip_on=False,
     )  # fmt: skip
     for place, row in zip(places, _rows(table), strict=True):
+        if math.isnan(row.score):
+            continue
         top = row.score if math.isnan(row.score_high) else row.score_high
         axes.annotate(
             f"{row.score:.2f}", (place, top), xytext=(0, 5), textcoords="offset points",
@@ -173,9 +189,10 @@ def draw_growth(table: pd.DataFrame, metric_id: str, note: str = "") -> Image.Im
         )  # fmt: skip
     labels = [
         f"{row.label.replace(' + ', chr(10) + '+ ').replace(' with ', chr(10) + 'with ')}\n"
-        f"{row.prompts} prompts\n{row.images} images"
+        f"{_count(row.prompts, 'prompt')}\n{_count(row.images, 'image')}"
+        + ("" if known else f"\n({NO_INTERVAL})")
         + (f"\n({row.missing} without a score)" if row.missing else "")
-        for row in _rows(table)
+        for row, known in zip(_rows(table), sure, strict=True)
     ]
     axes.set_xticks(places, labels, fontsize=9)
     highest = max([*table["score_high"].fillna(table["score"]), *table["study"], 0.1])
@@ -193,7 +210,9 @@ def draw_growth(table: pd.DataFrame, metric_id: str, note: str = "") -> Image.Im
     axes.grid(axis="y", alpha=0.25, zorder=0)
     axes.spines["top"].set_visible(False)
     axes.set_title(
-        "CLIP score of images with their prompts: mean and 95 % interval over prompts\n",
+        "CLIP score of images with their prompts: mean"
+        + (" and 95 % interval over prompts" if sure.any() else " (an interval takes two prompts)")
+        + "\n",
         fontsize=12,
     )
     axes.text(
@@ -210,9 +229,10 @@ def draw_growth(table: pd.DataFrame, metric_id: str, note: str = "") -> Image.Im
 def extremes(scores: pd.DataFrame, shown: int = SHOWN) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The pairs that gained most and those that lost most: prompt_id, seed, difference.
 
-    A pair is the last variant of the study and `sd` with the same prompt and seed. Each prompt is
-    there once, with its most extreme seed, so that one prompt cannot fill the table. Ties go by
-    prompt and seed. `scores` as of `growth`.
+    Where none gained, the first are those that lost least; where none lost, the second are those
+    that gained least. A pair is the last variant of the study and `sd` with the same prompt and
+    seed. Each prompt is there once, with its most extreme seed, so that one prompt cannot fill the
+    table. Ties go by prompt and seed. `scores` as of `growth`.
     """
     cells = ["prompt_id", "seed"]
     by_variant = {
@@ -221,20 +241,38 @@ def extremes(scores: pd.DataFrame, shown: int = SHOWN) -> tuple[pd.DataFrame, pd
     }
     difference = (by_variant["dreambooth_negative"] - by_variant["sd"]).dropna()
     pairs = difference.rename("difference").reset_index().sort_values(cells, kind="stable")
-    best = pairs.sort_values("difference", ascending=False, kind="stable")
-    worst = pairs.sort_values("difference", kind="stable")
+    gained, lost = pairs[pairs["difference"] > 0], pairs[pairs["difference"] < 0]
+    best = (gained if len(gained) else pairs).sort_values(
+        "difference", ascending=False, kind="stable"
+    )
+    worst = (lost if len(lost) else pairs).sort_values("difference", kind="stable")
     return tuple(  # type: ignore[return-value]
         part.drop_duplicates("prompt_id").head(shown).reset_index(drop=True)
         for part in (best, worst)
     )
 
 
-def extremes_rule(which: str, shown: int = SHOWN) -> str:
-    """The rule by which `extremes` chooses, in words; `which` is best or worst."""
-    how = {"best": "most above", "worst": "most below"}[which]
+def extremes_title(which: str, pairs: pd.DataFrame) -> str:
+    """What one table of `extremes` shows; `which` is best or worst."""
+    if which == "best":
+        gained = pairs.empty or bool((pairs["difference"] > 0).any())
+        return "Largest gains" if gained else "Smallest losses, since no pair gained"
+    lost = pairs.empty or bool((pairs["difference"] < 0).any())
+    return "Largest losses" if lost else "Smallest gains, since no pair lost"
+
+
+def extremes_rule(which: str, pairs: pd.DataFrame, shown: int = SHOWN) -> str:
+    """The rule by which `extremes` chose a table, in words; `which` is best or worst."""
+    how = {
+        "Largest gains": "most above",
+        "Smallest losses": "least below",
+        "Largest losses": "most below",
+        "Smallest gains": "least above",
+    }[extremes_title(which, pairs).partition(",")[0]]
     return (
-        f"the {shown} prompts with a seed whose fine-tuned image with negative prompt scores "
-        f"{how} the base model's without it, shown with that seed. Below each image its cosine"
+        f"the {shown} prompts, or fewer where there are no more, with a seed whose fine-tuned "
+        f"image with negative prompt scores {how} the base model's without it, shown with that "
+        "seed. Below each image its cosine"
     )
 
 
@@ -329,8 +367,14 @@ class Report:
             "variants": json.loads(self.table.to_json(orient="records", double_precision=10)),
             "effects": json.loads(self.effects.to_json(orient="records", double_precision=10)),
             "control": json.loads(self.control.to_json(orient="records", double_precision=10)),
-            "best": {"rule": extremes_rule("best"), "pairs": self.best.to_dict("records")},
-            "worst": {"rule": extremes_rule("worst"), "pairs": self.worst.to_dict("records")},
+            **{
+                name: {
+                    "title": extremes_title(name, pairs),
+                    "rule": extremes_rule(name, pairs),
+                    "pairs": pairs.to_dict("records"),
+                }
+                for name, pairs in (("best", self.best), ("worst", self.worst))
+            },
             "captions": dict(self.captions),
         }
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
@@ -347,13 +391,17 @@ def report(
     own, control = effects(scores), control_effects(evidence, generations)
     note = control_told(own, control)
     means = "; ".join(
-        f"{row.label}: {row.score:.2f} ({row.score_low:.2f} to {row.score_high:.2f})"
+        f"{row.label}: {row.score:.2f} ({_ends(row.score_low, row.score_high, '.2f')})"
+        if math.isfinite(row.score)
+        else f"{row.label}: no score"
         for row in _rows(table)
     )
     captions = {
         "growth": f"{means}. {' '.join(note.split())}" if note else means,
-        "best": f"Largest gains: {extremes_rule('best')}",
-        "worst": f"Largest losses: {extremes_rule('worst')}",
+        **{
+            name: f"{extremes_title(name, pairs)}: {extremes_rule(name, pairs)}"
+            for name, pairs in (("best", best), ("worst", worst))
+        },
     }
     pictures = {"growth": draw_growth(table, metric_id, note)}
     for name, pairs in (("best", best), ("worst", worst)):

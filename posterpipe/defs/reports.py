@@ -546,7 +546,7 @@ def growth_chart(
 
     Its table beside the study's four numbers, what their scales are, what fine-tuning and the
     negative prompt each do (bootstrap over prompts), the same with the texts of other prompts (the
-    negative control), and the prompts that gained and lost most, chosen by rule. Pictures,
+    negative control), and the prompts that gained most and lost most, chosen by rule. Pictures,
     `growth.csv`, `effects.csv`, `control.csv` and `growth.json` lie in
     `data/store/public/thesis/`.
     """

@@ -97,6 +97,8 @@ def test_best_and_worst_follow_their_rule_and_name_each_prompt_once(
     best, worst = thesis.extremes(shuffled, 3)
     wide = scores.pivot(index=["prompt_id", "seed"], columns="variant", values="clip_cosine")
     differences = (wide["dreambooth_negative"] - wide["sd"]).dropna()
+    assert (differences > 0).all(), "then the others are those that gained least"
+    assert thesis.extremes_title("worst", worst) == "Smallest gains, since no pair lost"
     for table, by_prompt in (
         (best, differences.groupby("prompt_id").max().sort_values(ascending=False)),
         (worst, differences.groupby("prompt_id").min().sort_values()),
@@ -105,6 +107,64 @@ def test_best_and_worst_follow_their_rule_and_name_each_prompt_once(
         assert table["difference"].tolist() == pytest.approx(by_prompt[:3].tolist())
     # The blocked image's pair has no difference, so its prompt is there with its other seed.
     assert (best["prompt_id"].iloc[0], best["seed"].iloc[0]) == ("rocket", 1)
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_only_what_lost_is_shown_among_the_losses_and_only_what_gained_among_the_gains(
+    study: tuple[pd.DataFrame, pd.DataFrame, Path], direction: int
+) -> None:
+    scores, generations, root = study
+    values = direction * scores["clip_cosine"]
+    # Two prompts the other way round.
+    few = scores["prompt_id"].isin(["p1", "p2"]) & (scores["variant"] == "dreambooth_negative")
+    scores = scores.assign(clip_cosine=values.where(~few, values - direction * 0.3))
+    made = thesis.report(scores, generations, evidence(scores), root)
+    assert (made.best["difference"] > 0).all() and (made.worst["difference"] < 0).all()
+    assert {len(made.best), len(made.worst)} == {2, thesis.SHOWN}
+    assert made.captions["best"].startswith("Largest gains: ")
+    assert made.captions["worst"].startswith("Largest losses: ")
+    # And all one way.
+    scores = scores.assign(clip_cosine=values)
+    made = thesis.report(scores, generations, evidence(scores), root)
+    if direction == 1:
+        assert "Largest losses" not in made.captions["worst"] and "lost" in made.captions["worst"]
+        assert "least above" in made.captions["worst"] and (made.worst["difference"] > 0).all()
+    else:
+        assert "Largest gains" not in made.captions["best"] and "gained" in made.captions["best"]
+        assert "least below" in made.captions["best"] and (made.best["difference"] < 0).all()
+
+
+def test_a_suite_of_one_prompt_has_means_and_says_that_it_has_no_interval(
+    study: tuple[pd.DataFrame, pd.DataFrame, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    scores, generations, root = study
+    own = scores["prompt_id"] == "p1"
+    one = scores[own].groupby("variant", as_index=False, sort=False).head(1)
+    drawn: list[int] = []
+    labels: list[str] = []
+    errorbar, set_xticks = Axes.errorbar, Axes.set_xticks
+
+    def spy_bars(self: Axes, x: Any, y: Any, yerr: Any, **kwargs: Any) -> Any:
+        drawn.append(len(x))
+        assert np.isfinite(yerr).all()
+        return errorbar(self, x, y, yerr=yerr, **kwargs)
+
+    def spy_labels(self: Axes, ticks: Any, names: Any = None, **kwargs: Any) -> Any:
+        labels.extend(names or [])
+        return set_xticks(self, ticks, names, **kwargs)
+
+    monkeypatch.setattr(Axes, "errorbar", spy_bars)
+    monkeypatch.setattr(Axes, "set_xticks", spy_labels)
+    made = thesis.report(one, generations[generations["prompt_id"] == "p1"], evidence(one), root)
+    assert drawn == [0], "no whiskers"
+    assert len(labels) == 4
+    for label in labels:
+        assert "1 prompt\n1 image\n(no interval)" in label
+    assert "nan" not in made.captions["growth"]
+    assert "Stable Diffusion: 0.5" in made.captions["growth"]
+    assert made.captions["growth"].count("(no interval)") >= 4
 
 
 def evidence(scores: pd.DataFrame) -> pd.DataFrame:
@@ -165,7 +225,7 @@ def test_the_report_writes_pictures_table_and_explanation(
     assert [row["study"] for row in told["variants"]] == [0.35, 0.38, 0.61, 0.77]
     assert told["variants"][0]["gain"] is None
     assert told["best"]["pairs"][0]["prompt_id"] == "rocket"
-    assert "most above" in told["best"]["rule"] and "most below" in told["worst"]["rule"]
+    assert "most above" in told["best"]["rule"] and "least above" in told["worst"]["rule"]
     frame = pd.read_csv(tmp_path / "public" / "growth.csv")
     pd.testing.assert_frame_equal(frame, made.table)
     effects = pd.read_csv(tmp_path / "public" / "effects.csv").set_index("contrast")

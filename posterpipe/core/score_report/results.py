@@ -73,6 +73,7 @@ def index_context(published: Published, pictures: Pictures) -> dict[str, Any]:
         "effects": _effects(published),
         "trends": _trends(published),
         "extremes": _extremes(published, pictures),
+        "extremes_told": _extremes_told(published),
     }
 
 
@@ -339,6 +340,16 @@ def _trend(index: int, rows: Sequence[Row]) -> dict[str, Any] | None:
             for row in rows
         ],
     }
+
+
+def _extremes_told(published: Published) -> str:
+    """What the cards of `_extremes` show, which need not be gains and losses."""
+    effects = [prompt.effect for prompt in published.prompts if prompt.effect is not None]
+    if not any(effect < 0 for effect in effects):
+        return "Where fine-tuning gained most and gained least (no prompt lost)"
+    if not any(effect > 0 for effect in effects):
+        return "Where fine-tuning lost least and lost most (no prompt gained)"
+    return "Where fine-tuning gained most and lost most"
 
 
 def _extremes(published: Published, pictures: Pictures) -> list[dict[str, Any]]:

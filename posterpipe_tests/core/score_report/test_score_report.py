@@ -12,13 +12,15 @@ from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 from urllib.parse import unquote
 
 import duckdb
 import pytest
 
 from posterpipe.core.gate import RULE
-from posterpipe.core.score_report import Written, write_report
+from posterpipe.core.score_report import Written, results, write_report
 from posterpipe.core.score_report.data import Published, read_published
 from posterpipe.core.score_report.gallery_pages import IMAGES_A_PAGE, slug_of
 from posterpipe.core.score_report.pages import PAGES
@@ -495,3 +497,13 @@ def test_more_images_go_to_further_pages(world: Path, tmp_path: Path) -> None:
     assert len(numbered) == 2
     articles = [one["id"] for name in numbered for one in pages[name].all("article")]
     assert len(articles) == len(set(articles)) == written.images // 12
+
+
+def test_the_best_and_the_worst_are_called_gains_and_losses_only_where_they_are() -> None:
+    def told(*effects: float | None) -> str:
+        prompts = [SimpleNamespace(effect=effect) for effect in effects]
+        return results._extremes_told(cast(Any, SimpleNamespace(prompts=prompts)))
+
+    assert told(0.2, -0.1, None) == "Where fine-tuning gained most and lost most"
+    assert "no prompt lost" in told(0.2, 0.1) and "lost most" not in told(0.2, 0.1)
+    assert "no prompt gained" in told(-0.2, -0.1) and "gained most" not in told(-0.2, -0.1)
