@@ -189,8 +189,8 @@ def _copying(evidence: Evidence, settings: GateSettings) -> Check:
     # No interval here: handing out people's posters is worse than keeping the older model.
     outcome: Outcome = "pass" if share <= limit else "fail"
     reason = (
-        f"{evidence.copies} of {evidence.compared} images are as near to a training poster as no "
-        f"new poster is, at most {limit:.0%} may be"
+        f"{evidence.copies} of {evidence.compared} images are nearer to a training poster than "
+        f"nearly all new posters are, at most {limit:.0%} may be"
     )
     if outcome == "pass" and not evidence.calibrated:
         outcome = "open"

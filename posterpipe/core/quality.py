@@ -740,8 +740,9 @@ def copied_posters(evidence: pd.DataFrame, max_share: float) -> Finding:
     copies = tuned[tuned["copied"].astype(bool)]
     share = _share(len(copies), len(tuned))
     summary = (
-        f"{len(copies)} of {len(tuned)} images of fine-tuned models are as near to a "
-        f"training poster as no new poster is ({share:.1%}); at most {max_share:.1%} may be"
+        f"{len(copies)} of {len(tuned)} images of fine-tuned models are nearer to a "
+        f"training poster than nearly all new posters are ({share:.1%}); at most "
+        f"{max_share:.1%} may be"
     )
     remedy = (
         "the gate rejects this checkpoint: train fewer steps, at a lower rate, or on more "
