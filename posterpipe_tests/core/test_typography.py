@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from posterpipe.core.metrics.legibility import TitleReader, title_distance
+from posterpipe.core.metrics.legibility import TitleReader, plain, title_distance
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.store import Store
 from posterpipe.core.typography import (
@@ -283,6 +284,61 @@ def test_chinese_and_japanese_break_between_letters_and_never_before_a_mark() ->
     broken = line_breaks("ギグガ\u3099ゲゴ")
     assert [len(lines) for lines in broken] == [1, 2, 3]
     assert not any(line.startswith("\u3099") for lines in broken for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("title", "two"),
+    [
+        ("ゴジラVSコング", ("ゴジラ", "VSコング")),
+        ("2001年宇宙の旅", ("2001年", "宇宙の旅")),
+        ("「もののけ姫」の物語", ("「もののけ姫」", "の物語")),
+        ("スター・ウォーズ", ("スター・", "ウォーズ")),
+        ("AC/DCの旅のはじまり", ("AC/DCの", "旅のはじまり")),
+        ("臥虎藏龍2：青冥寶劍", ("臥虎藏龍2：", "青冥寶劍")),
+        ("《红高粱》的故事", ("《红高粱》", "的故事")),
+        ("ロッキー!?最終章(完全版)", ("ロッキー!?", "最終章(完全版)")),
+    ],
+)
+def test_words_numbers_and_brackets_stay_together_in_chinese_and_japanese(
+    title: str, two: tuple[str, str]
+) -> None:
+    broken = line_breaks(title)
+    assert broken[1] == two
+    for lines in broken:
+        assert "".join(lines) == title
+        for before, after in pairwise(lines):
+            assert before[-1] not in "「『（(《〈【“" and after[0] not in "」』）)》〉】”!?：、。・ー"
+            # No word or number of other letters is parted.
+            assert not (before[-1].isascii() and after[0].isascii())
+
+
+@pytest.mark.parametrize(
+    ("title", "lines"),
+    [
+        ("ต้มยำ\u200bกุ้ง", ("ต้มยำ", "กุ้ง")),
+        ("នាវា\u200bថ្មី", ("នាវា", "ថ្មី")),
+        ("Count\u200bdown", ("Count", "down")),
+        ("千と千尋の\u200b神隠し", ("千と千尋の", "神隠し")),
+    ],
+)
+def test_a_zero_width_space_says_where_a_line_may_break_and_is_never_drawn_nor_read(
+    title: str, lines: tuple[str, ...]
+) -> None:
+    whole = title.replace("\u200b", "")
+    assert line_breaks(title) == [(whole,), lines]
+    assert line_breaks(f"\u200b{whole}\u200b") == line_breaks(whole)
+    assert plain(title) == plain(whole)
+    if not needs_shaping(title) or layout_engine() == "raqm":
+        small = SMALL.model_copy(update={"style": "auto"})
+        drawn, layout = set_title(poster(), title, small)
+        assert not any("\u200b" in line for line in layout.lines)
+        assert layout.style == set_title(poster(), whole, small)[1].style
+
+
+def test_a_space_and_a_zero_width_space_keep_what_they_are_on_a_line() -> None:
+    assert line_breaks("The Big\u200bBang") == [
+        ("The BigBang",), ("The", "BigBang"), ("The Big", "Bang"), ("The", "Big", "Bang"),
+    ]  # fmt: skip
 
 
 def test_what_no_font_has_is_refused_with_the_letters() -> None:

@@ -16,28 +16,77 @@ from PIL import ImageFont
 
 from posterpipe.core.typography.fonts import Lettering, coverage, font_at
 
+ZERO_WIDTH_SPACE = "\u200b"
+"""Says where a line may break in scripts that write no spaces, Thai or Khmer for one."""
+
 _NO_START = "、。，．・：；？！ー々ゝゞヽヾぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ」』）】》〉"
 """Signs that do not begin a line in Chinese and Japanese."""
 
 
 def line_breaks(title: str, most: int = 3) -> list[tuple[str, ...]]:
-    """The ways to set a title in one to `most` lines, in reading order, the fewest lines first."""
-    words = title.split()
-    joint = " "
-    if len(words) == 1 and _is_east_asian(title) and len(title) > 4:
-        words, joint = clusters(title), ""
+    """The ways to set a title in one to `most` lines, in reading order, the fewest lines first.
+
+    Lines break at spaces, and in every script where a zero-width space says so, which is not drawn.
+    One word of Chinese or Japanese breaks where Unicode's rules allow it.
+    """
+    words: list[str] = []
+    joints: list[str] = []
+    for word in title.split():
+        for number, part in enumerate(filter(None, word.split(ZERO_WIDTH_SPACE))):
+            words.append(part)
+            joints.append("" if number else " ")
+    even_only = len(words) == 1 and _is_east_asian(words[0]) and len(words[0]) > 4
+    if even_only:
+        words = _east_asian_units(words[0])
+        joints = [""] * len(words)
     found = []
     for count in range(1, min(most, len(words)) + 1):
         for cuts in combinations(range(1, len(words)), count - 1):
             edges = (0, *cuts, len(words))
-            lines = tuple(joint.join(words[a:b]) for a, b in pairwise(edges))
+            lines = tuple(
+                words[a] + "".join(joints[i] + words[i] for i in range(a + 1, b))
+                for a, b in pairwise(edges)
+            )
             if not any(line[0] in _NO_START for line in lines[1:]):
                 found.append(lines)
-    if joint == "":
+    if even_only:
         # Of the many ways to cut characters only the even ones are worth trying.
-        found.sort(key=lambda lines: (len(lines), max(map(len, lines)) - min(map(len, lines))))
+        found.sort(key=lambda lines: (len(lines), _clumsiness(lines)))
         found = [next(group) for _, group in groupby(found, key=len)]
     return found
+
+
+def _east_asian_units(word: str) -> list[str]:
+    """What is not to be parted of a word in Chinese or Japanese, by Unicode's line breaking (UAX
+    #14). What is beside no East Asian letter stays together: `VS`, `2001`, `AC/DC`."""
+    from uniseg.linebreak import line_break_units
+
+    units: list[str] = []
+    for unit in line_break_units(word):
+        if units and not (_is_east_asian(units[-1][-1:]) or _is_east_asian(unit[:1])):
+            units[-1] += unit
+        else:
+            units.append(unit)
+    return units
+
+
+def _clumsiness(lines: Sequence[str]) -> int:
+    """How uneven lines are, in letters, and where they break: inside of brackets or quotes counts
+    six, inside of a word in katakana three, between a number and what it counts two; after a sign
+    that ends something, three less."""
+    clumsy, open_ = max(map(len, lines)) - min(map(len, lines)), 0
+    for line, following in pairwise(lines):
+        kinds = [unicodedata.category(sign) for sign in line]
+        open_ += sum(kind in ("Ps", "Pi") for kind in kinds)
+        open_ -= sum(kind in ("Pe", "Pf") for kind in kinds)
+        clumsy += 6 * (open_ > 0) + 2 * (kinds[-1] == "Nd")
+        clumsy -= 3 * (kinds[-1] in ("Po", "Pe", "Pf"))
+        clumsy += 3 * (_is_katakana(line[-1]) and _is_katakana(following[0]))
+    return clumsy
+
+
+def _is_katakana(sign: str) -> bool:
+    return unicodedata.name(sign, "").startswith(("KATAKANA LETTER", "KATAKANA-HIRAGANA PROLONGED"))
 
 
 def _is_east_asian(text: str) -> bool:

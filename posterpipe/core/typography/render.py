@@ -24,7 +24,7 @@ from posterpipe.core.typography.fonts import (
 )
 from posterpipe.core.typography.ground import choose_ink, clear_ground, least_contrast, veil_ground
 from posterpipe.core.typography.layout import Block, candidates
-from posterpipe.core.typography.lines import measure, pen_places, pieces
+from posterpipe.core.typography.lines import ZERO_WIDTH_SPACE, measure, pen_places, pieces
 from posterpipe.core.typography.saliency import look
 from posterpipe.settings import LetteringSettings
 
@@ -62,7 +62,8 @@ def set_title(
     title = " ".join(unicodedata.normalize("NFC", title).split())
     if not any(sign.isalnum() for sign in title):
         raise TitleImpossible(f"the title {title!r} has no letters; give one in the prompt suite")
-    style = choose_style(title, settings.style)
+    # Where lines may break does not decide how they look.
+    style = choose_style(title.replace(ZERO_WIDTH_SPACE, ""), settings.style)
     letters = lettering(title, style)
     if letters.capitals:
         title = capitals(title)

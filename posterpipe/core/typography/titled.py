@@ -23,7 +23,7 @@ from posterpipe.core.typography.fonts import TitleImpossible, fonts_id, layout_e
 from posterpipe.core.typography.render import Layout, set_title
 from posterpipe.settings import LetteringSettings
 
-TYPOGRAPHY_VERSION = 3
+TYPOGRAPHY_VERSION = 4
 """Raised when the same image and title would give other pixels."""
 
 TITLED_COLUMNS = (
