@@ -85,6 +85,14 @@ def build(path: Path, *, scores: int, current: bool) -> Warehouse:
         )
         if current:
             connection.execute(
+                """
+                INSERT INTO fct_title BY NAME
+                SELECT generation_key, 'Thing' AS title, image, image_path, 'ok' AS status,
+                    '' AS reason, recorded_at AS set_at
+                FROM fct_image
+                """
+            )
+            connection.execute(
                 "INSERT INTO current_generation SELECT generation_key FROM fct_image"
             )
             connection.execute(

@@ -194,6 +194,7 @@ def fill(
                 image_path="titled/" + titled["image_path"], style="grotesque", cap_height=12,
                 contrast=5.0, scrim=False, covered=0.1,
             ),
+            current["generation_key"],
             run_id="run",
         )  # fmt: skip
         for lettering, chance in (("drawn", 0.1), ("set", 0.9)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ from posterpipe.core.metrics.pickscore import (
 from posterpipe.core.metrics.specificity import measure_specificity
 from posterpipe.core.progress import Progress
 from posterpipe.core.store import Store, write_atomic
-from posterpipe.core.warehouse import Warehouse, insert
+from posterpipe.core.warehouse import Warehouse, delete_titles, insert
 from posterpipe.settings import GateSettings, Settings
 
 EVIDENCE_COLUMNS = (
@@ -194,13 +194,22 @@ def _record_nearest(warehouse: Warehouse, fidelity: Fidelity, *, run_id: str) ->
         insert(connection, "fct_nearest", rows)
 
 
-def record_titles(warehouse: Warehouse, titled: pd.DataFrame, *, run_id: str) -> None:
-    """Adds the titled posters (`typography.TITLED_COLUMNS`), so that reports can show them."""
+def record_titles(
+    warehouse: Warehouse, titled: pd.DataFrame, generation_keys: Iterable[str], *, run_id: str
+) -> None:
+    """Adds the titled posters (`typography.TITLED_COLUMNS`), so that reports can show them.
+
+    Those of `generation_keys` that are not among them are lettered no more: what is known of their
+    titles goes, and reports count them no more.
+    """
     names = ["generation_key", "title", "image", "image_path", "style", "cap_height", "contrast",
              "scrim", "covered", "status", "reason"]  # fmt: skip
     now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+    without = pd.Series(list(generation_keys), dtype="str")
+    without = without[~without.isin(titled["generation_key"])]
     with warehouse.write() as connection:
         insert(connection, "fct_title", titled[names].assign(set_at=now, run_id=run_id))
+        delete_titles(connection, without)
 
 
 def record_readings(

@@ -25,8 +25,8 @@ Tables (times are UTC; `run_id` names the Dagster run that wrote the row):
 Rows are only ever added, and adding one twice changes nothing. The exceptions: a row with status
 failed, which a later success replaces; what is not known of a checkpoint (NULL), which is filled in
 when it is; fct_nearest, fct_title and fct_reading, where the latest measurement of a key counts,
-since it also depends on the holdout posters and the lettering; and the tables current_..., which
-are replaced as a whole.
+since it also depends on the holdout posters and the lettering, and of which the last two lose the
+images that are lettered no more; and the tables current_..., which are replaced as a whole.
 """
 
 from __future__ import annotations
@@ -595,6 +595,16 @@ def replace_metrics(
     connection.execute("DELETE FROM current_metric WHERE step = ?", [step])
     places = pd.DataFrame({"metric_id": list(dict.fromkeys(metric_ids))})
     insert(connection, "current_metric", places.assign(step=step, place=range(1, len(places) + 1)))
+
+
+def delete_titles(connection: duckdb.DuckDBPyConnection, generation_keys: Iterable[str]) -> None:
+    """Takes out what is known of these images' titles: they are lettered no more."""
+    connection.register("untitled", _key_frame(generation_keys))
+    for table in ("fct_title", "fct_reading"):
+        connection.execute(
+            f"DELETE FROM {table} WHERE generation_key IN (SELECT generation_key FROM untitled)"
+        )
+    connection.unregister("untitled")
 
 
 def replace_posters(connection: duckdb.DuckDBPyConnection, posters: pd.DataFrame) -> None:

@@ -36,7 +36,7 @@ _GENERATION = columns(
     group_name="generation",
     kinds={"python", "huggingface"},
     owners=["team:ml"],
-    code_version="1",
+    code_version="2",
     io_manager_key=TABLES,
     pool="gpu",
     metadata=_GENERATION,
@@ -96,7 +96,7 @@ def champion_generations(
     group_name="generation",
     kinds={"python", "pillow"},
     owners=["team:ml"],
-    code_version="2",
+    code_version="3",
     io_manager_key=TABLES,
     metadata=columns(
         generation_key="string: the image that was lettered",
@@ -157,7 +157,7 @@ def titled_posters(
     group_name="scoring",
     kinds={"python", "huggingface", "duckdb"},
     owners=["team:ml"],
-    code_version="2",
+    code_version="3",
     io_manager_key=TABLES,
     pool="warehouse",
     deps=["clip_scores", "holdout_posters"],
@@ -243,7 +243,7 @@ def fidelity_scores(
     group_name="scoring",
     kinds={"python", "duckdb"},
     owners=["team:ml"],
-    code_version="2",
+    code_version="3",
     io_manager_key=TABLES,
     pool="warehouse",
     deps=["clip_scores"],
@@ -274,14 +274,21 @@ def legibility_scores(
     from posterpipe.core.evidence import record_readings, record_titles
     from posterpipe.core.metrics.base import record_scores
     from posterpipe.core.metrics.legibility import measure_legibility, of_all_titles
+    from posterpipe.core.typography import lettering_id
 
     generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
-    record_titles(deployment.warehouse, titled_posters, run_id=context.run.run_id)
+    record_titles(
+        deployment.warehouse, titled_posters, generations["generation_key"],
+        run_id=context.run.run_id,
+    )  # fmt: skip
     lettered = generations["generation_key"].isin(titled_posters["generation_key"])
     readings = []
-    for where, images in (("drawn", generations[lettered]), ("set", titled_posters)):
+    how = lettering_id(deployment.settings.lettering)
+    for where, images, lettering in (
+        ("drawn", generations[lettered], ""), ("set", titled_posters, how),
+    ):  # fmt: skip
         metrics, scores, read = measure_legibility(
-            deployment.store, images, where, deployment.progress(context)
+            deployment.store, images, where, deployment.progress(context), lettering=lettering
         )
         record_scores(
             deployment.warehouse, generations, metrics, scores, run_id=context.run.run_id,

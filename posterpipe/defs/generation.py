@@ -124,7 +124,7 @@ def base_generations(
     group_name="generation",
     kinds={"python", "huggingface"},
     owners=["team:ml"],
-    code_version="1",
+    code_version="2",
     io_manager_key=TABLES,
     pool="gpu",
     metadata=_COLUMNS,

@@ -533,7 +533,7 @@ def contact_sheet(
     group_name="reports",
     kinds={"python", "pillow"},
     owners=["team:analytics"],
-    code_version="3",
+    code_version="4",
 )
 def growth_chart(
     deployment: dg.ResourceParam[Deployment],

@@ -20,6 +20,8 @@ from posterpipe.core.evidence import (
     measure,
     posters_of,
     read_decisions,
+    record_readings,
+    record_titles,
     tell_decisions,
     told_decisions,
     write_decisions,
@@ -252,3 +254,24 @@ def test_holdout_posters_are_resized_like_those_trained_on(
 def test_a_set_of_posters_names_each_image_once(store: Store) -> None:
     table = pd.DataFrame({"image": ["a", "b", "b", ""], "status": ["ok", "ok", "ok", "failed"]})
     assert list(posters_of(store, "training", table).files) == ["a", "b"]
+
+
+def test_what_is_known_of_a_title_goes_with_it_where_an_image_is_lettered_no_more(
+    store: Store, warehouse: Warehouse
+) -> None:
+    table = generations(store, pictures(3, 1), titles=["Star", "Moon", "Sun"])
+    keys = table["generation_key"].tolist()
+    titled = table.assign(style="bold", cap_height=9, contrast=5.0, scrim=False, covered=0.0)
+    read = table[["generation_key", "title"]].assign(read="STAR", distance=0.0, exact=True)
+
+    def known() -> list[set[str]]:
+        with warehouse.read() as connection:
+            tables = [connection.sql(f"FROM {name}").df() for name in ("fct_title", "fct_reading")]
+        return [set(table["generation_key"]) for table in tables]
+
+    record_titles(warehouse, titled, keys, run_id="run")
+    record_readings(warehouse, read, "set", run_id="run")
+    assert known() == [set(keys)] * 2
+    # The image of another checkpoint, which is not looked at now, keeps its title.
+    record_titles(warehouse, titled[:1], keys[:2], run_id="run")
+    assert known() == [{keys[0], keys[2]}] * 2

@@ -307,7 +307,8 @@ def test_words_numbers_and_brackets_stay_together_in_chinese_and_japanese(
     for lines in broken:
         assert "".join(lines) == title
         for before, after in pairwise(lines):
-            assert before[-1] not in "「『（(《〈【“" and after[0] not in "」』）)》〉】”!?：、。・ー"
+            assert before[-1] not in "「『（(《〈【“"
+            assert after[0] not in "」』）)》〉】”!?：、。・ー"
             # No word or number of other letters is parted.
             assert not (before[-1].isascii() and after[0].isascii())
 
@@ -330,7 +331,7 @@ def test_a_zero_width_space_says_where_a_line_may_break_and_is_never_drawn_nor_r
     assert plain(title) == plain(whole)
     if not needs_shaping(title) or layout_engine() == "raqm":
         small = SMALL.model_copy(update={"style": "auto"})
-        drawn, layout = set_title(poster(), title, small)
+        _, layout = set_title(poster(), title, small)
         assert not any("\u200b" in line for line in layout.lines)
         assert layout.style == set_title(poster(), whole, small)[1].style
 
@@ -451,4 +452,6 @@ def test_keys_hold_what_decides_pixels() -> None:
     assert key == titled_key("hash", "Comet", SMALL)
     bold = SMALL.model_copy(update={"style": "bold"})
     assert len({key, titled_key("hash", "Moon", SMALL), titled_key("hash", "Comet", bold)}) == 3
+    fewer = SMALL.model_copy(update={"seeds": 1})
+    assert titled_key("hash", "Comet", fewer) == key, "no title is set anew"
     assert "font_manrope=" in fonts_id() and "justmytype_intl_cjk=" in fonts_id()

@@ -2,6 +2,12 @@ with metrics as (
     select metric_id
     from {{ ref('stg_metrics') }}
     where is_current
+),
+
+-- Scores of images that are lettered no more stay from a time when they were.
+lettered as (
+    select generation_key
+    from {{ source('warehouse', 'fct_title') }}
 )
 
 select
@@ -16,4 +22,9 @@ select
 from {{ source('warehouse', 'fct_score') }} as score
 inner join {{ ref('stg_current_images') }} as image
     on image.generation_key = score.generation_key
-where score.metric_id in (select metric_id from metrics)
+where
+    score.metric_id in (select metric_id from metrics)
+    and (
+        score.metric_id not like 'title\_%' escape '\'
+        or score.generation_key in (select generation_key from lettered)
+    )

@@ -176,11 +176,18 @@ def title_distance(lines: Sequence[str], title: str) -> float:
     return best
 
 
-def legibility_metrics(where: str) -> tuple[Metric, Metric]:
+def legibility_metrics(where: str, lettering: str = "") -> tuple[Metric, Metric]:
     """Edit distance and exact match. `where`: `drawn` for images as the model drew them, `set` for
-    those with the title set in type."""
+    those with the title set in type.
+
+    `lettering`: `typography.lettering_id` of titles that are set. A generation's key does not know
+    how its title is set, and a score of another setting is another number.
+    """
+    if (where == "set") != bool(lettering):
+        raise ValueError(f"where is {where!r} and lettering {lettering!r}: give it with 'set' only")
     told = {"drawn": "as the model drew it", "set": "with the title set in type"}[where]
-    tail = f"{where}.{reader_id()}.v{LEGIBILITY_VERSION}"
+    how = f".{lettering}" if lettering else ""
+    tail = f"{where}.{reader_id()}{how}.v{LEGIBILITY_VERSION}"
     shared = {
         "encoder": "PP-OCRv6 small",
         "revision": reader_id(),
@@ -205,16 +212,17 @@ def legibility_metrics(where: str) -> tuple[Metric, Metric]:
 
 
 def measure_legibility(
-    store: Store, images: pd.DataFrame, where: str, progress: Progress
+    store: Store, images: pd.DataFrame, where: str, progress: Progress, *, lettering: str = ""
 ) -> tuple[list[Metric], pd.DataFrame, pd.DataFrame]:
     """The metrics, their scores (SCORE_COLUMNS), and what was read.
 
     `images` has the columns generation_key, image (content hash), image_path (in the store), title,
-    status and reason: the table of generations, or of titled posters. Rows without a title have no
+    status and reason: the table of generations, or of titled posters. `where` and `lettering` as
+    for `legibility_metrics`. Rows without a title have no
     score. What was read has one row a scored image: generation_key, title, read (lines, joined by
     " / "), distance, exact. Readings are kept, so that another title reads no image again.
     """
-    distance_metric, exact_metric = metrics = legibility_metrics(where)
+    distance_metric, exact_metric = metrics = legibility_metrics(where, lettering)
     titled = _titled(images)
     drawn = titled[titled["status"] == "ok"]
     files = {str(r.image): store.root / str(r.image_path) for r in drawn.itertuples(index=False)}

@@ -36,10 +36,17 @@ the titled image, `contrast` the least one measured, `covered` the share of the 
 the letters (0 to 1), status ok, blocked or failed."""
 
 
+def lettering_id(settings: LetteringSettings) -> str:
+    """8 hex digits of all that decides how a title is set on an image, but for the two."""
+    return content_key(
+        "lettering", TYPOGRAPHY_VERSION, settings.model_dump(mode="json", exclude={"seeds"}),
+        fonts_id(), layout_engine(), installed_version("pillow"), installed_version("uniseg"),
+    )[:8]  # fmt: skip
+
+
 def titled_key(image: str, title: str, settings: LetteringSettings) -> str:
     """Key of what decides a titled image's pixels; `image` is the hash of the untitled one."""
-    return content_key("titled", TYPOGRAPHY_VERSION, image, title, settings, fonts_id(),
-                       layout_engine(), installed_version("pillow"))  # fmt: skip
+    return content_key("titled", image, title, lettering_id(settings))
 
 
 def set_titles(

@@ -23,6 +23,8 @@ from posterpipe.core.metrics.legibility import (
 )
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.store import Store
+from posterpipe.core.typography import lettering_id
+from posterpipe.settings import LetteringSettings
 from posterpipe_tests.core.metrics.tiny import generations
 
 
@@ -103,8 +105,23 @@ def test_small_images_and_other_scripts_are_read(reader: TitleReader) -> None:
 def test_the_reader_is_named_by_version_and_weights() -> None:
     name, weights = reader_id().rsplit(".", 1)
     assert name.startswith("rapidocr-") and len(weights) == 8
-    ids = {metric.metric_id for where in ("drawn", "set") for metric in legibility_metrics(where)}
-    assert len(ids) == 4 and all(reader_id() in metric_id for metric_id in ids)
+    both = (("drawn", ""), ("set", "abc"), ("set", "def"))
+    ids = {metric.metric_id for where in both for metric in legibility_metrics(*where)}
+    assert len(ids) == 6 and all(reader_id() in metric_id for metric_id in ids)
+    assert {name.split(".")[1] for name in ids} == {"drawn", "set"}, "reports go by it"
+
+
+def test_a_title_that_is_set_otherwise_is_measured_by_another_metric() -> None:
+    """Scores are kept for ever, and a generation's key does not know how its title is set."""
+
+    def ids(lettering: LetteringSettings) -> set[str]:
+        return {metric.metric_id for metric in legibility_metrics("set", lettering_id(lettering))}
+
+    one = LetteringSettings(style="bold")
+    assert ids(one).isdisjoint(ids(LetteringSettings(style="serif")))
+    assert ids(one) == ids(LetteringSettings(style="bold", seeds=2)), "which ones, not how"
+    with pytest.raises(ValueError, match="'set' only"):
+        legibility_metrics("set")
 
 
 def test_each_image_with_a_title_gets_its_numbers(
@@ -149,6 +166,8 @@ def test_an_unreadable_image_is_a_row_with_the_reason(tmp_path: Path) -> None:
 def test_a_suite_without_titles_has_nothing_to_read(tmp_path: Path) -> None:
     columns = ["generation_key", "image", "image_path", "title", "status", "reason"]
     nothing = pd.DataFrame(columns=columns)
-    metrics, scores, read = measure_legibility(Store(tmp_path), nothing, "set", NoProgress())
+    metrics, scores, read = measure_legibility(
+        Store(tmp_path), nothing, "set", NoProgress(), lettering="abc"
+    )
     assert len(metrics) == 2 and scores.empty and read.empty
     assert of_all_titles(nothing, read).empty
