@@ -15,7 +15,7 @@ import pyarrow as pa
 from dbt.adapters.duckdb.plugins import BasePlugin
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
-from posterpipe.core.statistics import bootstrap_intervals, has_spread
+from posterpipe.core.statistics import bootstrap_intervals, has_spread, student_quantile
 
 _ENDS = pa.struct([("low", pa.float64()), ("high", pa.float64())])
 _AT_ONCE = 512
@@ -36,6 +36,8 @@ def register(connection: duckdb.DuckDBPyConnection) -> None:
     DOUBLE), as `statistics.bootstrap_interval` gives it. NULL among the values is passed over; the
     result is NULL with fewer than two, or where all are the same. The order of the values counts in
     the last digits, so give it: `list(mean order by prompt_id)`.
+
+    `student_quantile(probability, degrees)`: that of Student's t; NULL below one degree of freedom.
     """
     connection.create_function(
         "bootstrap_interval",
@@ -45,6 +47,19 @@ def register(connection: duckdb.DuckDBPyConnection) -> None:
         type=PythonUDFType.ARROW,
         null_handling=FunctionNullHandling.SPECIAL,
     )
+    connection.create_function(
+        "student_quantile",
+        _quantile,
+        ["DOUBLE", "BIGINT"],
+        "DOUBLE",
+        null_handling=FunctionNullHandling.SPECIAL,
+    )
+
+
+def _quantile(probability: float | None, degrees: int | None) -> float | None:
+    if probability is None or degrees is None or degrees < 1:
+        return None
+    return student_quantile(probability, degrees)
 
 
 def _intervals(column: Any) -> pa.Array:

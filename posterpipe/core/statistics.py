@@ -7,7 +7,9 @@ that could have been seen. What does not: computing scores (`metrics`), keeping 
 All variants answer the same prompts with the same seeds, so differences are taken image by image.
 Seeds of one prompt are not independent answers, therefore they are averaged, and the prompts are
 what the bootstrap draws: an interval says how the number would vary with other prompts of this
-kind. The same unit serves the tests: signs are flipped by prompt.
+kind. The same unit serves the tests: signs are flipped by prompt. That prompts are independent
+takes seeds of their own: noise that several prompts share is a second random effect, which a
+bootstrap over prompts leaves out (Owen 2007, Annals of Applied Statistics 1:386).
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ _EXACT_PROMPTS = 12
 """Up to here all 2^n sign patterns are tried; with more, RESAMPLES of them."""
 _FEW_PROMPTS = 12
 """Below it an interval is the wider of Student's t and the bootstrap."""
-_NO_SPREAD = 1e-9
+NO_SPREAD = 1e-9
 """A deviation of values that are the same but for their last digits; the macros have it too."""
 _CHUNK = 1_000_000
 """Random numbers held at once."""
@@ -72,7 +74,8 @@ class Estimate:
     """NaN without any prompt."""
     low: float
     high: float
-    """Bounds of the interval; NaN with fewer than two prompts, which say nothing about others."""
+    """Bounds of the interval; NaN with fewer than two prompts, or where all have the same value:
+    such prompts say nothing about others."""
     prompts: int
     images: int
     """Images, or pairs of images, behind the mean."""
@@ -110,14 +113,16 @@ class Effect:
     """Mean over prompts of the mean over seeds."""
     low: float
     high: float
-    """Interval over prompts (`bootstrap_interval`); NaN with fewer than two."""
+    """Interval over prompts (`bootstrap_interval`); NaN with fewer than two, or where all differ by
+    the same."""
     p_value: float
     """Of the hypothesis of no effect, from flipping signs by prompt; NaN with fewer than two."""
     effect_size: float
     """Cohen's d of the prompts' differences, with Hedges' correction for few; 0 where nothing
     differs."""
     win_rate: float
-    """Share of prompts on the positive side, ties half; 0.5 is no preference."""
+    """Share of prompts on the better side, ties half; 0.5 is no preference. NaN where neither side
+    is the better one."""
     win_low: float
     win_high: float
     """Wilson interval of the win rate."""
@@ -133,20 +138,31 @@ def effects(
     *,
     value: str = "clip_cosine",
     contrasts: Mapping[str, Mapping[str, float]] = CONTRASTS,
+    better: str = "higher",
 ) -> pd.DataFrame:
     """One row a contrast whose variants `frame` has, with the fields of `Effect` as columns.
 
-    `frame` has the columns variant, prompt_id, seed and `value`, of one metric. Cells are compared
-    within prompt and seed; one that lacks a variant of the contrast is left out. Raises ValueError
-    where an image is there twice.
+    `frame` has the columns variant, prompt_id, seed and `value`, of one metric, of which `better`
+    says which values are better: higher, lower, or another word where neither side is. Cells are
+    compared within prompt and seed; one that lacks a variant of the contrast is left out. With a
+    column negative_prompt, so are those in which a negative variant has nothing to leave out: its
+    image is that of the variant without. Raises ValueError where an image is there twice.
     """
+    if "negative_prompt" in frame:
+        frame = frame[~without_negative(frame)]
     present = set(frame["variant"].unique())
     rows = [
-        asdict(effect(frame, name, weights, value=value))
+        asdict(effect(frame, name, weights, value=value, better=better))
         for name, weights in contrasts.items()
         if set(weights) <= present
     ]
     return pd.DataFrame(rows, columns=list(Effect.__dataclass_fields__))
+
+
+def without_negative(frame: pd.DataFrame) -> pd.Series:
+    """Whether a row (variant, negative_prompt) is of a negative variant without a negative prompt:
+    the same image as that of the variant without one."""
+    return frame["variant"].str.contains("_negative") & (frame["negative_prompt"] == "")
 
 
 def effect(
@@ -155,6 +171,7 @@ def effect(
     weights: Mapping[str, float],
     *,
     value: str = "clip_cosine",
+    better: str = "higher",
 ) -> Effect:
     """One contrast: `weights` by variant, adding up to 0. See `effects`."""
     cells = sum(
@@ -163,17 +180,18 @@ def effect(
     )
     assert isinstance(cells, pd.Series), "a contrast names at least one variant"
     cells = cells.dropna()
-    return effect_of(contrast, cells.rename("difference").reset_index())
+    return effect_of(contrast, cells.rename("difference").reset_index(), better=better)
 
 
-def effect_of(contrast: str, cells: pd.DataFrame) -> Effect:
+def effect_of(contrast: str, cells: pd.DataFrame, *, better: str = "higher") -> Effect:
     """The effect behind differences that are taken already: prompt_id and difference, one a cell.
 
-    Seeds are averaged within prompts first, whatever their number.
+    Seeds are averaged within prompts first, whatever their number. `better`: see `effects`.
     """
     by_prompt = cells.groupby("prompt_id", sort=True)["difference"].mean().to_numpy(dtype=float)
     low, high = bootstrap_interval(by_prompt)
-    wins = float(np.sign(by_prompt).sum() + len(by_prompt)) / 2
+    side = {"higher": 1.0, "lower": -1.0}.get(better, math.nan)
+    wins = float((side * np.sign(by_prompt)).sum() + len(by_prompt)) / 2
     win_low, win_high = wilson_interval(wins, len(by_prompt))
     return Effect(
         contrast=contrast,
@@ -216,6 +234,21 @@ def sign_flip_p(
     return (extreme + 1) / (resamples + 1)
 
 
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """p-values (k,) of one family corrected for their number (Holm 1979, Scandinavian Journal of
+    Statistics 6:65): the smallest counts k times, the next k - 1 times, and so on, none below one
+    before it. Calling those below 0.05 calls none wrongly in 95 of 100 families, however they hang
+    together. NaN are no tests.
+    """
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")  # NaN come last
+    known = int(np.isfinite(p).sum())
+    counted = p[order[:known]] * np.arange(known, 0, -1)
+    adjusted = np.full(len(p), math.nan)
+    adjusted[order[:known]] = np.minimum(1, np.maximum.accumulate(counted))
+    return adjusted
+
+
 def hedges_g(differences: np.ndarray) -> float:
     """Standardised mean of paired differences (n,): mean over deviation, times Hedges' correction
     1 - 3 / (4 (n - 1) - 1). NaN with fewer than three values, 0 where all are 0."""
@@ -232,8 +265,9 @@ def hedges_g(differences: np.ndarray) -> float:
 def wilson_interval(
     successes: float, n: int, *, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """Interval of a share, Wilson (1927): `successes` of `n`, halves allowed. NaN without any."""
-    if n == 0:
+    """Interval of a share, Wilson (1927): `successes` of `n`, halves allowed. NaN without any, or
+    where they are NaN."""
+    if n == 0 or math.isnan(successes):
         return math.nan, math.nan
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = successes / n
@@ -243,18 +277,26 @@ def wilson_interval(
 
 
 def smallest_detectable(
-    differences: np.ndarray, *, power: float = POWER, confidence: float = CONFIDENCE
+    differences: np.ndarray,
+    *,
+    power: float = POWER,
+    confidence: float = CONFIDENCE,
+    tests: int = 1,
 ) -> float:
     """The true difference that a study of this many prompts finds with probability `power`.
 
     `differences` (n,) of prompts, seeds averaged: their deviation holds what both prompts and seeds
-    contribute. (t(1 - alpha/2) + t(power)) * deviation / sqrt(n) (Bloom 1995). NaN with fewer than
-    two, and where all are the same: the deviation of other prompts is then unknown, not 0.
+    contribute, where prompts have seeds of their own. (t(1 - alpha/(2 tests)) + t(power)) *
+    deviation / sqrt(n) (Bloom 1995): `tests` is how often the p-value of the finding counts, 1 for
+    one that is not corrected. Of `holm`, all tests of the family: what the smallest p-value has to
+    pass, so that the power is no less than told whatever the others show. NaN with fewer than two,
+    and where all are the same: the deviation of other prompts is then unknown, not 0.
     """
     n = len(differences)
     if n < 2 or not has_spread(differences):
         return math.nan
-    quantiles = student_quantile((1 + confidence) / 2, n - 1) + student_quantile(power, n - 1)
+    level = 1 - (1 - confidence) / 2 / tests
+    quantiles = student_quantile(level, n - 1) + student_quantile(power, n - 1)
     return quantiles * float(np.std(differences, ddof=1)) / math.sqrt(n)
 
 
@@ -284,8 +326,8 @@ def bootstrap_interval(
     Statistician 69:371) moves the percentiles outwards by just that. But means of values drawn
     again never leave the values' range: so widened, the interval of two values still holds the
     truth only half the time, that of four 86 times of 100. Below 12 values it therefore reaches as
-    far as Student's t does, where that is further. NaN with fewer than two values; where all are
-    equal they show no spread, and both ends are that value.
+    far as Student's t does, where that is further. NaN with fewer than two values, and where all
+    are the same (`has_spread`): they do not say how others would vary.
     """
     samples = np.asarray(values, dtype=float)[np.newaxis]
     ((low, high),) = bootstrap_intervals(
@@ -314,12 +356,14 @@ def bootstrap_intervals(
         middle = samples.mean(axis=1)
         half = -quantile * samples.std(axis=1, ddof=1) / math.sqrt(n)
         low, high = np.minimum(low, middle - half), np.maximum(high, middle + half)
-    return np.column_stack([low, high])
+    ends = np.column_stack([low, high])
+    ends[samples.std(axis=1, ddof=1) <= NO_SPREAD] = math.nan
+    return ends
 
 
 def has_spread(values: np.ndarray) -> bool:
     """Whether `values` (n,) differ by more than sums in another order do."""
-    return len(values) > 1 and float(np.std(values, ddof=1)) > _NO_SPREAD
+    return len(values) > 1 and float(np.std(values, ddof=1)) > NO_SPREAD
 
 
 def _patterns(
@@ -357,10 +401,10 @@ def _signs(rng: np.random.Generator, count: int, n: int) -> np.ndarray:
 @lru_cache(maxsize=1024)
 def student_quantile(probability: float, degrees: int) -> float:
     """The quantile of Student's t, found by halving: its distribution has a closed form for whole
-    degrees of freedom. `probability` within 1e-4..1 - 1e-4."""
+    degrees of freedom. `probability` within 1e-7..1 - 1e-7."""
     if probability > 0.5:
         return -student_quantile(1 - probability, degrees)
-    low, high = -1e5, 0.0
+    low, high = -1e7, 0.0
     for _ in range(200):
         middle = (low + high) / 2
         if _student_cdf(middle, degrees) < probability:

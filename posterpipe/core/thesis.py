@@ -44,6 +44,9 @@ SCALE = 2.5
 CONTROLS = ("control", "specific", "rank")
 """Roles of the evidence that tell whether a score is the own prompt's."""
 
+_BETTER = {"control": "neither"}
+"""Of these roles higher values are no merit."""
+
 SHOWN = 4
 """Best and worst pairs that are shown at most."""
 
@@ -118,12 +121,12 @@ def control_effects(evidence: pd.DataFrame, generations: pd.DataFrame) -> pd.Dat
     specific, control and rank. Columns: role, metric_id, then the fields of `statistics.Effect`; no
     rows where the suite has one text.
     """
-    own = evidence[evidence["generation_key"].isin(generations["generation_key"])]
+    own = evidence.merge(generations[["generation_key", "negative_prompt"]], on="generation_key")
     parts = []
     for role in CONTROLS:
         rows = own[own["role"] == role]
         if len(rows):
-            found = effects(rows, value="value")
+            found = effects(rows, value="value", better=_BETTER.get(role, "higher"))
             found.insert(0, "role", role)
             found.insert(1, "metric_id", str(rows["metric_id"].iloc[0]))
             parts.append(found)
@@ -388,7 +391,8 @@ def report(
     metric_id = str(scores["metric_id"].iloc[0])
     table = growth(scores, generations)
     best, worst = extremes(scores)
-    own, control = effects(scores), control_effects(evidence, generations)
+    asked = scores.merge(generations[["generation_key", "negative_prompt"]], on="generation_key")
+    own, control = effects(asked), control_effects(evidence, generations)
     note = control_told(own, control)
     means = "; ".join(
         f"{row.label}: {row.score:.2f} ({_ends(row.score_low, row.score_high, '.2f')})"

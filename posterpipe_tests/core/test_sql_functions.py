@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from posterpipe.core.sql_functions import register
-from posterpipe.core.statistics import bootstrap_interval
+from posterpipe.core.statistics import bootstrap_interval, student_quantile
 
 
 @pytest.fixture
@@ -50,6 +50,18 @@ def test_a_sample_without_spread_has_no_interval(database: duckdb.DuckDBPyConnec
     for values in ("[]", "[0.3]", "[0.3, null]", "null", "[0.1 + 0.2, 0.3, 0.3]", "[1, 1, 1, 1]"):
         found = database.sql(f"select bootstrap_interval({values})").fetchall()
         assert found == [(None,)], values
+
+
+def test_sql_gives_the_quantile_that_python_gives(database: duckdb.DuckDBPyConnection) -> None:
+    for probability in (0.975, 0.8, 1 - 0.025 / 112):
+        for degrees in (1, 2, 23, 119):
+            ((found,),) = database.execute(
+                "select student_quantile(?, ?)", [probability, degrees]
+            ).fetchall()
+            assert found == student_quantile(probability, degrees)
+    assert database.sql(
+        "select student_quantile(0.8, 0), student_quantile(0.8, null)"
+    ).fetchall() == [(None, None)]
 
 
 def test_the_same_values_give_the_same_digits(database: duckdb.DuckDBPyConnection) -> None:

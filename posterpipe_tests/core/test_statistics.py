@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,9 +17,12 @@ from posterpipe.core.statistics import (
     CONTRASTS,
     DESIGN,
     bootstrap_interval,
+    bootstrap_intervals,
     effect,
+    effect_of,
     effects,
     hedges_g,
+    holm,
     mean_interval,
     paired_difference,
     sign_flip_p,
@@ -209,6 +214,56 @@ def test_an_interaction_is_what_the_negative_prompt_does_more_for_the_tuned_mode
     assert 0 < interaction.low <= 0.03 <= interaction.high
 
 
+def test_prompts_without_a_negative_prompt_are_left_out_of_what_compares_it() -> None:
+    mixed = study(np.random.default_rng(17), tuned=0.03, negative=0.02)
+    half = mixed["prompt_id"].str[1:].astype(int) < 12
+    negative = mixed["variant"].str.endswith("_negative")
+    # Without a negative prompt its variant is the same image once more.
+    same = mixed[half & ~negative].assign(variant=lambda rows: rows["variant"] + "_negative")
+    mixed = pd.concat([mixed[~(half & negative)], same], ignore_index=True)
+    asked = mixed["variant"].str.endswith("_negative")
+    none = mixed["prompt_id"].str[1:].astype(int) < 12
+    mixed["negative_prompt"] = np.where(asked & ~none, "busy", "")
+    found: Any = effects(mixed).set_index("contrast")
+    pooled: Any = effects(mixed.drop(columns="negative_prompt")).set_index("contrast")
+    assert found.loc["tuned without negative", "prompts"] == 24
+    for name in set(found.index) - {"tuned without negative"}:
+        assert (found.loc[name, "prompts"], found.loc[name, "pairs"]) == (12, 48)
+    only: Any = effects(mixed[~none].drop(columns="negative_prompt")).set_index("contrast")
+    for name in ("negative", "negative on base", "interaction", "both"):
+        assert found.loc[name, "estimate"] == pytest.approx(only.loc[name, "estimate"])
+    # Pooled, half of the prompts say that it does nothing.
+    assert pooled.loc["negative on base", "estimate"] == pytest.approx(
+        found.loc["negative on base", "estimate"] / 2
+    )
+    # A suite without any negative prompt has no such comparison.
+    assert effects(mixed[none]).contrast.tolist() == ["tuned without negative"]
+
+
+def test_a_prompt_is_won_where_the_metric_calls_the_difference_better() -> None:
+    cells = pd.DataFrame({"prompt_id": list("abcd"), "difference": [0.1, 0.2, 0.0, -0.1]})
+    higher, lower = effect_of("x", cells), effect_of("x", cells, better="lower")
+    assert (higher.win_rate, lower.win_rate) == (0.625, 0.375)
+    assert lower.win_low == pytest.approx(1 - higher.win_high)
+    for word in ("neither", "nearer 0"):
+        neither = effect_of("x", cells, better=word)
+        assert math.isnan(neither.win_rate) and math.isnan(neither.win_low)
+        assert neither.estimate == higher.estimate
+
+
+def test_seeds_that_prompts_share_make_intervals_too_narrow() -> None:
+    # What docs/prompts.md warns of: the same four noises under all prompts.
+    rng = np.random.default_rng(18)
+    covered = {"own": 0, "shared": 0}
+    for _ in range(500):
+        for kind in covered:
+            noise = rng.normal(0, 0.02, (24, 4) if kind == "own" else (1, 4))
+            values = 0.02 + noise + rng.normal(0, 0.02, (24, 4))
+            low, high = bootstrap_interval(values.mean(axis=1), resamples=500)
+            covered[kind] += low <= 0.02 <= high
+    assert covered["own"] / 500 >= 0.92 and covered["shared"] / 500 < 0.75
+
+
 def test_a_late_negative_prompt_is_compared_with_the_full_one_where_it_was_drawn() -> None:
     rows: list[Row] = [
         ("sd_negative", "a", 1, 0.30), ("sd_negative", "b", 1, 0.25), ("sd_negative", "c", 1, 0.90),
@@ -246,6 +301,63 @@ def test_what_a_suite_says_it_detects_is_found_by_the_next_one_four_times_in_fiv
 def test_prompts_that_are_all_alike_do_not_say_what_they_would_detect() -> None:
     assert math.isnan(smallest_detectable(np.full(24, 0.2)))
     assert math.isnan(smallest_detectable(np.array([0.1 + 0.2, 0.3, 0.3])))
+
+
+@pytest.mark.parametrize("tests", [8, 15, 112])
+def test_what_is_detectable_counts_the_correction_and_is_found_four_times_in_five(
+    tests: int,
+) -> None:
+    # One effect among metrics and comparisons without any: it has to pass Holm's correction.
+    rng = np.random.default_rng(tests)
+    n, spread, studies = 24, 0.02, 1000
+    exact = np.tile([-spread, spread], n // 2) * math.sqrt((n - 1) / n)
+    needed = smallest_detectable(exact, tests=tests)
+    assert needed > smallest_detectable(exact)
+    values = rng.normal(0, spread, (studies, tests, n))
+    values[:, 0] += needed
+    found = [holm(student_p(study))[0] < 0.05 for study in values]
+    assert 0.76 <= np.mean(found) <= 0.85
+
+
+def student_p(values: np.ndarray) -> np.ndarray:
+    """Two-sided p-values (k,) of no mean in each row of (k, n), by Student's t."""
+    n = values.shape[-1]
+    t = np.abs(values.mean(axis=-1)) / values.std(axis=-1, ddof=1) * math.sqrt(n)
+    return np.interp(t, *_tails(n - 1))
+
+
+@lru_cache
+def _tails(degrees: int) -> tuple[np.ndarray, np.ndarray]:
+    grid = np.linspace(0, 40, 4001)
+    tails = [2 * (1 - statistics._student_cdf(float(at), degrees)) for at in grid]
+    return grid, np.array(tails)
+
+
+def test_holm_by_hand() -> None:
+    adjusted = holm(np.array([0.04, np.nan, 0.01, 0.03, 0.5]))
+    np.testing.assert_allclose(adjusted, [0.09, np.nan, 0.04, 0.09, 0.5])
+    assert holm(np.array([])).size == 0
+
+
+def test_where_nothing_differs_a_family_of_questions_is_seldom_fooled() -> None:
+    # The whole 2 x 2 design without any effect, by metrics that agree as CLIP's do (0.7).
+    rng = np.random.default_rng(21)
+    names = list(DESIGN)
+    weights = np.array(
+        [[own.get(name, 0.0) for name in names] for own in list(CONTRASTS.values())[:8]]
+    )
+    studies, metrics, prompts = 400, 14, 24
+    fooled: Counter[str] = Counter()
+    for _ in range(studies):
+        shared = rng.normal(0, 1, (1, 4, prompts))
+        own = rng.normal(0, 1, (metrics, 4, prompts))
+        values = math.sqrt(0.7) * shared + math.sqrt(0.3) * own
+        p = student_p(np.einsum("cv,mvp->mcp", weights, values).reshape(-1, prompts))
+        p = p.reshape(metrics, 8)
+        fooled["within a comparison"] += any((holm(column) < 0.05).any() for column in p.T)
+        fooled["all"] += int((holm(p.ravel()) < 0.05).any())
+    assert fooled["all"] / studies <= 0.05, fooled
+    assert fooled["within a comparison"] / studies > 0.05, "what is counted makes the difference"
 
 
 def test_the_smallest_detectable_difference_is_found_four_times_in_five() -> None:
@@ -299,7 +411,17 @@ def test_too_little_gives_no_interval() -> None:
     assert all(math.isnan(bound) for bound in bootstrap_interval(np.array([0.3])))
     nothing = mean_interval(table([("sd", "a", 1, None)]))
     assert math.isnan(nothing.mean) and nothing.prompts == nothing.images == 0
-    assert bootstrap_interval(np.array([0.25, 0.25, 0.25])) == (0.25, 0.25)
+
+
+def test_values_that_are_all_the_same_have_no_interval() -> None:
+    for values in ([0.25, 0.25, 0.25], [0.1 + 0.2, 0.3, 0.3], [0.0] * 24):
+        assert all(math.isnan(bound) for bound in bootstrap_interval(np.array(values)))
+    # Beside others that differ, which keep theirs.
+    samples = np.array([[0.25, 0.25, 0.25], [0.1, 0.2, 0.3]])
+    alike, spread = bootstrap_intervals(samples)
+    assert np.isnan(alike).all() and spread.tolist() == list(bootstrap_interval(samples[1]))
+    alone = mean_interval(table([("sd", "a", 1, 0.2), ("sd", "b", 1, 0.2)]))
+    assert alone.mean == 0.2 and math.isnan(alone.low) and math.isnan(alone.high)
 
 
 def test_the_leaderboard_by_hand() -> None:

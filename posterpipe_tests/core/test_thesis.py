@@ -39,7 +39,9 @@ def study(tmp_path: Path) -> tuple[pd.DataFrame, pd.DataFrame, Path]:
     table.loc[0, ["clip_cosine", "status"]] = [math.nan, "blocked"]
     table.loc[1, "clip_cosine"] = -0.05
     table["generation_key"] = table["image_path"]
-    scores = table.drop(columns=["prompt", "image_path"]).assign(metric_id=METRIC)
+    table["negative_prompt"] = np.where(table["variant"].str.endswith("_negative"), "busy", "")
+    dropped = ["prompt", "image_path", "negative_prompt"]
+    scores = table.drop(columns=dropped).assign(metric_id=METRIC)
     return scores, table.drop(columns="clip_cosine"), tmp_path
 
 
@@ -208,6 +210,21 @@ def test_the_negative_control_is_told_with_the_chart(
     alone = thesis.report(scores, generations, measured.iloc[:0], root)
     assert alone.control.empty and "other prompts" not in alone.captions["growth"]
     assert alone.pictures["growth"].tobytes() != made.pictures["growth"].tobytes()
+
+
+def test_effects_leave_out_prompts_without_a_negative_prompt(
+    study: tuple[pd.DataFrame, pd.DataFrame, Path],
+) -> None:
+    scores, generations, root = study
+    some = generations["prompt_id"].isin(sorted(generations["prompt_id"].unique())[:3])
+    mixed = generations.assign(negative_prompt=generations["negative_prompt"].mask(some, ""))
+    made = thesis.report(scores, mixed, evidence(scores), root)
+    for table in (made.effects, made.control[made.control["role"] == "specific"]):
+        prompts = table.set_index("contrast")["prompts"]
+        assert prompts["tuned without negative"] == 8 and prompts["negative on base"] == 5
+    control = made.control.set_index("role")["win_rate"]
+    assert control["control"].isna().all(), "a higher control is no merit"
+    assert control["specific"].notna().all()
 
 
 def test_the_report_writes_pictures_table_and_explanation(
