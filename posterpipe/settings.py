@@ -605,7 +605,14 @@ class GateSettings(Group):
     clip_margin: float = Field(
         0.01,
         ge=0,
-        description="cosine by which CLIP-T may be lower without counting as inferior",
+        description="cosine by which CLIP-T may be lower than the champion's, and than the base "
+        "model's, without counting as inferior",
+    )
+    fidelity_margin: float = Field(
+        0.01,
+        ge=0,
+        description="cosine by which the similarity to holdout posters has to be lower than the "
+        "champion's for a checkpoint to be rejected; lower by less holds it",
     )
     specific_margin: float | None = Field(
         None,
@@ -618,7 +625,10 @@ class GateSettings(Group):
         0.05, ge=0, le=1, description="share of images that may count as copies of training posters"
     )
     diversity_kept: float = Field(
-        0.8, ge=0, le=1, description="share of the champion's diversity that must remain"
+        0.8,
+        ge=0,
+        le=1,
+        description="share of the champion's diversity, and of the base model's, that must remain",
     )
     blocked_limit: float = Field(
         0.02, ge=0, le=1, description="share of images that may be black or of one colour"

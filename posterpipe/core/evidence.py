@@ -321,9 +321,9 @@ def judge(
 ) -> Decision:
     """The gate's decision about a challenger, written into the warehouse.
 
-    `generations` (`sampler.COLUMNS`) and `evidence` (EVIDENCE_COLUMNS) cover both checkpoints. The
-    same decision as last time is no new row. Raises WarehouseBusy, and GateError where `champion`
-    is not the one to beat any more: nothing is decided then.
+    `generations` (`sampler.COLUMNS`) and `evidence` (EVIDENCE_COLUMNS) cover both checkpoints and
+    the base model. The same decision as last time is no new row. Raises WarehouseBusy, and
+    GateError where `champion` is not the one to beat any more: nothing is decided then.
     """
     # A table that an older posterpipe made lacks a column until it is made again.
     evidence = evidence.reindex(columns=list(EVIDENCE_COLUMNS))
@@ -337,6 +337,7 @@ def judge(
             dict(zip(compared["generation_key"], compared["copied"].astype(bool), strict=True)),
             challenger=challenger,
             champion=champion,
+            base=base_model,
             clip=metric_of["clip"],
             fidelity=metric_of["fidelity"],
             diversity=metric_of["diversity"],

@@ -5,11 +5,19 @@ scores, and who is champion as one of all decisions so far. What does not: measu
 estimating (`statistics`) and keeping decisions (`warehouse`: fct_promotion).
 
 A challenger is promoted when every check passes, rejected when one fails, and otherwise held: the
-evidence is too thin, or not complete. A check that compares fails only when its whole interval says
-so, and passes only when its whole interval does; so chance alone neither promotes nor rejects. With
-few prompts an interval says too little about itself for that, so then it decides nothing. The first
-champion is the base model. People may pin a checkpoint, or roll back to an earlier champion;
-the gate then goes on deciding, but what is served stays until the pin is taken away.
+evidence is too thin, or not complete. A check that compares passes only when its whole interval is
+on the good side of its limit, and fails only when the whole interval is worse than a margin allows:
+what is rejected cannot be pinned, so chance alone should not do it. Intervals of two equal models
+leave 0 out one time of twenty. Where the challenger seems better, it is promoted over one that is
+as good; where it seems lower, that is by less than the margin, and it is held (docs/champion.md has
+the simulated rates). With few prompts an interval says too little about itself for that, so then it
+decides nothing.
+
+Margins against the champion alone would add up: each of eight champions may have less diversity
+than the one before. So what may be lost is counted from the base model as well.
+
+The first champion is the base model. People may pin a checkpoint, or roll back to an earlier
+champion; the gate then goes on deciding, but what is served stays until the pin is taken away.
 """
 
 from __future__ import annotations
@@ -18,12 +26,12 @@ import datetime as dt
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import pandas as pd
 
-from posterpipe.core.statistics import Effect, effect_of
+from posterpipe.core.statistics import NO_SPREAD, Effect, effect_of, without_negative
 from posterpipe.core.store import content_key
 from posterpipe.settings import GateSettings
 
@@ -84,7 +92,8 @@ class Evidence:
     """checkpoint_id."""
     champion: str
     expected: int
-    """Cells (with negative prompt or without, prompt, seed) that the challenger was asked for."""
+    """Cells (with negative prompt or without, prompt, seed) that the challenger was asked for. A
+    prompt that has no negative prompt is asked without one only."""
     missing: int
     """Of these, cells that were not drawn, or were drawn and lack a score that they could have."""
     missing_of_champion: int
@@ -112,6 +121,12 @@ class Evidence:
     """Difference of PickScore, where it is measured."""
     specific: Effect | None = None
     """Difference of what of CLIP-T is the own prompt's alone, where the suite has others."""
+    missing_of_base: int = 0
+    """As `missing_of_champion`, of the base model where it is not the champion."""
+    clip_to_base: Effect | None = None
+    """Difference of CLIP-T to the base model; None where that is the champion."""
+    diversity_to_base: Effect | None = None
+    """Challenger minus the share of the base model's diversity that must remain; None as well."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +149,7 @@ def decide(evidence: Evidence, settings: GateSettings) -> Decision:
         _not_inferior(evidence, settings),
         _faithful(evidence, settings),
         _diverse(evidence, settings),
+        *_since_base(evidence, settings),
     )
     failed = [check for check in checks if check.outcome == "fail"]
     undecided = [check for check in checks if check.outcome == "open"]
@@ -150,18 +166,21 @@ def _told(checks: Sequence[Check]) -> str:
 
 def _complete(evidence: Evidence) -> Check:
     expected = evidence.expected
-    lacking = max(evidence.missing, evidence.missing_of_champion)
+    lacking = max(evidence.missing, evidence.missing_of_champion, evidence.missing_of_base)
     outcome: Outcome = "pass" if expected and not lacking else "open"
     reason = (
         f"{expected - evidence.missing} of {expected} cells are drawn and scored, and "
         f"{expected - evidence.missing_of_champion} of the champion's"
     )
+    if evidence.clip_to_base is not None:
+        reason += f", {expected - evidence.missing_of_base} of the base model's"
     if evidence.blocked_of_champion:
         reason += f" ({evidence.blocked_of_champion} of these are blocked, so not compared)"
     if outcome == "open":
         owners = {
             "tuned_generations": evidence.missing or not expected,
             "champion_generations": evidence.missing_of_champion,
+            "base_generations": evidence.missing_of_base,
         }
         again = [f"`{name}`" for name, lacks in owners.items() if lacks]
         reason += f"; materialize {', '.join(again)} and `fidelity_scores` again"
@@ -203,15 +222,8 @@ def _copying(evidence: Evidence, settings: GateSettings) -> Check:
 
 
 def _not_inferior(evidence: Evidence, settings: GateSettings) -> Check:
-    clip, limit = evidence.clip, -settings.clip_margin
-    outcome = _against(clip, limit, settings)
-    how = {
-        "pass": "not lower than",
-        "fail": "lower than the champion's by more than",
-        "open": "may be lower than the champion's by more than",
-    }[outcome]
-    tail = "the champion's less the margin of" if outcome == "pass" else "the margin of"
-    reason = f"difference {_interval(clip)}: {how} {tail} {settings.clip_margin:g}"
+    check = _clip("CLIP-T", evidence.clip, "champion", settings)
+    outcome, reason = check.outcome, check.reason
     specific = evidence.specific
     if specific is not None:
         reason += f"; own text less those of other prompts {_interval(specific)}"
@@ -220,24 +232,40 @@ def _not_inferior(evidence: Evidence, settings: GateSettings) -> Check:
             reason += ": its images tell the prompts apart less"
             # Not rejected: how much of that a style may cost is for people to say.
             outcome = "open" if outcome == "pass" and margin is not None else outcome
-    reason += _few(clip, settings)
-    return Check("CLIP-T", outcome, clip.estimate, clip.low, clip.high, limit, reason)
+    return replace(check, outcome=outcome, reason=reason)
+
+
+def _clip(name: str, effect: Effect, other: str, settings: GateSettings) -> Check:
+    limit = -settings.clip_margin
+    outcome = _against(effect, limit, settings)
+    how = {
+        "pass": "not lower than",
+        "fail": f"lower than the {other}'s by more than",
+        "open": f"may be lower than the {other}'s by more than",
+    }[outcome]
+    tail = f"the {other}'s less the margin of" if outcome == "pass" else "the margin of"
+    reason = f"difference {_interval(effect)}: {how} {tail} {settings.clip_margin:g}"
+    reason += _few(effect, settings)
+    return Check(name, outcome, effect.estimate, effect.low, effect.high, limit, reason)
 
 
 def _faithful(evidence: Evidence, settings: GateSettings) -> Check:
     fidelity, preference = evidence.fidelity, evidence.preference
-    outcome = _against(fidelity, 0.0, settings)
-    if outcome == "pass" and fidelity.low == 0:
+    limit = -settings.fidelity_margin
+    outcome = _against(fidelity, limit, settings)
+    how = "lower than the champion's by more than the margin of" if outcome == "fail" else ""
+    if outcome == "pass" and not fidelity.low > 0:
         outcome = "open"  # as good is not better
-    reason = (
-        f"similarity to holdout posters {_interval(fidelity)}: "
-        + {
-            "pass": "higher than the champion's",
-            "fail": "lower than the champion's",
-            "open": "not surely higher than the champion's",
-        }[outcome]
-        + _few(fidelity, settings)
-    )
+    if outcome == "open":
+        lower = fidelity.high < 0 and not _few(fidelity, settings)
+        how = (
+            "lower than the champion's, not surely by more than the margin of"
+            if lower
+            else "not surely higher than the champion's; the margin is"
+        )
+    how = f"{how} {settings.fidelity_margin:g}" if how else "higher than the champion's"
+    reason = f"similarity to holdout posters {_interval(fidelity)}: {how}"
+    reason += _few(fidelity, settings)
     if preference is not None:
         preferred = preference.win_low > 0.5
         if preferred and not _few(preference, settings):
@@ -246,13 +274,23 @@ def _faithful(evidence: Evidence, settings: GateSettings) -> Check:
             f"; preferred for {preference.win_rate:.0%} of the prompts "
             f"({preference.win_low:.0%} to {preference.win_high:.0%})"
         )
-    return Check("fidelity", outcome, fidelity.estimate, fidelity.low, fidelity.high, 0.0, reason)
+    return Check("fidelity", outcome, fidelity.estimate, fidelity.low, fidelity.high, limit, reason)
 
 
 def _diverse(evidence: Evidence, settings: GateSettings) -> Check:
-    kept = evidence.diversity
+    check = _diversity("diversity", evidence.diversity, "champion", settings)
+    reason = check.reason
+    if evidence.alone:
+        reason += (
+            f"; {evidence.alone} images are the only one of their prompt and are left out: give "
+            "every prompt two seeds or more"
+        )
+    return replace(check, reason=reason)
+
+
+def _diversity(name: str, kept: Effect, other: str, settings: GateSettings) -> Check:
     outcome = _against(kept, 0.0, settings)
-    share = f"{settings.diversity_kept:.0%} of the champion's diversity"
+    share = f"{settings.diversity_kept:.0%} of the {other}'s diversity"
     reason = (
         f"difference to {share} {_interval(kept)}: "
         + {
@@ -262,20 +300,34 @@ def _diverse(evidence: Evidence, settings: GateSettings) -> Check:
         }[outcome]
         + _few(kept, settings)
     )
-    if evidence.alone:
-        reason += (
-            f"; {evidence.alone} images are the only one of their prompt and are left out: give "
-            "every prompt two seeds or more"
-        )
-    return Check("diversity", outcome, kept.estimate, kept.low, kept.high, 0.0, reason)
+    return Check(name, outcome, kept.estimate, kept.low, kept.high, 0.0, reason)
+
+
+def _since_base(evidence: Evidence, settings: GateSettings) -> list[Check]:
+    """What may be lost, counted from the base model: none where that is the champion."""
+    if evidence.clip_to_base is None or evidence.diversity_to_base is None:
+        return []
+    return [
+        _clip("CLIP-T since base", evidence.clip_to_base, "base model", settings),
+        _diversity("diversity since base", evidence.diversity_to_base, "base model", settings),
+    ]
 
 
 def _against(effect: Effect, limit: float, settings: GateSettings) -> Outcome:
-    if math.isnan(effect.low) or math.isnan(effect.high) or _few(effect, settings):
+    if _few(effect, settings):
+        return "open"
+    if _equal(effect):  # there is no interval, and none is needed
+        return "pass" if limit <= 0 else "fail"
+    if math.isnan(effect.low) or math.isnan(effect.high):
         return "open"
     if effect.low >= limit:
         return "pass"
     return "fail" if effect.high < limit else "open"
+
+
+def _equal(effect: Effect) -> bool:
+    """Whether no prompt differs at all: the same images, say."""
+    return effect.prompts > 1 and math.isnan(effect.low) and abs(effect.estimate) <= NO_SPREAD
 
 
 def _few(effect: Effect, settings: GateSettings) -> str:
@@ -288,6 +340,10 @@ def _few(effect: Effect, settings: GateSettings) -> str:
 def _interval(effect: Effect) -> str:
     if math.isnan(effect.estimate):
         return "unknown"
+    if _equal(effect):
+        return f"none on any of {effect.prompts} prompts"
+    if math.isnan(effect.low):
+        return f"{effect.estimate:+.4f} (no interval, {effect.prompts} prompts)"
     return (
         f"{effect.estimate:+.4f} ({effect.low:+.4f} to {effect.high:+.4f}, "
         f"{effect.prompts} prompts)"
@@ -304,6 +360,7 @@ def gather(
     *,
     challenger: str,
     champion: str,
+    base: str | None = None,
     clip: str,
     fidelity: str,
     diversity: str,
@@ -314,8 +371,9 @@ def gather(
 ) -> Evidence:
     """The evidence about a challenger.
 
-    `generations`: rows of both checkpoints, of one suite and one setting of the sampler, as of
-    `sampler.COLUMNS` (generation_key, variant, prompt_id, seed, checkpoint_id, status).
+    `generations`: rows of both checkpoints, and of the base model `base` where that is another, of
+    one suite and one setting of the sampler, as of `sampler.COLUMNS` (generation_key, variant,
+    prompt_id, negative_prompt, seed, checkpoint_id, status).
     `scores`: long, as of `metrics.base.SCORE_COLUMNS`; `clip`, `fidelity`, `diversity`,
     `preference` and `specific` are the metric_ids to read. `copied`: whether an image counts as a
     copy, by generation_key; images that are not in it were not compared; `calibrated`: see
@@ -323,8 +381,11 @@ def gather(
     """
     own = _cells(generations, challenger)
     other = _cells(generations, champion)
-    # What one of them was asked, the other has to answer as well.
+    first = None if base in (None, champion) else _cells(generations, str(base))
+    # What one of them was asked, the others have to answer as well.
     expected = own.index.union(other.index)
+    if first is not None:
+        expected = expected.union(first.index)
     metrics = [clip, fidelity, diversity, *([preference] if preference else [])]
     by_metric = {name: scores[scores["metric_id"] == name] for name in metrics}
     if specific:  # shown beside clip, and missing where clip is
@@ -345,9 +406,9 @@ def gather(
             scored &= has | _alone(asked) if name == diversity else has
         return int((~(scored & (asked["status"] == "ok")) & (asked["status"] != "blocked")).sum())
 
-    def difference(name: str, share: float = 1.0) -> Effect:
+    def difference(name: str, share: float = 1.0, than: pd.DataFrame = other) -> Effect:
         ours = own["generation_key"].map(values[name]).astype(float)
-        theirs = other["generation_key"].map(values[name]).astype(float)
+        theirs = than["generation_key"].map(values[name]).astype(float)
         cells = (ours - share * theirs).dropna().rename("difference")
         return effect_of(name, cells.reset_index())
 
@@ -368,12 +429,21 @@ def gather(
         diversity=difference(diversity, settings.diversity_kept),
         preference=difference(preference) if preference else None,
         specific=difference(specific) if specific else None,
+        missing_of_base=0 if first is None else missing(first),
+        clip_to_base=None if first is None else difference(clip, than=first),
+        diversity_to_base=(
+            None if first is None else difference(diversity, settings.diversity_kept, than=first)
+        ),
     )
 
 
 def _cells(generations: pd.DataFrame, checkpoint: str) -> pd.DataFrame:
-    """Rows of a checkpoint by (arm, prompt_id, seed): the arm is the variant without the model."""
+    """Rows of a checkpoint by (arm, prompt_id, seed): the arm is the variant without the model.
+
+    Where a prompt has no negative prompt, the arms with one are the same image again and no cells.
+    """
     own = generations[generations["checkpoint_id"] == checkpoint]
+    own = own[~without_negative(own)]
     arm = own["variant"].str.replace("^(sd|dreambooth)", "", regex=True)
     cells = own.assign(arm=arm).set_index(["arm", "prompt_id", "seed"])
     if cells.index.has_duplicates:
@@ -424,6 +494,8 @@ def decision_row(
     }
     if evidence.specific is not None:
         numbers["specific"] = asdict(evidence.specific)
+    if evidence.clip_to_base is not None:
+        numbers["missing_of_base"] = evidence.missing_of_base
     row = _row(
         checkpoint=evidence.challenger,
         before=evidence.champion,

@@ -315,7 +315,7 @@ def legibility_scores(
     group_name="scoring",
     kinds={"python", "duckdb"},
     owners=["team:ml"],
-    code_version="2",
+    code_version="3",
     io_manager_key=TABLES,
     pool="warehouse",
     metadata=columns(
@@ -358,7 +358,9 @@ def champion(
     challenger = str(tuned_generations["checkpoint_id"].iloc[0])
     decision = judge(
         warehouse,
-        pd.concat([tuned_generations, champion_generations], ignore_index=True),
+        pd.concat(
+            [base_generations, tuned_generations, champion_generations], ignore_index=True
+        ).drop_duplicates("generation_key", ignore_index=True),
         fidelity_scores,
         challenger=challenger,
         champion=before,

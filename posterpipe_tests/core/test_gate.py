@@ -26,6 +26,7 @@ from posterpipe.core.gate import (
     rollback,
     unpin,
 )
+from posterpipe.core.statistics import effect_of
 from posterpipe.core.warehouse import Warehouse, insert
 from posterpipe.settings import GateSettings
 
@@ -42,11 +43,13 @@ def images(checkpoint: str, *, tuned: bool, blocked: int = 0, without: int = 0) 
             for seed in range(SEEDS):
                 variant = ("dreambooth" if tuned else "sd") + negative
                 key = f"{checkpoint}:{variant}:{prompt}:{seed}"
-                rows.append((key, variant, f"p{prompt}", 100 * prompt + seed, checkpoint, "ok"))
+                place = (key, variant, f"p{prompt}", "busy" if negative else "")
+                rows.append((*place, 100 * prompt + seed, checkpoint, "ok"))
     table = pd.DataFrame(
         rows,
-        columns=["generation_key", "variant", "prompt_id", "seed", "checkpoint_id", "status"],
-    )
+        columns=["generation_key", "variant", "prompt_id", "negative_prompt", "seed",
+                 "checkpoint_id", "status"],
+    )  # fmt: skip
     table.loc[: blocked - 1, "status"] = "blocked" if blocked else "ok"
     return table.iloc[: len(table) - without]
 
@@ -166,6 +169,137 @@ def test_what_is_of_the_own_prompt_alone_is_told_with_every_decision() -> None:
 
 def test_a_checkpoint_that_is_less_like_film_posters_is_rejected() -> None:
     assert judged(fidelity=0.55).verdict == "reject"
+
+
+def equal_models(prompts: int, spread: float, count: int) -> list[Decision]:
+    """What the gate says of models that differ by chance alone, `spread` over the prompts."""
+    rng = np.random.default_rng(prompts)
+    good = judged().evidence
+    decisions = []
+    for _ in range(count):
+        rows = [{"prompt_id": f"p{prompt}", "difference": 0.0} for prompt in range(prompts)]
+        cells = pd.DataFrame(rows)
+        clip, fidelity, diversity = (
+            effect_of(name, cells.assign(difference=shift + rng.normal(0, spread, prompts)))
+            for name, shift in (("clip", 0.0), ("fidelity", 0.0), ("diversity", 0.06))
+        )
+        evidence = dataclasses.replace(good, clip=clip, fidelity=fidelity, diversity=diversity)
+        decisions.append(decide(evidence, SETTINGS))
+    return decisions
+
+
+@pytest.mark.parametrize("prompts", [8, 24])
+def test_of_equal_models_hardly_one_is_rejected_and_few_are_promoted(prompts: int) -> None:
+    # As two trainings differ that agree on the mean: 0.02 from prompt to prompt.
+    said = equal_models(prompts, 0.02, 400)
+    shares = {name: np.mean([d.verdict == name for d in said]) for name in ("reject", "promote")}
+    assert shares["reject"] <= 0.01, shares
+    assert shares["promote"] <= 0.05, shares
+    lower = [d for d in said if d.evidence.fidelity.high < 0]
+    assert len(lower) >= 4, "without a margin these were rejected"
+
+
+def test_a_checkpoint_that_is_lower_by_less_than_the_margin_is_held() -> None:
+    decision = judged(fidelity=0.594)
+    assert decision.evidence.fidelity.high < 0
+    assert decision.verdict == "hold" and outcomes(decision)["fidelity"] == "open"
+    assert "not surely by more than the margin of 0.01" in decision.reason
+    strict = judged(fidelity=0.594, settings=GateSettings(fidelity_margin=0.0))
+    assert strict.verdict == "reject"
+
+
+def chain(clip: float, diversity: float, steps: int = 8) -> list[Decision]:
+    """Checkpoints one after the other, each that much lower than the champion of its moment."""
+    champion, scores, level = BASE, BASE_SCORES, (0.25, 0.30)
+    fidelity, decisions = 0.60, []
+    for step in range(steps):
+        own = images(f"new {step}", tuned=True)
+        level_of_own = (level[0] + clip, level[1] * diversity)
+        fidelity += 0.02
+        measures = measured(
+            own, clip=level_of_own[0], fidelity=fidelity, diversity=level_of_own[1], seed=step + 1
+        )
+        tables = [BASE, own] if step == 0 else [BASE, champion, own]
+        served = str(champion["checkpoint_id"].iloc[0])
+        evidence = gather(
+            pd.concat(tables).drop_duplicates("generation_key"),
+            pd.concat([BASE_SCORES, scores, measures]).drop_duplicates(
+                ["generation_key", "metric_id"]
+            ),
+            dict.fromkeys(own["generation_key"], False),
+            challenger=f"new {step}", champion=served, base="base", clip="clip",
+            fidelity="fidelity", diversity="diversity", calibrated=True, settings=SETTINGS,
+        )  # fmt: skip
+        decisions.append(decide(evidence, SETTINGS))
+        if decisions[-1].verdict == "promote":
+            champion, scores, level = own, measures, level_of_own
+    return decisions
+
+
+@pytest.mark.parametrize(
+    ("clip", "diversity", "name"),
+    [(0.0, 0.9, "diversity since base"), (-0.006, 1.0, "CLIP-T since base")],
+)
+def test_a_chain_of_promotions_loses_the_margin_once(
+    clip: float, diversity: float, name: str
+) -> None:
+    decisions = chain(clip, diversity)
+    promoted = [decision for decision in decisions if decision.verdict == "promote"]
+    assert 1 <= len(promoted) < len(decisions)
+    # Each is good enough beside the champion of its moment; what adds up is lost to the base model.
+    last = decisions[-1]
+    assert outcomes(last)["CLIP-T"] == outcomes(last)["diversity"] == "pass"
+    assert outcomes(last)[name] in ("open", "fail") and name in last.reason
+    assert "of the base model's" in last.reason or "than the base model's" in last.reason
+    row = decision_row(last, history(), "base", decided_at=START).iloc[0]
+    told = {check["name"]: check for check in json.loads(row["numbers"])["checks"]}
+    clip_to_base, diversity_to_base = last.evidence.clip_to_base, last.evidence.diversity_to_base
+    assert clip_to_base is not None and diversity_to_base is not None
+    assert told["CLIP-T since base"]["value"] == pytest.approx(clip_to_base.estimate)
+    assert told["diversity since base"]["value"] == pytest.approx(diversity_to_base.estimate)
+
+
+def test_where_the_base_model_is_the_champion_it_is_compared_with_once() -> None:
+    assert list(outcomes(chain(0.0, 1.0, 1)[0])) == list(outcomes(judged()))
+
+
+def test_nothing_is_promoted_over_missing_cells_of_the_base_model() -> None:
+    own, champion = images("new", tuned=True), images("old", tuned=True)
+    scores = [BASE_SCORES[BASE_SCORES["generation_key"] != BASE["generation_key"].iloc[0]]]
+    scores += [
+        measured(table, clip=0.27, fidelity=level, diversity=0.30, seed=seed)
+        for seed, (table, level) in enumerate(((champion, 0.64), (own, 0.68)))
+    ]
+    decision = decide(
+        gather(
+            pd.concat([BASE, champion, own]), pd.concat(scores),
+            dict.fromkeys(own["generation_key"], False), challenger="new", champion="old",
+            base="base", clip="clip", fidelity="fidelity", diversity="diversity", calibrated=True,
+            settings=SETTINGS,
+        ),
+        SETTINGS,
+    )  # fmt: skip
+    assert decision.verdict == "hold" and decision.evidence.missing_of_base == 1
+    assert "191 of the base model's; materialize `base_generations`" in decision.reason
+
+
+def test_a_prompt_without_negative_prompt_is_one_image_and_counts_once() -> None:
+    own = images("new", tuned=True)
+    scores = pd.concat([BASE_SCORES, better(own)])
+    base, own = (
+        table.assign(
+            negative_prompt=table["negative_prompt"].mask(
+                table["prompt_id"].str[1:].astype(int) < 12, ""
+            )
+        )
+        for table in (BASE, own)
+    )
+    evidence = between(base, own, scores).evidence
+    assert (evidence.expected, evidence.compared, evidence.missing) == (144, 144, 0)
+    assert (evidence.clip.prompts, evidence.clip.pairs) == (24, 144)
+    # Blocked ones too: one image, not two.
+    black = own.assign(status=own["status"].mask(own["seed"] == 0, "blocked"))
+    assert between(base, black, scores).evidence.blocked == 1
 
 
 def test_a_checkpoint_that_has_memorised_its_posters_is_rejected() -> None:
@@ -336,7 +470,22 @@ def test_the_very_same_model_is_neither_better_nor_worse() -> None:
     decision = decide(evidence, SETTINGS)
     assert decision.verdict == "hold"
     assert outcomes(decision)["CLIP-T"] == "pass" and outcomes(decision)["fidelity"] == "open"
+    assert outcomes(decision)["diversity"] == "pass"
+    clip = {check.name: check for check in decision.checks}["CLIP-T"]
+    assert math.isnan(clip.low) and "difference none on any of 24 prompts" in clip.reason
     assert outcomes(decision)["copies"] == "open"  # nothing was compared
+
+
+def test_prompts_that_all_differ_by_the_same_pass_and_fail_nothing() -> None:
+    evidence = judged().evidence
+    cells = pd.DataFrame({"prompt_id": [f"p{n}" for n in range(24)], "difference": 0.2})
+    for shift in (0.2, -0.2):
+        same = effect_of("made up", cells.assign(difference=shift))
+        decision = decide(
+            dataclasses.replace(evidence, clip=same, fidelity=same, diversity=same), SETTINGS
+        )
+        assert decision.verdict == "hold"
+        assert f"{shift:+.4f} (no interval, 24 prompts)" in decision.reason
 
 
 def test_without_any_image_the_gate_holds() -> None:
