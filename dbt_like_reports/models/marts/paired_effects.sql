@@ -1,6 +1,8 @@
 -- The study's 2 x 2 design (tuned or not, with the negative prompt or without), asked eight
 -- questions, and two more where the suite delays the negative prompt. Weights are those of the
--- variants' values; a cell that lacks a variant of the comparison is left out.
+-- variants' values; a cell that lacks a variant of the comparison is left out. Where a prompt has
+-- no negative prompt, a negative variant is the image of the one without again, and no answer.
+{% set primary = 'tuned without negative' %}
 {% set variants = var('variants') %}
 with scores as (
     select * from {{ ref('stg_current_scores') }}
@@ -39,8 +41,10 @@ cells as (
         prompt_id,
         seed,
         {%- for variant in variants %}
-        max(value) filter (where variant = '{{ variant }}')
-            as {{ variant }}{{ ',' if not loop.last }}
+        max(value) filter (
+            where variant = '{{ variant }}'
+            {%- if 'negative' in variant %} and negative_prompt <> ''{% endif %}
+        ) as {{ variant }}{{ ',' if not loop.last }}
         {%- endfor %}
     from scores
     group by metric_id, prompt_id, seed
@@ -82,13 +86,25 @@ estimates as (
         avg(difference) as mean,
         stddev_samp(difference) as deviation,
         bootstrap_interval(list(difference order by prompt_id)) as ends,
-        (count(*) + sum(sign(difference))) / 2 as wins
+        (count(*) + sum(sign(difference))) / 2 as positives
     from prompt_differences
     group by metric_id, comparison
 ),
 
 metrics as (
     select * from {{ ref('stg_metrics') }}
+),
+
+-- Which side is the better one, the metric says; of some, neither is.
+sided as (
+    select
+        estimates.*,
+        case metrics.better
+            when 'higher' then estimates.positives
+            when 'lower' then estimates.prompts - estimates.positives
+        end as wins
+    from estimates
+    inner join metrics on metrics.metric_id = estimates.metric_id
 ),
 
 measured as (
@@ -118,32 +134,28 @@ measured as (
         round(estimates.wins / estimates.prompts, 6) as win_rate,
         {{ wilson_interval('estimates.wins', 'estimates.prompts', '-') }} as win_low_95,
         {{ wilson_interval('estimates.wins', 'estimates.prompts', '+') }} as win_high_95,
-        -- What a study of this size finds with a power of 80 % (Bloom 1995).
-        case
-            when estimates.deviation > {{ no_spread() }} then
-                round(
-                    (
-                        ({{ t_quantile('(estimates.prompts - 1)') }})
-                        + ({{ t_quantile('(estimates.prompts - 1)', 0.8) }})
-                    ) * estimates.deviation / sqrt(estimates.prompts),
-                    6
-                )
-        end as detectable_difference,
+        estimates.deviation,
+        metrics.is_headline and estimates.comparison = '{{ primary }}' as is_primary,
         metrics.place as metric_place,
         comparisons.place as comparison_place
-    from estimates
+    from sided as estimates
     inner join comparisons on comparisons.comparison = estimates.comparison
     inner join metrics on metrics.metric_id = estimates.metric_id
 ),
 
--- One question asked of several metrics has several chances of a false alarm. Holm (1979): the
--- smallest p-value counts as often as there are metrics, the next once less, and so on.
+-- Many questions have many chances of a false alarm. Holm (1979): the smallest p-value of a family
+-- counts as often as it has questions, the next once less, and so on. The comparisons of the
+-- headline metric are one family, all comparisons of all other metrics another.
 ranked as (
     select
         *,
+        count(p_value) over (partition by is_headline) as questions,
         p_value * (
-            count(p_value) over (partition by comparison)
-            - row_number() over (partition by comparison order by p_value nulls last, metric_id)
+            count(p_value) over (partition by is_headline)
+            - row_number() over (
+                partition by is_headline
+                order by p_value nulls last, metric_id, comparison_place
+            )
             + 1
         ) as p_counted
     from measured
@@ -155,11 +167,13 @@ corrected as (
         case
             when p_value is not null then
                 least(1, max(p_counted) over (
-                    partition by comparison
-                    order by p_value nulls last, metric_id
+                    partition by is_headline
+                    order by p_value nulls last, metric_id, comparison_place
                     rows between unbounded preceding and current row
                 ))
-        end as p_adjusted
+        end as p_adjusted,
+        -- The question that was named beforehand stands alone.
+        case when is_primary then 1 else questions end as counted
     from ranked
 )
 
@@ -168,6 +182,7 @@ select
     metric,
     better,
     is_headline,
+    is_primary,
     comparison,
     question,
     prompts,
@@ -175,11 +190,11 @@ select
     mean_difference,
     low_95,
     high_95,
-    -- The headline metric is the one question asked beforehand; of the others, one in twenty would
-    -- find something by chance. Without an interval all prompts differ by the same.
+    -- Of all but the question that was named beforehand, one in twenty would find something by
+    -- chance. Without an interval all prompts differ by the same.
     case
         when p_value is null then 'too few prompts'
-        when not is_headline and p_adjusted >= 0.05 then 'not told apart'
+        when not is_primary and p_adjusted >= 0.05 then 'not told apart'
         when low_95 > 0 or (low_95 is null and p_value < 0.05 and mean_difference > 0)
             then 'higher'
         when high_95 < 0 or (low_95 is null and p_value < 0.05 and mean_difference < 0)
@@ -192,7 +207,18 @@ select
     win_rate,
     win_low_95,
     win_high_95,
-    detectable_difference
+    -- What a study of this size finds with a power of 80 % (Bloom 1995), where the p-value has to
+    -- pass the correction of the smallest one.
+    case
+        when deviation > {{ no_spread() }} then
+            round(
+                (
+                    student_quantile(1 - 0.025 / counted, prompts - 1)
+                    + student_quantile(0.8, prompts - 1)
+                ) * deviation / sqrt(prompts),
+                6
+            )
+    end as detectable_difference
 from corrected
 order by
     is_headline desc,

@@ -17,6 +17,7 @@ select
     image.checkpoint_id,
     image.prompt_id,
     image.seed,
+    image.negative_prompt,
     score.value,
     score.status
 from {{ source('warehouse', 'fct_score') }} as score
