@@ -1,41 +1,26 @@
 -- Checkpoints are compared on the cells (variant, prompt in its wording, seed, negative prompt,
--- sampler) of the current images: what was asked otherwise is not comparable.
-with current_cells as (
-    select
-        variant,
-        prompt_key,
+-- sampler) of the current images that the metric was asked about: titles, say, are read on the
+-- images of some seeds only.
+with asked as (
+    select distinct
+        metric_id,
         prompt_id,
-        seed,
-        negative_prompt,
-        settings,
-        generation_key
-    from {{ ref('stg_current_images') }}
+        seed
+    from {{ ref('stg_current_scores') }}
 ),
 
 expected as (
     select
-        variant,
+        asked.metric_id,
+        image.variant,
         count(*) as images
-    from current_cells
-    group by variant
+    from {{ ref('stg_current_images') }} as image
+    inner join asked on asked.prompt_id = image.prompt_id and asked.seed = image.seed
+    group by asked.metric_id, image.variant
 ),
 
 drawn as (
-    select
-        image.generation_key,
-        image.checkpoint_id,
-        image.variant,
-        image.prompt_id,
-        bool_or(image.generation_key = current_cells.generation_key) as is_current
-    from {{ source('warehouse', 'fct_image') }} as image
-    inner join current_cells
-        on
-            current_cells.variant = image.variant
-            and current_cells.prompt_key = image.prompt_key
-            and current_cells.seed = image.seed
-            and current_cells.negative_prompt = image.negative_prompt
-            and current_cells.settings is not distinct from image.settings
-    group by image.generation_key, image.checkpoint_id, image.variant, image.prompt_id
+    select * from {{ ref('stg_comparable_images') }}
 ),
 
 metrics as (
@@ -56,6 +41,11 @@ prompt_means as (
     from {{ source('warehouse', 'fct_score') }} as score
     inner join drawn on drawn.generation_key = score.generation_key
     inner join metrics on metrics.metric_id = score.metric_id
+    inner join asked
+        on
+            asked.metric_id = score.metric_id
+            and asked.prompt_id = drawn.prompt_id
+            and asked.seed = drawn.seed
     group by drawn.checkpoint_id, drawn.variant, score.metric_id, drawn.prompt_id
 ),
 
@@ -126,7 +116,10 @@ select
 from estimates
 inner join checkpoints on checkpoints.checkpoint_id = estimates.checkpoint_id
 inner join metrics on metrics.metric_id = estimates.metric_id
-inner join expected on expected.variant = estimates.variant
+inner join expected
+    on
+        expected.metric_id = estimates.metric_id
+        and expected.variant = estimates.variant
 left join verdicts on verdicts.checkpoint_id = estimates.checkpoint_id
 cross join champion
 order by

@@ -1,5 +1,6 @@
 -- Every checkpoint is held against the posters that it was last compared with: ids of these metrics
--- name the training set, which changes from checkpoint to checkpoint.
+-- name the training set, which changes from checkpoint to checkpoint. One row is of one suite and
+-- one setting of the sampler, those of today: the share of copies depends on both.
 {% set measures = {
     'holdout': 'similarity.holdout.',
     'training': 'similarity.training.',
@@ -7,17 +8,7 @@
     'nearest': 'nearest.training.',
 } %}
 with images as (
-    select
-        generation_key,
-        checkpoint_id,
-        variant,
-        prompt_id
-    from {{ source('warehouse', 'fct_image') }}
-),
-
-current_keys as (
-    select distinct generation_key
-    from {{ source('warehouse', 'current_generation') }}
+    select * from {{ ref('stg_comparable_images') }}
 ),
 
 measures as (
@@ -47,11 +38,10 @@ prompt_means as (
         avg(score.value) as mean,
         max(score.value) as highest,
         max(score.scored_at) as scored_at,
-        bool_or(current_keys.generation_key is not null) as is_current
+        bool_or(images.is_current) as is_current
     from {{ source('warehouse', 'fct_score') }} as score
     inner join measures on measures.metric_id = score.metric_id
     inner join images on images.generation_key = score.generation_key
-    left join current_keys on current_keys.generation_key = score.generation_key
     where measures.measure is not null
     group by
         images.checkpoint_id,
