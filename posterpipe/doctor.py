@@ -236,7 +236,7 @@ def _posters(settings: Settings) -> Finding:
 
 
 def _suite(settings: Settings) -> Finding:
-    from posterpipe.core.prompts import PromptSuiteError, load_suite
+    from posterpipe.core.prompts import PromptSuiteError, load_suite, shared_seeds
 
     path = settings.path(settings.prompt_suite)
     try:
@@ -244,7 +244,16 @@ def _suite(settings: Settings) -> Finding:
     except PromptSuiteError as error:
         return Finding("missing", "prompts", str(error))
     images = sum(len(prompt.seeds) for prompt in prompts)
-    return Finding("ok", "prompts", f"{len(prompts)} in {path}, {images} images a variant")
+    told = f"{len(prompts)} in {path}, {images} images a variant"
+    shared = shared_seeds({prompt.prompt_id: prompt.seeds for prompt in prompts})
+    if shared:
+        seed, names = next(iter(shared.items()))
+        what = f"{names[0]} and {names[1]} share the seed {seed}"
+        return Finding(
+            "note", "prompts",
+            f"{told}; {what}: intervals become too narrow, give each prompt its own seeds",
+        )  # fmt: skip
+    return Finding("ok", "prompts", told)
 
 
 def _reports(settings: Settings) -> Finding:

@@ -120,6 +120,18 @@ def test_doctor_names_what_is_missing_and_what_to_do(tmp_path: Path, settings: S
         assert remedy in found[subject].text, subject
 
 
+def test_doctor_tells_of_prompts_that_share_a_seed(tmp_path: Path, settings: Settings) -> None:
+    assert states(settings)["prompts"].state == "ok"
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "defaults: {seeds: [7]}\nprompts:\n"
+        "  - {id: cat, prompt: a cat, score_text: a cat}\n"
+        "  - {id: sea, prompt: the sea, score_text: the sea}\n"
+    )
+    found = states(settings.model_copy(update={"prompt_suite": suite}))["prompts"]
+    assert found.state == "note" and "cat and sea share the seed 7" in found.text
+
+
 def test_doctor_asks_for_the_hub_where_the_profile_needs_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

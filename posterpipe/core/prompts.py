@@ -5,7 +5,8 @@ not: drawing (`sampler`) and scoring (`metrics`).
 
 A suite is a YAML file:
 
-    defaults:                       # optional; what a prompt may leave out
+    defaults:                       # optional; what a prompt may leave out (give no seeds here:
+                                    # prompts that share them are not independent)
       negative: busy, cluttered
     prompts:
       - id: red-rocket              # letters, digits, - and _
@@ -13,7 +14,7 @@ A suite is a YAML file:
         score_text: a minimalist film poster of a red rocket
         negative: busy, cluttered   # optional; what the `_negative` variants leave out
         title: Plum Orbit           # optional; what the poster should be called
-        seeds: [101, 102, 103, 104] # one image per seed and variant
+        seeds: [101, 102, 103, 104] # one image per seed and variant; of this prompt alone
         negative_from: 0.4          # optional; adds the variants whose negative prompt acts only
                                     # after this share of the steps
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,20 @@ def suite_table(prompts: Sequence[Prompt]) -> pd.DataFrame:
     if any(p.negative_from is not None for p in prompts):
         table["negative_from"] = pd.Series([p.negative_from for p in prompts], dtype="float64")
     return table
+
+
+def shared_seeds(seeds: Mapping[str, Sequence[int]]) -> dict[int, list[str]]:
+    """The prompts (by id, from the seeds of each) that a seed serves, where they are several.
+
+    The same noise under several prompts gives images that have more in common than those of other
+    noise: a second random effect, crossed with the prompts. Intervals by a bootstrap over prompts
+    take prompts for independent and leave it out, so that they become too narrow.
+    """
+    users: dict[int, list[str]] = {}
+    for name, own in seeds.items():
+        for seed in own:
+            users.setdefault(int(seed), []).append(name)
+    return {seed: names for seed, names in sorted(users.items()) if len(names) > 1}
 
 
 def suite_prompts(table: pd.DataFrame) -> list[Prompt]:

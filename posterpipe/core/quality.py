@@ -27,6 +27,7 @@ from PIL import Image
 
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import NoProgress, Progress
+from posterpipe.core.prompts import shared_seeds
 from posterpipe.core.store import Store, cells, compute_missing, content_key
 
 STATISTICS_VERSION = 1
@@ -598,6 +599,28 @@ def missing_images(
         expected=len(expected),
         actual=present,
         offenders=pd.DataFrame(missing, columns=["variant", "prompt_id", "seed", "reason"]),
+    )
+
+
+def prompts_sharing_seeds(suite: pd.DataFrame) -> Finding:
+    """Which prompts of the suite (the table `prompt_suite`) draw from the same noise as another."""
+    seeds = {
+        str(row.prompt_id): json.loads(str(row.seeds)) for row in suite.itertuples(index=False)
+    }
+    shared = shared_seeds(seeds)
+    rows = [(name, seed) for seed, names in shared.items() for name in names]
+    offenders = pd.DataFrame(rows, columns=["prompt_id", "seed"])
+    several = int(offenders["prompt_id"].nunique())
+    return Finding(
+        passed=not several,
+        summary=f"{several} of {len(suite)} prompts share a seed with another; each should have "
+        "its own",
+        remedy="give each prompt other seeds: intervals and tests take prompts for independent, "
+        "which images from the same noise are not, and come out too sure of themselves",
+        expected=0,
+        actual=several,
+        offenders=offenders,
+        numbers={"shared_seeds": len(shared)},
     )
 
 

@@ -357,6 +357,15 @@ BASE_GENERATIONS = [
         reads=("prompt_suite",),
     ),
     _spec("base_generations", "base_images_show_something", _SHOWING, severity=WARN),
+    _spec(
+        "base_generations",
+        "prompts_have_seeds_of_their_own",
+        "Intervals, tests and the gate take the prompts of the suite for independent. Images of "
+        "two prompts from the same noise are not, and the numbers look surer than they are. When "
+        "this warns, give the named prompts other seeds.",
+        severity=WARN,
+        reads=("prompt_suite",),
+    ),
 ]
 
 TUNED_GENERATIONS = [
@@ -391,6 +400,7 @@ def base_generations_checks(
             "base_images_show_something": lambda: _blank_generations(
                 context, deployment, base_generations
             ),
+            "prompts_have_seeds_of_their_own": lambda: quality.prompts_sharing_seeds(prompt_suite),
         },
     )
 

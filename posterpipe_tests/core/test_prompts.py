@@ -11,6 +11,7 @@ from posterpipe.core.prompts import (
     PromptSuiteError,
     estimate_tokens,
     load_suite,
+    shared_seeds,
     suite_prompts,
     suite_table,
 )
@@ -178,3 +179,10 @@ def test_the_shipped_suite_asks_for_every_kind_and_colour() -> None:
     for prompt in prompts:
         assert prompt.title and prompt.negative
         assert prompt.title.lower() not in prompt.score_text.lower()
+
+
+def test_seeds_that_several_prompts_use_are_allowed_and_named(tmp_path: Path) -> None:
+    assert shared_seeds({p.prompt_id: p.seeds for p in load_suite(write(tmp_path, GOOD))}) == {}
+    text = GOOD.replace("seeds: [3]", "seeds: [3, 2]")
+    prompts = load_suite(write(tmp_path, text))
+    assert shared_seeds({p.prompt_id: p.seeds for p in prompts}) == {2: ["red-rocket", "cat"]}

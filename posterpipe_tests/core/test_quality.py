@@ -576,6 +576,14 @@ def test_every_missing_cell_is_named_with_its_reason() -> None:
     assert not quality.missing_images(cells("sd"), SUITE, ("sd", "sd_negative")).passed
 
 
+def test_prompts_that_share_a_seed_are_named() -> None:
+    finding = quality.prompts_sharing_seeds(SUITE)
+    assert not finding.passed and finding.actual == 2
+    assert finding.offenders.to_numpy().tolist() == [["cat", 1], ["sea", 1]]
+    assert "take prompts for independent" in finding.description
+    assert quality.prompts_sharing_seeds(SUITE.assign(seeds=["[1, 2]", "[3]"])).passed
+
+
 def test_delayed_variants_are_expected_of_the_prompts_that_hold_them() -> None:
     suite = pd.DataFrame(
         {"prompt_id": ["cat", "sea"], "seeds": ["[1, 2]", "[3]"], "negative_from": [0.4, math.nan]}

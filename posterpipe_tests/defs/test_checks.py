@@ -103,13 +103,13 @@ class World:
         """What the assets from the prompts to the scores do, with one picture for all."""
         with Image.open(self.landing / POSTERS[0]) as image:
             picture = self.store.put(png_bytes(image.convert("RGB").resize((40, 60))), ".png")
-        suite = pd.DataFrame({"prompt_id": PROMPTS, "seeds": ["[1, 2]", "[1]"]})
+        suite = pd.DataFrame({"prompt_id": PROMPTS, "seeds": ["[1, 2]", "[3]"]})
         self.store.write_table("prompt_suite", suite)
         for name, variants in (
             ("base_generations", BASE_VARIANTS),
             ("tuned_generations", TUNED_VARIANTS),
         ):
-            cells = [(v, p, s) for v in variants for p, s in (("cat", 1), ("cat", 2), ("sea", 1))]
+            cells = [(v, p, s) for v in variants for p, s in (("cat", 1), ("cat", 2), ("sea", 3))]
             drawn = pd.DataFrame(cells, columns=["variant", "prompt_id", "seed"]).assign(
                 generation_key=[" ".join(map(str, cell)) for cell in cells],
                 image=picture,
@@ -338,6 +338,11 @@ def an_undrawn_base_image(world: World) -> None:
     world.change("base_generations", 4, status="failed", reason="out of memory", image="")
 
 
+def a_seed_of_another_prompt(world: World) -> None:
+    suite = world.store.read_table("prompt_suite")
+    world.store.write_table("prompt_suite", suite.assign(seeds=suite["seeds"].iloc[0]))
+
+
 def an_undrawn_tuned_image(world: World) -> None:
     world.drop("tuned_generations", 0)
 
@@ -409,6 +414,7 @@ def a_rejected_champion(world: World) -> None:
         (an_undrawn_base_image, "every_base_image_drawn", "out of memory"),
         (an_undrawn_tuned_image, "every_tuned_image_drawn", "not in the table"),
         (a_blocked_base_image, "base_images_show_something", "black image"),
+        (a_seed_of_another_prompt, "prompts_have_seeds_of_their_own", "sea | 1"),
         (a_white_tuned_image, "tuned_images_show_something", "all white"),
         (an_impossible_cosine, "cosines_are_possible", "1.5"),
         (a_title_in_no_font, "every_title_is_set", "Sea | no font has its letters"),
