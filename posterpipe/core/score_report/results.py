@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from posterpipe.core import thesis
+from posterpipe.core.prompts import shared_seeds
 from posterpipe.core.score_report import charts
 from posterpipe.core.score_report.data import (
     BASELINE,
@@ -71,6 +72,7 @@ def index_context(published: Published, pictures: Pictures) -> dict[str, Any]:
         **control_context(published, board),
         "boards": _boards(published),
         "effects": _effects(published),
+        "design_told": _design_told(published),
         "trends": _trends(published),
         "extremes": _extremes(published, pictures),
         "extremes_told": _extremes_told(published),
@@ -220,6 +222,7 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
         shown.append(
             {
                 "name": question[:1].upper() + question[1:],
+                "primary": bool(row["is_primary"]),
                 "difference": charts.signed(mean) if mean is not None else DASH,
                 "interval": interval(row, "low_95", "high_95", sign=True, of="mean_difference"),
                 "plot": charts.interval_row(mean, low, high, scale, variant=variant, zero=0.0),
@@ -243,10 +246,12 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
     first = rows[0]
     note = ""
     if detectable:
+        most = max(count(row, "prompts") for row in rows)
         note = (
-            f"With {count(first, 'prompts')} prompts this suite finds differences from "
+            f"With {most} prompts this suite finds differences from "
             f"{charts.plain(min(detectable))} to {charts.plain(max(detectable))} on, depending on "
-            "the question, four times of five. Smaller ones may be there unseen. "
+            "the question, four times of five, the correction counted. Smaller ones may be there "
+            "unseen. "
         )
     if any(cells["interval"] == ALIKE for cells in shown):
         note += (
@@ -261,6 +266,26 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
         "axis": charts.axis_row(scale, sign=True),
         "note": note.strip(),
     }
+
+
+def _design_told(published: Published) -> list[str]:
+    """What of the suite's design the effects depend on, where it is not as it should be."""
+    told = []
+    without = sum(not prompt.negative for prompt in published.prompts)
+    if without and any("_negative" in variant for variant in published.variants):
+        told.append(
+            f"{without} of {plural(len(published.prompts), 'prompt')} have no negative prompt: "
+            "with and without it their images are the same, so that they are left out of every "
+            "comparison that names it."
+        )
+    shared = shared_seeds({prompt.prompt_id: prompt.seeds for prompt in published.prompts})
+    if shared:
+        told.append(
+            f"{plural(len(shared), 'seed')} serve several prompts each, "
+            f"{min(shared)} for instance. Images from the same noise have more in common than "
+            "the intervals know, which take prompts for independent: they may be too narrow."
+        )
+    return told
 
 
 def _p_value(value: Any) -> str:

@@ -274,6 +274,41 @@ def test_the_growth_chart_shows_the_mean_of_clamped_scores(world: Path, tmp_path
     assert "Base 0.43 0.35 to 0.57 0.35" in text
 
 
+def test_the_report_says_which_question_was_named_beforehand_and_what_is_corrected(
+    pages: dict[str, Parsed],
+) -> None:
+    text = pages["index.html"].text
+    assert text.count("Tuned vs base, no negative prompt *") == 1
+    assert "the correction counted" in text
+    assert "all comparisons of all these metrics together" in text
+    glossary = pages["glossary.html"].text
+    assert "decides by its own interval, uncorrected" in glossary
+    assert "however many were looked at" not in text + glossary
+
+
+def test_prompts_without_a_negative_prompt_and_shared_seeds_are_told(
+    world: Path, pages: dict[str, Parsed], tmp_path: Path
+) -> None:
+    # Here all prompts have the same seeds.
+    assert "3 seeds serve several prompts each, 11 for instance" in pages["index.html"].text
+    assert "no negative prompt: with" not in pages["index.html"].text
+    store = copy_of(world, tmp_path)
+    with duckdb.connect(str(store / "public" / "scores.duckdb")) as connection:
+        connection.execute(
+            "UPDATE prompt_drilldown SET negative_prompt = '' "
+            "WHERE prompt_id IN ('prompt-00', 'prompt-01')"
+        )
+        connection.execute(
+            "UPDATE prompt_drilldown SET seed = seed + 100 * number FROM (SELECT prompt_id, "
+            "row_number() OVER () AS number FROM (SELECT DISTINCT prompt_id FROM prompt_drilldown)"
+            ") AS numbered WHERE numbered.prompt_id = prompt_drilldown.prompt_id"
+        )
+    write_report(store / "public" / "scores.duckdb", store, tmp_path / "report")
+    text = parsed(tmp_path / "report")["index.html"].text
+    assert "2 of 10 prompts have no negative prompt" in text
+    assert "serve several prompts each" not in text
+
+
 def test_only_what_is_found_has_the_colour_of_a_gain_or_a_loss(world: Path, tmp_path: Path) -> None:
     store = copy_of(world, tmp_path)
     coloured = {}
