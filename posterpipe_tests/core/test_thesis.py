@@ -212,6 +212,17 @@ def test_the_negative_control_is_told_with_the_chart(
     assert alone.pictures["growth"].tobytes() != made.pictures["growth"].tobytes()
 
 
+def test_a_mean_without_an_interval_says_so(
+    study: tuple[pd.DataFrame, pd.DataFrame, Path],
+) -> None:
+    scores, generations, root = study
+    alike = scores.assign(clip_cosine=0.2)
+    made = thesis.report(alike, generations, evidence(scores), root)
+    assert made.table[["low", "high", "score_low", "score_high"]].isna().all(axis=None)
+    assert "Stable Diffusion: 0.50 (no interval)" in made.captions["growth"]
+    assert "nan" not in made.captions["growth"]
+
+
 def test_effects_leave_out_prompts_without_a_negative_prompt(
     study: tuple[pd.DataFrame, pd.DataFrame, Path],
 ) -> None:

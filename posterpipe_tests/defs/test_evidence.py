@@ -3,6 +3,7 @@ collapsed, incomplete, black. Their images are hand-made; encoders, statistics a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,7 @@ class World:
                             "generation_key": generation_key(key, *place), "pixel_key": key,
                             "variant": variant + arm, "prompt_id": f"p{prompt}", "prompt": text,
                             "score_text": text, "seed": 100 * prompt + seed,
+                            "negative_prompt": "busy" if arm else "",
                             "checkpoint_id": checkpoint, "image": blob, "status": status,
                             "image_path": str(path.relative_to(self.store.root)) if path else "",
                             "reason": "" if status == "ok" else f"it is {status}",
@@ -160,7 +162,8 @@ def world(tmp_path: Path, scorer: Path, instance: dg.DagsterInstance) -> World:
         scorer={"model": {"id": str(scorer)}},
         images={"width": SIZE[0], "height": SIZE[1]},
         # The encoder has random weights: what an image shows does not tell it from its prompt.
-        gate={"clip_margin": 1.0},
+        # And its cosines of two images hardly differ from look to look.
+        gate={"clip_margin": 1.0, "fidelity_margin": 0.0},
         # Nor do these smooth pictures differ in many bits of their hashes.
         checks={"holdout_distance": -1},
     )
@@ -273,6 +276,20 @@ def test_nothing_is_decided_against_a_champion_of_before(world: World) -> None:
     decisions = read_decisions(world.deployment.warehouse)
     assert decisions["checkpoint_id"].tolist() == ["one"]
     assert set(world.stale()) >= {"champion_generations", "champion"}
+
+
+def test_a_later_checkpoint_is_held_against_the_base_model_as_well(world: World) -> None:
+    world.train("one", drawn_by(FILM))
+    assert world.judge()["decision"] == "promote"
+    world.keep("champion_generations", world.store.read_table("tuned_generations"))
+    world.train("two", lambda p, s, n: picture(FILM, 3000 + 100 * p + 10 * s + int(n), share=0.5))
+    world.judge("fidelity_scores", "champion")
+    last = read_decisions(world.deployment.warehouse).iloc[-1]
+    assert (last["checkpoint_id"], last["champion_before"]) == ("two", "one")
+    told = {check["name"]: check for check in json.loads(last["numbers"])["checks"]}
+    for name in ("CLIP-T", "diversity"):
+        assert "the base model's" in told[f"{name} since base"]["reason"]
+        assert told[f"{name} since base"]["value"] != told[name]["value"]
 
 
 def test_a_pin_and_a_rollback_are_noticed_and_shown(world: World) -> None:
