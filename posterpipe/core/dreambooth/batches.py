@@ -1,7 +1,8 @@
 """From positions of the stream to what the U-Net reads.
 
 What belongs here: putting samples of one shape together, each with its target and its weight in the
-loss. What does not: random numbers (`draws`), formulas (`objective`), models (`train`).
+loss. What does not: random numbers (`draws`), formulas (`objective`), models
+(`learner`).
 """
 
 from __future__ import annotations

@@ -80,7 +80,8 @@ def remarks(training: TrainingSettings) -> Iterator[str]:
     given = training.model_dump(mode="json")
     usual = TrainingSettings().model_dump(mode="json")
     for name, needed in idle(training).items():
-        if given[name] != usual[name]:
+        # 0 steps of warmup are none, which is what comes of it.
+        if given[name] != usual[name] and (name, given[name]) != ("lr_warmup_steps", 0):
             shown = json.dumps(given[name], ensure_ascii=False)
             yield f"training.{name} = {shown} has no effect without {needed}"
     warmup, steps = training.lr_warmup_steps, training.max_train_steps

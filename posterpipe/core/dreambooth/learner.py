@@ -114,10 +114,12 @@ class Learner:
             device,
             self._dtype,
         )
-        self._trained_texts = TrainedTexts(self._copies[-1], tokens_of, device)
-        # Measured and drawn with the models themselves: copies and compiled ones are for training.
+        self._texts_to_learn: TextsOf = self._frozen_texts
         self._texts_now: TextsOf = self._frozen_texts
         if settings.train_text_encoder:
+            # Measured and drawn with the models themselves: copies and compiled ones are for
+            # training.
+            self._texts_to_learn = TrainedTexts(self._copies[-1], tokens_of, device)
             self._texts_now = TrainedTexts(self.models["text_encoder"], tokens_of, device)
         elif not settings.caption_shuffling:
             with accelerator.main_process_first():
@@ -136,7 +138,8 @@ class Learner:
 
         Raises TrainingError where the models cannot be compiled.
         """
-        texts_of = self._trained_texts if self.trains_text_encoder(step) else self._frozen_texts
+        learns = self.trains_text_encoder(step)
+        texts_of = self._texts_to_learn if learns else self._frozen_texts
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, start=1):
             with contextlib.ExitStack() as stack:

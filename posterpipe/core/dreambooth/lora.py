@@ -1,7 +1,7 @@
 """LoRA: small matrices trained beside frozen weights (Hu et al. 2021, arXiv:2106.09685), by peft.
 
 What belongs here: putting them into a model, merging them into its weights, the file that
-`load_lora_weights` of diffusers reads. What does not: training them (`train`).
+`load_lora_weights` of diffusers reads. What does not: training them (`learner`).
 """
 
 from __future__ import annotations

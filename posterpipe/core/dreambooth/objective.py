@@ -1,7 +1,7 @@
 """What the model is asked to predict, and how its errors are weighed: pure functions.
 
 What belongs here: noising, targets, loss weights. What does not: where noise and timesteps come
-from (`draws`), the models (`train`).
+from (`draws`), the models (`learner`).
 
 Notation: alpha_bar is the scheduler's `alphas_cumprod`, the share of the signal's variance left at
 a timestep (Ho et al. 2020, arXiv:2006.11239).

@@ -2,7 +2,7 @@
 
 What belongs here: writing a save so that it is there whole or not at all, finding the newest good
 one, and turning optimizer states into tensors and JSON and back. What does not: what is in a save
-(`train`), the finished model (`checkpoint`).
+(`Learner.state` and the journal of `reports`), the finished model (`checkpoint`).
 
 A save is a folder `step-00000100` with safetensors, `state.json` and, written last,
 `manifest.json` with the size and sha256 of every file. It is written under a temporary name and

@@ -74,6 +74,10 @@ def test_a_warmup_that_the_run_does_not_reach_the_end_of_is_named() -> None:
     assert list(remarks(TrainingSettings(max_train_steps=80, lr_scheduler="constant"))) == []
 
 
+def test_nothing_is_said_of_no_warmup_where_the_rate_is_constant_anyway() -> None:
+    assert list(remarks(TrainingSettings(lr_scheduler="constant", lr_warmup_steps=0))) == []
+
+
 def test_a_run_says_once_what_has_no_effect(make_config: MakeConfig) -> None:
     said: list[str] = []
     train(make_config(max_train_steps=1, lora_rank=99, lora_alpha=2.0), log=said.append)
