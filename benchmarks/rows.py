@@ -19,7 +19,7 @@ class Row:
 
     Where `required` says "at least" or "at most" and a number, that is asked of the ratio, or of
     `ours` in a row without one; other words are for people. Without `ours`, `unit` says why there
-    is no figure.
+    is no figure. A row that says there or in `required` that something failed counts as missed.
     """
 
     name: str
@@ -31,11 +31,15 @@ class Row:
     required: str = ""
 
 
+_FAILED = ("failed (", "the script failed: ")
+
 _LIMIT = re.compile(r"\bat (least|most) (\d[\d.,]*(?:e-?\d+)?)")
 
 
 def is_met(row: Row) -> bool | None:
     """Whether a row meets what is required of it; None where no number is."""
+    if row.unit.startswith(_FAILED) or row.required.startswith(_FAILED):
+        return False
     limit = _LIMIT.search(row.required)
     if limit is None:
         return None
