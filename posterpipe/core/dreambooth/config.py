@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import tomllib
@@ -212,5 +213,7 @@ def _toml_lines(values: Mapping[str, Any], table: str = "") -> list[str]:
 
 
 def _toml_scalar(value: str | int | float | bool | list) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # inf, -inf and nan, which JSON spells otherwise
     # JSON's scalars and lists are TOML's, but for DEL, which TOML wants escaped.
     return re.sub("\x7f", r"\\u007f", json.dumps(value, ensure_ascii=False))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 import sys
 import tomllib
@@ -28,6 +29,7 @@ def test_toml_gives_the_same_config_back(make_config: MakeConfig, tmp_path: Path
         learning_rate=1e-6,
         snr_gamma=5.0,
         seed=-3,
+        max_grad_norm=math.inf,
         sample_prompts=('a "cat"', "a \u00fc"),
     )
     path = config.to_toml(tmp_path / "new" / "run.toml")
