@@ -121,6 +121,16 @@ def _variant(folder: Path) -> str | None:
     return "fp16" if half and not plain else None
 
 
+def _weights(folder: Path) -> list[Path]:
+    """The files that loading the model reads, of one that may be there in two precisions."""
+    half = _variant(folder) == "fp16"
+    return [
+        path
+        for path in sorted(folder.glob("*.safetensors"))
+        if (".fp16" in path.name) == half and "non_ema" not in path.name
+    ]
+
+
 def count_parameters(folder: Path) -> dict[str, int]:
     """How many numbers the U-Net and the text encoder are made of, from the heads of their files.
 
@@ -128,14 +138,8 @@ def count_parameters(folder: Path) -> dict[str, int]:
     """
     counts = {}
     for part in ("unet", "text_encoder"):
-        half = _variant(folder / part) == "fp16"
-        files = [
-            path
-            for path in (folder / part).glob("*.safetensors")
-            if (".fp16" in path.name) == half and "non_ema" not in path.name
-        ]
         counts[part] = 0
-        for path in files:
+        for path in _weights(folder / part):
             with safe_open(path, framework="pt") as weights:
                 shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
             counts[part] += sum(math.prod(shape) for shape in shapes)
@@ -143,8 +147,9 @@ def count_parameters(folder: Path) -> dict[str, int]:
 
 
 def disk_dtype(folder: Path) -> torch.dtype:
-    """fp16 when the U-Net on disk is in fp16, else fp32: the finished model is as its base."""
-    for path in sorted((folder / "unet").glob("*.safetensors")):
+    """fp16 when the U-Net that is loaded is in fp16 on disk, else fp32: the finished model is as
+    its base."""
+    for path in _weights(folder / "unet"):
         with safe_open(path, framework="pt") as weights:
             first = next(iter(weights.keys()), None)
             if first is not None and weights.get_slice(first).get_dtype() == "F16":
