@@ -35,9 +35,9 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_SECONDS = 5.0
 """How long the hub may take to answer before it counts as not reachable."""
 
-HUB_FILES = ["*.json", "*.txt", "*/*.safetensors", "model*.safetensors"]
-"""Configurations, tokenizers and safetensors; never pickles, and of Stable Diffusion repositories
-not the single-file copies at the top, which repeat the parts."""
+HUB_FILES = ["*.json", "*.txt", "*/*.safetensors", "model*.safetensors", "README.md"]
+"""Configurations, tokenizers, safetensors and the card, which names the licence; never pickles, and
+of Stable Diffusion repositories not the single-file copies at the top, which repeat the parts."""
 
 HUB_SKIPPED = ["*.fp16.*", "*.non_ema.*", "*non_ema*", "safety_checker/*", "*openvino*", "*onnx*"]
 

@@ -8,8 +8,10 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from posterpipe.core import models
 from posterpipe.core.models import (
@@ -121,6 +123,32 @@ def test_a_hub_model_in_the_cache_needs_no_network(root: Path, hub: HubCache) ->
     (snapshot / "model.safetensors").unlink()
     with pytest.raises(ModelMissing):
         locate(ModelRef(id="owner/name", revision="main"), root)
+
+
+def test_of_a_hub_model_its_card_is_fetched_but_not_needed(
+    root: Path, hub: HubCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        if options.get("local_files_only"):
+            raise LocalEntryNotFoundError("not in the cache")
+        asked.update(options)
+        return str(hub.add(name, FIRST, root / "models" / "captioner"))
+
+    ref = ModelRef(id="owner/name", revision="main")
+    with monkeypatch.context() as online:
+        online.setattr(models, "_hub_answers", lambda: True)
+        online.setattr("huggingface_hub.snapshot_download", download)
+        snapshot = locate(ref, root)
+    files = ["README.md", "unet/README.md", "unet/model.safetensors", "model.ckpt"]
+    patterns = {name: asked[name] for name in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects(files, **patterns)) == ["README.md", "unet/model.safetensors"]
+    before = fingerprint(ref, root)
+    (snapshot / "README.md").unlink()  # as in a cache that was filled before
+    assert locate(ref, root) == snapshot and fingerprint(ref, root) == before
 
 
 def test_the_fingerprint_follows_weights_and_configuration_only(root: Path) -> None:
