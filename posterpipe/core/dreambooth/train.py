@@ -104,6 +104,8 @@ def train(
             if _agree(accelerator, result is not None):
                 say(f"{config.output_dir} is there already, complete")
                 resumed_from = 0
+                if main:  # left by a run that was killed after it had finished
+                    _remove_saves(config, run)
             else:
                 with memory_hint(config, accelerator.device, accelerator.num_processes):
                     resumed_from = _train(config, versions, run, accelerator, report, say)
@@ -342,9 +344,14 @@ def _train(
                 steps=steps,
                 processes=accelerator.num_processes,
             )
-        remove_saves(save_folder)
-        remove_saves(lowest_folder)
+        _remove_saves(config, run)
     return first_step
+
+
+def _remove_saves(config: RunConfig, run: str) -> None:
+    """Of a run that has finished."""
+    for kind in (_SAVES, _LOWEST):
+        remove_saves(config.work_dir / kind / run)
 
 
 def _batches(

@@ -378,6 +378,25 @@ def test_a_finished_run_is_not_done_again(make_config: MakeConfig) -> None:
         train(make_config(seed=3))
 
 
+def test_saves_that_a_finished_run_left_are_removed_when_it_is_asked_for_again(
+    make_config: MakeConfig, other_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(parts={"holdout_set": other_set}, early_stop_patience=9)
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dies, pytest.raises(KeyboardInterrupt):
+        dies.setattr("posterpipe.core.dreambooth.train.remove_saves", killed)
+        train(config)
+    other = config.work_dir / "saves" / "another-run"
+    other.mkdir()
+    left = {path.parent.name for path in config.work_dir.glob("*/*/step-*")}
+    assert left == {train(config).checkpoint_id}
+    assert list(config.work_dir.glob("*/*/step-*")) == []
+    assert not (config.work_dir / "lowest").exists() and other.exists()
+
+
 def test_a_loss_that_is_no_number_names_the_last_good_save(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
