@@ -151,6 +151,10 @@ def checkpoint_id(config: RunConfig, versions: Versions, processes: int = 1) -> 
         settings = _without(settings, _OF_THE_PRIOR)
     if training.early_stop_patience is not None:
         parts["holdout_set"] = versions.holdout_set
+        if training.early_stop_min_gain or config.buckets:
+            # Until this stood here they ended with other weights: of the lowest loss that counted
+            # as a gain; of questions that depended on the batch.
+            parts["early_stop"] = 2
     else:
         settings = _without(settings, _OF_EARLY_STOP)
     parts["training"] = settings

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor
 
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ def write_save(
     run: str,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
-    keep: int,
+    keep: int | None,
 ) -> Path:
     """Adds the save of `step` to `folder`, which is this run's alone, and then removes all but the
-    newest `keep`.
+    newest `keep`; of None only later ones.
 
     run: its id, without which a save is refused. tensors: a name -> its tensors. state: anything
     JSON holds; raises ValueError for a number that it has not.
@@ -60,7 +61,7 @@ def write_save(
     folder.mkdir(parents=True, exist_ok=True)
     for abandoned in folder.glob(".*.tmp"):
         shutil.rmtree(abandoned)
-    final = folder / f"step-{step:08d}"
+    final = _path(folder, step)
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
     temporary.mkdir()
     for name, values in tensors.items():
@@ -79,9 +80,22 @@ def write_save(
     # Later ones than this were refused when the run began.
     others = [path for path in _folders(folder) if path != final]
     older = [path for path in others if path.name < final.name]
-    for path in set(others) - set(older[: keep - 1]):
+    kept = older if keep is None else older[: keep - 1]
+    for path in set(others) - set(kept):
         shutil.rmtree(path)
     return final
+
+
+def keep_only(folder: Path, steps: Collection[int | None]) -> None:
+    """Removes all saves in `folder` but those of some steps."""
+    for path in _folders(folder):
+        if _step(path) not in steps:
+            shutil.rmtree(path)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Of which steps there are saves, whole or damaged."""
+    return [_step(path) for path in _folders(folder)]
 
 
 def remove_saves(folder: Path) -> None:
@@ -101,8 +115,18 @@ def newest_save(folder: Path, *, run: str, log: Callable[[str], None]) -> Save |
     for path in _folders(folder):
         try:
             return _read(path, run)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except _UNUSABLE as error:
             log(f"{path} is not used: {error}; looking for the save before it")
+    return None
+
+
+def save_of_step(folder: Path, step: int, *, run: str, log: Callable[[str], None]) -> Save | None:
+    """The save of `run` at `step`; None where it is not there whole, and `log` is told why."""
+    path = _path(folder, step)
+    try:
+        return _read(path, run)
+    except _UNUSABLE as error:
+        log(f"{path} is not used: {error}")
     return None
 
 
@@ -121,8 +145,16 @@ def _read(path: Path, run: str) -> Save:
     return Save(path, int(manifest["step"]), state)
 
 
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def _folders(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-????????"), reverse=True)
+    return sorted(folder.glob("step-" + 8 * "[0-9]"), reverse=True)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

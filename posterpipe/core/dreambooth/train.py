@@ -48,7 +48,15 @@ from posterpipe.core.dreambooth.memory import (
     peak_memory_gib,
 )
 from posterpipe.core.dreambooth.reports import HoldoutLoss, Journal, StepReport, TrainResult, finite
-from posterpipe.core.dreambooth.saves import newest_save, other_runs, remove_saves, write_save
+from posterpipe.core.dreambooth.saves import (
+    keep_only,
+    newest_save,
+    other_runs,
+    remove_saves,
+    save_of_step,
+    saved_steps,
+    write_save,
+)
 from posterpipe.core.dreambooth.schedule import learning_rate
 from posterpipe.core.memory import is_out_of_memory
 from posterpipe.settings import TrainingSettings
@@ -165,6 +173,13 @@ def _train(
                     state=state,
                     keep=settings.keep_saves,
                 )
+                keep_lowest()
+
+    def keep_lowest() -> None:
+        """Removes the weights that early stopping cannot ask for any more, neither as the run goes
+        on nor where it is taken up at a save: on a GPU it may then not get as low again."""
+        ends = [math.inf, *saved_steps(save_folder)]
+        keep_only(lowest_folder, {_lowest_step(journal, until) for until in ends})
 
     questions_in_parts = InParts(device, log, "held-out posters")
     samples_in_parts = InParts(device, log, "samples")
@@ -193,9 +208,7 @@ def _train(
                 log(f"the held-out loss at step {step} is no number, and is left out")
                 return
             journal.holdout.append(HoldoutLoss(step, loss))
-            losses = [measured.loss for measured in journal.holdout]
-            newest_is_lowest = lowest(losses, settings.early_stop_min_gain) == len(losses) - 1
-            if settings.early_stop_patience is not None and newest_is_lowest and main:
+            if settings.early_stop_patience is not None and _lowest_step(journal) == step and main:
                 with writing(f"the save of step {step}", lowest_folder):
                     weights = learner.named
                     write_save(
@@ -204,8 +217,9 @@ def _train(
                         run=run,
                         tensors=weights,
                         state={},
-                        keep=1,
+                        keep=None,
                     )
+                    keep_lowest()
 
     def draw_samples(step: int) -> None:
         if inputs.drawer is not None and main:
@@ -330,10 +344,13 @@ def _train(
         steps = journal.reports[-1].step
         learner.finish()
         if settings.early_stop_patience is not None:
-            best = newest_save(lowest_folder, run=run, log=log)
+            at = _lowest_step(journal)
+            best = None if at is None else save_of_step(lowest_folder, at, run=run, log=log)
             if best is not None:
                 learner.restore_weights(best)
                 steps = best.step
+            else:
+                log(f"the finished model has the weights of the last step, {steps}")
         with writing("the finished model", config.output_dir):
             write_checkpoint(
                 config,
@@ -405,6 +422,14 @@ def _stops_early(settings: TrainingSettings, journal: Journal) -> bool:
     losses = [measured.loss for measured in journal.holdout]
     patience, min_gain = settings.early_stop_patience, settings.early_stop_min_gain
     return patience is not None and stopped_falling(losses, patience=patience, min_gain=min_gain)
+
+
+def _lowest_step(journal: Journal, until: float = math.inf) -> int | None:
+    """After which step the held-out loss was lowest, of those up to `until`; None before it was
+    measured. What counts as too small a gain decides when a run ends, not which weights it keeps.
+    """
+    place = lowest([measured.loss for measured in journal.holdout if measured.step <= until], 0.0)
+    return None if place < 0 else journal.holdout[place].step
 
 
 def _agree(accelerator: Accelerator, flag: bool) -> bool:

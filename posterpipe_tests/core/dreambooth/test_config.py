@@ -5,6 +5,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,6 +141,26 @@ def test_class_images_and_held_out_posters_count_only_where_they_decide(
     assert checkpoint_id(make_config(early_stop_patience=2), VERSIONS) != checkpoint_id(
         make_config(early_stop_patience=2, holdout_every_steps=7), VERSIONS
     )
+
+
+@pytest.mark.parametrize(
+    ("parts", "settings", "before", "stays"),
+    [
+        ({}, {}, "12c25da639952e35", True),
+        ({}, {"early_stop_min_gain": 0.1}, "79dd24d92055cb44", False),
+        ({"buckets": True}, {}, "4d33067a4264f78a", False),
+    ],
+)
+def test_what_once_ended_early_with_other_weights_has_another_name_now(
+    make_config: MakeConfig,
+    parts: dict[str, Any],
+    settings: dict[str, Any],
+    before: str,
+    stays: bool,
+) -> None:
+    usual = {"training": TrainingSettings(early_stop_patience=3, **settings)}
+    config = make_config(parts={**usual, "width": 64, "height": 96, **parts})
+    assert (checkpoint_id(config, VERSIONS) == before) is stays
 
 
 def test_versions_are_measured_from_the_bytes(make_config: MakeConfig, tmp_path: Path) -> None:

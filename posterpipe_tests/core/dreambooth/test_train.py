@@ -830,11 +830,17 @@ def test_zero_terminal_snr_goes_into_the_finished_schedule(
         train(make_config("epsilon", parts={"base_model": epsilon}, zero_terminal_snr=True))
 
 
+@pytest.mark.parametrize("buckets", [False, True], ids=["one size", "several sizes"])
 def test_the_held_out_loss_is_measured_at_fixed_questions(
-    make_config: MakeConfig, other_set: Path
+    make_config: MakeConfig, other_set: Path, tmp_path: Path, buckets: bool
 ) -> None:
-    settings = {"max_train_steps": 4, "holdout_every_steps": 2, "log_every_steps": 10}
-    parts = {"holdout_set": other_set}
+    settings: dict[str, Any] = {"max_train_steps": 4, "holdout_every_steps": 2}
+    settings |= {"log_every_steps": 10}
+    parts: dict[str, Any] = {"holdout_set": other_set}
+    if buckets:
+        sizes = [(32, 48), (48, 32), (32, 48), (48, 48), (48, 32)]
+        mixed = write_training_set(tmp_path / "mixed", seed=6, sizes=sizes)
+        parts = {"holdout_set": mixed, "buckets": True}
     result = train(make_config("one", parts=parts, **settings))
     assert [measured.step for measured in result.holdout] == [0, 2, 4]
     again = train(make_config("other", parts=parts, **settings, seed=3, train_batch_size=1))
@@ -882,6 +888,58 @@ def test_a_run_ends_early_with_the_weights_of_the_lowest_held_out_loss(
         assert equal(unet_weights(config.output_dir), unet_weights(same.output_dir))
     else:
         assert equal(unet_weights(config.output_dir), unet_weights(config.base_model))
+
+
+def measures(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
+    """Lets the held-out loss be as planned, one measurement after the other."""
+    planned = iter(losses)
+    monkeypatch.setattr(
+        "posterpipe.core.dreambooth.train.holdout_loss",
+        lambda *_, **__: torch.tensor(next(planned), dtype=torch.float64),
+    )
+
+
+def test_too_small_a_gain_ends_a_run_and_does_not_cost_it_what_was_gained(
+    make_config: MakeConfig, other_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measures(monkeypatch, 0.200, 0.198, 0.196, 0.194, 0.192)
+    config = make_config(
+        parts={"holdout_set": other_set},
+        max_train_steps=50,
+        holdout_every_steps=1,
+        early_stop_patience=4,
+        early_stop_min_gain=0.05,
+    )
+    result = train(config)
+    assert (result.ended_by, result.steps) == ("early_stop", 4)
+    assert not equal(unet_weights(config.output_dir), unet_weights(config.base_model))
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["killed", "and its newest save damaged"])
+def test_weights_of_steps_that_a_killed_run_made_again_are_not_taken(
+    make_config: MakeConfig, other_set: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    # On a GPU the steps made again are not those of before, and the loss need not get as low.
+    config = make_config(
+        parts={"holdout_set": other_set},
+        max_train_steps=8,
+        holdout_every_steps=1,
+        save_every_steps=2,
+        early_stop_patience=50,
+    )
+    measures(monkeypatch, 0.5, 0.4, 0.45, 0.3, 0.45, 0.1, 0.2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt_at(5))
+    # Those that the saves of steps 2 and 4 ask for, and the newest.
+    assert [path.name[-1] for path in sorted(config.work_dir.glob("lowest/*/*"))] == list("135")
+    if damaged:
+        (saves_of(config)[-1] / "unet.safetensors").unlink()
+    measures(monkeypatch, *[0.6] * 8)
+    result = train(config)
+    assert (result.resumed_from, result.steps) == ((2, 1) if damaged else (4, 3))
+    same = make_config("same", max_train_steps=result.steps)
+    train(same)
+    assert equal(unet_weights(config.output_dir), unet_weights(same.output_dir))
 
 
 def test_a_held_out_loss_that_is_no_number_counts_nowhere(
