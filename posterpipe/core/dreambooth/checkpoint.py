@@ -85,7 +85,7 @@ def write_checkpoint(
     write_metrics(temporary / METRICS_NAME, journal)
     draw_curves(temporary / PICTURE_NAME, journal)
     samples = config.work_dir / SAMPLES_NAME / run
-    if samples.is_dir():
+    if any(samples.glob("*.png")):  # none, where memory ran out each time
         shutil.copytree(samples, temporary / SAMPLES_NAME)
         draw_grid(temporary / f"{SAMPLES_NAME}.png", temporary / SAMPLES_NAME)
     record = _record(config, versions, run, journal, steps, processes)

@@ -208,10 +208,12 @@ class Learner:
         """While inside, the models are as they would be left if the run ended now."""
         for model in self.models.values():
             model.eval()
-        with torch.no_grad(), self._averaged():
-            yield
-        for model in self.models.values():
-            model.train()
+        try:
+            with torch.no_grad(), self._averaged():
+                yield
+        finally:
+            for model in self.models.values():
+                model.train()
 
     def errors_of(self, batch: Batch) -> Tensor:
         """float32 (batch,): each sample's squared error now."""

@@ -59,7 +59,8 @@ class SampleDrawer:
 
     @torch.no_grad()
     def draw(self, step: int, predict: Callable[[Tensor, Tensor, Sequence[str]], Tensor]) -> None:
-        """Draws all prompts one by one and writes them; at step 0 it begins anew.
+        """Draws all prompts one by one and writes them when all are there; at step 0 it begins
+        anew.
 
         predict: latents float32 (2, *shape), timestep and two texts -> what the U-Net predicts, in
         the shape of the latents.
@@ -69,11 +70,13 @@ class SampleDrawer:
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / PROMPTS_NAME).write_text("\n".join(self.prompts) + "\n", "utf-8")
         vae = self._load_vae()
+        images = []
         for number, prompt in enumerate(self.prompts):
             latents = self._denoise(prompt, self._seed + number, predict, vae.device)
             pixels = vae.decode(latents / vae.config["scaling_factor"], return_dict=False)[0][0]
             shown = ((pixels.nan_to_num(-1.0) / 2 + 0.5).clamp(0, 1) * 255).round()
-            image = Image.fromarray(shown.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+            images.append(Image.fromarray(shown.to(torch.uint8).permute(1, 2, 0).cpu().numpy()))
+        for number, image in enumerate(images):
             image.save(self._folder / f"step-{step:08d}-{number}.png")
 
     def _denoise(

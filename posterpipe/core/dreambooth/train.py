@@ -222,9 +222,18 @@ def _train(
                     keep_lowest()
 
     def draw_samples(step: int) -> None:
-        if inputs.drawer is not None and main:
+        if inputs.drawer is None or not main:
+            return
+        try:
             with learner.as_finished(), writing(f"the samples of step {step}", config.work_dir):
                 inputs.drawer.draw(step, predict)
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler, where nothing holds the memory of the failed try any more.
+        give_memory_back(device)
+        log(f"the samples of step {step} are left out: out of memory")
 
     def due(step: int, every: int | None) -> bool:
         return every is not None and step % every == 0
@@ -251,6 +260,15 @@ def _train(
                 try:
                     loss = learner.add_gradients(step, batches)
                     break
+                except TrainingError as error:
+                    if not asked_to_stop():
+                        raise
+                    # Ctrl-C ends the compiler as well, which then is not what is wrong.
+                    last = _last_save(save_folder, run)
+                    raise TrainingStopped(
+                        f"asked to stop while the models were compiled for step {step + 1}: "
+                        f"{last}; start the same run again and it goes on from there"
+                    ) from error
                 except (RuntimeError, MemoryError) as error:
                     split *= _further_split(error, settings, accelerator, split)
                 # Outside the handler, where nothing holds the memory of the failed try any more.
@@ -443,13 +461,16 @@ def _agree(accelerator: Accelerator, flag: bool) -> bool:
 def _diverged(
     settings: TrainingSettings, what: str, save_folder: Path, run: str
 ) -> TrainingDiverged:
-    saved = newest_save(save_folder, run=run, log=lambda line: None)
-    kept = f"the last good save is {saved.folder}" if saved else "there is no save yet"
     return TrainingDiverged(
-        f"{what}; {kept}. Lower "
+        f"{what}; {_last_save(save_folder, run)}. Lower "
         f"training.learning_rate (now {settings.learning_rate:g}), or raise the precision "
         f"(training.mixed_precision, now {settings.mixed_precision})"
     )
+
+
+def _last_save(save_folder: Path, run: str) -> str:
+    saved = newest_save(save_folder, run=run, log=lambda line: None)
+    return f"the last good save is {saved.folder}" if saved else "there is no save yet"
 
 
 def _quiet() -> None:

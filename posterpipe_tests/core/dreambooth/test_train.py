@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from posterpipe.core.dreambooth.errors import (
     TrainingDiverged,
     TrainingError,
     TrainingSetError,
+    TrainingStopped,
 )
 from posterpipe.core.dreambooth.learner import Learner
 from posterpipe.core.dreambooth.reports import StepReport, TrainResult
@@ -516,6 +519,22 @@ def test_a_model_that_cannot_be_compiled_names_the_setting(
         torch._dynamo.reset()
 
 
+def test_asked_to_stop_while_the_models_are_compiled_a_run_names_its_last_save(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Learner.add_gradients
+
+    def interrupted(learner: Learner, step: int, batches: Any) -> Tensor:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise TrainingError("training.compile: the models cannot be compiled")
+        return real(learner, step, batches)
+
+    monkeypatch.setattr(Learner, "add_gradients", interrupted)
+    with pytest.raises(TrainingStopped, match=r"for step 4: the last good save is \S*00000002;"):
+        train(make_config(save_every_steps=2))
+
+
 class Malicious:
     """Touches a file when it is unpickled."""
 
@@ -629,6 +648,57 @@ def test_held_out_posters_and_samples_that_do_not_fit_at_once_are_divided(
             for run in (whole, divided)
         )
         assert abs(one - other).max() <= 1
+
+
+def test_samples_that_do_not_fit_into_memory_are_left_out_and_training_goes_on(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"sample_every_steps": 1, "sample_prompts": ("a cat", "a car")}
+    settings |= {"max_train_steps": 2, "ema_decay": 0.9}
+    plain = train(make_config("plain", **settings))
+    real, decoded = AutoencoderKL.decode, 0
+
+    def decode(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal decoded
+        decoded += 1
+        if decoded == 4:  # the second image of step 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", decode)
+    said: list[str] = []
+    config = make_config("short", **settings)
+    result = train(config, log=said.append)
+    assert [line for line in said if "memory" in line] == [
+        "the samples of step 1 are left out: out of memory"
+    ]
+    assert losses(result) == losses(plain)
+    assert equal(unet_weights(config.output_dir), unet_weights(plain.output_dir))
+    drawn = sorted(path.name for path in (config.output_dir / "samples").glob("*.png"))
+    assert drawn == [f"step-{step:08d}-{n}.png" for step in (0, 2) for n in (0, 1)]
+
+    def never(*arguments: Any, **keywords: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AutoencoderKL, "decode", never)
+    train(make_config("none", **settings))
+
+
+def test_a_look_at_the_models_that_fails_leaves_them_in_training(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[bool] = []
+
+    def look(learner: Learner, *arguments: Any) -> Tensor:
+        with pytest.raises(MemoryError), learner.as_finished():
+            raise MemoryError
+        modes.extend(model.training for model in learner.models.values())
+        return real(learner, *arguments)
+
+    real = Learner.add_gradients
+    monkeypatch.setattr(Learner, "add_gradients", look)
+    train(make_config(max_train_steps=1))
+    assert modes == [True, True]
 
 
 def test_a_batch_of_one_that_does_not_fit_is_an_error(
