@@ -63,7 +63,10 @@ def lora_deltas(model: nn.Module) -> dict[str, Tensor]:
 def write_lora(folder: Path, models: Mapping[str, nn.Module], settings: TrainingSettings) -> None:
     """Writes pytorch_lora_weights.safetensors, which `pipeline.load_lora_weights(folder)` reads.
 
-    Rank and alpha are in the file, for each model.
+    Rank and alpha are in the file, for each model. The text encoder's layers have the names that
+    they had before transformers 5 took `text_model` out of them: diffusers of before reads no other
+    ones, nor do kohya's scripts and the interfaces that follow them, and today's diffusers reads
+    both.
     """
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
     from diffusers.utils import convert_state_dict_to_diffusers
@@ -72,7 +75,10 @@ def write_lora(folder: Path, models: Mapping[str, nn.Module], settings: Training
     arguments: dict[str, Any] = {}
     for name, model in models.items():
         state = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
-        arguments[f"{name}_lora_layers"] = {key: value.cpu() for key, value in state.items()}
+        without = name == "text_encoder" and not hasattr(model, "text_model")
+        inside = "text_model." if without else ""
+        layers = {f"{inside}{key}": value.cpu() for key, value in state.items()}
+        arguments[f"{name}_lora_layers"] = layers
         arguments[f"{name}_lora_adapter_metadata"] = _config(name, settings).to_dict()
     StableDiffusionLoraLoaderMixin.save_lora_weights(
         str(folder), safe_serialization=True, **arguments

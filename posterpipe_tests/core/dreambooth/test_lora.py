@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.train import train
+from posterpipe.core.sampler import LORA_WEIGHTS, Sampler
+from posterpipe.settings import SamplerSettings
 from posterpipe_tests.core.dreambooth.conftest import MakeConfig, saves_of
 from posterpipe_tests.core.dreambooth.test_train import (
     equal,
@@ -54,13 +57,25 @@ def test_diffusers_loads_it_on_the_base_model_and_draws_what_the_merged_one_draw
     assert np.abs(loaded - merged).max() <= 2
 
 
-def test_diffusers_loads_it_into_the_text_encoder_as_well(
-    make_config: MakeConfig, base_model: Path
+@pytest.mark.parametrize("names", ["today's", "those of earlier files"])
+def test_diffusers_and_the_sampler_load_it_into_the_text_encoder_as_well(
+    make_config: MakeConfig, base_model: Path, tmp_path: Path, names: str
 ) -> None:
     from diffusers import StableDiffusionPipeline
 
     config = make_config(**LORA, max_train_steps=2)
     train(config)
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    with safe_open(config.output_dir / LORA_WEIGHTS, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    text_layers = [name for name in tensors if name.startswith("text_encoder.")]
+    assert text_layers  # older diffusers and kohya's scripts look for them there
+    assert all(name.startswith("text_encoder.text_model.encoder.layers.") for name in text_layers)
+    if names != "today's":
+        tensors = {name.replace(".text_model.", "."): tensors[name] for name in tensors}
+    save_file(tensors, lora / LORA_WEIGHTS, metadata)
 
     def pipeline_of(folder: Path) -> Any:
         return StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
@@ -71,12 +86,14 @@ def test_diffusers_loads_it_into_the_text_encoder_as_well(
 
     loaded = pipeline_of(base_model)
     alone = says(loaded)
-    loaded.load_lora_weights(config.output_dir)
+    loaded.load_lora_weights(lora)
     assert set(loaded.get_list_adapters()) == {"unet", "text_encoder"}
     way = (says(loaded) - alone).abs().max()
     # The merged weights are rounded to the fp16 of the base model's files.
     error = (says(loaded) - says(pipeline_of(config.output_dir))).abs().max()
     assert way > 0.05 and error < way / 20
+    sampler = Sampler(lora, SamplerSettings(), model_id="x", base_dir=base_model)
+    assert (says(loaded) - says(sampler)).abs().max() < way / 20
 
 
 def test_only_the_named_layers_change(make_config: MakeConfig, base_model: Path) -> None:
