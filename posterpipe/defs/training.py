@@ -264,12 +264,18 @@ def dreambooth_checkpoint(
 
 
 def _train(context: dg.AssetExecutionContext, deployment: Deployment, command: list[str]) -> None:
+    from posterpipe.core.dreambooth.launch import STOPPING_SECONDS, launch_environment
+
     reader = _Reports()
+    client = dg.PipesSubprocessClient(
+        env=launch_environment(),
+        cwd=str(deployment.settings.root),
+        message_reader=reader,
+        termination_timeout_seconds=STOPPING_SECONDS,
+    )
     with reader.shown_by(deployment.progress(context)):
         try:
-            dg.PipesSubprocessClient(message_reader=reader).run(
-                context=context, command=command, cwd=str(deployment.settings.root)
-            )
+            client.run(context=context, command=command)
         except DagsterPipesExecutionError as error:
             raise TrainingFailed(reader.last_words or f"training: {error}") from error
 

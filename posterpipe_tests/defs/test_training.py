@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -12,6 +14,7 @@ from PIL import Image
 
 from posterpipe.core.store import Store
 from posterpipe.core.training_set import build_training_set
+from posterpipe.defs import training
 from posterpipe.defs.resources import (
     HELD_OUT,
     TABLES,
@@ -78,6 +81,36 @@ def test_what_a_run_leaves_out_is_as_the_profile_says() -> None:
     assert changed == base.model_copy(update={"max_train_steps": 5, "snr_gamma": 5.0})
     with pytest.raises(SettingsError, match=r"dreambooth_checkpoint: learning_rate: .*greater"):
         training_settings(base, {"learning_rate": -1.0})
+
+
+def test_a_training_that_is_cancelled_has_the_time_to_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients: list[Any] = []
+
+    class Client(dg.PipesSubprocessClient):
+        def run(self, **arguments: Any) -> Any:
+            clients.append(self)
+            return super().run(**arguments)
+
+    monkeypatch.setattr(dg, "PipesSubprocessClient", Client)
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    told = tmp_path / "told"
+    says = "os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT']"
+    code = f"import os; open({str(told)!r}, 'w').write({says})"
+    deployment: Any = SimpleNamespace(
+        progress=lambda context: None, settings=SimpleNamespace(root=tmp_path)
+    )
+
+    @dg.asset
+    def checkpoint(context) -> dg.Output:  # type: ignore[no-untyped-def]  # it reads no strings
+        training._train(context, deployment, [sys.executable, "-c", code])
+        return dg.Output(None)
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert dg.materialize([checkpoint], instance=instance).success
+    assert int(told.read_text()) >= 600  # torch's launcher waits for 30 seconds, Pipes for 20
+    assert clients[0].termination_timeout_seconds >= 600
 
 
 def test_class_images_of_another_base_model_are_stale(tmp_path: Path) -> None:

@@ -14,6 +14,12 @@ from pathlib import Path
 _CONFIG = Path(__file__).with_name("accelerate.yaml")
 _FIRST_SPEAKS_SECONDS = 5.0
 
+STOPPING_SECONDS = 900
+"""How long whoever asks a training to stop waits for it: it makes some steps until its processes
+have agreed, and writes a save of many gigabytes."""
+
+_TORCH_WAITS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+
 
 def launch_command(
     config: Path,
@@ -45,6 +51,15 @@ def launch_command(
         *("--num_cpu_threads_per_process", threads),
         *("-m", module, "--config", str(config)),
     ]
+
+
+def launch_environment() -> dict[str, str]:
+    """What the environment of `launch_command` has to say as well.
+
+    Torch's launcher, which accelerate uses for several processes, kills those that have not ended
+    30 seconds after it was asked to stop.
+    """
+    return {_TORCH_WAITS: os.environ.get(_TORCH_WAITS, str(STOPPING_SECONDS))}
 
 
 def is_first_process() -> bool:

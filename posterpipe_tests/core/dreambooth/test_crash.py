@@ -28,7 +28,7 @@ from posterpipe.core.dreambooth import saves
 from posterpipe.core.dreambooth.checkpoint import RECORD_NAME
 from posterpipe.core.dreambooth.config import RunConfig, checkpoint_id, measure_versions
 from posterpipe.core.dreambooth.errors import TrainingError
-from posterpipe.core.dreambooth.launch import launch_command
+from posterpipe.core.dreambooth.launch import launch_command, launch_environment
 from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.train import train
 from posterpipe_tests.core.dreambooth.conftest import MakeConfig, saves_of
@@ -419,6 +419,42 @@ def test_two_processes_that_go_on_report_the_losses_of_both(
     reports, _, told = of_record(two)
     assert [row["step"] for row in told["reports"]] == [1, 3, 6, 7]
     assert reports == pytest.approx([r.loss for r in one.reports], abs=1e-5)
+
+
+SLOW_TO_SAVE = """
+import sys, time
+from pathlib import Path
+from posterpipe.core.dreambooth import train as module
+from posterpipe.core.dreambooth.config import RunConfig
+
+def write_save(*arguments, **keywords):
+    time.sleep(40)
+    return original(*arguments, **keywords)
+
+original, module.write_save = module.write_save, write_save
+config = RunConfig.from_toml(Path(sys.argv[1]))
+module.train(config, lambda report: print(report, flush=True))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_asked_to_stop_have_the_time_to_save(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(max_train_steps=5000, save_every_steps=5000)
+    script, file = tmp_path / "slow.py", config.to_toml(tmp_path / "run.toml")
+    script.write_text(SLOW_TO_SAVE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    for name, value in launch_environment().items():
+        monkeypatch.setenv(name, value)
+    with started([*launcher, str(script), str(file)]) as process:
+        wait_for(process, "step 3 of 5000")
+        process.send_signal(signal.SIGINT)  # as Dagster does
+        process.communicate(timeout=300)
+    (kept,) = saves_of(config)
+    assert (kept / "manifest.json").exists()
 
 
 def test_an_error_of_all_processes_is_told_once(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from accelerate.commands import launch
 from accelerate.commands.config import config_args
 
-from posterpipe.core.dreambooth.launch import launch_command
+from posterpipe.core.dreambooth.launch import launch_command, launch_environment
 
 AT_HOME = """
 compute_environment: LOCAL_MACHINE
@@ -48,3 +48,13 @@ def test_a_config_file_of_accelerate_in_the_users_home_changes_nothing(
     at_home = tmp_path / "default_config.yaml"
     at_home.write_text(AT_HOME.format(kind=kind))
     assert understood(at_home) == plain
+
+
+def test_the_launcher_waits_for_a_save_unless_someone_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    monkeypatch.delenv(name, raising=False)
+    assert int(launch_environment()[name]) >= 600
+    monkeypatch.setenv(name, "7")
+    assert launch_environment() == {name: "7"}
