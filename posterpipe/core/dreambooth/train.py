@@ -21,7 +21,7 @@ import torch
 import transformers.utils.logging
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
 from posterpipe.core.dreambooth.base_model import check_base_model
@@ -99,7 +99,11 @@ def train(
     versions = config.versions or measure_versions(config)
     accelerator = Accelerator(
         mixed_precision="no",  # `learner` deals with precision
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PROCESSES_WAIT)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=_PROCESSES_WAIT),
+            # Else each process holds all gradients twice: its own, and those that travel.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
     )
     run = checkpoint_id(config, versions, accelerator.num_processes)
     main = accelerator.is_main_process
