@@ -8,6 +8,7 @@ is saved and restored. What does not: what comes when (`train`), the formulas (`
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -85,7 +86,11 @@ class Learner:
         # For several processes: copies that average their gradients. For one: the same models. They
         # come before the optimizer, since making them may move the weights to other memory.
         self._copies = [accelerator.prepare_model(model) for model in self.models.values()]
-        self._predict = torch.compile(self._copies[0]) if settings.compile else self._copies[0]
+        self._predict = self._copies[0]
+        if settings.compile:
+            # On a CPU a run that goes on ends with the same bits, so what is compiled for a shape
+            # must not depend on the shapes before it; on a GPU, where each takes minutes, it may.
+            self._predict = compiled(self._copies[0], each_shape=device.type == "cpu")
 
         # ---- what moves them
         self.named = {
@@ -273,6 +278,20 @@ class Learner:
         """Leaves the weights as the finished model has them."""
         if self._average is not None:
             self._average.copy_to_parameters()
+
+
+def compiled(model: Callable[..., Any], *, each_shape: bool) -> Callable[..., Any]:
+    """The model, compiled when it is first called.
+
+    each_shape: anew for each shape and size of a batch, however many there are. Otherwise the
+    second one has it compiled for all.
+    """
+    if not each_shape:
+        return torch.compile(model)
+    # The limits are those of the whole process. Beyond them torch would compile no more.
+    torch._dynamo.config.recompile_limit = sys.maxsize
+    torch._dynamo.config.accumulated_recompile_limit = sys.maxsize
+    return torch.compile(model, dynamic=False)
 
 
 @contextlib.contextmanager
