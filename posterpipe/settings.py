@@ -657,6 +657,11 @@ class CheckSettings(Group):
         description="training images that are black, white or of one colour; with more nothing is "
         "captioned",
     )
+    max_failed_share: Share = Field(
+        0.2,
+        description="training images, or captions, that could not be made; with more of either "
+        "nothing is trained",
+    )
     max_repeated_share: Share = Field(
         0.25, description="repeats among the word pairs of one caption; more is a warning"
     )

@@ -134,8 +134,12 @@ def decide(
 def _until_again(read: LastRead) -> float:
     """Seconds to wait before files that could not be read are tried again: as long as they have
     been tried already, so that the pauses double, whatever number of looks and tries was lost."""
-    tried = read.at - read.unread_since if read.unread_since else 0.0
-    return min(max(tried, UNREAD_SECONDS), UNREAD_SECONDS_AT_MOST)
+    return pause_after(read.at - read.unread_since if read.unread_since else 0.0)
+
+
+def pause_after(tried_seconds: float) -> float:
+    """Seconds to wait before something is tried once more that was tried in vain for so long."""
+    return min(max(tried_seconds, UNREAD_SECONDS), UNREAD_SECONDS_AT_MOST)
 
 
 def posters_source(

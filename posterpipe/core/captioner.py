@@ -20,6 +20,7 @@ from PIL import Image
 from posterpipe.core.captions import HumanCaption
 from posterpipe.core.models import (
     best_device,
+    device_is_gone,
     fingerprint,
     give_memory_back,
     locate,
@@ -38,6 +39,10 @@ Loaded = TypeVar("Loaded")
 
 CAPTION_VERSION = 2
 """Raise it when the captioner decodes otherwise: every caption by the model is then made again."""
+
+class CaptioningStopped(Exception):
+    """The accelerator is gone, so that no further image can be described. What was done is kept."""
+
 
 COLUMNS = ["poster_id", "caption", "source", "model", "revision", "status", "reason"]
 
@@ -185,7 +190,8 @@ def caption_posters(
     what a person should look at: cut short, or several people disagree); sorted by poster_id.
 
     The model describes only images that nobody else did and that it did not describe before, and
-    with nothing to do it is not loaded; a failed one is tried again. Raises ModelMissing.
+    with nothing to do it is not loaded; a failed one is tried again. Raises ModelMissing, and
+    CaptioningStopped where the accelerator is gone; what was described by then is kept.
     """
     human = human or {}
     usable = resized[resized["status"] == "ok"].sort_values("poster_id")
@@ -282,7 +288,10 @@ def _batches_ahead(
 
 
 def _caption_batch(captioner: Captioner, pixels: list[torch.Tensor]) -> list[dict[str, str]]:
-    """A row for each image; one that fails does not take the others of its batch with it."""
+    """A row for each image; one that fails does not take the others of its batch with it.
+
+    Raises CaptioningStopped where nothing later can succeed either.
+    """
     if not pixels:
         return []
     import torch
@@ -290,6 +299,12 @@ def _caption_batch(captioner: Captioner, pixels: list[torch.Tensor]) -> list[dic
     try:
         described = captioner.describe(torch.stack(pixels))
     except Exception as error:  # too little memory for the batch, perhaps
+        if device_is_gone(error, captioner.device):
+            raise CaptioningStopped(
+                f"the captioner's device can no longer be used ({_first_line(error)}); what was "
+                "captioned is kept: materialize poster_captions again, in a new process, and look "
+                "at the machine where that fails as well"
+            ) from error
         if len(pixels) == 1:
             return [_failed(_first_line(error))]
         half = len(pixels) // 2

@@ -267,6 +267,36 @@ def usable_precision(precision: Precision) -> Precision:
     return "fp32" if best_device().type == "cpu" else "fp16"
 
 
+# Errors after which CUDA answers every call of the process with the same error, and ROCm's.
+_DEVICE_IS_GONE = re.compile(
+    r"illegal memory access|illegal instruction|illegal address|misaligned address"
+    r"|invalid program counter|device-side assert|unspecified launch failure|launch timed out"
+    r"|hardware stack error|uncorrectable|device is lost|fallen off the bus",
+    re.IGNORECASE,
+)
+
+
+def device_is_gone(error: BaseException, device: torch.device) -> bool:
+    """Whether nothing can be computed on a device any more in this process, after `error`.
+
+    Too little memory does not count: less at once may fit.
+    """
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    if isinstance(error, RuntimeError) and _DEVICE_IS_GONE.search(str(error)):
+        return True
+    if device.type == "cpu":
+        return False
+    try:
+        return float(torch.ones(1, device=device).sum()) != 1.0
+    except torch.OutOfMemoryError:
+        return False
+    except RuntimeError as asked:
+        return "out of memory" not in str(asked)
+
+
 def torch_dtype(precision: Precision) -> torch.dtype:
     """The torch type of a precision setting."""
     import torch

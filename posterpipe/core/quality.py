@@ -154,6 +154,32 @@ def source_names(posters: pd.DataFrame) -> dict[str, str]:
     return names
 
 
+def failed_share(
+    table: pd.DataFrame, names: Mapping[str, str], max_share: float, what: str
+) -> Finding:
+    """Which share of the rows of `resized_posters` or `poster_captions` has failed.
+
+    `what` they hold, in words; `names`: see `source_names`.
+    """
+    failed = [
+        (names.get(str(poster_id), str(poster_id)), str(reason))
+        for poster_id, status, reason in cells(table, "poster_id", "status", "reason")
+        if status != "ok"
+    ]
+    share = _share(len(failed), len(table))
+    return Finding(
+        passed=share <= max_share,
+        summary=f"{len(failed)} of {len(table)} {what} could not be made ({share:.1%}); at most "
+        f"{max_share:.1%} may fail",
+        remedy="do what the reasons say and materialize the asset again; it is also tried again by "
+        "itself, ever more seldom, for a week. The limit is checks.max_failed_share",
+        expected=f"at most {max_share:g}",
+        actual=share,
+        offenders=pd.DataFrame(failed, columns=["source_name", "reason"]),
+        numbers={"failed": len(failed)},
+    )
+
+
 # -- images ----------------------------------------------------------------------------------------
 
 

@@ -171,6 +171,16 @@ RESIZED_POSTERS = [
         blocking=True,
         reads=("raw_posters",),
     ),
+    _spec(
+        "resized_posters",
+        "few_images_failed",
+        "Single posters of which no training image can be made stop nothing; many of them are a "
+        "full disk, too little memory or lost files, and a training on the rest would be wasted. "
+        "When this fails, do what the reasons say. Limit: `checks.max_failed_share`.",
+        severity=ERROR,
+        blocking=True,
+        reads=("raw_posters",),
+    ),
 ]
 
 
@@ -193,7 +203,19 @@ def resized_posters_checks(
             deployment.settings.checks.max_blank_share,
         )
 
-    yield from _results(context, RESIZED_POSTERS, {"training_images_show_something": blank_images})
+    yield from _results(
+        context,
+        RESIZED_POSTERS,
+        {
+            "training_images_show_something": blank_images,
+            "few_images_failed": lambda: quality.failed_share(
+                resized_posters,
+                quality.source_names(raw_posters),
+                deployment.settings.checks.max_failed_share,
+                "training images",
+            ),
+        },
+    )
 
 
 # -- captions and the training set -----------------------------------------------------------------
@@ -214,6 +236,17 @@ POSTER_CAPTIONS = [
         "When nearly all posters have one caption, the captioner sees nothing, and a training "
         "would be wasted. When this fails, look at the captioner and the training images. Limit: "
         "`checks.min_distinct_captions`.",
+        severity=ERROR,
+        blocking=True,
+        reads=("raw_posters",),
+    ),
+    _spec(
+        "poster_captions",
+        "few_captions_failed",
+        "A poster without a caption is not trained on. Single ones stop nothing; many of them are "
+        "a captioner that broke half-way, and a training on the rest would be wasted. When this "
+        "fails, do what the reasons say, or write the captions yourself. Limit: "
+        "`checks.max_failed_share`.",
         severity=ERROR,
         blocking=True,
         reads=("raw_posters",),
@@ -245,6 +278,9 @@ def poster_captions_checks(
             ),
             "captions_are_diverse": lambda: quality.caption_diversity(
                 poster_captions, names, limits.min_distinct_captions
+            ),
+            "few_captions_failed": lambda: quality.failed_share(
+                poster_captions, names, limits.max_failed_share, "captions"
             ),
         },
     )

@@ -7,6 +7,7 @@ What belongs here: the four assets. What does not: pixels (`core.images`), what 
 import dagster as dg
 
 from posterpipe.defs.resources import (
+    FAILED_ITEMS,
     MODEL_FINGERPRINT,
     SOURCE_DIGEST,
     TABLES,
@@ -67,6 +68,7 @@ def resized_posters(
             "contact_sheet": thumbnails(images, total=len(usable)),
             **counts(resized, "status"),
             "failed": table_preview(resized[resized["status"] != "ok"], ["poster_id", "reason"]),
+            FAILED_ITEMS: int((resized["status"] != "ok").sum()),
         },
     )
 
@@ -193,6 +195,7 @@ def poster_captions(
             "captions": table_preview(captions, ["caption", "source", "status", "reason"]),
             **by_source,
             **model,
+            FAILED_ITEMS: len(captions) - len(captioned),
             "to_look_at": int((captions["reason"] != "").sum()),
             "distinct_captions": int(captioned["caption"].nunique()),
             "mean_words": sum(len(text.split()) for text in captioned["caption"])

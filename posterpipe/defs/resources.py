@@ -47,6 +47,9 @@ the posters, the content of a file), by which the arrivals sensor knows what was
 UNREAD = "unread"
 """Metadata entry of a root asset's materialization: files that could not be read this time."""
 
+FAILED_ITEMS = "failed_items"
+"""Metadata entry of a materialization: items that failed and may succeed when tried again."""
+
 CHAMPION = "champion"
 """Metadata entry: the checkpoint that is served, or that the newest one has to beat."""
 

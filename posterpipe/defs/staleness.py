@@ -75,8 +75,13 @@ _DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
 
 _LIMITS: Mapping[str, tuple[str, ...]] = {
     "raw_posters": ("min_posters", "max_rejected_share", "max_near_duplicate_share"),
-    "resized_posters": ("max_blank_share",),
-    "poster_captions": ("max_repeated_share", "max_shared_captions", "min_distinct_captions"),
+    "resized_posters": ("max_blank_share", "max_failed_share"),
+    "poster_captions": (
+        "max_repeated_share",
+        "max_shared_captions",
+        "min_distinct_captions",
+        "max_failed_share",
+    ),
     "training_csv": ("min_posters", "holdout_distance", "max_long_captions"),
     "base_generations": ("max_blocked_share",),
     "tuned_generations": ("max_blocked_share",),

@@ -19,6 +19,7 @@ from dagster._core.storage.asset_check_execution_record import (
 from posterpipe.defs.arrivals import REASON_TAG, UNFINISHED
 from posterpipe.defs.automation import ON_SCHEDULE
 from posterpipe.defs.resources import Deployment
+from posterpipe.defs.retries import retry_reason
 from posterpipe.defs.staleness import (
     Models,
     data_version,
@@ -44,7 +45,8 @@ _EVENTS = 100
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Requests what does not match what it is made from and what the policy has not "
     "taken up: changes that it could not see, code and settings of assets without inputs, replaced "
-    "models, lost files. Says in its skip reason what is stale, and why it waits.",
+    "models, lost files, items that failed. Says in its skip reason what is stale, and why it "
+    "waits.",
 )
 def stale_sweep(
     context: dg.SensorEvaluationContext, deployment: dg.ResourceParam[Deployment]
@@ -160,7 +162,9 @@ class _Sweep:
             return reason
         # As after a run that died between an asset and its check, which holds up what follows.
         unchecked = [check.name for check in self._blocking.get(key, []) if self._not_run(check)]
-        return f"its check {unchecked[0]} did not run" if unchecked else ""
+        if unchecked:
+            return f"its check {unchecked[0]} did not run"
+        return retry_reason(self._instance, key, self._latest[key])
 
     def _judge(self, key: dg.AssetKey, known: _Known, running: set[dg.AssetKey]) -> tuple[str, str]:
         """The run key of a stale asset, and what stands in the way of requesting it."""

@@ -15,6 +15,7 @@ from posterpipe.core import captioner as module
 from posterpipe.core.captioner import (
     COLUMNS,
     Captioner,
+    CaptioningStopped,
     Description,
     caption_posters,
     usable_precision,
@@ -290,6 +291,57 @@ def test_a_batch_that_does_not_fit_is_halved(
     captions = caption_posters(other, table, wide, root)
     assert sizes == [5, 2, 3, 1, 2]
     pd.testing.assert_frame_equal(captions, expected)
+
+
+def test_a_device_that_is_gone_ends_the_captioning_and_what_was_done_is_kept(
+    root: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = resized(store, range(20))
+    expected = caption_posters(Store(store.root / "other"), resized(
+        Store(store.root / "other"), range(20)), SETTINGS, root)  # fmt: skip
+    calls = 0
+
+    class Breaking(Captioner):
+        def describe(self, pixels: torch.Tensor) -> list[Description]:
+            nonlocal calls
+            calls += 1
+            if calls > 2:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+            return super().describe(pixels)
+
+    monkeypatch.setattr(module, "Captioner", Breaking)
+    with pytest.raises(CaptioningStopped, match="illegal memory access.*what was captioned is"):
+        caption_posters(store, table, SETTINGS, root)
+    assert calls == 3
+    sizes: list[int] = []
+
+    class Whole(Captioner):
+        def describe(self, pixels: torch.Tensor) -> list[Description]:
+            sizes.append(len(pixels))
+            return super().describe(pixels)
+
+    monkeypatch.setattr(module, "Captioner", Whole)
+    captions = caption_posters(store, table, SETTINGS, root)
+    assert sum(sizes) == 16
+    pd.testing.assert_frame_equal(captions, expected)
+
+
+def test_an_image_that_breaks_the_model_fails_alone(
+    root: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = resized(store, range(4))
+    with Image.open(store.path(table["image"][1], ".png")) as image:
+        bad = Captioner(SETTINGS, root).pixels(image.convert("RGB"))
+
+    class Choosy(Captioner):
+        def describe(self, pixels: torch.Tensor) -> list[Description]:
+            if any(bool((one == bad).all()) for one in pixels):
+                raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+            return super().describe(pixels)
+
+    monkeypatch.setattr(module, "Captioner", Choosy)
+    captions = caption_posters(store, table, SETTINGS, root)
+    assert captions["status"].tolist() == ["ok", "failed", "ok", "ok"]
 
 
 def test_images_are_decoded_beside_the_model(

@@ -243,6 +243,8 @@ def test_what_blocks_fails_as_an_error() -> None:
         "enough_usable_posters",
         "training_images_show_something",
         "captions_are_diverse",
+        "few_images_failed",
+        "few_captions_failed",
         "enough_training_rows",
         "every_row_has_image_and_caption",
         "captions_fit_the_text_encoder",
@@ -282,6 +284,23 @@ def a_black_poster(world: World) -> None:
 def a_lost_training_image(world: World) -> None:
     image = world.table("resized_posters")["image"][0]
     world.store.path(str(image), ".png").unlink()
+
+
+def unmade_images(world: World) -> None:
+    fail_first(world, "resized_posters", "the disk is full", image="")
+
+
+def unmade_captions(world: World) -> None:
+    fail_first(world, "poster_captions", "the captioner broke", caption="")
+
+
+def fail_first(world: World, table: str, reason: str, **values: str) -> None:
+    """Fail the row of the first poster and one other, of six: more than a fifth."""
+    posters = world.table("raw_posters")
+    first = posters.loc[posters["source_name"] == POSTERS[0], "poster_id"].iloc[0]
+    known = world.table(table)["poster_id"].tolist()
+    for row in (known.index(first), known.index(first) - 1):
+        world.change(table, row % len(known), status="failed", reason=reason, **values)
 
 
 def a_stammering_caption(world: World) -> None:
@@ -401,6 +420,8 @@ def a_rejected_champion(world: World) -> None:
         (a_smaller_copy, "few_near_duplicates", f"z smaller.jpg | {POSTERS[1]}"),
         (a_black_poster, "training_images_show_something", "night.png | all black"),
         (a_lost_training_image, "training_images_show_something", "gone from the store"),
+        (unmade_images, "few_images_failed", f"{POSTERS[0]} | the disk is full"),
+        (unmade_captions, "few_captions_failed", f"{POSTERS[0]} | the captioner broke"),
         (a_stammering_caption, "captions_do_not_repeat", "a cat cat cat cat"),
         (one_caption_for_all, "captions_do_not_repeat", "18 posters have it"),
         (one_caption_for_all, "captions_are_diverse", "a poster | 18"),

@@ -1,0 +1,74 @@
+"""When an asset is made again because some of its items failed.
+
+What belongs here: the pauses between tries. What does not: requesting the run (`sweep`), and files
+outside that could not be read (`arrivals`), whose pauses are the same.
+"""
+
+import datetime as dt
+import time
+from collections.abc import Mapping
+
+import dagster as dg
+
+from posterpipe.defs.resources import FAILED_ITEMS
+from posterpipe.defs.staleness import CODE_VERSION, INPUT_DATA_VERSION
+
+GIVE_UP_SECONDS = 7 * 86_400.0
+"""Items that failed for so long are tried again only when an input, code or a setting changes."""
+
+_TRIES = 20
+"""Materializations looked at to see how long items have failed: a week takes twelve."""
+
+
+def retry_reason(
+    instance: dg.DagsterInstance, key: dg.AssetKey, made: dg.EventLogRecord | None
+) -> str:
+    """Why an asset whose items failed is to be made again now; "" where it is not, or not yet.
+
+    `made`: its latest materialization. Failures may pass by themselves, such as too little memory,
+    so they are tried again after as long as they have been tried already, for a week.
+    """
+    failed = _failed(made)
+    if made is None or not failed:
+        return ""
+    from posterpipe.core.arrivals import pause_after
+
+    tried = made.timestamp - _failing_since(instance, key, made)
+    if tried >= GIVE_UP_SECONDS or now() - made.timestamp < pause_after(tried):
+        return ""
+    at = dt.datetime.fromtimestamp(made.timestamp, dt.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return f"{failed} of its items failed at {at}"
+
+
+def now() -> float:
+    """Seconds since 1970."""
+    return time.time()
+
+
+def _failing_since(
+    instance: dg.DagsterInstance, key: dg.AssetKey, made: dg.EventLogRecord
+) -> float:
+    """When it was first made with failed items, of the latest times in a row from the same."""
+    since = made.timestamp
+    for record in instance.fetch_materializations(key, limit=_TRIES).records:
+        if _made_from(record) != _made_from(made) or not _failed(record):
+            break
+        since = record.timestamp
+    return since
+
+
+def _failed(record: dg.EventLogRecord | None) -> int:
+    made = record.asset_materialization if record else None
+    entry = made.metadata.get(FAILED_ITEMS) if made else None
+    return int(str(entry.value)) if entry else 0
+
+
+def _made_from(record: dg.EventLogRecord) -> Mapping[str, str]:
+    """Versions of code and inputs."""
+    made = record.asset_materialization
+    tags = (made.tags or {}) if made else {}
+    return {
+        name: value
+        for name, value in tags.items()
+        if name == CODE_VERSION or name.startswith(INPUT_DATA_VERSION)
+    }
