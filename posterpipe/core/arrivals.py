@@ -188,7 +188,23 @@ def holdout_source(folder: Path, store: Store, settings: AutomationSettings, now
     entries = holdout_entries(folder)
     posters = poster_entries(entries)
     seen = f"{_count(len(posters), 'poster')} in {folder}" if posters else f"no posters in {folder}"
-    return Source(landing_digest(entries, store), seen, _young(posters, settings, now))
+    young = _young([*posters, *_sidecars(entries)], settings, now)
+    return Source(holdout_digest(entries, store), seen, young)
+
+
+def holdout_digest(entries: Sequence[Entry], store: Store) -> str:
+    """Of everything that the table of held-out posters is made from: posters, and the text files
+    beside them."""
+    posters = landing_digest(entries, store)
+    sidecars = _sidecars(entries)
+    if not sidecars:
+        return posters
+    found = rehashed(store, REHASHED_SIDECARS)
+    return content_key("holdout", posters, listing_digest(sidecars), found)
+
+
+def _sidecars(entries: Iterable[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry.name.lower().endswith(SIDECAR)]
 
 
 def captions_source(
@@ -209,7 +225,7 @@ def captions_source(
     """
     if not poster_entries(entries):
         return _without_posters(location)
-    sidecars = [entry for entry in entries if entry.name.lower().endswith(SIDECAR)]
+    sidecars = _sidecars(entries)
     csv_digest = file_digest(csv_path)
     seen = _count(len(sidecars), "sidecar")
     seen += f" and {csv_path.name}" if csv_digest else f" and no {csv_path.name}"
@@ -224,7 +240,7 @@ def captions_digest(entries: Sequence[Entry], csv_path: Path, store: Store) -> s
 
     It changes as well with what `rehash_sidecars` found to have changed unnoticed.
     """
-    sidecars = [entry for entry in entries if entry.name.lower().endswith(SIDECAR)]
+    sidecars = _sidecars(entries)
     csv_digest = file_digest(csv_path)
     names = []
     if sidecars or csv_digest:

@@ -115,7 +115,7 @@ def clean_caption(text: str) -> str:
 
 def read_human_captions(
     place: Place,
-    csv_path: Path,
+    csv_path: Path | None,
     store: Store | None = None,
     progress: Progress | None = None,
     *,
@@ -127,7 +127,7 @@ def read_human_captions(
     such poster), caption, origin (`sidecar` or `captions.csv`), status (`ok`, at most once for a
     source_name, or `rejected`), reason ("" for ok). With neither sidecars nor CSV the table is
     empty. With a `store`, a sidecar that did not change since is not read again. `entries` is the
-    listing of the place, where it was taken before.
+    listing of the place, where it was taken before. Without a `csv_path` sidecars alone count.
 
     Raises CaptionsFileError when the CSV as a whole cannot be read, and PlaceMissing: captions that
     cannot be seen are not taken for captions that were removed.
@@ -135,7 +135,8 @@ def read_human_captions(
     posters, texts = _split(place.entries() if entries is None else entries)
     claims: dict[str, list[_Claim]] = {}
     sidecars = _sidecar_claims(place, posters, texts, store, progress or NoProgress())
-    for name, claim in [*sidecars, *_csv_claims(csv_path, posters)]:
+    rows_of_csv = _csv_claims(csv_path, posters) if csv_path else ()
+    for name, claim in [*sidecars, *rows_of_csv]:
         claims.setdefault(name, []).append(claim)
     rows = [row for name in sorted(claims) for row in _rows(name, claims[name])]
     return pd.DataFrame(rows, columns=COLUMNS)

@@ -25,8 +25,7 @@ from posterpipe.core.gate import (
     defender_of,
     gather,
 )
-from posterpipe.core.images import resize_posters
-from posterpipe.core.landing import scan_holdout
+from posterpipe.core.holdout_set import resized_holdout
 from posterpipe.core.metrics.base import SCORE_COLUMNS, Metric, record_scores
 from posterpipe.core.metrics.clip import clip_t_id, clip_t_metric, clip_t_scores
 from posterpipe.core.metrics.diversity import measure_diversity
@@ -84,10 +83,12 @@ def posters_of(store: Store, name: str, images: pd.DataFrame) -> Posters:
     return Posters(name, {blob: store.path(blob, ".png") for blob in blobs})
 
 
-def held_out(store: Store, settings: Settings, progress: Progress) -> Posters:
-    """The holdout posters, resized like those trained on; those resized before are not again."""
-    found = scan_holdout(settings.path(settings.holdout), settings.images, store, progress)
-    return posters_of(store, "holdout", resize_posters(store, found, settings.images, progress))
+def held_out(
+    store: Store, holdout: pd.DataFrame, settings: Settings, progress: Progress
+) -> Posters:
+    """The posters of the table `holdout_posters`, resized like those trained on; those resized
+    before are not again. Their bytes are the store's, whatever lies in the holdout folder now."""
+    return posters_of(store, "holdout", resized_holdout(store, holdout, settings.images, progress))
 
 
 def measure(

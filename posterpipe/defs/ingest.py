@@ -26,7 +26,7 @@ from posterpipe.defs.resources import (
 if TYPE_CHECKING:
     from posterpipe.core.store import Store
 
-_COLUMNS = columns(
+_DESCRIBED = dict(
     poster_id="string: sha256 of the file's bytes, the poster's name from here on",
     source_name="string: path inside the folder",
     size_bytes="int: size of the file",
@@ -38,6 +38,7 @@ _COLUMNS = columns(
     reason="string: why it is not ok, and what to do",
     near_duplicate_of="string: an earlier poster that it resembles; it is used all the same",
 )
+_COLUMNS = columns(**_DESCRIBED)
 
 
 @dg.asset(
@@ -86,9 +87,9 @@ def raw_posters(
     group_name="ingest",
     kinds={"python", "pillow"},
     owners=["team:data"],
-    code_version="2",
+    code_version="3",
     io_manager_key=TABLES,
-    metadata=_COLUMNS,
+    metadata=columns(**_DESCRIBED, caption="string: what the text file beside it says"),
 )
 def holdout_posters(
     context: dg.AssetExecutionContext, deployment: dg.ResourceParam[Deployment]
@@ -97,20 +98,32 @@ def holdout_posters(
 
     What generated posters are compared with, and what no training set may contain. They lie in
     `data/holdout_posters/` (the setting `holdout`); the sensor `arrivals` notices when that folder
-    changes. Without any the table is empty, and so are the scores against them.
+    changes. A text file beside a poster, `moon.txt` for `moon.png`, is its caption where the loss
+    on held-out posters is measured; `captions.csv` is about the landing folder alone. Without any the table is empty, and so are the scores against them.
     """
-    from posterpipe.core.arrivals import holdout_entries
-    from posterpipe.core.landing import landing_digest, scan_holdout
+    from posterpipe.core.arrivals import holdout_digest, holdout_entries
+    from posterpipe.core.captions import unread_count
+    from posterpipe.core.holdout_set import with_captions
+    from posterpipe.core.landing import scan_holdout
+    from posterpipe.core.listing import HOLDOUT, open_place
 
     settings = deployment.settings
     store = deployment.store
     folder = settings.path(settings.holdout)
-    digest = landing_digest(holdout_entries(folder), store)
-    posters = scan_holdout(folder, settings.images, store, deployment.progress(context))
+    progress = deployment.progress(context)
+    entries = holdout_entries(folder)
+    digest = holdout_digest(entries, store)
+    place = open_place(folder, role=HOLDOUT)
+    found = scan_holdout(place, settings.images, store, progress)
+    posters, written = with_captions(found, place, entries, store, progress)
+    shown = _shown(posters, store)
+    unused = written[written["status"] != "ok"]
     return table_output(
         posters,
         {
-            **_shown(posters, store),
+            **shown,
+            UNREAD: shown[UNREAD] + unread_count(written),
+            "captions_not_used": table_preview(unused, ["source_name", "reason"]),
             "folder": dg.MetadataValue.path(folder),
             SOURCE_DIGEST: digest,
         },

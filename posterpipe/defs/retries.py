@@ -33,10 +33,10 @@ def retry_reason(
         return ""
     from posterpipe.core.arrivals import pause_after
 
-    tried = made.timestamp - _failing_since(instance, key, made)
-    if tried >= GIVE_UP_SECONDS or now() - made.timestamp < pause_after(tried):
+    tried = made_at(made) - _failing_since(instance, key, made)
+    if tried >= GIVE_UP_SECONDS or now() - made_at(made) < pause_after(tried):
         return ""
-    at = dt.datetime.fromtimestamp(made.timestamp, dt.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    at = dt.datetime.fromtimestamp(made_at(made), dt.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return f"{failed} of its items failed at {at}"
 
 
@@ -45,15 +45,20 @@ def now() -> float:
     return time.time()
 
 
+def made_at(record: dg.EventLogRecord) -> float:
+    """When a materialization was made, in seconds since 1970."""
+    return record.timestamp
+
+
 def _failing_since(
     instance: dg.DagsterInstance, key: dg.AssetKey, made: dg.EventLogRecord
 ) -> float:
     """When it was first made with failed items, of the latest times in a row from the same."""
-    since = made.timestamp
+    since = made_at(made)
     for record in instance.fetch_materializations(key, limit=_TRIES).records:
         if _made_from(record) != _made_from(made) or not _failed(record):
             break
-        since = record.timestamp
+        since = made_at(record)
     return since
 
 

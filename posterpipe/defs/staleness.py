@@ -63,7 +63,6 @@ _DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
     "fidelity_scores": lambda s: [
         s.scorer.model_dump(mode="json", exclude=_BATCH),
         s.evidence.model_dump(mode="json", exclude=_BATCH),
-        str(s.holdout),
         s.checks.holdout_distance,
         *_size(s),
         s.gate.copy_limit,  # of its check, which has the gate's limit
@@ -227,7 +226,7 @@ def recorded_difference(
 
 
 def held_out_version(deployment: Deployment) -> str:
-    """Version of the table of held-out posters; "" before there is one."""
+    """Version of the table of held-out posters and their captions; "" before there is one."""
     return deployment.store.table_version("holdout_posters") or ""
 
 

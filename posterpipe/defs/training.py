@@ -191,14 +191,15 @@ def dreambooth_checkpoint(
     base_version = fingerprint(settings.base_model, settings.root)
     training_set = str(training_csv["training_set"].iloc[0])
     # Both are in the store already, or made now: a run may ask for other class images than the
-    # asset's, and the holdout folder is read as it is today.
+    # asset's, and the held-out posters are resized and captioned by the settings of now.
     _, class_set, class_version = build_class_images(
         store, base_model, base_version, settings, progress, run_id=context.run.run_id
     )
-    held_out = held_out_version(deployment)  # first: posters that come later are noticed
+    held_out = held_out_version(deployment)  # and no other: posters that come later are noticed
     holdout_set, holdout_version = None, ""
-    if training.holdout_every_steps is not None:
-        holdout_set, holdout_version = build_holdout_set(store, settings, progress)
+    if training.holdout_every_steps is not None and held_out:
+        posters = store.read_table("holdout_posters", held_out)
+        holdout_set, holdout_version = build_holdout_set(store, posters, settings, progress)
     versions = Versions(
         training_set=training_set,
         base_model=base_version,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import shutil
 import threading
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from posterpipe.core.evidence import (
 from posterpipe.core.gate import DECISION_COLUMNS, GATE, GateError, champion_of, pin
 from posterpipe.core.metrics.fidelity import Posters
 from posterpipe.core.progress import NoProgress
+from posterpipe.core.landing import scan_holdout
 from posterpipe.core.quality import copied_posters
 from posterpipe.core.store import Store, table_version
 from posterpipe.core.warehouse import Warehouse
@@ -241,14 +243,15 @@ def test_holdout_posters_are_resized_like_those_trained_on(
         values = rng.integers(0, 256, (300, 200, 3), dtype=np.uint8)
         Image.fromarray(values).save(folder / f"{number}.png")
     (folder / "broken.png").write_bytes(b"no image")
-    there = settings.model_copy(update={"holdout": folder})
-    found = held_out(store, there, NoProgress())
+    table = scan_holdout(folder, settings.images, store)
+    shutil.rmtree(folder)  # as where it is not mounted: the table tells which posters are meant
+    found = held_out(store, table, settings, NoProgress())
     assert found.name == "holdout" and len(found.files) == 3
     for path in found.files.values():
         with Image.open(path) as image:
             assert image.size == (64, 96)
-    nowhere = settings.model_copy(update={"holdout": tmp_path / "nowhere"})
-    assert held_out(store, nowhere, NoProgress()).files == {}
+    nothing = scan_holdout(tmp_path / "nowhere", settings.images, store)
+    assert held_out(store, nothing, settings, NoProgress()).files == {}
 
 
 def test_a_set_of_posters_names_each_image_once(store: Store) -> None:

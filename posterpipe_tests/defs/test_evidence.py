@@ -4,6 +4,7 @@ collapsed, incomplete, black. Their images are hand-made; encoders, statistics a
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 from posterpipe.core import gate
 from posterpipe.core.evidence import read_decisions, told_decisions, write_decisions
 from posterpipe.core.images import png_bytes
+from posterpipe.core.landing import scan_holdout
 from posterpipe.core.sampler import COLUMNS, generation_key
 from posterpipe.core.store import Store
 from posterpipe.defs import checks, evidence
@@ -173,7 +175,9 @@ def world(tmp_path: Path, scorer: Path, instance: dg.DagsterInstance) -> World:
         # A multiple of the size, so that resizing gives the same picture.
         image.resize((SIZE[0] * 2, SIZE[1] * 2)).save(tmp_path / "holdout" / f"{number}.png")
     training = [world.store.put(png_bytes(image), ".png") for image in world.posters(range(12))]
-    world.keep("holdout_posters", pd.DataFrame({"source_name": ["0.png"]}))
+    held = scan_holdout(tmp_path / "holdout", settings.images, world.store)
+    shutil.rmtree(tmp_path / "holdout")  # the table alone counts
+    world.keep("holdout_posters", held)
     world.keep("training_csv", pd.DataFrame({"image": training}))
     suite = {"prompt_id": ["p0"], "prompt": ["x"], "score_text": ["x"], "negative": ["y"]}
     world.keep("prompt_suite", pd.DataFrame({**suite, "title": [""], "seeds": ["[0]"]}))

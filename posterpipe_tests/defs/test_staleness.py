@@ -6,13 +6,12 @@ The policy is kept quiet in most of these tests: without `tick` nobody evaluates
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import dagster as dg
 import pytest
 
 from posterpipe.definitions import build_defs
-from posterpipe.defs import retries, sweep
+from posterpipe.defs import retries
 from posterpipe.defs.arrivals import REASON_TAG
 from posterpipe.defs.resources import FAILED_ITEMS, TABLE_VERSION
 from posterpipe.defs.sweep import ATTEMPTS, stale_sweep
@@ -175,55 +174,37 @@ def test_items_that_failed_are_tried_again_ever_more_seldom_and_not_for_ever(
     )
     world.run("a", "b")
     hour = 3600.0
-    began = time.time()
-    # Records have the time at which they were written, so the world's past is moved instead.
-    clock, tries = began, [0.0]
-    records = world.instance.fetch_materializations
+    clock = 0.0
+    made: dict[int, float] = {}
 
-    def fetch(key: dg.AssetKey, limit: int) -> object:
-        found = records(key, limit=limit)
-        ages = list(reversed(tries))
-        for record, age in zip(found.records, ages, strict=False):
-            _put(record, began + age)
-        return found
+    def note() -> None:
+        [record] = world.instance.fetch_materializations(dg.AssetKey("b"), limit=1).records
+        made[record.storage_id] = clock
 
-    latest = sweep.latest_materializations
-
-    def look(*args: Any) -> Any:
-        found = latest(*args)
-        record = found[dg.AssetKey("b")]
-        assert record is not None
-        _put(record, began + tries[-1])
-        return found
-
-    monkeypatch.setattr(sweep, "latest_materializations", look)
-    monkeypatch.setattr(world.instance, "fetch_materializations", fetch)
     monkeypatch.setattr(retries, "now", lambda: clock)
-    for _ in range(24 * 14):
-        clock += hour
-        world.sweep()
-        if world.sweep() == ["b"]:
-            tries.append(clock - began)
-            assert world.work() == [True]
-    pauses = [round((later - one) / hour) for one, later in zip(tries, tries[1:], strict=False)]
-    assert pauses[:6] == [1, 1, 2, 4, 8, 16]
-    assert set(pauses[6:]) == {24}
-    assert 7 * 24 <= sum(pauses) < 9 * 24
-    assert world.sweep() == []
-    # What fails after a change of the input is another matter.
+    monkeypatch.setattr(retries, "made_at", lambda record: made[record.storage_id])
+    note()
+    for pause in (1, 1, 2, 4, 8, 16, 24, 24, 24, 24, 24, 24):
+        clock += pause * hour - 1
+        assert [world.sweep(), world.sweep()] == [[], []]
+        clock += 1
+        assert [world.sweep(), world.sweep()] == [[], ["b"]]
+        assert world.work() == [True]
+        note()
+    clock += 1000 * hour
+    assert [world.sweep(), world.sweep()] == [[], []]
+    # After a change of the input it is another matter.
     world.change("a", "2")
-    world.sweep()
-    assert world.sweep() == ["b"]
-    tries.append(clock - began)
-    failing["b"] = 0
+    assert [world.sweep(), world.sweep()] == [[], ["b"]]
     world.work()
-    clock += 100 * hour
-    assert [world.sweep() for _ in range(3)] == [[]] * 3
-
-
-def _put(record: dg.EventLogRecord, moment: float) -> None:
-    entry = record.event_log_entry._replace(timestamp=moment)
-    object.__setattr__(record, "event_log_entry", entry)
+    note()
+    clock += hour
+    failing["b"] = 0
+    assert [world.sweep(), world.sweep()] == [[], ["b"]]
+    world.work()
+    note()
+    clock += 1000 * hour
+    assert [world.sweep(), world.sweep()] == [[], []]
 
 
 def test_it_requests_nothing_that_is_queued_or_running(chain: World) -> None:

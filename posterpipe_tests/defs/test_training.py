@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from PIL import Image
 from posterpipe.core.store import Store
 from posterpipe.core.training_set import build_training_set
 from posterpipe.defs import training
+from posterpipe.defs.ingest import holdout_posters
 from posterpipe.defs.resources import (
     HELD_OUT,
     TABLES,
@@ -166,10 +168,11 @@ def test_a_checkpoint_is_trained_on_class_images_and_watched_on_the_holdout(
     )
     deployment = Deployment(settings)
 
-    @dg.asset(io_manager_key=TABLES)
+    @dg.asset(io_manager_key=TABLES, deps=["holdout_posters"])
     def training_csv() -> dg.Output[Table]:
         import pandas as pd
 
+        shutil.rmtree(tmp_path / "holdout")  # what the table holds is enough
         store = Store(tmp_path / "store")
         folder = write_training_set(tmp_path / "set")
         images = [store.put(path.read_bytes(), ".png") for path in sorted(folder.glob("*.png"))]
@@ -182,7 +185,7 @@ def test_a_checkpoint_is_trained_on_class_images_and_watched_on_the_holdout(
     resources = {"deployment": deployment, TABLES: StoreIOManager(deployment)}
     with dg.DagsterInstance.ephemeral() as instance:
         done = dg.materialize(
-            [training_csv, class_images, dreambooth_checkpoint],
+            [holdout_posters, training_csv, class_images, dreambooth_checkpoint],
             instance=instance,
             resources=resources,
             run_config={"ops": {"dreambooth_checkpoint": {"config": {"sample_every_steps": 2}}}},
@@ -192,7 +195,7 @@ def test_a_checkpoint_is_trained_on_class_images_and_watched_on_the_holdout(
     assert drawn.metadata["dagster/row_count"].value == 2
     (made,) = done.asset_materializations_for_node("dreambooth_checkpoint")
     assert made.metadata["steps"].value == 2
-    assert made.metadata[HELD_OUT].value == "", "the asset holdout_posters was not made here"
+    assert made.metadata[HELD_OUT].value == deployment.store.table_version("holdout_posters")
     assert made.metadata["holdout_loss_at_end"].value > 0  # type: ignore[operator]
     assert "data:image/" in str(made.metadata["samples"].value)
     assert made.metadata["launched_with"].value == {"sample_every_steps": 2}
