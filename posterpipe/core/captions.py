@@ -52,7 +52,7 @@ MAX_CHARACTERS = 2_000
 MAX_BYTES = 20_000
 """Text files above this are not read."""
 
-READ_VERSION = 1
+READ_VERSION = 2
 """Raise it when sidecars are read otherwise: each is then read again."""
 
 _SIDECARS = "sidecar"
@@ -96,9 +96,23 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 """Unicode's category Cc."""
 
 
+_JOINERS = "\u200c\u200d"
+"""Persian and Indian scripts, and emoji, need them inside words; elsewhere they do nothing."""
+
+
+def _visible(text: str) -> str:
+    """The text without what is only invisible (Unicode's category Cf): byte order marks, marks of
+    direction, zero-width spaces."""
+    kept = "".join(
+        letter for letter in text if letter in _JOINERS or unicodedata.category(letter) != "Cf"
+    )
+    return re.sub(f"(?<![^\\s{_JOINERS}])[{_JOINERS}]+|[{_JOINERS}]+(?=\\s|$)", "", kept)
+
+
 def clean_caption(text: str) -> str:
-    """One line in Unicode's composed form, spaces collapsed. Raises CaptionRejected."""
-    caption = " ".join(unicodedata.normalize("NFC", text).split())
+    """One line in Unicode's composed form, spaces collapsed, nothing invisible. Raises
+    CaptionRejected."""
+    caption = " ".join(unicodedata.normalize("NFC", _visible(text)).split())
     if not caption:
         raise CaptionRejected("no words in it; write the caption")
     if len(caption) > MAX_CHARACTERS:
@@ -132,7 +146,7 @@ def read_human_captions(
     Raises CaptionsFileError when the CSV as a whole cannot be read, and PlaceMissing: captions that
     cannot be seen are not taken for captions that were removed.
     """
-    posters, texts = _split(place.entries() if entries is None else entries)
+    posters, texts = _split_all(place.entries() if entries is None else entries)
     claims: dict[str, list[_Claim]] = {}
     sidecars = _sidecar_claims(place, posters, texts, store, progress or NoProgress())
     rows_of_csv = _csv_claims(csv_path, posters) if csv_path else ()
@@ -185,17 +199,31 @@ def _winner(claims: Iterable[_Claim]) -> _Claim | None:
 
 def _split(entries: Iterable[Entry]) -> tuple[list[str], dict[str, Entry]]:
     """Names of the posters, and the text files by their name without `.txt`, composed."""
+    posters, texts = _split_all(entries)
+    return posters, {name: same[0] for name, same in texts.items()}
+
+
+def _split_all(entries: Iterable[Entry]) -> tuple[list[str], dict[str, list[Entry]]]:
+    """The same with all text files that come to one name, `1.TXT` and `1.txt`, say; the one that
+    counts first: with a small extension, then composed, then by name."""
     posters: list[str] = []
-    texts: dict[str, Entry] = {}
+    texts: dict[str, list[Entry]] = {}
     for entry in entries:
         name = source_name(entry)
         if entry.problem:
             continue
         if name.lower().endswith(".txt"):
-            texts.setdefault(_composed(name[:-4]), entry)
+            texts.setdefault(_composed(name[:-4]), []).append(entry)
         elif suffix(name).lower() in EXTENSIONS:
             posters.append(name)
+    for same in texts.values():
+        same.sort(key=_rank)
     return posters, texts
+
+
+def _rank(entry: Entry) -> tuple[bool, bool, str]:
+    name = source_name(entry)
+    return not name.endswith(".txt"), name != _composed(name), name
 
 
 def _composed(name: str) -> str:
@@ -213,10 +241,12 @@ def _candidates(poster: str, texts: Mapping[str, Entry]) -> list[Entry]:
 def _sidecar_claims(
     place: Place,
     posters: Sequence[str],
-    texts: Mapping[str, Entry],
+    all_texts: Mapping[str, Sequence[Entry]],
     store: Store | None,
     progress: Progress,
 ) -> Iterator[tuple[str, _Claim]]:
+    texts = {name: same[0] for name, same in all_texts.items()}
+    others = {source_name(same[0]): same[1:] for same in all_texts.values() if len(same) > 1}
     facts = _read_sidecars(place, list(texts.values()), store, progress)
     claims = {
         name: _Claim(SIDECAR, name, fact["caption"], fact["problem"])
@@ -225,11 +255,16 @@ def _sidecar_claims(
     lonely = set(claims)
     for poster in posters:
         for entry in _candidates(poster, texts):
-            lonely.discard(source_name(entry))
-            yield poster, claims[source_name(entry)]
+            name = source_name(entry)
+            lonely.discard(name)
+            yield poster, claims[name]
+            for other in others.get(name, ()):
+                problem = f"beside {name}, which counts, and for the same poster; keep one"
+                yield poster, _Claim(SIDECAR, source_name(other), "", problem)
     for name in sorted(lonely):
         problem = "no poster of that name beside it; name it after its poster, or move it away"
-        yield name, _Claim(SIDECAR, name, "", problem)
+        for lone in (name, *map(source_name, others.get(name, ()))):
+            yield lone, _Claim(SIDECAR, lone, "", problem)
 
 
 def rehash_sidecars(place: Place, store: Store, progress: Progress | None = None) -> Rehash:

@@ -297,6 +297,10 @@ def _layout(
     return (width, height), (left, top, across - left, down - top)
 
 
+PLAIN_HASHES = ("0" * 16, "8" + "0" * 15)
+"""What `perceptual_hash` gives for black, and for any other plain colour."""
+
+
 def perceptual_hash(image: Image.Image) -> str:
     """What a decoded image looks like, in 64 bits, as 16 hexadecimal digits.
 
@@ -304,7 +308,8 @@ def perceptual_hash(image: Image.Image) -> str:
     grey at 32x32 pixels: the pHash of Zauner, "Implementation and Benchmarking of Perceptual Image
     Hash Functions" (2010), as `imagehash.phash` computes it, whose SciPy is not worth ten lines.
     Another size, format or quality of one picture changes a few bits at most (see
-    `hash_distance`). Pictures of one plain colour are all alike, and their hash says nothing.
+    `hash_distance`). Pictures of one plain colour are all alike (PLAIN_HASHES), and their hash says
+    nothing.
     Raises what Pillow raises for pixels that cannot be converted.
     """
     grey = to_rgb(_shrunk(image, (512, 512))).convert("L")

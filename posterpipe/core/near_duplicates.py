@@ -9,6 +9,10 @@ are equal. So for each choice of three bands only hashes that agree in all of th
 and, since the earliest neighbour is all that is wanted, each with the earliest of them first and no
 further than the best that it has. Many posters that resemble each other, variants of one layout,
 say, therefore cost little more than as many that do not: most find an early neighbour at once.
+
+Hashes may agree in three bands and still be far apart, many of them where pictures share a frame or
+where somebody means it. What has found nothing among the first MANY of such a group is compared no
+further there: the bits that are left are cut into bands again, and the same holds of them.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ MAX_DISTANCE = 7
 _EQUAL_BANDS = 3
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # Knuth's multiplicative hashing: 2**64 / golden ratio
 _HIGH = np.uint64(0xFFFFFFFF00000000)
+_MANY = 255
 _PAIRS_AT_ONCE = 2_000_000
 """Bounds the memory: a pair costs about 50 bytes for a moment."""
 
@@ -48,35 +53,45 @@ def earliest_near_duplicates(hashes: Sequence[str], distance: int) -> list[int]:
     distinct, first, which = distinct[order], first[order], place[which]
 
     best = np.arange(len(distinct), dtype=np.int64)  # itself, where there is none before it
-    for mask in _masks(distance):
-        _improve(best, distinct, mask, distance)
+    everything = np.arange(len(distinct), dtype=np.int64)
+    for mask in _masks(distance, range(64)):
+        _improve(best, distinct, everything, mask, distance)
     # A repeated hash resembles its own first holder, if nothing earlier.
     found = first[best][which]
     found = np.where(found == np.arange(len(codes)), -1, found)
     return [int(index) for index in found]
 
 
-def _masks(distance: int) -> Iterator[np.uint64]:
-    """The bits of each choice of three of `distance` + 3 bands.
+def _masks(distance: int, bits: Sequence[int]) -> Iterator[int]:
+    """The bits of each choice of three of the `distance` + 3 bands into which `bits` are cut.
 
     A band takes its bits from all over the picture: posters that are alike in a corner, black at
     the bottom, say, then agree in no band.
     """
     count = distance + _EQUAL_BANDS
-    bands = [sum(1 << bit for bit in range(begin, 64, count)) for begin in range(count)]
+    bands = [sum(1 << bit for bit in bits[begin::count]) for begin in range(count)]
     for chosen in combinations(bands, _EQUAL_BANDS):
-        yield np.uint64(sum(chosen))
+        yield sum(chosen)
 
 
 def _improve(
-    best: NDArray[np.int64], codes: NDArray[np.uint64], mask: np.uint64, distance: int
+    best: NDArray[np.int64],
+    codes: NDArray[np.uint64],
+    among: NDArray[np.int64],
+    mask: int,
+    distance: int,
 ) -> None:
-    """Put into `best` the first code within `distance` of each, among those equal in the bits of
-    `mask`, where it comes before the one that is there."""
-    places = np.arange(len(codes), dtype=np.int64)
+    """Put into `best` the first code within `distance` of each, of the codes at the places `among`
+    and of these among those equal in the bits of `mask`, where it comes before the one that is
+    there."""
+    places = np.arange(len(among), dtype=np.int64)
+    # Fewer bits than bands leave groups of few codes, since no code is there twice.
+    rest = [bit for bit in range(64) if not mask >> bit & 1]
+    most = _MANY if len(rest) >= distance + _EQUAL_BANDS else len(among)
     # Groups of equal bits, the earlier code first, by plain numbers, which sort quickest: a hash of
     # the bits above, the place below. Where hashes collide, groups are compared for nothing.
-    packed = ((codes & mask) * _MIX) & _HIGH | places.astype(np.uint64)
+    equal = codes[among] & np.uint64(mask)
+    packed = (equal * _MIX) & _HIGH | among.astype(np.uint64)
     packed.sort()
     order, keys = (packed & ~_HIGH).astype(np.int64), packed & _HIGH
     begins = np.concatenate([[True], keys[1:] != keys[:-1]])
@@ -85,7 +100,7 @@ def _improve(
 
     tried, step = 0, 1
     open_ = np.flatnonzero(members > 0)
-    while len(open_):
+    while len(open_) and tried < most:
         # A few at first, since most find a neighbour among these; then twice as many each time.
         step = max(1, min(step, _PAIRS_AT_ONCE // len(open_)))
         counts = np.minimum(members[open_] - tried, step)
@@ -98,6 +113,10 @@ def _improve(
         step *= 2
         open_ = open_[members[open_] > tried]
         open_ = open_[order[starts[open_] + tried] < best[order[open_]]]
+    if len(open_):
+        still = order[np.isin(starts, starts[open_])]
+        for further in _masks(distance, rest):
+            _improve(best, codes, still, mask | further, distance)
 
 
 def _near(

@@ -19,16 +19,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
+from posterpipe.core.images import PLAIN_HASHES
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import NoProgress, Progress
 from posterpipe.core.prompts import shared_seeds
-from posterpipe.core.store import Store, cells, compute_missing, content_key
+from posterpipe.core.store import Store, cells, compute_missing, content_key, unchanged
 
 STATISTICS_VERSION = 1
 """Raise it when `image_statistics` gives other numbers: every image is then looked at again."""
@@ -65,7 +67,7 @@ class Finding:
     """What to do where it did not pass."""
     expected: int | float | str
     """The limit, e.g. `at most 0.25`."""
-    actual: int | float
+    actual: int | float | str
     offenders: pd.DataFrame
     """Everything that counts against it, named; also where it is within the limit."""
     numbers: Mapping[str, int | float] = field(default_factory=dict)
@@ -385,10 +387,10 @@ def repeated_captions(
         remedy="write better ones beside the posters (`<poster>.txt`) or into data/captions.csv, "
         "or raise captioner.num_beams and set captioner.no_repeat_ngram_size. The limits are "
         "checks.max_repeated_share and checks.max_shared_captions",
-        expected=f"none repeats itself, at most {max_shared:g} share one",
-        actual=share,
+        expected=f"0 repeat themselves, at most {max_shared:g} share one",
+        actual=f"{len(repeating)} repeat themselves, {share:.3g} share one",
         offenders=pd.DataFrame([*repeating, *sharing], columns=["caption", "posters", "problem"]),
-        numbers={"repeating": len(repeating), "sharing": sharers},
+        numbers={"repeating": len(repeating), "sharing": sharers, "sharing_share": share},
     )
 
 
@@ -454,7 +456,7 @@ def enough_rows(training: pd.DataFrame, posters: pd.DataFrame, min_posters: int)
 
 
 def incomplete_rows(training: pd.DataFrame, training_sets: Path) -> Finding:
-    """Rows of `training_csv` without their file or without a caption, and CSVs that were changed.
+    """Rows of `training_csv` without their image or without a caption, and files that were changed.
 
     `training_sets`: the folder of all training sets; each lies in a folder named by the sha256 of
     its `training.csv`.
@@ -469,17 +471,19 @@ def incomplete_rows(training: pd.DataFrame, training_sets: Path) -> Finding:
         else:
             if digest != version:
                 found.append((csv.name, "", "was changed after it was written"))
-    for version, file_name, written in cells(training, "training_set", "file_name", "caption"):
+    names = ("training_set", "file_name", "caption", "image")
+    for version, file_name, written, image in cells(training, *names):
         caption = "" if written is None else str(written)
         if not caption.strip():
             found.append((str(file_name), caption, "no caption"))
-        try:
-            size = os.stat(f"{training_sets}/{version}/{file_name}").st_size
-        except OSError:
-            found.append((str(file_name), caption, "no image"))
-        else:
-            if size == 0:
-                found.append((str(file_name), caption, "an empty file"))
+        path = f"{training_sets}/{version}/{file_name}"
+        if unchanged(path, str(image)):
+            continue
+        problem = "no image"
+        if os.path.exists(path):
+            empty = os.path.getsize(path) == 0
+            problem = "an empty file" if empty else "another image than was written"
+        found.append((str(file_name), caption, problem))
     return Finding(
         passed=not found,
         summary=f"{len(training)} rows, {len(found)} faults; each row needs its image and a "
@@ -525,8 +529,9 @@ def holdout_overlap(
     """Posters of `training_csv` that are in the holdout set as well: by bytes, or by looks.
 
     `posters`: `raw_posters`; `holdout`: the same table of the holdout folder. Looks are the same up
-    to `max_distance` bits between perceptual hashes; -1 compares bytes only. Scores on the holdout
-    set would otherwise praise what was learned by heart.
+    to `max_distance` bits between perceptual hashes; -1 compares bytes only, as do pictures of one
+    plain colour, which all have one hash. Scores on the holdout set would otherwise praise what was
+    learned by heart.
     """
     files = source_names(posters)
     usable = posters[posters["status"] == "ok"]
@@ -537,8 +542,10 @@ def holdout_overlap(
     pairs = {
         (poster_id, poster_id): "the same bytes" for poster_id in trained if poster_id in held_files
     }
-    seen = held[held["perceptual_hash"] != ""]
-    known = [poster_id for poster_id in trained if look.get(poster_id)]
+    seen = held[~held["perceptual_hash"].isin(["", *PLAIN_HASHES])]
+    known = [
+        poster_id for poster_id in trained if look.get(poster_id, "") not in ("", *PLAIN_HASHES)
+    ]
     near = _near_pairs(
         [look[poster_id] for poster_id in known], list(seen["perceptual_hash"]), max_distance
     )
@@ -674,11 +681,18 @@ def impossible_cosines(scores: pd.DataFrame) -> Finding:
     )
 
 
+def unscored(scores: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `generations` that `clip_scores` has no score of."""
+    done = scores[scores["status"] != "failed"]
+    return generations[~generations["generation_key"].isin(done["generation_key"])]
+
+
 def score_freshness(
     scores: pd.DataFrame,
     generations: pd.DataFrame,
     *,
     drawn_at: dt.datetime,
+    waiting_since: Mapping[str, dt.datetime] = MappingProxyType({}),
     scored_at: dt.datetime,
     now: dt.datetime,
     max_delay_hours: float,
@@ -687,12 +701,12 @@ def score_freshness(
     """Whether `clip_scores` holds the scores of the current generations, and how old they are.
 
     `generations`: all current tables of generations, one after the other; `drawn_at`: when the last
-    of them was materialized, `scored_at`: when the scores were. What is not scored may wait
-    `max_delay_hours` after `drawn_at`, since a run may be at it. With `max_age_days` the scores may
-    not be older than that, even where nothing has changed.
+    of them was materialized, `scored_at`: when the scores were; `waiting_since`: since when images
+    without a score are in these tables, by generation_key, where it is another time. None may wait
+    longer than `max_delay_hours`; a run may be at it. With `max_age_days` the scores may not be
+    older than that, even where nothing has changed.
     """
-    done = scores[scores["status"] != "failed"]
-    waiting = generations[~generations["generation_key"].isin(done["generation_key"])]
+    waiting = unscored(scores, generations)
     gone = scores[~scores["generation_key"].isin(generations["generation_key"])]
     cell = ["variant", "prompt_id", "seed"]
     offenders = pd.concat(
@@ -703,7 +717,9 @@ def score_freshness(
         ignore_index=True,
     )
     age = (now - scored_at).total_seconds() / 86400
-    delay = (now - drawn_at).total_seconds() / 3600 if len(offenders) else 0.0
+    since = [waiting_since.get(str(key), drawn_at) for key in waiting["generation_key"]]
+    longest = min(since, default=drawn_at)
+    delay = (now - longest).total_seconds() / 3600 if len(offenders) else 0.0
     late = delay > max_delay_hours
     old = max_age_days is not None and age > max_age_days
     current = len(generations) - len(waiting)
@@ -797,6 +813,8 @@ def copied_posters(evidence: pd.DataFrame, max_share: float) -> Finding:
         "the gate rejects this checkpoint: train fewer steps, at a lower rate, or on more "
         "posters. The limit is gate.copy_limit"
     )
+    expected: str = f"at most {max_share:g}"
+    actual: float | str = share
     known = tuned.empty or bool(compared["copy_threshold"].notna().any())
     if share <= max_share and not known:
         summary = (
@@ -807,12 +825,14 @@ def copied_posters(evidence: pd.DataFrame, max_share: float) -> Finding:
             "add holdout posters, three or more that are no copies of training posters, to the "
             "folder `holdout`. Until then the gate holds the new checkpoint"
         )
+        expected += ", by a threshold from the holdout posters"
+        actual = f"{share:g}, without a threshold"
     return Finding(
         passed=share <= max_share and known,
         summary=summary,
         remedy=remedy,
-        expected=f"at most {max_share:g}",
-        actual=share,
+        expected=expected,
+        actual=actual,
         offenders=copies[["variant", "prompt_id", "seed", "nearest_poster", "value"]],
         numbers={"copies": len(copies)},
     )

@@ -17,14 +17,18 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
-from posterpipe.defs.resources import Deployment, Table, table_preview
+from posterpipe.defs.resources import TABLE_VERSION, Deployment, Table, table_preview
 from posterpipe.settings import Settings
 
 if TYPE_CHECKING:
     from posterpipe.core.quality import Finding
+    from posterpipe.core.store import Store
 
 SEVERITY = "severity"
 """Metadata entry of a check: as what it fails."""
+
+_VERSIONS = 200
+"""Materializations looked at to see how long an image waits for its score."""
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
 
@@ -517,9 +521,15 @@ def clip_scores_checks(
         import pandas as pd
 
         limits = deployment.settings.checks
+        generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
         return quality.score_freshness(
             clip_scores,
-            pd.concat([base_generations, tuned_generations], ignore_index=True),
+            generations,
+            waiting_since=_in_tables_since(
+                context.instance,
+                deployment.store,
+                set(quality.unscored(clip_scores, generations)["generation_key"].astype(str)),
+            ),
             drawn_at=max(
                 _materialized_at(context.instance, name)
                 for name in ("base_generations", "tuned_generations")
@@ -671,6 +681,35 @@ def _materialized_at(instance: dg.DagsterInstance, name: str) -> dt.datetime:
     """When an asset was last materialized; long ago where that is not on record."""
     record = instance.get_latest_materialization_event(dg.AssetKey(name))
     return dt.datetime.fromtimestamp(record.timestamp if record else 0, dt.UTC)
+
+
+def _in_tables_since(
+    instance: dg.DagsterInstance, store: "Store", keys: set[str]
+) -> dict[str, dt.datetime]:
+    """Since when the tables of generations hold these, as far as their versions are kept."""
+    from posterpipe.core.store import TableMissing
+
+    since: dict[str, dt.datetime] = {}
+    for name in ("base_generations", "tuned_generations"):
+        left, held = keys, {}
+        records = instance.fetch_materializations(dg.AssetKey(name), limit=_VERSIONS).records
+        for record in records if left else ():
+            made = record.asset_materialization
+            entry = made.metadata.get(TABLE_VERSION) if made else None
+            if entry is None:
+                break
+            version = str(entry.value)
+            try:
+                if version not in held:
+                    table = store.read_table(name, version)
+                    held[version] = set(table["generation_key"].astype(str))
+            except TableMissing:
+                break
+            left = left & held[version]
+            if not left:
+                break
+            since |= dict.fromkeys(left, dt.datetime.fromtimestamp(record.timestamp, dt.UTC))
+    return since
 
 
 def score_freshness_schedule(settings: Settings) -> dg.ScheduleDefinition:

@@ -104,6 +104,61 @@ def test_a_sidecar_wins_over_the_csv_which_is_said(project: Project) -> None:
     assert project.read()["status"].tolist() == ["rejected", "ok"]  # the one that counts comes last
 
 
+@pytest.mark.parametrize(
+    ("winner", "loser", "poster"),
+    [
+        ("rocket.txt", "rocket.TXT", "rocket.png"),
+        ("caf\u00e9.txt", "cafe\u0301.txt", "caf\u00e9.png"),
+        ("rocket.TXT", "rocket.TxT", "rocket.png"),
+    ],
+)
+def test_of_text_files_that_come_to_one_name_one_counts_and_the_others_are_said(
+    project: Project, winner: str, loser: str, poster: str
+) -> None:
+    project.poster(poster)
+    project.sidecar(loser, "old words")
+    project.sidecar(winner, "new words")
+    entries = project.place.entries()
+    for order in (entries, entries[::-1]):
+        table = read_human_captions(project.place, project.csv, entries=order)
+        assert table[["source_name", "caption", "status"]].to_numpy().tolist() == [
+            [poster, "", "rejected"],
+            [poster, "new words", "ok"],
+        ]
+        assert table["reason"][0].startswith(f"{loser}: beside {winner}, which counts")
+
+
+def test_text_files_of_one_name_without_a_poster_are_all_said(project: Project) -> None:
+    for name in ("none.txt", "none.TXT"):
+        project.sidecar(name, "words")
+    assert set(project.rejected()) == {"none.txt", "none.TXT"}
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\ufeff\ufeff", "\u202e \u2066", "\u200d", "\u00ad"])
+def test_text_that_nobody_sees_is_no_caption(project: Project, text: str) -> None:
+    project.sidecar("cat.txt", text)
+    assert project.accepted() == {}
+    assert "no words in it" in project.rejected()["cat.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "caption"),
+    [
+        ("\ufeff\ufeffa cat", "a cat"),
+        ("\u202eabc\u202c", "abc"),
+        ("a \u200bcat\u200d", "a cat"),
+        ("cafe\u200b\u0301", "caf\u00e9"),
+        ("\u0646\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", None),
+        ("an astronaut \U0001f469\u200d\U0001f680", None),
+    ],
+)
+def test_what_nobody_sees_is_left_out_but_for_what_joins_letters(
+    project: Project, text: str, caption: str | None
+) -> None:
+    project.sidecar("cat.txt", text)
+    assert project.accepted() == {"cat.png": caption or text}
+
+
 def test_the_longer_sidecar_name_wins_and_the_shorter_speaks_for_all_of_its_stem(
     project: Project,
 ) -> None:

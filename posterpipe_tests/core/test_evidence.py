@@ -162,6 +162,8 @@ def test_with_two_holdout_posters_the_gate_does_not_say_that_nothing_is_copied(
         assert "copies: 0 of 8 images equal a training poster" in decision.reason
         finding = copied_posters(known, 0.05)
         assert not finding.passed and "how near is too near is not known" in finding.summary
+        assert finding.expected == "at most 0.05, by a threshold from the holdout posters"
+        assert finding.actual == "0, without a threshold"
 
 
 def test_decisions_are_told_while_the_warehouse_is_locked(

@@ -13,16 +13,18 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
-from posterpipe.core.evidence import write_decisions
+from posterpipe.core.evidence import held_out, write_decisions
 from posterpipe.core.garbage import (
     CACHE_SECONDS,
     Garbage,
@@ -32,9 +34,14 @@ from posterpipe.core.garbage import (
     remove_garbage,
 )
 from posterpipe.core.gate import GATE
+from posterpipe.core.holdout_set import build_holdout_set
+from posterpipe.core.progress import NoProgress
 from posterpipe.core.provenance import CHECKPOINT, TABLE, TRAINING_SET, lineage_path
+from posterpipe.core.landing import scan_holdout
 from posterpipe.core.store import Store, compute_missing
 from posterpipe.core.warehouse import Warehouse
+from posterpipe_tests.core.test_holdout_set import settings_for as holdout_settings
+from posterpipe_tests.core.tiny_blip import build_tiny_blip
 
 SPAWN = multiprocessing.get_context("spawn")
 LONG_AGO = 1_000_000.0
@@ -189,6 +196,53 @@ def training(store: Store, name: str, trains_on: str) -> Path:
     (folder / "saves" / name / "step-00000002").mkdir(parents=True)
     (folder / "saves" / name / "step-00000002" / "unet.safetensors").write_bytes(b"weights")
     return folder
+
+
+def test_nothing_goes_that_is_made_of_the_held_out_posters_of_now(
+    store: Store, tmp_path: Path
+) -> None:
+    (tmp_path / "holdout").mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (120, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "holdout" / f"{number}.png")
+    build_tiny_blip(tmp_path / "captioner")
+    settings = holdout_settings(tmp_path)
+    posters = scan_holdout(tmp_path / "holdout", settings.images, store)
+    store.write_table("holdout_posters", posters)
+    made = build_holdout_set(store, posters, settings, NoProgress())
+    blobs = list(held_out(store, posters, settings, NoProgress()).files)
+    store.add_results("embedding", {blob: {"image": blob, "vector": [1]} for blob in blobs})
+    age(store.root)
+    garbage = find_garbage(store)
+    assert garbage.of("blobs") == garbage.of("training sets") == []
+    assert {item.name.split()[0] for item in garbage.of("results")} <= {"table"}
+    remove_garbage(store, garbage)
+    ticks = Counting()
+    assert build_holdout_set(store, posters, settings, ticks) == made
+    assert ticks.done == 0
+    # Of posters that are not held out any more it goes like everything else.
+    for number in range(4):
+        age(store.root, LONG_AGO + number)
+        fewer = posters.head(2).assign(reason=f"{number}")
+        store.write_table("holdout_posters", fewer)
+        build_holdout_set(store, fewer.head(1 + number % 2), settings, NoProgress())
+    age(store.root)
+    assert len(find_garbage(store, keep_versions=1).of("blobs")) == 2
+
+
+class Counting(NoProgress):
+    """Counts what is done."""
+
+    done = 0
+
+    @contextmanager
+    def task(
+        self, description: str, total: int, unit: str = "items", *, already: int = 0
+    ) -> Iterator[Callable[..., None]]:
+        def tick(n: int = 1, **numbers: Any) -> None:
+            self.done += n
+
+        yield tick
 
 
 def test_training_sets_checkpoints_and_trainings_go_by_the_tables(store: Store) -> None:

@@ -76,27 +76,80 @@ def alike_in_a_corner(rng: np.random.Generator, count: int) -> NDArray[np.uint64
     return unrelated(rng, count) & np.uint64(2**64 - 2**16)
 
 
-@pytest.mark.parametrize("kind", [unrelated, variants_of_one, alike_in_a_corner])
-def test_twice_as_many_posters_take_no_four_times_as_many_comparisons(
-    kind: Callable[[np.random.Generator, int], NDArray[np.uint64]],
-    monkeypatch: pytest.MonkeyPatch,
+def equal_in_three_bands(rng: np.random.Generator, count: int) -> NDArray[np.uint64]:
+    """Made to be compared all with all: equal where the search looks first, and else unrelated."""
+    equal = np.uint64(next(iter(near_duplicates._masks(4, range(64)))))
+    return unrelated(rng, count) & ~equal
+
+
+def equal_in_three_bands_and_three_of_the_rest(
+    rng: np.random.Generator, count: int
+) -> NDArray[np.uint64]:
+    """The same for the second look."""
+    first = next(iter(near_duplicates._masks(4, range(64))))
+    rest = [bit for bit in range(64) if not first >> bit & 1]
+    second = next(iter(near_duplicates._masks(4, rest)))
+    return unrelated(rng, count) & ~np.uint64(first | second)
+
+
+@pytest.mark.parametrize(
+    "kind", [equal_in_three_bands, equal_in_three_bands_and_three_of_the_rest, alike_in_a_corner]
+)
+@pytest.mark.parametrize("distance", [2, 4, 7])
+def test_in_a_large_group_of_equal_bands_none_is_missed(
+    kind: Callable[[np.random.Generator, int], NDArray[np.uint64]], distance: int
 ) -> None:
-    compared = 0
+    rng = np.random.default_rng(7)
+    codes = kind(rng, 700)
+    for place in rng.choice(np.arange(350, 700), 60, replace=False):
+        codes[place] = codes[rng.integers(0, 350)]
+        for bit in rng.choice(64, rng.integers(1, distance + 2), replace=False):
+            codes[place] ^= np.uint64(1) << np.uint64(bit)
+    hashes = [f"{code:016x}" for code in codes.tolist()]
+    found = earliest_near_duplicates(hashes, distance)
+    assert found == compared_with_all(hashes, distance)
+    assert sum(index >= 0 for index in found) > 20
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> Callable[[NDArray[np.uint64]], int]:
+    """How many pairs of some hashes are compared."""
+    pairs = 0
     near = near_duplicates._near
 
     def counting(codes: Any, some: Any, others: Any, distance: int) -> Any:
-        nonlocal compared
-        compared += len(some)
+        nonlocal pairs
+        pairs += len(some)
         return near(codes, some, others, distance)
 
+    def count(codes: NDArray[np.uint64]) -> int:
+        nonlocal pairs
+        pairs = 0
+        earliest_near_duplicates([f"{code:016x}" for code in codes.tolist()], 4)
+        return pairs
+
     monkeypatch.setattr(near_duplicates, "_near", counting)
+    return count
+
+
+@pytest.mark.parametrize("kind", [unrelated, variants_of_one, alike_in_a_corner])
+def test_twice_as_many_posters_take_no_four_times_as_many_comparisons(
+    kind: Callable[[np.random.Generator, int], NDArray[np.uint64]],
+    compared: Callable[[NDArray[np.uint64]], int],
+) -> None:
     codes = kind(np.random.default_rng(1), 20_000)
-    counts = []
-    for count in (10_000, 20_000):
-        compared = 0
-        earliest_near_duplicates([f"{code:016x}" for code in codes[:count].tolist()], 4)
-        counts.append(compared)
-    assert counts[1] < 3 * max(counts[0], 10_000)
+    assert compared(codes) < 3 * max(compared(codes[:10_000]), 10_000)
+
+
+@pytest.mark.parametrize(
+    "kind", [equal_in_three_bands, equal_in_three_bands_and_three_of_the_rest]
+)
+def test_hashes_made_to_agree_in_the_bands_are_not_compared_all_with_all(
+    kind: Callable[[np.random.Generator, int], NDArray[np.uint64]],
+    compared: Callable[[NDArray[np.uint64]], int],
+) -> None:
+    """All with all would be 10,000 comparisons a poster."""
+    assert compared(kind(np.random.default_rng(1), 20_000)) < 20_000 * 2_000
 
 
 def test_ten_thousand_blank_posters_cost_nothing_special() -> None:

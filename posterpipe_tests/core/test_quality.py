@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from posterpipe.core import quality
-from posterpipe.core.images import hash_distance, png_bytes
+from posterpipe.core.images import hash_distance, perceptual_hash, png_bytes
 from posterpipe.core.landing import scan_holdout
 from posterpipe.core.quality import Finding
 from posterpipe.core.store import Store
@@ -306,7 +306,7 @@ def test_captions_that_repeat_themselves_or_each_other_are_named_with_their_post
     assert rows.loc["a cat cat cat", "posters"] == "0.png"
     assert "33%" in str(rows.loc["a cat cat cat", "problem"])
     assert rows.loc["a blue sea", "posters"] == "1.png, 2.png"
-    assert finding.numbers == {"repeating": 1, "sharing": 2}
+    assert finding.numbers == {"repeating": 1, "sharing": 2, "sharing_share": 0.5}
     assert repeated(captions("a blue sea", "a red car")).passed
 
 
@@ -355,6 +355,7 @@ def training_set(folder: Path, *texts: str) -> pd.DataFrame:
             "file_name": [f"train/{number}.png" for number in range(len(texts))],
             "caption": list(texts),
             "poster_id": [f"id of {number}.png" for number in range(len(texts))],
+            "image": hashlib.sha256(b"picture").hexdigest(),
             "training_set": version,
         }
     )
@@ -376,6 +377,11 @@ def without_image(table: pd.DataFrame, folder: Path) -> None:
 
 def with_empty_image(table: pd.DataFrame, folder: Path) -> None:
     (folder / "train/1.png").write_bytes(b"")
+
+
+def with_another_image(table: pd.DataFrame, folder: Path) -> None:
+    (folder / "train/1.png").unlink()
+    (folder / "train/1.png").write_bytes(b"another picture")
 
 
 def without_caption(table: pd.DataFrame, folder: Path) -> None:
@@ -400,6 +406,7 @@ def without_csv(table: pd.DataFrame, folder: Path) -> None:
     [
         (without_image, "train/1.png", "no image"),
         (with_empty_image, "train/1.png", "an empty file"),
+        (with_another_image, "train/1.png", "another image than was written"),
         (without_caption, "train/1.png", "no caption"),
         (with_missing_caption, "train/1.png", "no caption"),
         (with_another_csv, "training.csv", "was changed after it was written"),
@@ -481,6 +488,18 @@ def test_a_poster_in_both_sets_is_found_by_its_looks(tmp_path: Path) -> None:
         }
     ]
     assert quality.holdout_overlap(table, posters, held, -1).passed
+
+
+def test_plain_pictures_are_the_same_by_their_bytes_alone(tmp_path: Path) -> None:
+    plain = [perceptual_hash(Image.new("RGB", (80, 120), colour)) for colour in ("black", "red")]
+    table = training_set(tmp_path, "black", "red")
+    posters = raw_posters("0.png", "1.png", hashes=plain)
+    blue = perceptual_hash(Image.new("RGB", (60, 90), "blue"))
+    held = holdout(night=plain[0], blue=blue)
+    assert quality.holdout_overlap(table, posters, held, 4).passed
+    held.loc[2] = ["id of 1.png", "copied.png", plain[1]]
+    finding = quality.holdout_overlap(table, posters, held, 4)
+    assert finding.offenders["problem"].tolist() == ["the same bytes"]
 
 
 def test_a_duplicate_file_does_not_hide_the_looks_of_its_poster(tmp_path: Path) -> None:
@@ -683,6 +702,56 @@ def test_images_may_wait_a_while_for_their_scores_and_then_are_named() -> None:
         }
         assert finding.actual == 1
         assert finding.numbers["behind_hours"] == hours
+
+
+def test_an_image_that_waits_is_late_however_often_others_are_drawn() -> None:
+    drawn = generations({"0": "ok", "new": "ok"})
+    since = {str(key): NOON - dt.timedelta(days=20) for key in drawn["generation_key"][1:]}
+    for hours, passed in ((25, False), (2, True)):
+        finding = quality.score_freshness(
+            scores(0.3),
+            drawn,
+            drawn_at=NOON - dt.timedelta(hours=1),
+            waiting_since={key: max(at, NOON - dt.timedelta(hours=hours)) for key, at in
+                           since.items()},
+            scored_at=NOON,
+            now=NOON,
+            max_delay_hours=24,
+            max_age_days=None,
+        )  # fmt: skip
+        assert finding.passed == passed
+        assert finding.numbers["behind_hours"] == hours
+
+
+def test_what_fails_shows_a_number_outside_of_what_is_expected() -> None:
+    captions = pd.DataFrame(
+        {
+            "poster_id": [str(number) for number in range(100)],
+            "caption": ["a cat cat cat cat cat", *(f"u{n} v{n} w{n}" for n in range(1, 100))],
+            "status": "ok",
+        }
+    )
+    finding = quality.repeated_captions(captions, {}, max_repeated_share=0.25, max_shared=0.1)
+    assert not finding.passed
+    assert finding.expected == "0 repeat themselves, at most 0.1 share one"
+    assert finding.actual == "1 repeat themselves, 0 share one"
+
+
+def test_a_share_of_failed_rows_above_the_limit_is_told_by_name() -> None:
+    table = pd.DataFrame(
+        {
+            "poster_id": [f"id of {number}.png" for number in range(10)],
+            "status": ["failed"] * 3 + ["ok"] * 7,
+            "reason": ["the device is gone"] * 3 + [""] * 7,
+        }
+    )
+    names = {"id of 0.png": "0.png", "id of 1.png": "1.png"}
+    assert quality.failed_share(table, names, 0.3, "captions").passed
+    finding = quality.failed_share(table, names, 0.29, "captions")
+    assert not finding.passed
+    assert (finding.expected, finding.actual) == ("at most 0.29", 0.3)
+    assert finding.offenders["source_name"].tolist() == ["0.png", "1.png", "id of 2.png"]
+    assert quality.failed_share(table[:0], names, 0, "captions").passed
 
 
 def test_titles_on_blocked_images_are_among_those_that_were_not_read() -> None:
