@@ -372,8 +372,10 @@ class _Search:
                 yield _item("caches", file)
 
     def lineages(self) -> Iterator[Item]:
-        for file in (self._store.root / LINEAGES).glob("*.parquet"):
-            if not self._wanted(file.stem) and last_use(file, "lineages") < self._cutoff:
+        for file in (self._store.root / LINEAGES).glob("[!.]*"):
+            if file.suffix not in (".parquet", ".json"):
+                continue
+            if not self._wanted(file.name.partition(".")[0]) and last_use(file, "lineages") < self._cutoff:
                 yield _item("lineages", file)
 
     def _wanted(self, training_set: str) -> bool:
@@ -401,7 +403,7 @@ class _Search:
         if kind == TABLE:
             return key.rpartition("/")[2] not in self._named
         if kind == TRAINING_SET:
-            return not self._wanted(key)
+            return not self._wanted(key.partition("/")[0])
         row = json.loads(value)
         blobs = {str(row[name]) for name in ITEM_FIELDS if row.get(name)}
         return self._named.isdisjoint(blobs) if blobs else key in self._unnamed_blobs

@@ -54,7 +54,7 @@ def earliest_near_duplicates(hashes: Sequence[str], distance: int) -> list[int]:
 
     best = np.arange(len(distinct), dtype=np.int64)  # itself, where there is none before it
     everything = np.arange(len(distinct), dtype=np.int64)
-    for mask in _masks(distance, range(64)):
+    for mask in _masks(distance):
         _improve(best, distinct, everything, mask, distance)
     # A repeated hash resembles its own first holder, if nothing earlier.
     found = first[best][which]
@@ -62,7 +62,7 @@ def earliest_near_duplicates(hashes: Sequence[str], distance: int) -> list[int]:
     return [int(index) for index in found]
 
 
-def _masks(distance: int, bits: Sequence[int]) -> Iterator[int]:
+def _masks(distance: int, bits: Sequence[int] = range(64)) -> Iterator[int]:
     """The bits of each choice of three of the `distance` + 3 bands into which `bits` are cut.
 
     A band takes its bits from all over the picture: posters that are alike in a corner, black at

@@ -9,10 +9,15 @@ Records are rows of the store's index (`Store.results`):
 
     environment    id -> versions of posterpipe, of its source, of Python and of packages
     table          name/version -> run, asset's code version, environment, versions of the inputs
-    training_set   version -> number of images, and the steps that led to it, from the posters on
-    checkpoint     id -> training set, base model, settings, packages, run
+    training_set   version/lineage -> number of images, and the steps that led to it, from the
+                   posters on
+    checkpoint     id -> training set, lineage, base model, settings, packages, run
 
-and the posters of each training set, as `lineages/<training set>.parquet`.
+and the posters of each training set, as `lineages/<training set>.<lineage>.parquet`. One training
+set may have come about in several ways: from another poster of the same pixels, or with a caption
+that a person wrote in the model's very words. Each is a lineage, named by what it holds, and
+`lineages/<training set>.json` tells which was the last. Older stores have one lineage a training
+set, without a name.
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ from posterpipe.core.store import (
     TableMissing,
     cells,
     content_key,
+    table_version,
     write_atomic,
     writing,
 )
@@ -74,6 +80,7 @@ RECORD_NAME = "posterpipe.json"
 """What a checkpoint says of itself, in its folder."""
 
 _NAMED = 3  # posters that a message names
+_NAME_LENGTH = 16  # hex digits of a lineage's content in its name
 
 
 class CheckpointMismatch(Exception):
@@ -159,7 +166,7 @@ def record_table(
     }
     store.add_results(TABLE, {f"{name}/{version}": record})
     if name == "training_csv":
-        _record_training_set(store, version)
+        _record_training_set(store, version, record)
     elif name == "dreambooth_checkpoint":
         _record_checkpoints(store, version, record)
 
@@ -167,8 +174,11 @@ def record_table(
 def steps_to(store: Store, name: str, version: str) -> list[dict[str, Any]]:
     """How a version of a table came about: itself and all that it was made from, as far as that was
     recorded; each with asset, table_version, run_id, code_version, environment, made_at."""
+    return _steps(store, [(name, version)])
+
+
+def _steps(store: Store, waiting: list[tuple[str, str]]) -> list[dict[str, Any]]:
     steps: dict[tuple[str, str], dict[str, Any]] = {}
-    waiting = [(name, version)]
     while waiting:
         asset, table_version = waiting.pop()
         key = f"{asset}/{table_version}"
@@ -181,28 +191,35 @@ def steps_to(store: Store, name: str, version: str) -> list[dict[str, Any]]:
     return list(steps.values())
 
 
-def _record_training_set(store: Store, version: str) -> None:
+def _record_training_set(store: Store, version: str, record: Mapping[str, Any]) -> None:
     training = store.read_table("training_csv", version)
     if training.empty or "training_set" not in training:
         return
     training_set = str(training["training_set"].iloc[0])
-    if store.keep(lineage_path(store, training_set)):
-        return
-    steps = steps_to(store, "training_csv", version)
+    # By what was read this time: the same table may have been made of others before.
+    own = {name: value for name, value in record.items() if name != "inputs"}
+    steps = [{"asset": "training_csv", "table_version": version, **own}]
+    steps += _steps(store, sorted(record["inputs"].items(), reverse=True))
     versions = {step["asset"]: step["table_version"] for step in steps}
     lineage = _lineage(
         training,
         _table_or_none(store, "poster_captions", versions.get("poster_captions")),
         _table_or_none(store, "raw_posters", versions.get("raw_posters")),
     )
-    record = {"images": len(training), "steps": steps}
-    store.add_results(TRAINING_SET, {training_set: record})
-    buffer = io.BytesIO()
-    lineage.to_parquet(buffer, index=False)
-    path = lineage_path(store, training_set)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, buffer.getvalue())
+    name = table_version(lineage)[:_NAME_LENGTH]
+    facts = {"images": len(training), "steps": steps}
+    store.add_results(TRAINING_SET, {f"{training_set}/{name}": facts})
+    path = lineage_path(store, training_set, name)
+    if not store.keep(path):
+        buffer = io.BytesIO()
+        lineage.to_parquet(buffer, index=False)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, buffer.getvalue())
+    if current_lineage(store, training_set) != name:
+        last = _last_lineage(store, training_set)
+        with writing(last):
+            write_atomic(last, json.dumps({"lineage": name}).encode())
 
 
 def _table_or_none(store: Store, name: str, version: str | None) -> pd.DataFrame | None:
@@ -234,19 +251,42 @@ def _lineage(
     return lineage[LINEAGE_COLUMNS]
 
 
-def lineage_path(store: Store, training_set: str) -> Path:
-    """Where the posters of a training set are written down."""
-    return store.root / LINEAGES / f"{training_set}.parquet"
+def lineage_path(store: Store, training_set: str, name: str = "") -> Path:
+    """Where the posters of a training set are written down; `name`: of the lineage, "" for the one
+    of an older store."""
+    return store.root / LINEAGES / f"{training_set}{f'.{name}' if name else ''}.parquet"
 
 
-def lineage(store: Store, training_set: str) -> pd.DataFrame | None:
+def _last_lineage(store: Store, training_set: str) -> Path:
+    return store.root / LINEAGES / f"{training_set}.json"
+
+
+def current_lineage(store: Store, training_set: str) -> str:
+    """The name of the lineage that a training set had last; "" where none was recorded."""
+    try:
+        return str(json.loads(_last_lineage(store, training_set).read_text("utf-8"))["lineage"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def training_steps(store: Store, training_set: str, name: str = "") -> list[dict[str, Any]]:
+    """How a training set came about (see `steps_to`), in a lineage or, without `name`, the last."""
+    key = f"{training_set}/{name or current_lineage(store, training_set)}"
+    found = store.results(TRAINING_SET, [key, training_set])
+    steps: list[dict[str, Any]] = (found.get(key) or found.get(training_set) or {}).get("steps", [])
+    return steps
+
+
+def lineage(store: Store, training_set: str, name: str = "") -> pd.DataFrame | None:
     """The posters of a training set (LINEAGE_COLUMNS), or None where nothing is known of it.
 
-    Of a training set that no step recorded, file names and captions come from its folder.
+    `name`: of the lineage; without it, the last. Of a training set that no step recorded, file
+    names and captions come from its folder.
     """
-    path = lineage_path(store, training_set)
-    if path.exists():
-        return pd.read_parquet(path)
+    for which in (name or current_lineage(store, training_set), ""):
+        path = lineage_path(store, training_set, which)
+        if path.exists():
+            return pd.read_parquet(path)
     try:
         text = (store.root / "training_sets" / training_set / "training.csv").read_text("utf-8")
     except OSError:
@@ -268,6 +308,7 @@ def _record_checkpoints(store: Store, version: str, record: Mapping[str, Any]) -
         values = {
             **said,
             "training_set": row["training_set"],
+            "lineage": row.get("lineage") or current_lineage(store, str(row["training_set"])),
             "base_model": row["base_model"],
             "run_id": record["run_id"],
             "environment": record["environment"],

@@ -27,9 +27,9 @@ from rich.tree import Tree
 from posterpipe.core.provenance import (
     CHECKPOINT,
     ENVIRONMENT,
-    TRAINING_SET,
     lineage,
     record_environment,
+    training_steps,
 )
 from posterpipe.core.store import Store
 from posterpipe.core.warehouse import (
@@ -378,13 +378,14 @@ def _model(store: Store, connection: duckdb.DuckDBPyConnection, checkpoint_id: s
         trained_at=_iso(row.get("trained_at")) or str(facts.get("recorded_at") or ""),
         run_id=run_id,
         environments=environments,
-        training_set=_training_set(store, str(version)) if version else None,
+        training_set=_training_set(store, str(version), str(facts.get("lineage") or ""))
+        if version
+        else None,
     )
 
 
-def _training_set(store: Store, version: str) -> TrainingSet:
-    frame = lineage(store, version)
-    record = store.results(TRAINING_SET, [version]).get(version, {})
+def _training_set(store: Store, version: str, name: str) -> TrainingSet:
+    frame = lineage(store, version, name)
     posters = []
     for row in frame.to_dict("records") if frame is not None else []:
         image = str(row["image"])
@@ -400,7 +401,7 @@ def _training_set(store: Store, version: str) -> TrainingSet:
                 present=bool(image) and store.path(image, ".png").exists(),
             )
         )
-    return TrainingSet(version, record.get("steps", []), posters)
+    return TrainingSet(version, training_steps(store, version, name), posters)
 
 
 def _environments_of(connection: duckdb.DuckDBPyConnection, run_id: str | None) -> list[str]:

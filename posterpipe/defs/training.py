@@ -154,6 +154,7 @@ def class_images(
         "where there are several, the number of GPUs",
         path="string: the diffusers directory, inside the store",
         training_set="string: version of training.csv that it was trained on",
+        lineage="string: which posters and captions it was made of then; empty if not recorded",
         base_model="string: fingerprint of the base model",
         steps="int: optimizer steps",
         final_loss="float: smoothed loss at the end",
@@ -180,6 +181,7 @@ def dreambooth_checkpoint(
     from posterpipe.core.dreambooth.launch import launch_command
     from posterpipe.core.holdout_set import build_holdout_set
     from posterpipe.core.models import fingerprint, locate
+    from posterpipe.core.provenance import current_lineage
 
     settings = deployment.settings
     overrides = dict(context.op_execution_context.op_config or {})
@@ -195,6 +197,7 @@ def dreambooth_checkpoint(
     _, class_set, class_version = build_class_images(
         store, base_model, base_version, settings, progress, run_id=context.run.run_id
     )
+    lineage = current_lineage(store, training_set)  # before it may change meanwhile
     held_out = held_out_version(deployment)  # and no other: posters that come later are noticed
     holdout_set, holdout_version = None, ""
     if training.holdout_every_steps is not None and held_out:
@@ -242,6 +245,7 @@ def dreambooth_checkpoint(
         "checkpoint_id": name,
         "path": config.output_dir.relative_to(store.root).as_posix(),
         "training_set": versions.training_set,
+        "lineage": lineage,
         "base_model": versions.base_model,
         "steps": record["steps"],
         "final_loss": record["final_loss"],

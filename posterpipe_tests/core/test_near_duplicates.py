@@ -78,7 +78,7 @@ def alike_in_a_corner(rng: np.random.Generator, count: int) -> NDArray[np.uint64
 
 def equal_in_three_bands(rng: np.random.Generator, count: int) -> NDArray[np.uint64]:
     """Made to be compared all with all: equal where the search looks first, and else unrelated."""
-    equal = np.uint64(next(iter(near_duplicates._masks(4, range(64)))))
+    equal = np.uint64(next(iter(near_duplicates._masks(4))))
     return unrelated(rng, count) & ~equal
 
 
@@ -86,7 +86,7 @@ def equal_in_three_bands_and_three_of_the_rest(
     rng: np.random.Generator, count: int
 ) -> NDArray[np.uint64]:
     """The same for the second look."""
-    first = next(iter(near_duplicates._masks(4, range(64))))
+    first = next(iter(near_duplicates._masks(4)))
     rest = [bit for bit in range(64) if not first >> bit & 1]
     second = next(iter(near_duplicates._masks(4, rest)))
     return unrelated(rng, count) & ~np.uint64(first | second)

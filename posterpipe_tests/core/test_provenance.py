@@ -15,13 +15,16 @@ from posterpipe.core import provenance
 from posterpipe.core.garbage import find_garbage, remove_garbage
 from posterpipe.core.provenance import (
     CheckpointMismatch,
+    current_lineage,
     describe_difference,
     environment,
     lineage,
+    lineage_path,
     record_environment,
     record_table,
     require_checkpoint,
     steps_to,
+    training_steps,
 )
 from posterpipe.core.store import Store
 from posterpipe.core.trace import NotTraceable, as_tree, record_history, trace
@@ -54,11 +57,13 @@ class Study:
     def folder(self) -> Path:
         return self.store.root / "checkpoints" / self.checkpoint_id
 
-    def dataset(self, captions: dict[str, tuple[str, str]], run_id: str = "run 1") -> str:
+    def dataset(
+        self, captions: dict[str, tuple[str, str]], run_id: str = "run 1", scan: str = ""
+    ) -> str:
         """Posters by source name, with caption and its source, as far as a training set; its
-        version."""
+        version. Posters of another `scan` are other files of the same pixels."""
         store = self.store
-        posters = {name: store.put(f"poster {name}".encode()) for name in captions}
+        posters = {name: store.put(f"poster {name}{scan}".encode()) for name in captions}
         images = {name: store.put(f"image {name}".encode(), ".png") for name in captions}
         raw = pd.DataFrame(
             {"poster_id": posters.values(), "source_name": posters.keys(), "status": "ok"}
@@ -235,6 +240,51 @@ def test_the_posters_of_a_training_set_are_written_down(study: Study) -> None:
         "blip",
         "f00d",
     )
+
+
+def test_a_training_set_that_came_about_otherwise_is_told_as_it_was_for_each_checkpoint(
+    study: Study,
+) -> None:
+    blip = {"rocket.png": ("a rocket", "model")}
+    by_hand = {"rocket.png": ("a rocket", "human")}
+    versions = []
+    for number, (captions, scan) in enumerate([(blip, ""), (by_hand, ""), (blip, " again")]):
+        versions.append(study.dataset(captions, f"run {number}", scan=scan))
+        study.checkpoint_id = f"{number}" * 16
+        study.train(versions[-1])
+    assert len(set(versions)) == 1, "the trainer sees one training set"
+    first, second = (study.store.put(b"poster rocket.png" + scan) for scan in (b"", b" again"))
+    told = []
+    for number in range(3):
+        study.checkpoint_id = f"{number}" * 16
+        study.warehouse.path.unlink(missing_ok=True)
+        study.draw_and_score()
+        model = trace(study.store, [study.warehouse], KEY).model
+        assert model.training_set is not None
+        (poster,) = model.training_set.posters
+        told.append((poster.poster_id, poster.caption_source))
+        assert model.training_set.steps[0]["run_id"] == f"run {number}"
+    assert told == [(first, "model"), (first, "human"), (second, "model")]
+    frame = lineage(study.store, versions[0])
+    assert frame is not None and frame["poster_id"].tolist() == [second]
+
+
+def test_the_only_lineage_of_an_older_store_is_read(study: Study) -> None:
+    store = study.store
+    version = study.dataset(CAPTIONS)
+    name = current_lineage(store, version)
+    frame = lineage(store, version)
+    steps = training_steps(store, version)
+    # As it was written before lineages had names.
+    lineage_path(store, version, name).rename(lineage_path(store, version))
+    (store.root / "lineages" / f"{version}.json").unlink()
+    known = store.results("training_set", [f"{version}/{name}"])
+    store.forget_results("training_set", known)
+    store.add_results("training_set", {version: known[f"{version}/{name}"]})
+    again = lineage(store, version)
+    assert frame is not None and again is not None
+    pd.testing.assert_frame_equal(again, frame)
+    assert training_steps(store, version) == steps != []
 
 
 # -- checkpoints ---------------------------------------------------------------------------------
