@@ -40,6 +40,7 @@ Loaded = TypeVar("Loaded")
 CAPTION_VERSION = 2
 """Raise it when the captioner decodes otherwise: every caption by the model is then made again."""
 
+
 class CaptioningStopped(Exception):
     """The accelerator is gone, so that no further image can be described. What was done is kept."""
 

@@ -375,7 +375,10 @@ class _Search:
         for file in (self._store.root / LINEAGES).glob("[!.]*"):
             if file.suffix not in (".parquet", ".json"):
                 continue
-            if not self._wanted(file.name.partition(".")[0]) and last_use(file, "lineages") < self._cutoff:
+            if (
+                not self._wanted(file.name.partition(".")[0])
+                and last_use(file, "lineages") < self._cutoff
+            ):
                 yield _item("lineages", file)
 
     def _wanted(self, training_set: str) -> bool:

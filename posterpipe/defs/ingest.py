@@ -99,7 +99,8 @@ def holdout_posters(
     What generated posters are compared with, and what no training set may contain. They lie in
     `data/holdout_posters/` (the setting `holdout`); the sensor `arrivals` notices when that folder
     changes. A text file beside a poster, `moon.txt` for `moon.png`, is its caption where the loss
-    on held-out posters is measured; `captions.csv` is about the landing folder alone. Without any the table is empty, and so are the scores against them.
+    on held-out posters is measured; `captions.csv` is about the landing folder alone. Without any
+    poster the table is empty, and so are the scores against them.
     """
     from posterpipe.core.arrivals import holdout_digest, holdout_entries
     from posterpipe.core.captions import unread_count

@@ -310,7 +310,7 @@ def test_a_device_that_is_gone_ends_the_captioning_and_what_was_done_is_kept(
             return super().describe(pixels)
 
     monkeypatch.setattr(module, "Captioner", Breaking)
-    with pytest.raises(CaptioningStopped, match="illegal memory access.*what was captioned is"):
+    with pytest.raises(CaptioningStopped, match=r"illegal memory access.*what was captioned is"):
         caption_posters(store, table, SETTINGS, root)
     assert calls == 3
     sizes: list[int] = []

@@ -141,9 +141,7 @@ def test_twice_as_many_posters_take_no_four_times_as_many_comparisons(
     assert compared(codes) < 3 * max(compared(codes[:10_000]), 10_000)
 
 
-@pytest.mark.parametrize(
-    "kind", [equal_in_three_bands, equal_in_three_bands_and_three_of_the_rest]
-)
+@pytest.mark.parametrize("kind", [equal_in_three_bands, equal_in_three_bands_and_three_of_the_rest])
 def test_hashes_made_to_agree_in_the_bands_are_not_compared_all_with_all(
     kind: Callable[[np.random.Generator, int], NDArray[np.uint64]],
     compared: Callable[[NDArray[np.uint64]], int],
