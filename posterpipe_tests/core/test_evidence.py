@@ -28,9 +28,9 @@ from posterpipe.core.evidence import (
     write_decisions,
 )
 from posterpipe.core.gate import DECISION_COLUMNS, GATE, GateError, champion_of, pin
+from posterpipe.core.landing import scan_holdout
 from posterpipe.core.metrics.fidelity import Posters
 from posterpipe.core.progress import NoProgress
-from posterpipe.core.landing import scan_holdout
 from posterpipe.core.quality import copied_posters
 from posterpipe.core.store import Store, table_version
 from posterpipe.core.warehouse import Warehouse

@@ -35,9 +35,9 @@ from posterpipe.core.garbage import (
 )
 from posterpipe.core.gate import GATE
 from posterpipe.core.holdout_set import build_holdout_set
+from posterpipe.core.landing import scan_holdout
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.provenance import CHECKPOINT, TABLE, TRAINING_SET, lineage_path
-from posterpipe.core.landing import scan_holdout
 from posterpipe.core.store import Store, compute_missing
 from posterpipe.core.warehouse import Warehouse
 from posterpipe_tests.core.test_holdout_set import settings_for as holdout_settings

@@ -12,9 +12,9 @@ from PIL import Image
 from posterpipe.core.arrivals import holdout_entries, holdout_source
 from posterpipe.core.dreambooth.data import read_training_set
 from posterpipe.core.holdout_set import build_holdout_set, with_captions
+from posterpipe.core.landing import scan_holdout
 from posterpipe.core.listing import Folder
 from posterpipe.core.progress import NoProgress
-from posterpipe.core.landing import scan_holdout
 from posterpipe.core.store import Store, table_version
 from posterpipe.settings import AutomationSettings, Settings, load_settings
 from posterpipe_tests.core.tiny_blip import build_tiny_blip
