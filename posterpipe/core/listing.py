@@ -33,6 +33,9 @@ FETCHES = 32
 _AT_THE_DISK = 4
 """Files of a folder that are being read, or kept, while every core works on another one."""
 
+DEEPEST = 100
+"""Nested folders that are entered, one in another; what lies deeper is a problem's entry."""
+
 _ETAGS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "version_id")
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
 
@@ -171,41 +174,55 @@ class Folder(Place):
                 f"{self.path}: this folder of posters is not there; create it and put posters in, "
                 f"or set {self.role.setting} to another folder"
             )
+        found: list[Entry] = []
         try:
-            found = list(self._walk("", self.location))
+            ahead = self._listed("", self.location, 0, found)
         except OSError as error:
             raise PlaceMissing(
                 f"{self.path}: cannot be listed ({error.strerror}); make it readable"
             ) from error
+        # One after the other, not by recursion: no depth of folders can exhaust the stack.
+        while ahead:
+            name, folder, depth = ahead.pop()
+            try:
+                ahead += self._listed(f"{name}/", folder, depth, found)
+            except FileNotFoundError:
+                continue  # taken away since it was listed
+            except OSError as error:
+                reason = f"this folder cannot be listed ({error.strerror}); make it readable"
+                found.append(Entry(name, 0, 0, "", problem=reason))
         found.sort(key=lambda entry: entry.name)
         return found
 
-    def _walk(self, prefix: str, folder: str) -> Iterator[Entry]:
+    def _listed(
+        self, prefix: str, folder: str, depth: int, found: list[Entry]
+    ) -> list[tuple[str, str, int]]:
+        """Adds a folder's files to `found`; the folders in it: name, path and depth. Raises
+        OSError where the folder cannot be listed, and adds nothing then."""
         with os.scandir(folder) as items:
             listed = [item for item in items if not item.name.startswith(".")]
+        files: list[Entry] = []
+        nested: list[tuple[str, str, int]] = []
         for item in listed:
             name = prefix + item.name
             try:
                 if item.is_dir(follow_symlinks=False):
-                    yield from self._nested(name, item.path)
+                    if depth < DEEPEST:
+                        nested.append((name, item.path, depth + 1))
+                        continue
+                    reason = f"more than {DEEPEST} folders deep, so not entered; move it further up"
+                    files.append(Entry(name, 0, 0, "", problem=reason))
                 elif _leads_to_folder(item):
                     reason = "a link to a folder, which is not followed; copy the folder here"
-                    yield Entry(name, 0, 0, "", problem=reason)
+                    files.append(Entry(name, 0, 0, "", problem=reason))
                 else:
                     stats = _stat(item)
                     if stats is not None:
-                        yield _local_entry(name, stats)
+                        files.append(_local_entry(name, stats))
             except FileNotFoundError:
                 continue  # taken away since it was listed
-
-    def _nested(self, name: str, path: str) -> Iterator[Entry]:
-        try:
-            yield from self._walk(f"{name}/", path)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            reason = f"this folder cannot be listed ({error.strerror}); make it readable"
-            yield Entry(name, 0, 0, "", problem=reason)
+        found += files
+        return nested
 
     def read(self, entry: Entry) -> bytes:
         """See `Place.read`."""

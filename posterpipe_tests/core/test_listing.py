@@ -12,6 +12,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from posterpipe.core.listing import (
+    DEEPEST,
     Bucket,
     Entry,
     Folder,
@@ -60,6 +61,27 @@ def test_nested_files_are_listed_by_name_and_hidden_ones_are_not(place: Place) -
     assert [entry.name for entry in entries] == ["a b.png", "a/z.png", "b.png", "ä.txt"]
     assert [entry.size for entry in entries] == [7, 7, 5, 6]
     assert [place.read(entry) for entry in entries] == [e.name.encode() for e in entries]
+
+
+def test_folders_nested_without_end_are_a_problem_of_that_name_only(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"1")
+    here = os.open(tmp_path, os.O_RDONLY)
+    try:
+        for depth in range(1, 1501):  # deeper than Python recurses, and than a path may be long
+            os.mkdir("deep", dir_fd=here)
+            inner = os.open("deep", os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = inner
+            if depth in (DEEPEST, DEEPEST + 1):
+                os.close(os.open("in.png", os.O_WRONLY | os.O_CREAT, dir_fd=here))
+    finally:
+        os.close(here)
+    entries = Folder(tmp_path).entries()
+    reached = "deep/" * DEEPEST
+    names = ["a.png", f"{reached}deep", f"{reached}in.png"]
+    assert [entry.name for entry in entries] == names
+    assert [bool(entry.problem) for entry in entries] == [False, True, False]
+    assert "move it further up" in entries[1].problem
 
 
 def test_the_digest_is_stable_and_changes_with_every_kind_of_change(place: Place) -> None:
