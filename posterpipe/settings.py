@@ -816,6 +816,16 @@ class Settings(BaseSettings):
     automation: AutomationSettings = AutomationSettings()
     alerts: AlertSettings = AlertSettings()
 
+    @field_validator("captions", "holdout", "prompt_suite", "store", mode="before")
+    @classmethod
+    def _is_local(cls, path: object) -> object:
+        if isinstance(path, str) and "://" in path:
+            raise ValueError(
+                f"{path} is a URL, and only `landing` may be one; give a file or folder on this "
+                "machine, where a bucket can be mounted"
+            )
+        return path
+
     @classmethod
     def settings_customise_sources(
         cls,

@@ -272,6 +272,19 @@ def test_posters_may_lie_in_a_folder_or_a_bucket(
     assert open_place(settings.landing, settings.root).location == "s3://bucket/posters"
 
 
+@pytest.mark.parametrize("name", ["captions", "holdout", "prompt_suite", "store"])
+def test_a_url_where_only_this_machine_is_read_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read as a local path, a bucket of held-out posters would be a folder that is not there, and
+    nothing would be held out."""
+    with pytest.raises(SettingsError, match=f"{name}: .*s3://bucket/here is a URL"):
+        load_settings("starter", **{name: "s3://bucket/here"})
+    monkeypatch.setenv(f"POSTERPIPE_{name.upper()}", "s3://bucket/here")
+    with pytest.raises(SettingsError, match="only `landing` may be one"):
+        load_settings("starter")
+
+
 def test_every_setting_is_described() -> None:
     def undescribed(group: type[BaseModel], prefix: str = "") -> list[str]:
         missing = []
