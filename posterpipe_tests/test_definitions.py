@@ -185,6 +185,20 @@ def test_another_limit_on_copies_checks_the_images_again() -> None:
     assert differing == {"fidelity_scores", "champion"}
 
 
+def test_another_base_model_checks_the_captions_again_which_its_text_encoder_reads() -> None:
+    settings = load_settings("starter")
+    other = settings.base_model.model_copy(update={"revision": "another"})
+
+    def versions(of: Settings) -> dict[str, str | None]:
+        specs = build_defs(of).resolve_all_asset_specs()
+        return {spec.key.to_user_string(): spec.code_version for spec in specs}
+
+    before, after = versions(settings), versions(settings.model_copy(update={"base_model": other}))
+    differing = {name for name in before if before[name] != after[name]}
+    assert differing >= {"training_csv", "dreambooth_checkpoint", "base_generations"}
+    assert not differing & {"resized_posters", "poster_captions", "poster_inventory"}
+
+
 def test_dbt_models_are_what_dagster_dbt_makes_of_them() -> None:
     project = reports.dbt_project(load_settings("starter"))
 

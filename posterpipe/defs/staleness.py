@@ -90,6 +90,12 @@ _LIMITS: Mapping[str, tuple[str, ...]] = {
 """Limits of the checks of an asset (settings `checks`). Another limit makes the asset again, from
 the store, since its checks run with it; what comes out is the same, so nothing else follows."""
 
+_CHECKED_WITH: Mapping[str, Callable[[Settings], list[Any]]] = {
+    # Its check counts tokens as the base model's text encoder does.
+    "training_csv": lambda s: [s.base_model.model_dump(mode="json")],
+}
+"""What else the checks of an asset depend on, with the same effect."""
+
 
 def _judging(settings: Settings) -> list[Any]:
     images = settings.images
@@ -122,6 +128,8 @@ def with_settings_in_code_version(assets: Iterable[Any], settings: Settings) -> 
         if name not in _DECIDING and name not in _LIMITS:
             return spec
         deciding = _DECIDING[name](settings) if name in _DECIDING else []
+        if name in _CHECKED_WITH:
+            deciding = [*deciding, *_CHECKED_WITH[name](settings)]
         limits = settings.checks.model_dump(mode="json", include=set(_LIMITS.get(name, ())))
         text = json.dumps([*deciding, limits], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
