@@ -51,6 +51,8 @@ class Source:
     """Equal as long as a table made from it would be."""
     seen: str
     """What is there, in words."""
+    portable: str = ""
+    """The same digest without what another host may see otherwise of the same files."""
     young: Sequence[str] = ()
     """Files that changed so lately that they may still be being written."""
     problem: str = ""
@@ -62,7 +64,7 @@ class LastRead:
     """What is known of the last time that a root asset was made."""
 
     digests: frozenset[str] = frozenset()
-    """Of the source then, as the run and who requested it saw it."""
+    """Of the source then, as the run saw it, and as who requested it saw the same."""
     at: float = 0.0
     """Seconds since 1970; 0 when it was never made."""
     unread: int = 0
@@ -157,7 +159,10 @@ def posters_source(
         return _without_posters(location)
     young = () if whole else _young(posters, settings, now)
     return Source(
-        landing_digest(entries, store), f"{_count(len(posters), 'poster')} in {location}", young
+        landing_digest(entries, store),
+        f"{_count(len(posters), 'poster')} in {location}",
+        landing_digest(entries, store, portable=True),
+        young,
     )
 
 
@@ -189,18 +194,23 @@ def holdout_source(folder: Path, store: Store, settings: AutomationSettings, now
     posters = poster_entries(entries)
     seen = f"{_count(len(posters), 'poster')} in {folder}" if posters else f"no posters in {folder}"
     young = _young([*posters, *_sidecars(entries)], settings, now)
-    return Source(holdout_digest(entries, store), seen, young)
+    return Source(
+        holdout_digest(entries, store),
+        seen,
+        holdout_digest(entries, store, portable=True),
+        young,
+    )
 
 
-def holdout_digest(entries: Sequence[Entry], store: Store) -> str:
+def holdout_digest(entries: Sequence[Entry], store: Store, *, portable: bool = False) -> str:
     """Of everything that the table of held-out posters is made from: posters, and the text files
-    beside them."""
-    posters = landing_digest(entries, store)
+    beside them. `portable` as of `listing_digest`."""
+    posters = landing_digest(entries, store, portable=portable)
     sidecars = _sidecars(entries)
     if not sidecars:
         return posters
     found = rehashed(store, REHASHED_SIDECARS)
-    return content_key("holdout", posters, listing_digest(sidecars), found)
+    return content_key("holdout", posters, listing_digest(sidecars, portable=portable), found)
 
 
 def _sidecars(entries: Iterable[Entry]) -> list[Entry]:
@@ -232,22 +242,33 @@ def captions_source(
     young = [] if whole else list(_young(sidecars, settings, now))
     if csv_digest and _is_young(csv_path.stat().st_mtime, settings, now):
         young.append(csv_path.name)
-    return Source(captions_digest(entries, csv_path, store), seen, young)
+    return Source(
+        captions_digest(entries, csv_digest, store),
+        seen,
+        captions_digest(entries, csv_digest, store, portable=True),
+        young,
+    )
 
 
-def captions_digest(entries: Sequence[Entry], csv_path: Path, store: Store) -> str:
+def captions_digest(
+    entries: Sequence[Entry], csv_digest: str, store: Store, *, portable: bool = False
+) -> str:
     """Of everything that a table of captions by people is made from (see `captions_source`).
 
-    It changes as well with what `rehash_sidecars` found to have changed unnoticed.
+    `csv_digest`: sha256 of the CSV, "" where there is none. It changes as well with what
+    `rehash_sidecars` found to have changed unnoticed. `portable` as of `listing_digest`.
     """
     sidecars = _sidecars(entries)
-    csv_digest = file_digest(csv_path)
     names = []
     if sidecars or csv_digest:
         names = [source_name(entry) for entry in poster_entries(entries) if not entry.problem]
     found = rehashed(store, REHASHED_SIDECARS) if sidecars else ""
     return content_key(
-        "captions", listing_digest(sidecars), csv_digest, names, *([found] if found else [])
+        "captions",
+        listing_digest(sidecars, portable=portable),
+        csv_digest,
+        names,
+        *([found] if found else []),
     )
 
 
@@ -260,7 +281,7 @@ def file_source(path: Path, settings: AutomationSettings, now: float) -> Source:
     if not digest:
         return Source("", "", problem=f"{path} is not there: put it there")
     young = [path.name] if _is_young(path.stat().st_mtime, settings, now) else []
-    return Source(digest, path.name, young)
+    return Source(digest, path.name, digest, young)
 
 
 def file_digest(path: Path) -> str:

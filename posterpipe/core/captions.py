@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import hashlib
 import io
 import os
 import posixpath
@@ -127,9 +128,28 @@ def clean_caption(text: str) -> str:
 # -- reading --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class CaptionsCsv:
+    """The CSV as it was read at one moment."""
+
+    path: Path
+    data: bytes | None
+    """None where there was none."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of its bytes; "" where there was none."""
+        return "" if self.data is None else hashlib.sha256(self.data).hexdigest()
+
+
+def read_csv(path: Path) -> CaptionsCsv:
+    """The CSV as it is now, present or not. Raises CaptionsFileError."""
+    return CaptionsCsv(path, _read_bytes(path))
+
+
 def read_human_captions(
     place: Place,
-    csv_path: Path | None,
+    written: Path | CaptionsCsv | None,
     store: Store | None = None,
     progress: Progress | None = None,
     *,
@@ -141,7 +161,8 @@ def read_human_captions(
     such poster), caption, origin (`sidecar` or `captions.csv`), status (`ok`, at most once for a
     source_name, or `rejected`), reason ("" for ok). With neither sidecars nor CSV the table is
     empty. With a `store`, a sidecar that did not change since is not read again. `entries` is the
-    listing of the place, where it was taken before. Without a `csv_path` sidecars alone count.
+    listing of the place, where it was taken before; `written` the CSV, read now or before. Without
+    one, sidecars alone count.
 
     Raises CaptionsFileError when the CSV as a whole cannot be read, and PlaceMissing: captions that
     cannot be seen are not taken for captions that were removed.
@@ -149,7 +170,8 @@ def read_human_captions(
     posters, texts = _split_all(place.entries() if entries is None else entries)
     claims: dict[str, list[_Claim]] = {}
     sidecars = _sidecar_claims(place, posters, texts, store, progress or NoProgress())
-    rows_of_csv = _csv_claims(csv_path, posters) if csv_path else ()
+    sheet = read_csv(written) if isinstance(written, Path) else written
+    rows_of_csv = _csv_claims(sheet, posters) if sheet else ()
     for name, claim in [*sidecars, *rows_of_csv]:
         claims.setdefault(name, []).append(claim)
     rows = [row for name in sorted(claims) for row in _rows(name, claims[name])]
@@ -379,11 +401,11 @@ class _Sheet:
         return record.cells[self.name_column] if len(record.cells) > self.name_column else ""
 
 
-def _csv_claims(path: Path, posters: Sequence[str]) -> Iterator[tuple[str, _Claim]]:
-    data = _read_bytes(path)
-    if data is None:
+def _csv_claims(given: CaptionsCsv, posters: Sequence[str]) -> Iterator[tuple[str, _Claim]]:
+    if given.data is None:
         return
-    sheet = _parse(path, data)
+    path = given.path
+    sheet = _parse(path, given.data)
     names = _Names(posters)
     for record in sheet.rows():
         where = f"{path.name}, line {record.line}"
@@ -558,7 +580,8 @@ def _try_write(
     sidecar = next((e for e in sidecars if not facts[source_name(e)]["problem"]), None)
     before = _read_bytes(csv_path)
     if sidecar is None:
-        row = _winner(claim for poster, claim in _csv_claims(csv_path, posters) if poster == name)
+        claims = _csv_claims(CaptionsCsv(csv_path, before), posters)
+        row = _winner(claim for poster, claim in claims if poster == name)
         current = row.caption if row else None
     else:
         current = facts[source_name(sidecar)]["caption"]

@@ -132,16 +132,20 @@ def scan_holdout(
     limits: ImageSettings,
     store: Store,
     progress: Progress | None = None,
+    *,
+    entries: Sequence[Entry] | None = None,
 ) -> pd.DataFrame:
     """The table of `scan` for the holdout folder; no rows where it is empty or not there.
 
-    Each file is read once. Raises LandingEmpty for a folder or bucket that cannot be listed.
+    Each file is read once. `entries` is the listing, where it was taken before. Raises LandingEmpty
+    for a folder or bucket that cannot be listed.
     """
     place = open_place(place, role=HOLDOUT)
     nothing = pd.DataFrame(columns=COLUMNS, dtype="object")
-    if isinstance(place, Folder) and not place.path.exists():
-        return nothing
-    entries = list_place(place)
+    if entries is None:
+        if isinstance(place, Folder) and not place.path.exists():
+            return nothing
+        entries = list_place(place)
     if not poster_entries(entries):
         return nothing
     return scan(place, limits, store, progress, entries=entries)
@@ -178,12 +182,13 @@ def poster_entries(entries: Iterable[Entry]) -> list[Entry]:
     return [e for e in entries if e.problem or suffix(e.name).lower() not in NOT_POSTERS]
 
 
-def landing_digest(entries: Iterable[Entry], store: Store) -> str:
+def landing_digest(entries: Iterable[Entry], store: Store, *, portable: bool = False) -> str:
     """sha256 (hex) of what a scan of this listing would read.
 
-    It changes with the listing, and with what `rehash` found to have changed unnoticed.
+    It changes with the listing, and with what `rehash` found to have changed unnoticed. `portable`
+    as of `listing_digest`.
     """
-    listed = listing_digest(poster_entries(entries))
+    listed = listing_digest(poster_entries(entries), portable=portable)
     found = rehashed(store, REHASHED)
     return content_key(listed, found) if found else listed
 

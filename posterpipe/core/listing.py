@@ -133,12 +133,18 @@ def is_url(location: Path | str) -> bool:
     return isinstance(location, str) and "://" in location
 
 
-def listing_digest(entries: Iterable[Entry]) -> str:
-    """sha256 (hex) of a sorted listing: the same as long as no entry of it changes."""
+def listing_digest(entries: Iterable[Entry], *, portable: bool = False) -> str:
+    """sha256 (hex) of a sorted listing: the same as long as no entry of it changes.
+
+    `portable`: without what another host, or a container, may see otherwise of the same files:
+    inode numbers and permissions.
+    """
     digest = hashlib.sha256()
     for entry in entries:
         # Names hold no NUL, so no two listings give the same text.
-        fields = (entry.name, entry.size, entry.mtime_ns, entry.identity, entry.mode)
+        fields: tuple[object, ...] = (entry.name, entry.size, entry.mtime_ns)
+        if not portable:
+            fields += (entry.identity, entry.mode)
         line = "\0".join(map(str, fields)) + f"\0{entry.problem}\0"
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

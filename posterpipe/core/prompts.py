@@ -21,6 +21,7 @@ A suite is a YAML file:
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -81,24 +82,34 @@ def load_suite(
     *,
     count_tokens: Callable[[str], int] = estimate_tokens,
     max_tokens: int = MAX_TOKENS,
+    data: bytes | None = None,
 ) -> list[Prompt]:
     """The prompts of a suite, in the order of the file.
 
+    `data`: what `read_suite` read of it, where that was done before.
     `count_tokens` gives a text's length without start and end token; pass the one of the model's
     tokenizer for the exact limit. Raises PromptSuiteError naming every problem by file and line.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        # As a text file is read, whatever ends its lines.
+        file = io.BytesIO(read_suite(path) if data is None else data)
+        text = io.TextIOWrapper(file, encoding="utf-8").read()
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise PromptSuiteError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
+    return _Reader(path, count_tokens, max_tokens).read(text)
+
+
+def read_suite(path: Path) -> bytes:
+    """The bytes of a suite's file. Raises PromptSuiteError where it cannot be read."""
+    try:
+        return path.read_bytes()
     except OSError as error:
         raise PromptSuiteError(
             f"{path}:1: the prompt suite cannot be read ({error.strerror}); "
             "write one there or set POSTERPIPE_PROMPT_SUITE to another file"
         ) from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise PromptSuiteError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
-    return _Reader(path, count_tokens, max_tokens).read(text)
 
 
 def suite_table(prompts: Sequence[Prompt]) -> pd.DataFrame:

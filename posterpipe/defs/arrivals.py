@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from dagster import DagsterRunStatus
 
-from posterpipe.defs.resources import SOURCE_DIGEST, UNREAD, Deployment
+from posterpipe.defs.resources import SOURCE_DIGEST, SOURCE_PORTABLE, UNREAD, Deployment
 from posterpipe.settings import Settings
 
 if TYPE_CHECKING:
     from posterpipe.core.arrivals import LastRead, Memory, Source
+    from posterpipe.core.listing import Entry
 
 ROOTS = ("raw_posters", "holdout_posters", "human_captions", "prompt_suite")
 """Assets that read the outside world: only running them tells whether it changed."""
@@ -29,6 +30,9 @@ STATE_TAG = "posterpipe/arrived_state"
 
 DIGEST_TAG = "posterpipe/arrived_digest"
 """The same: digest of the source when it was requested."""
+
+PORTABLE_TAG = "posterpipe/arrived_portable"
+"""The same without what another host may see otherwise (SOURCE_PORTABLE)."""
 
 REASON_TAG = "posterpipe/reason"
 """Tag of requested runs: why, in words."""
@@ -88,6 +92,10 @@ def look(context: dg.SensorEvaluationContext, deployment: Deployment) -> dg.Sens
     for name in ROOTS:
         root = _Root(name, context.instance)
         source = listing.source(name)
+        if isinstance(source, Exception):
+            context.log.error(f"{name}: not looked at", exc_info=source)
+            reasons.append(f"{name}: {_unforeseen(source)}")
+            continue
         last = root.last_read()
         new = name == "raw_posters" and last.at > 0 and source.digest not in last.digests
         change = listing.change() if new and not source.problem else ""
@@ -96,7 +104,7 @@ def look(context: dg.SensorEvaluationContext, deployment: Deployment) -> dg.Sens
         seen[name] = asdict(decision.memory)
         reason = decision.reason
         if decision.due:
-            request, obstacle = root.request(source.digest, reason)
+            request, obstacle = root.request(source, reason)
             if request:
                 context.log.info(f"{name}: {reason}")
                 requests.append(request)
@@ -112,7 +120,13 @@ def look(context: dg.SensorEvaluationContext, deployment: Deployment) -> dg.Sens
 
 def posters_problem(deployment: Deployment) -> str:
     """Why there are no posters to read now, and what to do; "" when there are."""
-    return _Listing(deployment, time.time()).source("raw_posters").problem
+    source = _Listing(deployment, time.time()).source("raw_posters")
+    return _unforeseen(source) if isinstance(source, Exception) else source.problem
+
+
+def _unforeseen(error: Exception) -> str:
+    said = str(error).strip() or "no more is known"
+    return f"could not be looked at ({type(error).__name__}: {said}); see the log of this look"
 
 
 def _memories(cursor: str | None) -> dict[str, "Memory"]:
@@ -136,13 +150,23 @@ class _Listing:
         self._location = place.location
         self._whole = isinstance(place, Bucket)
         self._problem = ""
+        self._error: Exception | None = None
+        self._entries: list[Entry] = []
         try:
             self._entries = place.entries()
         except PlaceMissing as error:
-            self._entries, self._problem = [], str(error)
+            self._problem = str(error)
+        except Exception as error:
+            self._error = error
 
-    def source(self, name: str) -> "Source":
-        """The source of a root asset."""
+    def source(self, name: str) -> "Source | Exception":
+        """The source of a root asset, or what nobody foresaw: it must not hide the others."""
+        try:
+            return self._source(name)
+        except Exception as error:
+            return error
+
+    def _source(self, name: str) -> "Source":
         from posterpipe.core.arrivals import (
             Source,
             captions_source,
@@ -159,6 +183,8 @@ class _Listing:
             if name == "holdout_posters":
                 folder = settings.path(settings.holdout)
                 return holdout_source(folder, self._deployment.store, automation, now)
+            if self._error:
+                raise self._error
             if self._problem:
                 return Source("", "", problem=self._problem)
             outside = (self._deployment.store, self._location, automation, now)
@@ -200,9 +226,11 @@ class _Root:
     def last_read(self) -> "LastRead":
         """From which source it was made last.
 
-        Two digests count: the one that the step recorded, and the one under which its run was
-        requested. They differ where the step sees other inode numbers than the sensor, as
-        containers do, and by the first alone it would then be requested for ever.
+        Two digests count: the one that the step recorded, and, where the step saw the same, the
+        one under which its run was requested. They differ where the step sees other inode numbers
+        than the sensor, as containers do, and by the first alone it would then be requested for
+        ever. They also differ where the source changed before the step read it: then it was not
+        made from what was requested.
         """
         from posterpipe.core.arrivals import LastRead
 
@@ -211,8 +239,11 @@ class _Root:
         made = self._made.asset_materialization
         run = self._instance.get_run_by_id(self._made.run_id)
         recorded = made.metadata.get(SOURCE_DIGEST) if made else None
+        portable = made.metadata.get(SOURCE_PORTABLE) if made else None
         unread = _unread(made)
-        digests = [recorded and recorded.value, run and run.tags.get(DIGEST_TAG)]
+        digests = [recorded and recorded.value]
+        if run and portable and portable.value == run.tags.get(PORTABLE_TAG):
+            digests.append(run.tags.get(DIGEST_TAG))
         return LastRead(
             frozenset(str(digest) for digest in digests if digest),
             self._made.timestamp,
@@ -236,13 +267,13 @@ class _Root:
             since = record.timestamp
         return since
 
-    def request(self, digest: str, reason: str) -> tuple[dg.RunRequest | None, str]:
+    def request(self, source: "Source", reason: str) -> tuple[dg.RunRequest | None, str]:
         """The run that reads the source, or what stands in its way."""
         under_way = dg.RunsFilter(tags={ROOT_TAG: self._name}, statuses=UNFINISHED)
         if self._instance.get_runs(under_way, limit=1):
             return None, "a run for it is under way"
         made_at = self._made.storage_id if self._made else 0
-        state = f"{self._name}-{digest[:16]}-{made_at}"
+        state = f"{self._name}-{source.digest[:16]}-{made_at}"
         tried = self._instance.get_runs(dg.RunsFilter(tags={STATE_TAG: state}))
         if any(run.status == DagsterRunStatus.CANCELED for run in tried):
             return None, "its run was canceled: materialize it, or change something"
@@ -253,7 +284,8 @@ class _Root:
         tags = {
             ROOT_TAG: self._name,
             STATE_TAG: state,
-            DIGEST_TAG: digest,
+            DIGEST_TAG: source.digest,
+            PORTABLE_TAG: source.portable,
             REASON_TAG: reason,
         }
         run_key = f"{state}-{len(failed)}"

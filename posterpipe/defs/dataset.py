@@ -10,6 +10,7 @@ from posterpipe.defs.resources import (
     FAILED_ITEMS,
     MODEL_FINGERPRINT,
     SOURCE_DIGEST,
+    SOURCE_PORTABLE,
     TABLES,
     THUMBNAILS,
     UNREAD,
@@ -99,17 +100,21 @@ def human_captions(
     nothing may be mounted there.
     """
     from posterpipe.core.arrivals import captions_digest
-    from posterpipe.core.captions import read_human_captions, unread_count
+    from posterpipe.core.captions import read_csv, read_human_captions, unread_count
     from posterpipe.core.landing import list_posters
     from posterpipe.core.listing import open_place
 
     settings = deployment.settings
     place = open_place(settings.landing, settings.root)
     entries = list_posters(place)
-    digest = captions_digest(entries, settings.path(settings.captions), deployment.store)
+    csv = read_csv(settings.path(settings.captions))
+    digests = {
+        SOURCE_DIGEST: captions_digest(entries, csv.digest, deployment.store),
+        SOURCE_PORTABLE: captions_digest(entries, csv.digest, deployment.store, portable=True),
+    }
     table = read_human_captions(
         place,
-        settings.path(settings.captions),
+        csv,
         deployment.store,
         deployment.progress(context),
         entries=entries,
@@ -121,8 +126,8 @@ def human_captions(
             **counts(table, "status"),
             "captions": table_preview(table[table["status"] == "ok"]),
             "not_used": table_preview(unused, ["source_name", "reason"]),
-            "file": dg.MetadataValue.path(settings.path(settings.captions)),
-            SOURCE_DIGEST: digest,
+            "file": dg.MetadataValue.path(csv.path),
+            **digests,
             UNREAD: unread_count(table),
         },
     )

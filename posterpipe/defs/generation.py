@@ -4,6 +4,7 @@ What belongs here: the assets from the suite to the images. What does not: drawi
 (`core.sampler`), the suite's rules (`core.prompts`) and judging images (`scoring`).
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARI
 from posterpipe.defs.resources import (
     MODEL_FINGERPRINT,
     SOURCE_DIGEST,
+    SOURCE_PORTABLE,
     TABLES,
     Deployment,
     Table,
@@ -68,12 +70,12 @@ def prompt_suite(deployment: dg.ResourceParam[Deployment]) -> dg.Output[Table]:
     Edit `data/prompt_suites/animated_movies.yaml` (or the setting `prompt_suite`): the sensor
     `arrivals` notices and materializes this. A mistake is reported with file and line.
     """
-    from posterpipe.core.arrivals import file_digest
-    from posterpipe.core.prompts import load_suite, suite_table
+    from posterpipe.core.prompts import load_suite, read_suite, suite_table
 
     path = deployment.settings.path(deployment.settings.prompt_suite)
-    digest = file_digest(path)
-    prompts = load_suite(path)
+    data = read_suite(path)
+    digest = hashlib.sha256(data).hexdigest()
+    prompts = load_suite(path, data=data)
     table = suite_table(prompts)
     return table_output(
         table,
@@ -82,6 +84,7 @@ def prompt_suite(deployment: dg.ResourceParam[Deployment]) -> dg.Output[Table]:
             "images_a_variant": sum(len(prompt.seeds) for prompt in prompts),
             "file": dg.MetadataValue.path(path),
             SOURCE_DIGEST: digest,
+            SOURCE_PORTABLE: digest,
         },
     )
 

@@ -10,6 +10,7 @@ import dagster as dg
 
 from posterpipe.defs.resources import (
     SOURCE_DIGEST,
+    SOURCE_PORTABLE,
     TABLES,
     THUMBNAILS,
     UNREAD,
@@ -66,7 +67,10 @@ def raw_posters(
     store = deployment.store
     place = open_place(settings.landing, settings.root)
     entries = list_posters(place)
-    digest = landing_digest(entries, store)
+    digests = {
+        SOURCE_DIGEST: landing_digest(entries, store),
+        SOURCE_PORTABLE: landing_digest(entries, store, portable=True),
+    }
     posters = scan(place, settings.images, store, deployment.progress(context), entries=entries)
     resembling = posters[posters["near_duplicate_of"] != ""]
     return table_output(
@@ -78,7 +82,7 @@ def raw_posters(
             "folder": dg.MetadataValue.path(place.location)
             if isinstance(place, Folder)
             else dg.MetadataValue.text(place.location),
-            SOURCE_DIGEST: digest,
+            **digests,
         },
     )
 
@@ -113,9 +117,12 @@ def holdout_posters(
     folder = settings.path(settings.holdout)
     progress = deployment.progress(context)
     entries = holdout_entries(folder)
-    digest = holdout_digest(entries, store)
+    digests = {
+        SOURCE_DIGEST: holdout_digest(entries, store),
+        SOURCE_PORTABLE: holdout_digest(entries, store, portable=True),
+    }
     place = open_place(folder, role=HOLDOUT)
-    found = scan_holdout(place, settings.images, store, progress)
+    found = scan_holdout(place, settings.images, store, progress, entries=entries)
     posters, written = with_captions(found, place, entries, store, progress)
     shown = _shown(posters, store)
     unused = written[written["status"] != "ok"]
@@ -126,7 +133,7 @@ def holdout_posters(
             UNREAD: shown[UNREAD] + unread_count(written),
             "captions_not_used": table_preview(unused, ["source_name", "reason"]),
             "folder": dg.MetadataValue.path(folder),
-            SOURCE_DIGEST: digest,
+            **digests,
         },
     )
 

@@ -44,6 +44,10 @@ SOURCE_DIGEST = "source_digest"
 """Metadata entry of a root asset's materialization: digest of what it was made from (the listing of
 the posters, the content of a file), by which the arrivals sensor knows what was read already."""
 
+SOURCE_PORTABLE = "source_portable_digest"
+"""The same without what another host may see otherwise of the same files: by it the sensor knows
+whether a run saw what it was requested for."""
+
 UNREAD = "unread"
 """Metadata entry of a root asset's materialization: files that could not be read this time."""
 

@@ -16,6 +16,7 @@ from posterpipe.core.arrivals import (
     captions_source,
     decide,
     describe_change,
+    file_digest,
     file_source,
     name_some,
     posters_source,
@@ -128,23 +129,27 @@ def test_captions_depend_on_the_names_of_posters_only_where_there_are_captions(
     folder: Folder, tmp_path: Path
 ) -> None:
     csv, store = tmp_path / "captions.csv", Store(tmp_path / "store")
-    without = captions_digest(folder.entries(), csv, store)
+
+    def digest() -> str:
+        return captions_digest(folder.entries(), file_digest(csv), store)
+
+    without = digest()
     (folder.path / "c.png").write_bytes(b"")
-    assert captions_digest(folder.entries(), csv, store) == without
+    assert digest() == without
     csv.write_text("file_name,caption\n")
-    with_csv = captions_digest(folder.entries(), csv, store)
+    with_csv = digest()
     assert with_csv != without
     os.utime(csv, (1, 1))
     (folder.path / "c.png").write_bytes(b"other bytes")
-    assert captions_digest(folder.entries(), csv, store) == with_csv
+    assert digest() == with_csv
     (folder.path / "d.png").write_bytes(b"")
-    with_name = captions_digest(folder.entries(), csv, store)
+    with_name = digest()
     assert with_name != with_csv
     (folder.path / "d.txt").write_text("a caption")
-    with_sidecar = captions_digest(folder.entries(), csv, store)
+    with_sidecar = digest()
     assert with_sidecar != with_name
     (folder.path / "d.txt").write_text("another caption")
-    assert captions_digest(folder.entries(), csv, store) != with_sidecar
+    assert digest() != with_sidecar
     seen = captions_source(folder.entries(), csv, store, "there", SETTINGS, NOW).seen
     assert seen == "1 sidecar and captions.csv"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -63,20 +64,29 @@ def test_nested_files_are_listed_by_name_and_hidden_ones_are_not(place: Place) -
     assert [place.read(entry) for entry in entries] == [e.name.encode() for e in entries]
 
 
-def test_folders_nested_without_end_are_a_problem_of_that_name_only(tmp_path: Path) -> None:
+@pytest.fixture
+def bottomless(tmp_path: Path) -> Iterator[Path]:
+    """A folder with a poster and folders nested deeper than Python recurses, and than a path may be
+    long. One poster lies as deep as is looked, one below."""
     (tmp_path / "a.png").write_bytes(b"1")
     here = os.open(tmp_path, os.O_RDONLY)
     try:
-        for depth in range(1, 1501):  # deeper than Python recurses, and than a path may be long
+        for depth in range(1, 1501):
             os.mkdir("deep", dir_fd=here)
             inner = os.open("deep", os.O_RDONLY, dir_fd=here)
             os.close(here)
             here = inner
             if depth in (DEEPEST, DEEPEST + 1):
                 os.close(os.open("in.png", os.O_WRONLY | os.O_CREAT, dir_fd=here))
+        yield tmp_path
     finally:
         os.close(here)
-    entries = Folder(tmp_path).entries()
+        # Python's own removal recurses, as pytest's of its folders does.
+        subprocess.run(["rm", "-rf", tmp_path / "deep"], check=True)
+
+
+def test_folders_nested_without_end_are_a_problem_of_that_name_only(bottomless: Path) -> None:
+    entries = Folder(bottomless).entries()
     reached = "deep/" * DEEPEST
     names = ["a.png", f"{reached}deep", f"{reached}in.png"]
     assert [entry.name for entry in entries] == names
@@ -103,6 +113,15 @@ def test_names_cannot_run_into_each_other_in_the_digest() -> None:
     other = [Entry("a\n1", 1, 2, "3"), Entry("b", 1, 2, "3")]
     assert listing_digest(one) != listing_digest(other)
     assert listing_digest(one) != listing_digest([Entry("ab", 11, 22, "33")])
+
+
+def test_a_portable_digest_is_that_of_the_same_files_on_another_host() -> None:
+    here = [Entry("a.png", 1, 2, "inode 3", 0o644)]
+    there = [Entry("a.png", 1, 2, "inode 4", 0o600)]
+    assert listing_digest(here) != listing_digest(there)
+    assert listing_digest(here, portable=True) == listing_digest(there, portable=True)
+    for other in (Entry("b.png", 1, 2, ""), Entry("a.png", 2, 2, ""), Entry("a.png", 1, 3, "")):
+        assert listing_digest([other], portable=True) != listing_digest(here, portable=True)
 
 
 def test_a_file_that_is_not_the_listed_one_any_more_is_refused(place: Place) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from posterpipe.core import landing
+from posterpipe.core import arrivals, landing, prompts
 from posterpipe.core.captions import rehash_sidecars
+from posterpipe.core.listing import Folder
 from posterpipe.definitions import build_defs
 from posterpipe.defs.arrivals import REASON_TAG, ROOTS, _Root
 from posterpipe.defs.resources import SOURCE_DIGEST, Deployment
@@ -309,10 +310,113 @@ def test_a_change_that_a_person_materialized_is_not_requested(place: Place) -> N
     assert place.settle() == []
 
 
+def test_what_was_taken_back_while_the_run_waited_is_read_when_it_comes_again(
+    place: Place, tmp_path: Path
+) -> None:
+    """The run was requested for d.png and did not find it: that is not read, whatever its run is
+    tagged with."""
+    new = place.put("d.png")
+    place.look()
+    assert place.look() == ["raw_posters"]
+    shutil.move(new, tmp_path / "d.png")
+    assert place.daemon.work() == [True]
+    assert place.names() == ["a.png", "b.png", "c.png"]
+    shutil.move(tmp_path / "d.png", new)
+    assert place.settle() == [["raw_posters"]]
+    assert place.names() == ["a.png", "b.png", "c.png", "d.png"]
+
+
+def test_words_that_were_changed_for_a_while_only_are_those_in_the_table(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the run waits, and while its step reads: what counts as read is what was read."""
+    store = Deployment(place.settings).store
+    good = "file_name,caption\na.png,first words\n"
+    place.write(place.captions, good)
+    place.look()
+    assert place.look() == ["human_captions"]
+    place.write(place.captions, good.replace("first words", "a typo"))
+    assert place.daemon.work() == [True]
+    place.write(place.captions, good)
+    assert place.settle() == [["human_captions"]]
+    assert store.read_table("human_captions")["caption"].tolist() == ["first words"]
+
+    digest = arrivals.captions_digest
+    written: list[Path] = []
+
+    def a_typo_follows(*listed: Any, **more: Any) -> str:
+        found = digest(*listed, **more)
+        if not written:
+            written.append(place.write(place.captions, good.replace("first", "frist")))
+        return found
+
+    monkeypatch.setattr(arrivals, "captions_digest", a_typo_follows)
+    assert place.daemon.run("human_captions")
+    assert written
+    monkeypatch.undo()
+    place.write(place.captions, good)
+    place.settle()
+    assert store.read_table("human_captions")["caption"].tolist() == ["first words"]
+
+
+def test_prompts_and_held_out_posters_that_change_while_they_are_read_are_read_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Deployment(place.settings).store
+    load, scan = prompts.load_suite, landing.scan
+    held = place.put("held.png")
+    place.holdout.mkdir()
+    held = held.rename(place.holdout / held.name)
+    place.settle()
+    stats = held.stat()
+
+    def another_suite(*arguments: Any, **more: Any) -> Any:
+        place.write(place.suite, SUITE.replace("a rocket", "a cat"))
+        return load(*arguments, **more)
+
+    def another_folder(*arguments: Any, **more: Any) -> Any:
+        place.put("more.png").rename(place.holdout / "more.png")
+        return scan(*arguments, **more)
+
+    monkeypatch.setattr(prompts, "load_suite", another_suite)
+    monkeypatch.setattr(landing, "scan", another_folder)
+    assert place.daemon.run("prompt_suite")
+    assert place.daemon.run("holdout_posters")
+    monkeypatch.undo()
+    place.write(place.suite, SUITE)
+    (place.holdout / "more.png").unlink()
+    assert held.stat().st_ino == stats.st_ino
+    place.settle()
+    assert store.read_table("prompt_suite")["prompt"].tolist() == ["a rocket"]
+    assert store.read_table("holdout_posters")["source_name"].tolist() == ["held.png"]
+
+
+def test_what_cannot_be_looked_at_for_an_unforeseen_reason_hides_nothing_else(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.put("d.png")
+    place.write(place.suite, SUITE.replace("a rocket", "a red rocket"))
+
+    def broken(*_: Any) -> None:
+        raise RecursionError("maximum recursion depth exceeded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "entries", broken)
+        assert place.settle() == [["prompt_suite"]]
+        assert "raw_posters: could not be looked at (RecursionError" in place.said
+        assert "prompt_suite: suite.yaml, unchanged" in place.said
+    assert place.settle() == [["raw_posters"]]
+
+
 def test_a_step_that_sees_other_inodes_is_not_requested_for_ever(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(landing, "landing_digest", lambda entries, store: "as another host sees it")
+    seen = landing.landing_digest
+
+    def elsewhere(*listed: Any, portable: bool = False) -> str:
+        return seen(*listed, portable=True) if portable else "as another host sees it"
+
+    monkeypatch.setattr(landing, "landing_digest", elsewhere)
     place.put("d.png")
     assert place.settle() == [["raw_posters"]]
     made = place.daemon.instance.get_latest_materialization_event(dg.AssetKey("raw_posters"))
