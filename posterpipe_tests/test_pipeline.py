@@ -27,8 +27,8 @@ from posterpipe.core.store import Store
 from posterpipe.core.trace import trace
 from posterpipe.definitions import build_defs
 from posterpipe.defs.arrivals import ROOTS
-from posterpipe.defs.resources import Deployment
-from posterpipe.defs.staleness import DATA_VERSION, stale_assets
+from posterpipe.defs.resources import DATA_VERSION, Deployment
+from posterpipe.defs.staleness import stale_assets
 from posterpipe.demo import (
     Watch,
     champion_line,

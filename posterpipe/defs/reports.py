@@ -34,6 +34,7 @@ from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARI
 from posterpipe.defs.resources import (
     TABLES,
     Deployment,
+    StoreIOManager,
     Table,
     columns,
     counts,
@@ -478,7 +479,9 @@ def _digest(parts: Any) -> str:
     code_version="3",
 )
 def contact_sheet(
+    context: dg.AssetExecutionContext,
     deployment: dg.ResourceParam[Deployment],
+    tables: dg.ResourceParam[StoreIOManager],
     prompt_suite: Table,
     base_generations: Table,
     tuned_generations: Table,
@@ -525,6 +528,7 @@ def contact_sheet(
             "contact_sheet": dg.MetadataValue.md(markdown_image(sheet, "prompts by variants")),
             "path": dg.MetadataValue.path(path),
             "images": len(shown),
+            **tables.inputs_read(context.get_step_execution_context().step.key),
         },
     )
 
@@ -536,7 +540,9 @@ def contact_sheet(
     code_version="4",
 )
 def growth_chart(
+    context: dg.AssetExecutionContext,
     deployment: dg.ResourceParam[Deployment],
+    tables: dg.ResourceParam[StoreIOManager],
     base_generations: Table,
     tuned_generations: Table,
     clip_scores: Table,
@@ -573,5 +579,6 @@ def growth_chart(
             "scales": dg.MetadataValue.md(thesis.SCALES),
             "metric": report.metric_id,
             "path": dg.MetadataValue.path(folder),
+            **tables.inputs_read(context.get_step_execution_context().step.key),
         },
     )

@@ -34,8 +34,15 @@ warnings.filterwarnings("ignore", "Parameter `data_version`", dg.BetaWarning)
 TABLES = "tables"
 """Resource key of the IO manager for tables."""
 
+DATA_VERSION = "dagster/data_version"
+"""Tag of a materialization: its data version."""
+
 TABLE_VERSION = "table_version"
 """Metadata entry of a materialization: under which version the store keeps its table."""
+
+INPUTS_READ = "input_data_versions_read"
+"""Metadata entry of a materialization: the data version of each table that its step has read. What
+Dagster notes is the version when the step started; another run may have written since."""
 
 MODEL_FINGERPRINT = "model_fingerprint"
 """Metadata entry of a materialization: the model that it was made with."""
@@ -72,6 +79,9 @@ posters, "" before there was one."""
 
 THUMBNAILS = 32
 """Images of a contact sheet in the UI."""
+
+_VERSIONS = 50
+"""Materializations of a table looked at to find the one whose table was read."""
 
 _ROWS_SHOWN = 100
 """Rows of a table in the UI; every one lies in the event log for ever."""
@@ -147,6 +157,8 @@ class StoreIOManager(dg.IOManager):
         self._deployment = deployment
         self._read: dict[str, dict[str, str]] = {}
         """Versions of the tables that each step has read."""
+        self._data_versions: dict[str, dict[str, str]] = {}
+        """Data versions of the same."""
 
     def handle_output(self, context: dg.OutputContext, obj: Any) -> None:
         """Write the table and make it the current one."""
@@ -165,8 +177,13 @@ class StoreIOManager(dg.IOManager):
             code_version=context.asset_spec.code_version or "",
             inputs=self._read.get(context.step_key, {}),
         )
-        if computed is None:
-            context.add_output_metadata({TABLE_VERSION: version})
+        metadata: dict[str, Any] = {TABLE_VERSION: version} if computed is None else {}
+        context.add_output_metadata({**metadata, **self.inputs_read(context.step_key)})
+
+    def inputs_read(self, step_key: str) -> dict[str, Any]:
+        """The metadata entry INPUTS_READ of a step, as far as it has read."""
+        versions = self._data_versions.get(step_key)
+        return {INPUTS_READ: dg.MetadataValue.json(versions)} if versions else {}
 
     def load_input(self, context: dg.InputContext) -> Any:
         """The current table of the upstream asset. Raises TableMissing."""
@@ -174,9 +191,29 @@ class StoreIOManager(dg.IOManager):
         name = context.asset_key.path[-1]
         version = store.table_version(name)
         table = store.read_table(name, version)
+        step_key = _step_key(context)
         if version is not None:
-            self._read.setdefault(_step_key(context), {})[name] = version
+            self._read.setdefault(step_key, {})[name] = version
+        if version is not None and step_key:
+            found = _data_version(context.step_context.instance, context.asset_key, version)
+            read = self._data_versions.setdefault(step_key, {})
+            read[context.asset_key.to_user_string()] = found
         return table
+
+
+def _data_version(instance: dg.DagsterInstance, key: dg.AssetKey, version: str) -> str:
+    """The data version of an asset when its table had this version.
+
+    One that is not recorded yet, as between writing a table and telling of it, counts as that of
+    the table, which it is for most assets; for the others, what was made from it is made again.
+    """
+    for limit in (1, _VERSIONS):  # the latest, as a rule
+        for record in instance.fetch_materializations(key, limit=limit).records:
+            made = record.asset_materialization
+            kept = made.metadata.get(TABLE_VERSION) if made else None
+            if made and kept and kept.value == version:
+                return (made.tags or {}).get(DATA_VERSION, version)
+    return version
 
 
 def _step_key(context: dg.InputContext) -> str:

@@ -18,13 +18,12 @@ from dagster._core.storage.asset_check_execution_record import (
 
 from posterpipe.defs.arrivals import REASON_TAG, UNFINISHED, posters_problem
 from posterpipe.defs.automation import retrain
-from posterpipe.defs.resources import Deployment
+from posterpipe.defs.resources import DATA_VERSION, Deployment
 from posterpipe.defs.staleness import (
-    DATA_VERSION,
-    INPUT_DATA_VERSION,
     is_of,
     latest_materializations,
     stale_assets,
+    used_version,
 )
 from posterpipe.settings import Settings, SettingsError
 
@@ -108,8 +107,8 @@ def _facts(
     ]
     checkpoints = instance.fetch_materializations(CHECKPOINT, limit=1).records
     checkpoint = checkpoints[0] if checkpoints else None
-    input_tag = INPUT_DATA_VERSION + TRAINING_SET.to_user_string()
-    trained = _tag(checkpoint, input_tag) if checkpoint else ""
+    made = checkpoint.asset_materialization if checkpoint else None
+    trained = (used_version(made, TRAINING_SET) or "") if made else ""
     current = versions[0][0] if versions else ""
     spec, other_reason = _other_reason(context, deployment)
     state = _digest(

@@ -19,7 +19,9 @@ from posterpipe.defs.resources import (
     BASE_MODEL,
     CHALLENGER,
     CHAMPION,
+    DATA_VERSION,
     HELD_OUT,
+    INPUTS_READ,
     LAST_DECISION,
     MODEL_FINGERPRINT,
     TABLE_VERSION,
@@ -27,7 +29,6 @@ from posterpipe.defs.resources import (
 )
 from posterpipe.settings import ModelRef, Settings
 
-DATA_VERSION = "dagster/data_version"
 INPUT_DATA_VERSION = "dagster/input_data_version/"
 CODE_VERSION = "dagster/code_version"
 
@@ -227,10 +228,21 @@ def recorded_difference(
     if code_version and tags.get(CODE_VERSION) != code_version:
         return "its code or settings changed"
     for name in inputs:
-        used = tags.get(INPUT_DATA_VERSION + name.to_user_string())
-        if data_version(latest.get(name)) != used:
+        if data_version(latest.get(name)) != used_version(made, name):
             return f"{name.to_user_string()} changed"
     return ""
+
+
+def used_version(made: dg.AssetMaterialization, name: dg.AssetKey) -> str | None:
+    """The data version of an input that a materialization was made from; None for none.
+
+    The one that was read, where the step told; else the one that Dagster noted when it started.
+    """
+    read = made.metadata.get(INPUTS_READ)
+    versions = read.value if isinstance(read, dg.JsonMetadataValue) else None
+    if isinstance(versions, Mapping) and name.to_user_string() in versions:
+        return str(versions[name.to_user_string()])
+    return (made.tags or {}).get(INPUT_DATA_VERSION + name.to_user_string())
 
 
 def held_out_version(deployment: Deployment) -> str:

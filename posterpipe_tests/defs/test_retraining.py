@@ -18,9 +18,9 @@ from PIL import Image
 from posterpipe.core.store import Store
 from posterpipe.definitions import build_defs
 from posterpipe.defs.arrivals import REASON_TAG
-from posterpipe.defs.resources import HELD_OUT, Deployment
+from posterpipe.defs.resources import DATA_VERSION, HELD_OUT, Deployment
 from posterpipe.defs.retraining import CHECKPOINT, STATE_TAG, TRAINING_SET, consider_training
-from posterpipe.defs.staleness import CODE_VERSION, DATA_VERSION, INPUT_DATA_VERSION
+from posterpipe.defs.staleness import CODE_VERSION, INPUT_DATA_VERSION
 from posterpipe.settings import SettingsError, load_settings
 from posterpipe_tests.defs.harness import RUN_KEY, Daemon
 
