@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import hashlib
 import os
 import random
 import re
@@ -288,6 +289,9 @@ _KEEPS_LATEST = {
 _WHEN_AND_WHO = ("measured_at", "set_at", "read_at", "run_id")
 """Columns that alone are no reason to replace a row: the same measurement again changes nothing."""
 
+_FIRST_BLOCK = 4096
+"""Bytes of a DuckDB file before its two headers, which change."""
+
 _opening = threading.Lock()
 
 _writing: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
@@ -321,6 +325,27 @@ class Warehouse:
     def __init__(self, path: Path, *, busy_seconds: float = BUSY_SECONDS) -> None:
         self.path = Path(path)
         self.busy_seconds = busy_seconds
+
+    def identity(self) -> str:
+        """Of the file, "" where there is none: another one after it was lost and made again, and
+        the same whatever is written. Opens no database, so it can be asked while a step writes.
+
+        Whoever fills the warehouse keeps it, to know that what it wrote is there no more. A copy
+        that was put in its place is another file as well: it may lack what was written later.
+        """
+        # When DuckDB creates a file, it writes a random identifier into its first block, by which
+        # it knows the log that belongs to it, and never writes that block again.
+        try:
+            with open(self.path, "rb") as file:
+                return hashlib.sha256(file.read(_FIRST_BLOCK)).hexdigest()[:16]
+        except FileNotFoundError:
+            return ""
+
+    def prepare(self) -> str:
+        """Creates the file where there is none. Its `identity`. Raises WarehouseError."""
+        if not self.path.exists():
+            self._create()
+        return self.identity()
 
     @contextmanager
     def write(self) -> Iterator[duckdb.DuckDBPyConnection]:

@@ -199,6 +199,7 @@ def fidelity_scores(
     settings = deployment.settings
     store = deployment.store
     progress = deployment.progress(context)
+    warehouse = deployment.warehouse.prepare()
     generations = pd.concat(
         [base_generations, tuned_generations, champion_generations], ignore_index=True
     ).drop_duplicates("generation_key", ignore_index=True)
@@ -237,6 +238,7 @@ def fidelity_scores(
                 for ref in (settings.scorer.model, *settings.evidence.models)
             ),
         },
+        warehouse=warehouse,
     )
 
 
@@ -277,6 +279,7 @@ def legibility_scores(
     from posterpipe.core.metrics.legibility import measure_legibility, of_all_titles
     from posterpipe.core.typography import lettering_id
 
+    warehouse = deployment.warehouse.prepare()
     generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
     record_titles(
         deployment.warehouse, titled_posters, generations["generation_key"],
@@ -309,6 +312,7 @@ def legibility_scores(
                 table[(table["lettering"] == "set") & ~table["exact"].astype(bool)]
             ),
         },
+        warehouse=warehouse,
     )
 
 
@@ -354,6 +358,7 @@ def champion(
     from posterpipe.core.gate import champion_of, of_base, pinned
 
     warehouse = deployment.warehouse
+    identity = warehouse.prepare()
     base = str(base_generations["checkpoint_id"].iloc[0])
     before = str(champion_generations["checkpoint_id"].iloc[0])
     challenger = str(tuned_generations["checkpoint_id"].iloc[0])
@@ -400,4 +405,5 @@ def champion(
             "log": table_preview(decisions.iloc[::-1], log),
             LAST_DECISION: last,
         },
+        warehouse=identity,
     )

@@ -47,8 +47,14 @@ from posterpipe.settings import Settings
 PROJECT = Path("dbt_like_reports")
 """Relative to the root."""
 
-WRITERS = ("clip_scores", "fidelity_scores", "legibility_scores", "champion")
-"""Assets that write the warehouse. All of them add rows to the same tables."""
+WRITERS = (
+    "clip_scores",
+    "fidelity_scores",
+    "legibility_scores",
+    "champion",
+    "poster_inventory",
+)
+"""Assets that fill the warehouse: what is published is of all of them."""
 
 
 def dbt_project(settings: Settings) -> DbtProject:
@@ -405,7 +411,7 @@ def _require_passed(instance: dg.DagsterInstance, tests: Sequence[dg.AssetCheckK
     group_name="reports",
     kinds={"python", "duckdb"},
     owners=["team:analytics"],
-    code_version="1",
+    code_version="2",
     io_manager_key=TABLES,
     pool="warehouse",
     metadata=columns(
@@ -442,6 +448,7 @@ def poster_inventory(
     """
     from posterpipe.core.inventory import record_inventory, take_inventory
 
+    warehouse = deployment.warehouse.prepare()
     table = take_inventory(
         deployment.store, raw_posters, resized_posters, poster_captions, training_csv
     )
@@ -449,6 +456,7 @@ def poster_inventory(
     return table_output(
         table,
         {**counts(table, "status"), "in_training_set": int(table["in_training_set"].sum())},
+        warehouse=warehouse,
     )
 
 

@@ -47,6 +47,9 @@ Dagster notes is the version when the step started; another run may have written
 MODEL_FINGERPRINT = "model_fingerprint"
 """Metadata entry of a materialization: the model that it was made with."""
 
+WAREHOUSE = "warehouse_identity"
+"""Metadata entry of what fills the warehouse: into which file it wrote."""
+
 SOURCE_DIGEST = "source_digest"
 """Metadata entry of a root asset's materialization: digest of what it was made from (the listing of
 the posters, the content of a file), by which the arrivals sensor knows what was read already."""
@@ -236,16 +239,27 @@ def store_tables(deployment: Deployment) -> dg.IOManagerDefinition:
 
 
 def table_output(
-    table: Table, metadata: Mapping[str, Any], *, data_version: str | None = None
+    table: Table,
+    metadata: Mapping[str, Any],
+    *,
+    data_version: str | None = None,
+    warehouse: str = "",
 ) -> dg.Output[Table]:
-    """A table as a step gives it back: with its content hash as data version and its row count."""
+    """A table as a step gives it back: with its content hash as data version and its row count.
+
+    `warehouse`: identity of the file that the step fills, as it was before the first row: what is
+    lost meanwhile is missed then. It is part of the data version, since whoever reads that file
+    reads something else when it is another one, with the same table or not.
+    """
     from posterpipe.core.store import table_version
 
     version = table_version(table)
+    filled = {WAREHOUSE: warehouse} if warehouse else {}
+    data_version = data_version or (f"{version}-{warehouse}" if warehouse else version)
     return dg.Output(
         table,
-        data_version=dg.DataVersion(data_version or version),
-        metadata={"dagster/row_count": len(table), **metadata, TABLE_VERSION: version},
+        data_version=dg.DataVersion(data_version),
+        metadata={"dagster/row_count": len(table), **metadata, **filled, TABLE_VERSION: version},
     )
 
 

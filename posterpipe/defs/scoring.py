@@ -23,7 +23,7 @@ from posterpipe.defs.resources import (
     group_name="scoring",
     kinds={"python", "huggingface", "duckdb"},
     owners=["team:ml"],
-    code_version="2",
+    code_version="3",
     io_manager_key=TABLES,
     pool="warehouse",
     metadata=columns(
@@ -58,6 +58,7 @@ def clip_scores(
     from posterpipe.core.trace import record_history
 
     settings = deployment.settings
+    warehouse = deployment.warehouse.prepare()
     generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
     scored = score_generations(
         deployment.store,
@@ -88,6 +89,7 @@ def clip_scores(
             "trace": _how_to_trace(scores),
             "environment": dg.MetadataValue.json(environment()),
         },
+        warehouse=warehouse,
     )
 
 

@@ -25,6 +25,7 @@ from posterpipe.defs.resources import (
     LAST_DECISION,
     MODEL_FINGERPRINT,
     TABLE_VERSION,
+    WAREHOUSE,
     Deployment,
 )
 from posterpipe.settings import ModelRef, Settings
@@ -281,6 +282,7 @@ def _lost(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deploymen
         "fidelity_scores": [deployment.warehouse_path],
         "legibility_scores": [deployment.warehouse_path],
         "champion": [deployment.warehouse_path],
+        "poster_inventory": [deployment.warehouse_path],
         "published_scores": [deployment.published_path],
         "contact_sheet": [deployment.contact_sheet_path],
         "score_report": [deployment.report_path],
@@ -299,7 +301,12 @@ def _lost(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deploymen
         path = made.metadata.get("path")
         files = [deployment.store_root / str(path.value)] if path else []
     gone = [file for file in files if not file.exists()]
-    return f"{gone[0]} is gone" if gone else ""
+    if gone:
+        return f"{gone[0]} is gone"
+    filled = made.metadata.get(WAREHOUSE)
+    if filled is not None and filled.value != deployment.warehouse.identity():
+        return f"{deployment.warehouse_path} is another file than the one that it filled"
+    return ""
 
 
 class Models:

@@ -225,6 +225,30 @@ def test_a_newer_schema_is_refused(warehouse: Warehouse) -> None:
         pass
 
 
+def test_a_file_keeps_its_identity_and_another_one_has_another(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    """It tells what was written into a file that is lost from what lies in the one there is."""
+    assert warehouse.identity() == ""
+    identity = warehouse.prepare()
+    assert identity
+    fill(warehouse)
+    with duckdb.connect(str(warehouse.path)) as connection:
+        connection.execute("CREATE TABLE big AS SELECT range AS x FROM range(100000)")
+        connection.execute("CHECKPOINT")
+        connection.execute("DROP TABLE big")
+        assert warehouse.identity() == identity  # asked while another connection writes
+    with warehouse.read():
+        assert warehouse.prepare() == identity
+    published = tmp_path / "published.duckdb"
+    publish(warehouse.path, published)
+    assert Warehouse(published).identity() not in ("", identity)
+    warehouse.path.unlink()
+    assert warehouse.identity() == ""
+    fill(warehouse)
+    assert warehouse.identity() not in ("", identity)
+
+
 def test_a_file_of_the_first_schema_is_brought_up_to_date(warehouse: Warehouse) -> None:
     warehouse.path.parent.mkdir(parents=True)
     script = Path(__file__).with_name("warehouse_v1.sql").read_text("utf-8")
@@ -234,10 +258,11 @@ def test_a_file_of_the_first_schema_is_brought_up_to_date(warehouse: Warehouse) 
         record_generations(connection, frame, run_id="run", recorded_at=NOW)
         insert(connection, "fct_score", pd.DataFrame(SCORES).astype({"value": "float64"}))
         replace_current(connection, frame.generation_key)
-    before = everything(warehouse)
+    before, identity = everything(warehouse), warehouse.identity()
     assert before["fct_score"]
     fill(warehouse)
     assert everything(warehouse) == before
+    assert warehouse.identity() == identity
     with warehouse.write() as connection:
         drawing = {"pixel_key": "pixels g1", "run_id": "run", "environment_id": "e"}
         insert(connection, "fct_drawing", pd.DataFrame([drawing]))

@@ -6,18 +6,42 @@ The policy is kept quiet in most of these tests: without `tick` nobody evaluates
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from typing import Any
 
 import dagster as dg
+import pandas as pd
 import pytest
 
 from posterpipe.definitions import build_defs
 from posterpipe.defs import retries
 from posterpipe.defs.arrivals import REASON_TAG
-from posterpipe.defs.resources import FAILED_ITEMS, TABLE_VERSION
+from posterpipe.defs.reports import WRITERS
+from posterpipe.defs.resources import (
+    BASE_MODEL,
+    CHALLENGER,
+    CHAMPION,
+    FAILED_ITEMS,
+    LAST_DECISION,
+    TABLE_VERSION,
+    TABLES,
+    WAREHOUSE,
+    Deployment,
+    StoreIOManager,
+    store_tables,
+    table_output,
+)
+from posterpipe.defs.staleness import stale_assets
 from posterpipe.defs.sweep import ATTEMPTS, stale_sweep
 from posterpipe.settings import load_settings
 from posterpipe_tests.defs.conftest import MakeWorld
-from posterpipe_tests.defs.harness import RUN_KEY, Daemon, World
+from posterpipe_tests.defs.harness import (
+    RUN_KEY,
+    Daemon,
+    World,
+    report_all_made,
+    report_made,
+)
 
 
 @pytest.fixture
@@ -135,6 +159,47 @@ def test_a_check_that_never_comes_to_a_result_is_not_run_for_ever(make_world: Ma
     sweep_and_work(world, 10)
     assert world.started == ["a"] * (1 + ATTEMPTS)
     assert "its check holds did not run" in world.said
+
+
+def test_it_finds_what_was_made_from_a_table_that_was_there_for_a_moment(
+    tmp_path: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dagster notes the versions of inputs when a step starts. Another run may write before the
+    step reads, and one after it may bring back what was noted."""
+    content, meanwhile = ["first"], [0]
+
+    @dg.asset(io_manager_key=TABLES, code_version="1")
+    def posters() -> dg.Output[pd.DataFrame]:
+        return table_output(pd.DataFrame({"name": content}), {})
+
+    @dg.asset(io_manager_key=TABLES, code_version="1")
+    def resized(posters: pd.DataFrame) -> dg.Output[pd.DataFrame]:
+        return table_output(posters.assign(width=1), {})
+
+    deployment = Deployment(load_settings("starter", store=tmp_path / "store"))
+    resources = {"deployment": deployment, TABLES: store_tables(deployment)}
+    definitions = dg.Definitions([posters, resized], sensors=[stale_sweep], resources=resources)
+    daemon = Daemon(definitions, instance)
+    load = StoreIOManager.load_input
+
+    def late(manager: StoreIOManager, context: dg.InputContext) -> Any:
+        if meanwhile:
+            meanwhile.clear()
+            content[0] = "second"
+            assert daemon.run("posters")
+        return load(manager, context)
+
+    assert daemon.run("posters")
+    monkeypatch.setattr(StoreIOManager, "load_input", late)
+    assert daemon.run("resized")
+    assert deployment.store.read_table("resized")["name"].tolist() == ["second"]
+    # It was made from what there is now, whatever Dagster noted.
+    assert daemon.settle_by_sweeps() == []
+    content[0] = "first"
+    assert daemon.run("posters")
+    assert daemon.settle_by_sweeps() == [["resized"]]
+    assert deployment.store.read_table("resized")["name"].tolist() == ["first"]
+    assert daemon.settle_by_sweeps() == []
 
 
 # ---- what it leaves alone -----------------------------------------------------------------------
@@ -377,6 +442,64 @@ def test_with_nothing_made_only_what_reads_the_outside_world_is_requested(
     }
     assert daemon.sweep() == []
     assert set(daemon.sweep()) == roots
+
+
+def test_all_that_filled_a_lost_warehouse_fills_the_new_one(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    """The first of them makes the file again; the others must not take it for the one they know."""
+    settings = load_settings("starter", store=tmp_path / "store")
+    deployment = Deployment(settings)
+    defs = build_defs(settings)
+    specs = {spec.key.to_user_string(): spec for spec in defs.resolve_all_asset_specs()}
+    files = (
+        deployment.published_path,
+        deployment.contact_sheet_path,
+        deployment.report_path,
+        deployment.thesis_path / "growth.json",
+    )
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    known: dict[str, dict[str, str]] = {
+        "champion": {LAST_DECISION: ""},
+        "champion_generations": {CHAMPION: "b", BASE_MODEL: "b", CHALLENGER: "c"},
+    }
+
+    def metadata() -> dict[str, dict[str, str]]:
+        identity = deployment.warehouse.prepare()
+        return {name: {WAREHOUSE: identity, **known.get(name, {})} for name in WRITERS}
+
+    def stale() -> set[str]:
+        found = stale_assets(specs.values(), instance, deployment)
+        return {key.to_user_string() for key in found}
+
+    report_all_made(defs, instance, **{**known, **metadata()})
+    assert stale() == set()
+    deployment.warehouse_path.unlink()
+    assert stale() == set(WRITERS)
+    left = set(WRITERS)
+    for name in WRITERS:
+        # The same table as before, in another file: its data version says so.
+        report_made(specs[name], instance, metadata()[name])
+        left.remove(name)
+        assert stale() == left
+
+
+def test_a_table_in_another_warehouse_is_another_data_version() -> None:
+    """So what reads the warehouse is made again as well, reports and publication included."""
+    table = pd.DataFrame({"a": [1]})
+    outputs = [table_output(table, {}, warehouse=one) for one in ("", "x", "x", "y")]
+    versions = [str(output.data_version and output.data_version.value) for output in outputs]
+    assert versions[1] == versions[2]
+    assert len(set(versions)) == 3
+    assert len({str(output.metadata[TABLE_VERSION]) for output in outputs}) == 1
+
+
+def test_what_is_published_follows_all_that_fills_the_warehouse() -> None:
+    specs = build_defs(load_settings("starter")).resolve_all_asset_specs()
+    [published] = [spec for spec in specs if spec.key.path[-1] == "published_scores"]
+    assert {dep.asset_key.path[-1] for dep in published.deps} >= set(WRITERS)
 
 
 def test_a_look_at_a_large_graph_where_nothing_is_stale_is_cheap(make_world: MakeWorld) -> None:
