@@ -20,7 +20,9 @@ from posterpipe.defs.automation import ON_SCHEDULE, all_upstream, rebuild_when_i
 from posterpipe.defs.resources import Deployment
 from posterpipe.settings import load_settings
 from posterpipe_tests.defs.conftest import MakeWorld
-from posterpipe_tests.defs.harness import Daemon, World
+from posterpipe_tests.defs.harness import Daemon, World, report_all_made, report_made
+
+RAW_POSTERS = dg.AssetKey("raw_posters")
 
 
 @pytest.fixture
@@ -511,11 +513,21 @@ def test_the_policy_sees_the_whole_way_up_but_not_past_a_schedule() -> None:
 def test_a_tick_without_a_change_requests_nothing_and_is_cheap(
     instance: dg.DagsterInstance,
 ) -> None:
-    daemon = Daemon(build_defs(load_settings("starter")), instance)
+    definitions = build_defs(load_settings("starter"))
+    report_all_made(definitions, instance)
+    daemon = Daemon(definitions, instance)
     assert daemon.tick() == []
-    started = time.process_time()
-    assert daemon.tick() == []
-    assert time.process_time() - started < 3.0
+    seconds = []
+    for _ in range(3):
+        started = time.process_time()
+        assert daemon.tick() == []
+        seconds.append(time.process_time() - started)
+    # CPU seconds, the least of three: about 0.6 where it was measured.
+    assert min(seconds) < 2.0
+    # It is quiet because nothing changed, not because nothing could be requested.
+    [posters] = [spec for spec in definitions.resolve_all_asset_specs() if spec.key == RAW_POSTERS]
+    report_made(posters, instance, {}, version="2")
+    assert "resized_posters" in daemon.tick()
 
 
 def test_posters_that_come_and_go_rebuild_the_dataset_from_the_store(
