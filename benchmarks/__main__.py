@@ -150,7 +150,8 @@ def main() -> None:
     missed = [row.name for row in rows if is_met(row) is False]
     if missed:
         print(f"missed what is required: {', '.join(missed)}")
-        raise SystemExit(int(arguments.strict))
+        if arguments.strict:
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_the_config_in_the_guide_is_one(tmp_path: Path) -> None:
 def test_the_recipes_in_the_guide_are_settings() -> None:
     blocks = re.findall(r"```toml\n(.*?)```", guide(), re.S)
     recipes = [tomllib.loads(block) for block in blocks if not block.startswith("base_model")]
-    assert len(recipes) == 5
+    assert len(recipes) == 6
     captioner = load_settings("sd21").captioner.model_dump()
     for recipe in recipes:
         changed = {**captioner, **recipe.get("captioner", {})}
