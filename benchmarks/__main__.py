@@ -48,7 +48,9 @@ MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 def show(rows: list[Row]) -> None:
     table = Table("benchmark", "ours", "unit", "peer", "ratio", "required")
     for row in rows:
-        required = f"[red]{row.required}: missed[/]" if is_met(row) is False else row.required
+        required = row.required
+        if is_met(row) is False:  # a run that failed requires nothing by itself
+            required = f"[red]{required}: missed[/]" if required else "[red]missed[/]"
         peer = "" if row.peer is None else f"{row.peer:g}  {row.peer_name}"
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         ours = "" if row.ours is None else f"{row.ours:g}"
