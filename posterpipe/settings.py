@@ -456,7 +456,7 @@ class TrainingSettings(Group):
     )
     early_stop_min_gain: float = knob(
         0.0,
-        "how much lower a held-out loss must be to put the stop off; the lowest is kept in any case",
+        "how much lower a held-out loss must be to put the stop off; the lowest is kept anyway",
         unit="share of the loss",
         source=_OWN,
         ge=0,
