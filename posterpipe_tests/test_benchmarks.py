@@ -4,6 +4,7 @@ cores, or a GPU that is lent for minutes and on which a run may fail."""
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -120,6 +121,12 @@ def test_make_hands_on_what_it_is_given() -> None:
     told = subprocess.run(
         ["make", "-n", "-o", "install-dev", "bench", *given],
         cwd=default_root(),
+        # Inside another make (`make test`) it would tell of the folders that it enters and leaves.
+        env={
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("MAKE", "MFLAGS"))
+        },
         capture_output=True,
         text=True,
         check=True,
