@@ -34,8 +34,8 @@ BENCHMARKS = (
     "score_into_5m",
     "leaderboard_5m",
 )
-REHEARSED = ("train_sd21_gpu", "sample_sd21_gpu")
-"""Those that only a GPU can measure, and that can be tried without one."""
+REHEARSED = ("train_sd21_gpu", "sample_sd21_gpu", "clip_scoring")
+"""Those with lines that only a GPU runs, and that can be tried without one."""
 IN_PARTS = ("train_sd21_gpu",)
 """Those that give their rows one by one, each of which is filed at once."""
 AGAINST_THE_SCRIPT = ("train_unet", "train_unet_text_encoder")

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from posterpipe.core.models import best_device, torch_dtype, usable_precision
+from posterpipe.core.parallel import cores
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.prompts import Prompt
 from posterpipe.core.sampler import (
@@ -113,12 +114,15 @@ class Batches:
         paths = list(requests)
         self.sampler.settle_batch_size(len(paths))
         size = self.sampler.batch_size
-        with ThreadPoolExecutor(1) as pool:
+        written = []
+        with ThreadPoolExecutor(min(4, cores())) as pool:
             for start in range(0, len(paths), size):
                 part = paths[start : start + size]
                 images = self.sampler([requests[path] for path in part])
                 for path, image in zip(part, images, strict=True):
-                    pool.submit(image.save, path)
+                    written.append(pool.submit(image.save, path))
+        for file in written:
+            file.result()
         return paths
 
 

@@ -70,4 +70,5 @@ gc.disable()
 try:
     defs = build_defs(load_settings())
 finally:
+    gc.freeze()
     gc.enable()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import load_code_location, rows, train_sd21_gpu, training_runs
+from benchmarks import clip_scoring, load_code_location, rows, train_sd21_gpu, training_runs
 from benchmarks.rows import RESULTS, Row, is_met, markdown, merge
 from posterpipe.settings import default_root
 
@@ -181,6 +181,12 @@ def test_what_is_measured_again_keeps_its_place(results: Path) -> None:
 )
 def test_the_peak_of_a_gpu_is_that_of_its_whole_name(device: str, peak: int | None) -> None:
     assert train_sd21_gpu.peak_tflops(device) == peak
+
+
+def test_what_a_gpu_runs_of_scoring_is_known_to_run() -> None:
+    found = {row.name: row for row in clip_scoring.run(rehearse=True)}
+    assert found["clip_scoring_gpu.worker"].required and "bf16" in found["clip_scoring_gpu"].unit
+    assert found["clip_scoring_gpu.fp32.difference"].ours < 1e-4
 
 
 def test_a_run_that_fails_is_a_row_and_the_next_ones_are_measured(
