@@ -368,6 +368,7 @@ def test_rerunning_every_step_gives_the_same_versions_from_the_store(pipeline: P
     assert contents(pipeline.deployment.store) == files
 
 
+@pytest.mark.slow
 def test_a_changed_prompt_redraws_that_prompt_and_trains_nothing(pipeline: Pipeline) -> None:
     suite = pipeline.settings.prompt_suite
     images = len(contents(pipeline.deployment.store))

@@ -496,10 +496,7 @@ DEATHS: dict[str, tuple[Callable[[], None], dict[str, int]]] = {
 """How to prepare each death, and what the run must have saved by then."""
 
 
-QUICK = (
-    "while captions are saved",
-    "while the database is written",
-)
+QUICK = ("while the database is written",)
 """Deaths that the fast tests die."""
 
 

@@ -259,7 +259,7 @@ def test_a_run_killed_before_its_model_was_written_only_writes_it(
 @pytest.mark.parametrize(
     ("stop", "launcher"),
     [
-        pytest.param(signal.SIGINT, False, id="Ctrl-C"),
+        pytest.param(signal.SIGINT, False, id="Ctrl-C", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, True, id="SIGTERM to the launcher"),  # ends in a SIGTERM too
         pytest.param(signal.SIGTERM, False, id="SIGTERM", marks=pytest.mark.slow),
     ],
