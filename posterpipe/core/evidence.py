@@ -44,7 +44,7 @@ from posterpipe.core.metrics.pickscore import (
 from posterpipe.core.metrics.specificity import measure_specificity
 from posterpipe.core.progress import Progress
 from posterpipe.core.store import Store, write_atomic
-from posterpipe.core.warehouse import Warehouse, delete_titles, insert
+from posterpipe.core.warehouse import Warehouse, WarehouseError, delete_titles, insert
 from posterpipe.settings import GateSettings, Settings
 
 EVIDENCE_COLUMNS = (
@@ -60,7 +60,11 @@ the cosine above which it is, NaN with too few holdout posters to tell."""
 
 
 TOLD = "decisions.json"
-"""File of the store that repeats fct_promotion."""
+"""File of the store that repeats fct_promotion, for those who cannot open the warehouse, and for a
+warehouse that was lost, since nothing else knows what was decided."""
+
+_NEEDED = ["decision_id", "decided_at", "checkpoint_id", "decision", "reason"]
+"""What no decision lacks."""
 
 
 @dataclass(frozen=True)
@@ -245,17 +249,32 @@ def _preference(
 
 
 def read_decisions(warehouse: Warehouse) -> pd.DataFrame:
-    """All decisions so far, rows of fct_promotion in their order; none before the first write."""
+    """All decisions so far, rows of fct_promotion in their order; none before the first write.
+
+    Those told beside the warehouse are among them where it lacks them, since it was lost or put
+    back; the next write puts them into it. Raises WarehouseBusy and WarehouseError.
+    """
+    told = told_decisions(warehouse.path.parent)
     if not warehouse.path.exists():
-        return pd.DataFrame(columns=list(DECISION_COLUMNS))
+        return told
     with warehouse.read() as connection:
-        return _decisions(connection)
+        own = _decisions(connection)
+    lacking = told[~told["decision_id"].isin(own["decision_id"])]
+    if lacking.empty:
+        return own
+    everything = pd.concat([own, lacking]) if len(own) else lacking
+    return everything.sort_values("decided_at", kind="stable", ignore_index=True)
 
 
 def _decisions(connection: duckdb.DuckDBPyConnection) -> pd.DataFrame:
     rows = connection.execute("SELECT * FROM fct_promotion ORDER BY decided_at, rowid").df()
     # A file that an older posterpipe wrote or published lacks a column until the next write.
     return rows.reindex(columns=list(DECISION_COLUMNS))
+
+
+def _put_back(connection: duckdb.DuckDBPyConnection, warehouse: Warehouse) -> None:
+    """Adds the decisions that were told and that the warehouse lacks."""
+    insert(connection, "fct_promotion", told_decisions(warehouse.path.parent))
 
 
 def write_decisions(
@@ -265,10 +284,12 @@ def write_decisions(
 
     Nobody else decides between the two, so who decides at the same time, a person or another run,
     knows of this decision. The time is later than that of any decision before, whatever the clock
-    says. Adds nothing where `take` raises. All decisions, which are told as well to those who
+    says. Decisions that a warehouse lacks which was lost or put back count as well, and are in it
+    afterwards. Adds nothing where `take` raises. All decisions, which are told as well to those who
     cannot open the warehouse.
     """
     with warehouse.write() as connection:
+        _put_back(connection, warehouse)
         before = _decisions(connection)
         now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
         if len(before):
@@ -283,10 +304,12 @@ def tell_decisions(warehouse: Warehouse) -> pd.DataFrame:
     returns them.
 
     Sensors ask who is champion while a step may be writing, when the warehouse cannot be opened.
-    The warehouse is what counts: the step of `champion` tells again what was lost between the two.
+    What one of the two lacks, it gets from the other: a crash between the two loses nothing, nor
+    does a lost warehouse.
     """
     # As a writer, so that of two who tell, the later one knows more.
     with warehouse.write() as connection:
+        _put_back(connection, warehouse)
         decisions = _decisions(connection)
         if _known(told_decisions(warehouse.path.parent)) != _known(decisions):
             text = decisions.to_json(orient="records", date_format="iso", date_unit="us", indent=1)
@@ -299,14 +322,26 @@ def _known(decisions: pd.DataFrame) -> list[list[str]]:
 
 
 def told_decisions(store_root: Path) -> pd.DataFrame:
-    """The decisions (DECISION_COLUMNS) as they were told last; opens no database."""
+    """The decisions (DECISION_COLUMNS) as they were told last; opens no database. None before the
+    first. Raises WarehouseError where the file is damaged: what it held might be nowhere else."""
+    path = Path(store_root) / TOLD
     try:
-        rows = json.loads((Path(store_root) / TOLD).read_text("utf-8"))
+        rows = json.loads(path.read_text("utf-8"))
+        if not isinstance(rows, list):
+            raise ValueError("no list of decisions")
         decisions = pd.DataFrame(rows, columns=list(DECISION_COLUMNS))
+        if decisions[_NEEDED].isna().to_numpy().any():
+            raise ValueError("a decision that is not whole")
         times = pd.to_datetime(decisions["decided_at"], format="ISO8601")
         return decisions.assign(decided_at=times.dt.tz_localize(None))
-    except (FileNotFoundError, ValueError):
-        return pd.DataFrame(columns=list(DECISION_COLUMNS))  # the next telling mends it
+    except FileNotFoundError:
+        return pd.DataFrame(columns=list(DECISION_COLUMNS))
+    except (OSError, ValueError) as error:
+        raise WarehouseError(
+            f"{path}: the decisions about the champion cannot be read ({error}); put the file back "
+            "from a backup. Or, if the warehouse beside it was neither lost nor put back since, "
+            "move it away: the warehouse holds the same decisions, and they are written again"
+        ) from error
 
 
 def judge(

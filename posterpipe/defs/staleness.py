@@ -262,8 +262,12 @@ def _decided(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deploy
         return ""
     from posterpipe.core.evidence import told_decisions
     from posterpipe.core.gate import defender_of, of_base
+    from posterpipe.core.warehouse import WarehouseError
 
-    told = told_decisions(deployment.store_root)
+    try:
+        told = told_decisions(deployment.store_root)
+    except WarehouseError as error:
+        return str(error)  # so will the step, of whose failure people are told
     known = {entry: str(value.value) for entry, value in made.metadata.items() if value is not None}
     if name == "champion":
         if BASE_MODEL in known:  # what profiles decide that share the store is no news here

@@ -33,7 +33,7 @@ from posterpipe.core.metrics.fidelity import Posters
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.quality import copied_posters
 from posterpipe.core.store import Store, table_version
-from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse import Warehouse, WarehouseError
 from posterpipe.settings import Settings, load_settings
 from posterpipe_tests.core.metrics.tiny import build_tiny_clip, generations, posters
 
@@ -179,13 +179,34 @@ def test_decisions_are_told_while_the_warehouse_is_locked(
     assert told[["decided_at", "decided_by", "reason"]].to_numpy().tolist() == [
         [pd.Timestamp(now), "Ida", "a 'fair'"]
     ]
-    # What a kill between the two lost, or what was damaged, is told again.
-    for damage in ("", "{", None):
-        path = store.root / TOLD
-        path.unlink() if damage is None else path.write_text(damage)
-        assert told_decisions(store.root).empty
-        tell_decisions(warehouse)
-        assert told_decisions(store.root)["decision_id"].tolist() == row["decision_id"].tolist()
+    # What a kill between the two lost is told again.
+    (store.root / TOLD).unlink()
+    assert told_decisions(store.root).empty
+    tell_decisions(warehouse)
+    assert told_decisions(store.root)["decision_id"].tolist() == row["decision_id"].tolist()
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"{}", b"null", b"7", b"\xff", b'[{"decision_id": "a"}]', b"[[1]]"]
+)
+def test_decisions_that_cannot_be_read_are_said_to_be_so_and_are_not_written_over(
+    warehouse: Warehouse, damage: bytes
+) -> None:
+    write_decisions(warehouse, lambda _, now: decision("hold", "a", now))
+    path = warehouse.path.parent / TOLD
+    path.write_bytes(damage)
+    for use in (
+        lambda: told_decisions(path.parent),
+        lambda: read_decisions(warehouse),
+        lambda: tell_decisions(warehouse),
+        lambda: write_decisions(warehouse, lambda _, now: decision("reject", "a", now)),
+    ):
+        with pytest.raises(WarehouseError, match=rf"{TOLD}: .* cannot be read .* from a backup"):
+            use()
+    assert path.read_bytes() == damage
+    path.unlink()
+    assert tell_decisions(warehouse)["decision"].tolist() == ["hold"]
+    assert told_decisions(path.parent)["decision"].tolist() == ["hold"]
 
 
 def decision(verdict: str, checkpoint: str, now: dt.datetime, by: str = GATE) -> pd.DataFrame:
@@ -233,6 +254,43 @@ def test_decisions_come_one_after_the_other_whatever_the_clock_says(warehouse: W
     decisions = read_decisions(warehouse)
     assert decisions["decision"].tolist() == ["promote", "reject"]
     assert decisions["decided_at"].is_monotonic_increasing and decisions["decided_at"].is_unique
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_decisions_survive_a_warehouse_that_is_lost_or_put_back(
+    warehouse: Warehouse, tmp_path: Path, restored: bool
+) -> None:
+    write_decisions(warehouse, lambda _, now: decision("promote", "a", now))
+    copy = tmp_path / "copy.duckdb"
+    shutil.copyfile(warehouse.path, copy)
+
+    def lose() -> None:
+        warehouse.path.unlink()
+        if restored:
+            shutil.copyfile(copy, warehouse.path)
+
+    write_decisions(warehouse, lambda _, now: decision("hold", "b", now))
+    write_decisions(
+        warehouse,
+        lambda known, now: pin(known, "base", "base", who="Ida", why="a 'fair'", decided_at=now),
+    )
+    before = read_decisions(warehouse)
+    lose()
+    pd.testing.assert_frame_equal(
+        read_decisions(warehouse), before, check_dtype=False, check_column_type=False
+    )
+    seen = []
+
+    def nothing_new(decisions: pd.DataFrame, now: dt.datetime) -> pd.DataFrame:
+        seen.append(decisions)
+        return decisions.iloc[:0]
+
+    write_decisions(warehouse, nothing_new)
+    pd.testing.assert_frame_equal(seen[0], before)
+    lose()
+    pd.testing.assert_frame_equal(tell_decisions(warehouse), before)
+    (warehouse.path.parent / TOLD).unlink()
+    pd.testing.assert_frame_equal(read_decisions(warehouse), before)
 
 
 def test_holdout_posters_are_resized_like_those_trained_on(

@@ -17,11 +17,12 @@ import pytest
 from PIL import Image
 
 from posterpipe.core import gate
-from posterpipe.core.evidence import read_decisions, told_decisions, write_decisions
+from posterpipe.core.evidence import TOLD, read_decisions, told_decisions, write_decisions
 from posterpipe.core.images import png_bytes
 from posterpipe.core.landing import scan_holdout
 from posterpipe.core.sampler import COLUMNS, generation_key
 from posterpipe.core.store import Store
+from posterpipe.core.warehouse import WarehouseError
 from posterpipe.defs import checks, evidence
 from posterpipe.defs.resources import TABLES, Deployment, store_tables
 from posterpipe.defs.staleness import stale_assets
@@ -312,6 +313,46 @@ def test_a_pin_and_a_rollback_are_noticed_and_shown(world: World) -> None:
     assert told_decisions(world.store.root)["decision_id"].tolist() == (
         read_decisions(world.deployment.warehouse)["decision_id"].tolist()
     )
+
+
+def test_a_pin_stands_after_the_warehouse_was_lost(world: World) -> None:
+    world.train("good", drawn_by(FILM))
+    assert world.judge()["checkpoint_id"] == "good"
+    world.decide(gate.pin, "base")
+    world.judge()
+    log = read_decisions(world.deployment.warehouse)
+    world.deployment.warehouse_path.unlink()
+    row = world.judge()
+    assert (row["checkpoint_id"], row["pinned"]) == ("base", True)
+    pd.testing.assert_frame_equal(read_decisions(world.deployment.warehouse), log)
+    assert world.stale() == {}
+
+
+def test_the_gate_goes_on_after_the_warehouse_was_lost(world: World) -> None:
+    world.train("one", drawn_by(FILM))
+    assert world.judge()["decision"] == "promote"
+    world.keep("champion_generations", world.store.read_table("tuned_generations"))
+    world.train("two", incomplete)
+    row = world.judge("fidelity_scores", "champion")
+    assert (row["decision"], row["checkpoint_id"]) == ("hold", "one")
+    log = read_decisions(world.deployment.warehouse)
+    world.deployment.warehouse_path.unlink()
+    pd.testing.assert_series_equal(world.judge("fidelity_scores", "champion"), row)
+    pd.testing.assert_frame_equal(read_decisions(world.deployment.warehouse), log)
+
+
+def test_decisions_that_cannot_be_read_are_waited_for_by_name(world: World) -> None:
+    world.train("good", drawn_by(FILM))
+    world.judge()
+    path = world.store.root / TOLD
+    told = path.read_text("utf-8")
+    path.write_text(told[:-9])
+    assert set(world.stale()) == {"champion_generations", "champion"}
+    assert all(str(path) in reason for reason in world.stale().values())
+    with pytest.raises(WarehouseError, match=TOLD):
+        world.judge("champion")
+    path.write_text(told)
+    assert world.stale() == {}
 
 
 def test_other_weights_of_an_image_encoder_are_noticed(world: World, tmp_path: Path) -> None:
