@@ -34,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import hashlib
+import json
 import os
 import random
 import re
@@ -43,13 +44,14 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import duckdb
 import pandas as pd
 
-from posterpipe.core.store import content_key, fsync_folder
+from posterpipe.core.store import content_key, fsync_folder, write_atomic, writing
 
 SCHEMA_VERSION = 4
 """2 added fct_drawing, dim_environment and run_environment; 3 added fct_nearest, fct_title,
@@ -289,8 +291,13 @@ _KEEPS_LATEST = {
 _WHEN_AND_WHO = ("measured_at", "set_at", "read_at", "run_id")
 """Columns that alone are no reason to replace a row: the same measurement again changes nothing."""
 
-_FIRST_BLOCK = 4096
-"""Bytes of a DuckDB file before its two headers, which change."""
+_BLOCK = 4096
+"""Bytes of each of the three blocks that a DuckDB file begins with. The first one is written once,
+with a random identifier by which DuckDB knows the log that belongs to the file. The two others are
+headers that take turns: each checkpoint, the one at closing as well, counts on in the older one."""
+
+_COUNT = slice(8, 16)
+"""Where a header has that count, an unsigned number of 8 bytes, the lowest first."""
 
 _opening = threading.Lock()
 
@@ -315,6 +322,16 @@ class PublishError(WarehouseError):
     """The copy is not what it should be; the published file is left as it was."""
 
 
+@dataclass(frozen=True)
+class _State:
+    """How far a file has got. The latest one that is known is noted beside it."""
+
+    file: str
+    """Digest of its first block."""
+    checkpoints: int
+    identity: str
+
+
 class Warehouse:
     """The private file. `path` is the DuckDB file; its folder is created by the first write.
 
@@ -327,50 +344,53 @@ class Warehouse:
         self.busy_seconds = busy_seconds
 
     def identity(self) -> str:
-        """Of the file, "" where there is none: another one after it was lost and made again, and
-        the same whatever is written. Opens no database, so it can be asked while a step writes.
+        """Of the file, "" where there is none: another one after it was lost and made again, or
+        after a copy was put in its place that lacks what was written later; and the same whatever
+        is written. Opens no database, so it can be asked while a step writes.
 
-        Whoever fills the warehouse keeps it, to know that what it wrote is there no more. A copy
-        that was put in its place is another file as well: it may lack what was written later.
+        Whoever fills the warehouse keeps it, to know that what it wrote is there no more. How far
+        the file had got is noted beside it (`warehouse.json` for `warehouse.duckdb`) by `write` and
+        `prepare`: a file that is behind that is a copy of before.
         """
-        # When DuckDB creates a file, it writes a random identifier into its first block, by which
-        # it knows the log that belongs to it, and never writes that block again.
-        try:
-            with open(self.path, "rb") as file:
-                return hashlib.sha256(file.read(_FIRST_BLOCK)).hexdigest()[:16]
-        except FileNotFoundError:
-            return ""
+        now = self._state(self._noted())
+        return now.identity if now else ""
 
     def prepare(self) -> str:
-        """Creates the file where there is none. Its `identity`. Raises WarehouseError."""
+        """Creates the file where there is none, and notes how far it has got. Its `identity`.
+        Raises WarehouseError and StoreError."""
         if not self.path.exists():
             self._create()
+        self._note()
         return self.identity()
 
     @contextmanager
     def write(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """A connection inside one transaction: committed at the end, rolled back on an error.
 
-        Creates file and schema. Always closes. Raises WarehouseBusy and WarehouseError.
+        Creates file and schema. Always closes. Raises WarehouseBusy, WarehouseError and StoreError.
         """
         if not self.path.exists():
             self._create()
-        with self._turn(), self._connection(read_only=False) as connection:
-            connection.begin()
-            try:
-                self._prepare(connection)
-                yield connection
-                connection.commit()
-            except BaseException as error:
-                # An error may have ended the transaction already.
-                with contextlib.suppress(duckdb.Error):
-                    connection.rollback()
-                if _of_the_disk(error):
-                    raise WarehouseError(
-                        f"{self.path}: could not be written ({_first_line(error)}); make room on "
-                        "the disk, and materialize the asset again: nothing of it was written"
-                    ) from error
-                raise
+        with self._turn():
+            self._note()  # before: what is written now must not hide that the file is behind
+            with self._connection(read_only=False) as connection:
+                connection.begin()
+                try:
+                    self._prepare(connection)
+                    yield connection
+                    connection.commit()
+                except BaseException as error:
+                    # An error may have ended the transaction already.
+                    with contextlib.suppress(duckdb.Error):
+                        connection.rollback()
+                    if _of_the_disk(error):
+                        raise WarehouseError(
+                            f"{self.path}: could not be written ({_first_line(error)}); make room "
+                            "on the disk, and materialize the asset again: nothing of it was "
+                            "written"
+                        ) from error
+                    raise
+            self._note()
 
     @contextmanager
     def read(self) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -420,6 +440,47 @@ class Warehouse:
                 with contextlib.suppress(OSError):
                     left.unlink()
         fsync_folder(self.path.parent)
+
+    def _state(self, noted: _State | None) -> _State | None:
+        """How far the file has got; None where there is none.
+
+        `noted`, how far it had got, is read before, so that a file which somebody is writing is
+        never behind it. Two who find it behind give it the same new identity.
+        """
+        try:
+            with open(self.path, "rb") as opened:
+                first, *headers = (opened.read(_BLOCK) for _ in range(3))
+        except FileNotFoundError:
+            return None
+        file = hashlib.sha256(first).hexdigest()[:16]
+        checkpoints = max(int.from_bytes(header[_COUNT], "little") for header in headers)
+        if noted is None:
+            identity = file
+        elif noted.file == file and noted.checkpoints <= checkpoints:
+            identity = noted.identity
+        else:
+            identity = content_key(noted.identity, file)[:16]
+        return _State(file, checkpoints, identity)
+
+    def _noted(self) -> _State | None:
+        """What was noted last; None before the first time, and where it cannot be read."""
+        try:
+            return _State(**json.loads(self._note_path.read_text("utf-8")))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def _note(self) -> None:
+        """Notes how far the file has got. A crash that comes before leaves the note behind the
+        file, which is taken for the same then."""
+        noted = self._noted()
+        now = self._state(noted)
+        if now is not None and now != noted:
+            with writing(self._note_path):
+                write_atomic(self._note_path, (json.dumps(asdict(now)) + "\n").encode())
+
+    @property
+    def _note_path(self) -> Path:
+        return self.path.with_suffix(".json")
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

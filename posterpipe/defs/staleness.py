@@ -309,7 +309,10 @@ def _lost(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deploymen
         return f"{gone[0]} is gone"
     filled = made.metadata.get(WAREHOUSE)
     if filled is not None and filled.value != deployment.warehouse.identity():
-        return f"{deployment.warehouse_path} is another file than the one that it filled"
+        return (
+            f"{deployment.warehouse_path} is another file than the one that it filled, or a copy "
+            "of before"
+        )
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,6 +248,66 @@ def test_a_file_keeps_its_identity_and_another_one_has_another(
     assert warehouse.identity() == ""
     fill(warehouse)
     assert warehouse.identity() not in ("", identity)
+
+
+def test_a_copy_of_before_that_is_put_back_is_another_file(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    """It lacks what was written since, so whoever wrote it must not take it for the same."""
+    fill(warehouse)
+    identity = warehouse.identity()
+    copy = tmp_path / "copy.duckdb"
+    shutil.copyfile(warehouse.path, copy)
+    shutil.copyfile(copy, warehouse.path)
+    assert warehouse.identity() == identity, "nothing is lacking"
+    identities = [identity]
+    for _ in range(2):
+        fill(warehouse, scores=[score("new", 0.5)])
+        assert warehouse.identity() == identities[-1]
+        shutil.copyfile(copy, warehouse.path)
+        behind = warehouse.identity()
+        assert behind not in ("", *identities)
+        # Who writes next, as often as it may be, does not make it the old one again.
+        for number in range(3):
+            fill(warehouse, scores=[score(f"other {number}", 0.5)])
+            assert warehouse.identity() == warehouse.prepare() == behind
+        identities.append(behind)
+
+
+def test_a_copy_of_before_another_program_wrote_is_another_file_once_that_is_noted(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    """dbt writes its reports into the same file."""
+    identity = warehouse.prepare()
+    copy = tmp_path / "copy.duckdb"
+    shutil.copyfile(warehouse.path, copy)
+    with duckdb.connect(str(warehouse.path)) as connection:
+        connection.execute("CREATE TABLE report AS SELECT 1 AS x")
+    assert warehouse.prepare() == identity
+    shutil.copyfile(copy, warehouse.path)
+    assert warehouse.identity() not in ("", identity)
+
+
+def test_a_crash_before_the_file_is_noted_makes_it_no_other_file(warehouse: Warehouse) -> None:
+    fill(warehouse)
+    identity = warehouse.identity()
+    note = warehouse.path.with_suffix(".json")
+    noted = note.read_text("utf-8")
+    fill(warehouse, scores=[score("new", 0.5)])
+    assert note.read_text("utf-8") != noted
+    note.write_text(noted, "utf-8")
+    assert warehouse.identity() == identity
+    process = hold(warehouse.path, 60)
+    try:
+        assert warehouse.identity() == identity
+    finally:
+        process.kill()
+        process.wait()
+    assert warehouse.prepare() == identity
+    # A file from before there were notes, or whose note cannot be read, is the one that it was.
+    for damage in ("", "{}", "[]", None):
+        note.unlink() if damage is None else note.write_text(damage)
+        assert warehouse.identity() == warehouse.prepare() == identity
 
 
 def test_a_file_of_the_first_schema_is_brought_up_to_date(warehouse: Warehouse) -> None:

@@ -5,6 +5,7 @@ The policy is kept quiet in most of these tests: without `tick` nobody evaluates
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -444,8 +445,9 @@ def test_with_nothing_made_only_what_reads_the_outside_world_is_requested(
     assert set(daemon.sweep()) == roots
 
 
+@pytest.mark.parametrize("restored", [False, True])
 def test_all_that_filled_a_lost_warehouse_fills_the_new_one(
-    tmp_path: Path, instance: dg.DagsterInstance
+    tmp_path: Path, instance: dg.DagsterInstance, restored: bool
 ) -> None:
     """The first of them makes the file again; the others must not take it for the one they know."""
     settings = load_settings("starter", store=tmp_path / "store")
@@ -475,8 +477,14 @@ def test_all_that_filled_a_lost_warehouse_fills_the_new_one(
         return {key.to_user_string() for key in found}
 
     report_all_made(defs, instance, **{**known, **metadata()})
+    copy = tmp_path / "copy.duckdb"
+    shutil.copyfile(deployment.warehouse_path, copy)
+    with deployment.warehouse.write() as connection:
+        connection.execute("INSERT INTO current_generation VALUES ('new')")
     assert stale() == set()
     deployment.warehouse_path.unlink()
+    if restored:
+        shutil.copyfile(copy, deployment.warehouse_path)
     assert stale() == set(WRITERS)
     left = set(WRITERS)
     for name in WRITERS:
