@@ -288,6 +288,26 @@ def test_a_copy_of_before_another_program_wrote_is_another_file_once_that_is_not
     assert warehouse.identity() not in ("", identity)
 
 
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_a_log_of_the_file_of_before_is_named_where_it_keeps_a_file_from_being_opened(
+    warehouse: Warehouse, tmp_path: Path, made_anew: bool
+) -> None:
+    fill(warehouse)
+    copy = tmp_path / "copy.duckdb"
+    shutil.copyfile(warehouse.path, copy)
+    fill(warehouse, scores=[score("new", 0.5)])
+    script = "import duckdb, os, sys; c = duckdb.connect(sys.argv[1]); "
+    script += "c.execute('DELETE FROM fct_score'); os._exit(0)"
+    subprocess.run([sys.executable, "-c", script, str(warehouse.path)], check=True)
+    warehouse.path.unlink()
+    if not made_anew:
+        shutil.copyfile(copy, warehouse.path)
+    with pytest.raises(WarehouseError, match=r"take scores\.duckdb\.wal away"):
+        fill(warehouse)
+    warehouse.path.with_name("scores.duckdb.wal").unlink()
+    fill(warehouse)
+
+
 def test_a_crash_before_the_file_is_noted_makes_it_no_other_file(warehouse: Warehouse) -> None:
     fill(warehouse)
     identity = warehouse.identity()
