@@ -518,13 +518,10 @@ class Warehouse:
                 self.busy_seconds,
             )
         except duckdb.Error as error:
-            remedy = (
-                f"take {self.path.name}.wal away if it belongs to a file that lay here before"
-                if "WAL" in str(error)
-                else "make it readable and writable"
-            )
+            log = f"take {self.path.name}.wal away if it is of a file that lay here before; else "
             raise WarehouseError(
-                f"{self.path}: cannot be opened ({_first_line(error)}); {remedy}, or, if it is "
+                f"{self.path}: cannot be opened ({_first_line(error)}); "
+                f"{log if 'WAL' in str(error) else ''}make it readable and writable, or, if it is "
                 "damaged, move it away and materialize `clip_scores` again"
             ) from error
         try:

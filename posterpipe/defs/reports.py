@@ -253,7 +253,7 @@ def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
                     yield event
             for file in Path(target, "compiled").rglob("models/**/*.sql"):
                 queries[file.stem] = file.read_text("utf-8")
-        deployment.warehouse.prepare()  # a copy of before dbt wrote is to be known for one
+        deployment.warehouse.prepare()  # notes what dbt wrote: a copy of before lacks it
         for output in outputs:
             query = queries.get(output.output_name, "")
             yield _with_content(output, deployment, asset_of, query)

@@ -25,6 +25,7 @@ from dagster_dbt import DbtProject
 
 from posterpipe.core import statistics, thesis
 from posterpipe.core.gate import DECISION_COLUMNS, champion_of, verdicts
+from posterpipe.core.warehouse import Warehouse
 from posterpipe.defs import reports
 from posterpipe.defs.automation import with_policy
 from posterpipe.defs.resources import Deployment
@@ -89,6 +90,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     settings = load_settings("starter", root=root, store=root / "store")
     deployment = Deployment(settings)
     study.fill(deployment.warehouse_path)
+    shutil.copyfile(deployment.warehouse_path, root / "without_reports.duckdb")
     assets = with_policy(reports.dbt_reports(reports.dbt_project(settings)))
     (root / "home").mkdir()
     with dg.DagsterInstance.local_temp(str(root / "home")) as instance:
@@ -145,6 +147,17 @@ def test_a_report_is_made_again_when_a_macro_or_a_staging_model_of_it_changes(
     assert "paired_effects" in by_macro and "freshness" not in by_macro
     by_staging = edit("nodes", "stg_current_scores", "raw_code")
     assert "paired_effects" in by_staging and "gate_decisions" not in by_staging
+
+
+def test_a_copy_of_before_the_reports_were_made_is_known_for_one(
+    world: World, tmp_path: Path
+) -> None:
+    file = world.deployment.warehouse_path
+    shutil.copyfile(file.with_suffix(".json"), tmp_path / f"{file.stem}.json")
+    shutil.copyfile(file, tmp_path / file.name)
+    assert Warehouse(tmp_path / file.name).identity() == world.deployment.warehouse.identity()
+    shutil.copyfile(world.settings.root / "without_reports.duckdb", tmp_path / file.name)
+    assert Warehouse(tmp_path / file.name).identity() != world.deployment.warehouse.identity()
 
 
 def test_every_test_of_dbt_is_a_blocking_check_that_passed(world: World) -> None:
