@@ -530,14 +530,15 @@ class Warehouse:
             connection.close()
 
 
-def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pd.DataFrame) -> None:
+def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pd.DataFrame) -> int:
     """Add rows by column name; columns that are left out are NULL, keys that exist are left alone.
 
     In fct_image and fct_score a row that has failed is replaced by one that has not; in
     fct_nearest, fct_title and fct_reading a row is replaced by one that says something else.
+    Returns how many of the rows are in the table now that were not.
     """
     if rows.empty:
-        return
+        return 0
     conflict = "ON CONFLICT DO NOTHING"
     if table in _REPLACES_FAILED:
         conflict = ""
@@ -549,8 +550,9 @@ def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pd.DataFrame
         differs = " OR ".join(f"{table}.{n} IS DISTINCT FROM excluded.{n}" for n in told)
         conflict = f"ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {changes} WHERE {differs}"
     connection.register("new_rows", rows)
-    connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM new_rows {conflict}")
+    written = _single(connection, f"INSERT INTO {table} BY NAME SELECT * FROM new_rows {conflict}")
     connection.unregister("new_rows")
+    return int(written)
 
 
 def _news(connection: duckdb.DuckDBPyConnection, table: str, rows: pd.DataFrame) -> pd.DataFrame:
@@ -576,9 +578,10 @@ def _news(connection: duckdb.DuckDBPyConnection, table: str, rows: pd.DataFrame)
     return rows[pd.isna(known) | replaces]
 
 
-_NO_SCORES = pd.DataFrame(columns=["generation_key", "value", "status", "reason"]).astype(
-    {"value": "float64"}
-)
+HELD_COLUMNS = ("generation_key", "value", "status", "reason")
+"""Of the scores that the warehouse holds of a metric: see `Warehouse.scores`."""
+
+_NO_SCORES = pd.DataFrame(columns=list(HELD_COLUMNS)).astype({"value": "float64"})
 
 
 def read_scores(
@@ -592,8 +595,8 @@ def read_scores(
     connection.register("wanted", _key_frame(generation_keys))
     try:
         return connection.execute(
-            """
-            SELECT generation_key, value, status, reason
+            f"""
+            SELECT {", ".join(HELD_COLUMNS)}
             FROM fct_score
             WHERE metric_id = ?
               AND generation_key IN (SELECT generation_key FROM wanted)
