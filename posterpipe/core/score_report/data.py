@@ -29,6 +29,13 @@ BASELINE = "sd"
 TUNED = "dreambooth"
 """Loss and gain of a prompt are those of fine-tuning alone: `dreambooth` less `sd`."""
 
+TO_BASELINE: Mapping[str, str] = {
+    "sd_negative": "negative on base",
+    "dreambooth": "tuned without negative",
+    "dreambooth_negative": "both",
+}
+"""The comparison of `paired_effects` that a variant's difference to the baseline is."""
+
 MARTS: Mapping[str, tuple[str, ...]] = {
     "leaderboard": (
         "metric_id", "metric", "better", "is_headline", "variant", "checkpoint_id", "prompts",
@@ -175,6 +182,19 @@ class Published:
         """The rows of a mart; none where it was not built."""
         table = self.marts.get(mart)
         return [] if table is None else records(table)
+
+    def to_baseline(self, metric_id: str) -> dict[str, Row]:
+        """Of `paired_effects`, by variant: its difference to the baseline by that metric."""
+        rows = {
+            text(row["comparison"]): row
+            for row in self.rows("paired_effects")
+            if row["metric_id"] == metric_id
+        }
+        return {
+            variant: rows[comparison]
+            for variant, comparison in TO_BASELINE.items()
+            if comparison in rows
+        }
 
     @property
     def shots(self) -> list[tuple[Prompt, Shot]]:

@@ -4,7 +4,8 @@ What belongs here: the headline, and the section that holds CLIP-T against its n
 What does not: the rest of the first page (`results`), measuring (`core.metrics.specificity`).
 
 A model that has learnt the look that all prompts of a suite ask for scores higher on every text of
-it. So "follows the prompts" is said only where an image's own text gains on the others.
+it. So "follows the prompts" is said only where an image's own text gains on the others. That is one
+of many questions, some of which chance alone would answer: the finding of `paired_effects` counts.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Change:
     mean: float
     low: float
     high: float
+    finding: str
+    """That of `paired_effects`; "" where it was not computed."""
 
     @property
     def told(self) -> str:
@@ -57,14 +60,22 @@ def board_of(published: Published, kind: str) -> Board:
     }
 
 
-def change_of(board: Board) -> Change | None:
+def change_of(published: Published, board: Board) -> Change | None:
     """None where there is no interval."""
     row = board.get(TUNED)
     if row is None or BASELINE not in board:
         return None
     values = [number(row[name]) for name in ("diff_to_sd", "diff_low_95", "diff_high_95")]
     mean, low, high = values
-    return None if mean is None or low is None or high is None else Change(mean, low, high)
+    if mean is None or low is None or high is None:
+        return None
+    effect = _effect(published, board)
+    return Change(mean, low, high, text(effect["finding"]) if effect else "")
+
+
+def _effect(published: Published, board: Board) -> Row | None:
+    """The row of `paired_effects` about `change_of`; None where it was not computed."""
+    return published.to_baseline(text(board[TUNED]["metric_id"])).get(TUNED)
 
 
 def headline(published: Published, board: Board) -> tuple[str, str]:
@@ -78,22 +89,23 @@ def headline(published: Published, board: Board) -> tuple[str, str]:
             "The pipeline has not published any scored image. This page fills by itself as soon as "
             "it has.",
         )
-    if TUNED not in board or BASELINE not in board:
+    if BASELINE not in board or number(board.get(TUNED, {}).get("diff_to_sd")) is None:
         return (
             "Scores without a comparison",
             f"There are {len(published.shots)} images, but not of both the base and the fine-tuned "
-            "model, so that nothing can be said about fine-tuning yet.",
+            "model with scores for the same prompt and seed, so that nothing can be said about "
+            "fine-tuning yet.",
         )
     prompts = count(board[TUNED], "prompts")
-    own = change_of(board)
+    own = change_of(published, board)
     if own is None:
         return (
             "Too few prompts to tell",
             f"Fine-tuning was compared on {plural(prompts, 'prompt')}. That says nothing about "
             "others: an interval needs two or more that do not all differ by the same.",
         )
-    specific = change_of(board_of(published, SPECIFIC))
-    control = change_of(board_of(published, CONTROL))
+    specific = change_of(published, board_of(published, SPECIFIC))
+    control = change_of(published, board_of(published, CONTROL))
     if own.low <= 0 <= own.high:
         said = (
             f"Fine-tuning changes the CLIP cosine by {charts.signed(own.mean)}, but the 95 % "
@@ -121,14 +133,14 @@ def _judged(own: Change, specific: Change | None, control: Change | None) -> tup
         return (title, rest) if direction else ("No difference that this suite can show", "")
     others = f"With the texts of the other prompts it changes by {control.told}"
     apart = f"{others}, so that an image's own text stands out from them {{}}: {specific.told}."
-    if specific.low > 0:
+    if specific.finding == "higher":
         title = {
             "higher": "Fine-tuning follows the prompts better",
             "lower": "Fine-tuning scores lower, but tells the prompts apart better",
             "": "No difference in the score, but the prompts are told apart better",
         }[direction]
         return title, apart.format("more")
-    if specific.high < 0:
+    if specific.finding == "lower":
         title = {
             "higher": "Fine-tuning scores higher, but not for following the prompts",
             "lower": "Fine-tuning follows the prompts worse",
@@ -143,7 +155,12 @@ def _judged(own: Change, specific: Change | None, control: Change | None) -> tup
         "lower": "Fine-tuning scores lower; whether for the prompts is open",
         "": "No difference that this suite can show",
     }[direction]
-    return title, f"{others}; the interval of what is left, {specific.told}, holds zero."
+    left = (
+        "that is not told apart from zero, all questions counted"
+        if specific.finding
+        else "whether that is more than chance was not computed"
+    )
+    return title, f"{others}. What is left is {specific.told}; {left}."
 
 
 def control_context(published: Published, board: Board) -> dict[str, Any]:
@@ -154,7 +171,7 @@ def control_context(published: Published, board: Board) -> dict[str, Any]:
         ("Own less others", board_of(published, SPECIFIC)),
         ("Share of others that fit less (chance: 0.5)", board_of(published, RANK)),
     ]
-    changes = [change_of(own) for _, own in boards]
+    changes = [change_of(published, own) for _, own in boards]
     if any(change is None for change in changes):
         return {"control": [], "control_told": ""}
     scale = charts.row_scale(
@@ -171,7 +188,7 @@ def control_context(published: Published, board: Board) -> dict[str, Any]:
             "plot": charts.interval_row(
                 change.mean, change.low, change.high, scale, variant=TUNED, zero=0.0
             ),
-            "css": verdict(own[TUNED], "diff_low_95", "diff_high_95"),
+            "css": verdict(_effect(published, own)),
         }
         for (name, own), change in zip(boards, changes, strict=True)
         if change

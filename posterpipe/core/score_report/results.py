@@ -155,7 +155,7 @@ def _boards(published: Published) -> list[dict[str, Any]]:
     main = published.headline_metric
     groups = _by_metric(published.rows("leaderboard"))
     return [
-        _board(metric_id, rows)
+        _board(metric_id, rows, published.to_baseline(metric_id))
         for metric_id, rows in groups
         if metric_id == main or metric_id.startswith("clip_")
     ]
@@ -169,8 +169,8 @@ def _by_metric(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return sorted(groups.items(), key=lambda one: not one[1][0]["is_headline"])
 
 
-def _board(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """One metric of the leaderboard, with its marks."""
+def _board(metric_id: str, rows: Sequence[Row], effects: Mapping[str, Row]) -> dict[str, Any]:
+    """One metric of the leaderboard, with its marks; `effects`: of `paired_effects`, by variant."""
     ranked = sorted(rows, key=lambda row: variant_order(text(row["variant"])))
     scale = charts.row_scale(number(row[n]) for row in rows for n in ("mean", "low_95", "high_95"))
     shown = []
@@ -187,7 +187,7 @@ def _board(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
                 "plot": charts.interval_row(mean, low, high, scale, variant=variant),
                 "difference": charts.signed(difference) if difference is not None else DASH,
                 "difference_interval": interval(row, "diff_low_95", "diff_high_95", sign=True),
-                "css": verdict(row, "diff_low_95", "diff_high_95"),
+                "css": verdict(effects.get(variant)),
                 "prompts": count(row, "prompts"),
                 "images": count(row, "images"),
                 "missing": count(row, "blocked") + count(row, "failed"),
@@ -228,12 +228,7 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
                 "plot": charts.interval_row(mean, low, high, scale, variant=variant, zero=0.0),
                 "finding": text(row["finding"]),
                 "p": f"{_p_value(row['p_value'])} · {_p_value(row['p_adjusted'])}",
-                # In the colour of a gain or a loss only what is found: see `finding`.
-                "css": (
-                    verdict(row, "low_95", "high_95")
-                    if row["finding"] in ("higher", "lower")
-                    else ""
-                ),
+                "css": verdict(row),
                 "size": rounded(row["effect_size"], 2),
                 "win": win,
                 "detectable": rounded(row["detectable_difference"]),

@@ -59,27 +59,18 @@ def interval(row: Row, low: str, high: str, *, sign: bool = False, of: str = "")
     return f"{show(bounds[0])} to {show(bounds[1])}"
 
 
-def _sure(row: Row, low: str, high: str) -> str:
-    """gain or loss where the whole interval says so."""
-    bounds = number(row.get(low)), number(row.get(high))
-    if bounds[0] is not None and bounds[0] > 0:
-        return "gain"
-    return "loss" if bounds[1] is not None and bounds[1] < 0 else ""
-
-
 def moment(value: Any) -> str:
     if missing(value) or not isinstance(value, dt.datetime):
         return ""
     return f"{value.day} {value:%B %Y, %H:%M} UTC"
 
 
-def verdict(row: Row, low: str, high: str) -> str:
-    """gain or loss of an effect, by whether higher or lower is better."""
-    sure = _sure(row, low, high)
-    better = text(row["better"])
-    if not sure or better == "higher":
-        return sure
-    return {"gain": "loss", "loss": "gain"}[sure] if better == "lower" else ""
+def verdict(effect: Row | None) -> str:
+    """gain or loss of a row of `paired_effects` where one was found, and one way is better."""
+    sides = ("higher", "lower")
+    if effect is None or effect["finding"] not in sides or effect["better"] not in sides:
+        return ""
+    return "gain" if effect["finding"] == effect["better"] else "loss"
 
 
 def day(value: Any) -> str:

@@ -23,6 +23,7 @@ from posterpipe.core.gate import RULE
 from posterpipe.core.score_report import Written, results, write_report
 from posterpipe.core.score_report.data import Published, read_published
 from posterpipe.core.score_report.gallery_pages import IMAGES_A_PAGE, slug_of
+from posterpipe.core.score_report.headline import board_of, control_context
 from posterpipe.core.score_report.pages import PAGES
 from posterpipe.core.score_report.results import first_words
 from posterpipe.core.warehouse import Warehouse, WarehouseMissing, publish
@@ -143,19 +144,34 @@ def test_every_section_is_there_and_filled(pages: dict[str, Parsed]) -> None:
     assert "What does 0.30 mean?" in pages["glossary.html"].text
 
 
-def told(world: Path, **changes: tuple[float, float, float]) -> tuple[str, str]:
-    """What the report says first where fine-tuning changed metrics so: mean, low, high."""
+Change = tuple[float, float, float, str]
+
+
+def changed(world: Path, **changes: Change) -> Published:
+    """What was published, had fine-tuning changed metrics so: mean, low, high, finding."""
     published = read_published(world / "public" / "scores.duckdb")
     board = published.marts["leaderboard"].copy()
+    effects = published.marts["paired_effects"].copy()
     ids = {"own": study.HEADLINE, "specific": study.SPECIFIC, "control": study.CONTROL}
     for name, metric_id in ids.items():
+        *numbers, finding = changes.get(name, (*(math.nan,) * 3, ""))
         rows = (board["metric_id"] == metric_id) & (board["variant"] == "dreambooth")
-        columns = ["diff_to_sd", "diff_low_95", "diff_high_95"]
-        board.loc[rows, columns] = changes.get(name, (math.nan,) * 3)
-    return first_words(Published({**published.marts, "leaderboard": board}, published.prompts))
+        board.loc[rows, ["diff_to_sd", "diff_low_95", "diff_high_95"]] = numbers
+        asked = effects["comparison"] == "tuned without negative"
+        asked &= effects["metric_id"] == metric_id
+        effects.loc[asked, ["mean_difference", "low_95", "high_95"]] = numbers
+        effects.loc[asked, "finding"] = finding
+    marts = {**published.marts, "leaderboard": board, "paired_effects": effects}
+    return Published(marts, published.prompts)
 
 
-UP, DOWN, OPEN = (0.3, 0.2, 0.4), (-0.3, -0.4, -0.2), (0.0, -0.1, 0.1)
+def told(world: Path, **changes: Change) -> tuple[str, str]:
+    """What the report says first in that case."""
+    return first_words(changed(world, **changes))
+
+
+UP, DOWN = (0.3, 0.2, 0.4, "higher"), (-0.3, -0.4, -0.2, "lower")
+OPEN = (0.0, -0.1, 0.1, "not told apart")
 
 
 def test_a_higher_score_follows_the_prompts_only_where_the_own_text_stands_out_more(
@@ -169,7 +185,7 @@ def test_a_higher_score_follows_the_prompts_only_where_the_own_text_stands_out_m
     assert "With the texts of the other prompts it changes by +0.300 (+0.200 to +0.400)" in said
     assert "stands out from them less: −0.300 (−0.400 to −0.200)" in said
     title, said = told(world, own=UP, specific=OPEN, control=UP)
-    assert "open" in title and "holds zero" in said and "follows" not in title
+    assert "open" in title and "not told apart from zero" in said and "follows" not in title
     title, said = told(world, own=UP)
     assert title == "Fine-tuning scores higher with CLIP" and "was not measured" in said
 
@@ -185,6 +201,65 @@ def test_a_lower_score_and_none_are_told_with_their_control(world: Path) -> None
     for changes in ({"specific": OPEN, "control": OPEN}, {}):
         title, said = told(world, own=OPEN, **changes)
         assert title == "No difference that this suite can show" and "holds zero" in said
+
+
+@pytest.mark.parametrize("own", [UP, DOWN, OPEN])
+def test_the_title_claims_nothing_that_the_paired_effects_do_not_find(
+    world: Path, own: Change
+) -> None:
+    claims = ("better", "worse", "apart", "not for following")
+    # Alone, p = 0.03; among all questions nothing.
+    for mean, low, high in ((0.02, 0.002, 0.038), (-0.02, -0.038, -0.002)):
+        specific = (mean, low, high, "not told apart")
+        published = changed(world, own=own, specific=specific, control=OPEN)
+        title, said = first_words(published)
+        assert not any(claim in title for claim in claims), title
+        assert "not told apart from zero, all questions counted" in said
+        shown = control_context(published, board_of(published, "clip_t"))["control"]
+        assert [row["css"] for row in shown if row["name"] == "Own less others"] == [""]
+    found = told(world, own=own, specific=(0.02, 0.002, 0.038, "higher"), control=OPEN)[0]
+    assert "better" in found
+    # Nothing is claimed either where they have not been computed.
+    published = changed(world, own=own, specific=UP, control=OPEN)
+    marts = {name: mart for name, mart in published.marts.items() if name != "paired_effects"}
+    title, said = first_words(Published(marts, published.prompts))
+    assert not any(claim in title for claim in claims) and "was not computed" in said
+
+
+def test_the_leaderboard_has_the_colours_of_what_the_paired_effects_find(world: Path) -> None:
+    low = (0.02, 0.002, 0.038, "not told apart")
+    colours = []
+    for own in (UP, low, DOWN):
+        board = results._boards(changed(world, own=own))[0]
+        (row,) = (row for row in board["rows"] if row["variant"] == "dreambooth")
+        colours.append(row["css"])
+    assert colours == ["gain", "", "loss"]
+
+
+def test_without_a_pair_of_scores_nothing_is_said_of_fine_tuning(world: Path) -> None:
+    assert told(world)[0] == "Scores without a comparison"
+
+
+def test_a_base_model_whose_images_are_all_blocked_breaks_no_page(
+    world: Path, tmp_path: Path
+) -> None:
+    store = copy_of(world, tmp_path)
+    with duckdb.connect(str(store / "public" / "scores.duckdb")) as connection:
+        connection.execute(
+            "UPDATE leaderboard SET mean = NULL, low_95 = NULL, high_95 = NULL, clip_score = NULL, "
+            "clip_score_low_95 = NULL, clip_score_high_95 = NULL WHERE variant = 'sd'; "
+            "UPDATE leaderboard SET diff_to_sd = NULL, diff_low_95 = NULL, diff_high_95 = NULL; "
+            "DELETE FROM paired_effects; "
+            "UPDATE checkpoint_trend SET mean = NULL, low_95 = NULL, high_95 = NULL "
+            "WHERE variant = 'sd'; "
+            "UPDATE prompt_drilldown SET clip_cosine = NULL, status = 'blocked' "
+            "WHERE variant = 'sd'; "
+            "UPDATE prompt_drilldown SET clip_diff_to_sd = NULL"
+        )
+    write_report(store / "public" / "scores.duckdb", store, tmp_path / "report")
+    pages = assert_whole(tmp_path / "report")
+    assert "Scores without a comparison" in pages["index.html"].text
+    assert not re.search(r"\bnan\b", " ".join(page.text for page in pages.values()))
 
 
 def test_the_control_of_another_model_or_preprocessing_is_not_that_of_the_headline(
@@ -323,7 +398,9 @@ def test_only_what_is_found_has_the_colour_of_a_gain_or_a_loss(world: Path, tmp_
         write_report(store / "public" / "scores.duckdb", store, tmp_path / "report")
         page = parsed(tmp_path / "report")["index.html"]
         coloured[finding] = sum("gain" in cell.get("class", "") for cell in page.all("td"))
-    assert coloured["higher"] - coloured["not told apart"] == effects > 0
+    assert coloured["not told apart"] == 0
+    # Beside the effects, the leaderboards and the control have the same findings.
+    assert coloured["higher"] > effects > 0
 
 
 def test_images_say_what_they_are_and_wait_until_they_are_seen(pages: dict[str, Parsed]) -> None:
