@@ -50,7 +50,7 @@ def build(path: Path, *, scores: int, current: bool) -> Warehouse:
                 ?[1 + i % 4] AS variant,
                 'prompt ' || (i // 4) % {PROMPTS} AS prompt_key,
                 'p' || (i // 4) % {PROMPTS} AS prompt_id,
-                '' AS negative_prompt,
+                CASE WHEN variant LIKE '%negative%' THEN 'busy' ELSE '' END AS negative_prompt,
                 i // (4 * {PROMPTS}) AS seed,
                 'checkpoint ' || i % 2 AS checkpoint_id,
                 sha256('blob ' || i) AS image,

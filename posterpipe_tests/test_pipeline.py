@@ -228,7 +228,10 @@ def test_tables_tell_their_rows_and_columns(pipeline: Pipeline) -> None:
 def test_the_published_leaderboard_is_what_the_scores_say(pipeline: Pipeline) -> None:
     with duckdb.connect(str(pipeline.deployment.published_path), read_only=True) as connection:
         boards = connection.execute("select * from leaderboard").df()
-        both = connection.execute("select * from clip_scores where is_current").df()
+        both = connection.execute(
+            "select clip_scores.*, image.negative_prompt from clip_scores "
+            "join fct_image as image using (generation_key) where is_current"
+        ).df()
     # CLIP-T with crop and with pad.
     boards = boards[boards["metric_id"].isin(both["metric_id"])]
     assert sorted(name.split(".")[1] for name in boards["metric_id"].unique()) == ["crop", "pad2"]

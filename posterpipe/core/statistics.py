@@ -1,22 +1,22 @@
 """What scores add up to: means, paired differences, and how sure one can be of them.
 
-What belongs here: estimates with intervals, the study's 2x2 design, tests, and the smallest effect
-that could have been seen. What does not: computing scores (`metrics`), keeping them
-(`warehouse`), drawing them, and what follows from them for a checkpoint (`gate`).
+What belongs here: estimates with intervals, and the study's 2x2 design. What does not: computing
+scores (`metrics`), keeping them (`warehouse`), drawing them, what follows from them for a
+checkpoint (`gate`), and p-values: whether a difference is more than chance depends on all that is
+asked, which the report `paired_effects` knows.
 
 All variants answer the same prompts with the same seeds, so differences are taken image by image.
 Seeds of one prompt are not independent answers, therefore they are averaged, and the prompts are
 what the bootstrap draws: an interval says how the number would vary with other prompts of this
-kind. The same unit serves the tests: signs are flipped by prompt. That prompts are independent
-takes seeds of their own: noise that several prompts share is a second random effect, which a
-bootstrap over prompts leaves out (Owen 2007, Annals of Applied Statistics 1:386).
+kind. That prompts are independent takes seeds of their own: noise that several prompts share is a
+second random effect, which a bootstrap over prompts leaves out (Owen 2007, Annals of Applied
+Statistics 1:386).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -27,9 +27,6 @@ import pandas as pd
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 BOOTSTRAP_SEED = 20250
-
-POWER = 0.8
-"""With which the smallest detectable difference would be found."""
 
 DESIGN: Mapping[str, tuple[bool, bool]] = {
     "sd": (False, False),
@@ -56,8 +53,6 @@ effects, the sum of both, and by how much the negative prompt does more for the 
 where the suite holds it, what delaying the negative prompt changes."""
 
 _CELL = ["prompt_id", "seed"]
-_EXACT_PROMPTS = 12
-"""Up to here all 2^n sign patterns are tried; with more, RESAMPLES of them."""
 _FEW_PROMPTS = 12
 """Below it an interval is the wider of Student's t and the bootstrap."""
 NO_SPREAD = 1e-9
@@ -97,9 +92,10 @@ def paired_difference(
     """`variant` minus `baseline`, paired by (prompt_id, seed), seeds averaged, prompts drawn.
 
     `frame` has the columns variant, prompt_id, seed and `value`. A pair of which one is missing
-    (a blocked image) is left out. Raises ValueError where a (variant, prompt, seed) is there
-    twice.
+    (a blocked image) is left out; so are negative variants without a negative prompt (`answers`).
+    Raises ValueError where a (variant, prompt, seed) is there twice.
     """
+    frame = answers(frame)
     pairs = _values(frame, variant, value) - _values(frame, baseline, value)
     return mean_interval(pairs.rename("difference").reset_index(), "difference")
 
@@ -115,19 +111,14 @@ class Effect:
     high: float
     """Interval over prompts (`bootstrap_interval`); NaN with fewer than two, or where all differ by
     the same."""
-    p_value: float
-    """Of the hypothesis of no effect, from flipping signs by prompt; NaN with fewer than two."""
     effect_size: float
-    """Cohen's d of the prompts' differences, with Hedges' correction for few; 0 where nothing
-    differs."""
+    """Cohen's d of the prompts' differences, with Hedges' correction for few (`hedges_g`)."""
     win_rate: float
     """Share of prompts on the better side, ties half; 0.5 is no preference. NaN where neither side
     is the better one."""
     win_low: float
     win_high: float
     """Wilson interval of the win rate."""
-    detectable: float
-    """The smallest difference that this many prompts with this spread would have shown."""
     prompts: int
     pairs: int
     """Cells (prompt, seed) in which every variant of the contrast has a value."""
@@ -144,12 +135,11 @@ def effects(
 
     `frame` has the columns variant, prompt_id, seed and `value`, of one metric, of which `better`
     says which values are better: higher, lower, or another word where neither side is. Cells are
-    compared within prompt and seed; one that lacks a variant of the contrast is left out. With a
-    column negative_prompt, so are those in which a negative variant has nothing to leave out: its
-    image is that of the variant without. Raises ValueError where an image is there twice.
+    compared within prompt and seed; one that lacks a variant of the contrast is left out, and so
+    are negative variants without a negative prompt (`answers`). Raises ValueError where an image is
+    there twice.
     """
-    if "negative_prompt" in frame:
-        frame = frame[~without_negative(frame)]
+    frame = answers(frame)
     present = set(frame["variant"].unique())
     rows = [
         asdict(effect(frame, name, weights, value=value, better=better))
@@ -157,6 +147,12 @@ def effects(
         if set(weights) <= present
     ]
     return pd.DataFrame(rows, columns=list(Effect.__dataclass_fields__))
+
+
+def answers(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows that differences are between: with a column negative_prompt, all but those of
+    `without_negative`."""
+    return frame[~without_negative(frame)] if "negative_prompt" in frame else frame
 
 
 def without_negative(frame: pd.DataFrame) -> pd.Series:
@@ -198,68 +194,26 @@ def effect_of(contrast: str, cells: pd.DataFrame, *, better: str = "higher") -> 
         estimate=float(by_prompt.mean()) if len(by_prompt) else math.nan,
         low=low,
         high=high,
-        p_value=sign_flip_p(by_prompt),
         effect_size=hedges_g(by_prompt),
         win_rate=wins / len(by_prompt) if len(by_prompt) else math.nan,
         win_low=win_low,
         win_high=win_high,
-        detectable=smallest_detectable(by_prompt),
         prompts=len(by_prompt),
         pairs=len(cells),
     )
 
 
-def sign_flip_p(
-    differences: np.ndarray, *, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED
-) -> float:
-    """Two-sided p-value of no difference, `differences` (n,) of prompts: their signs are flipped.
-
-    Where nothing changes, a prompt's difference is as likely as its opposite (Fisher's
-    randomization test). Exact up to 12 prompts; beyond, of random patterns with one added, so that
-    it is valid and deterministic. 1 where all differences are 0, NaN with fewer than two.
-    """
-    values = np.asarray(differences, dtype=float)
-    n = len(values)
-    if n < 2:
-        return math.nan
-    observed = abs(values.sum())
-    slack = 1e-12 * np.abs(values).sum()  # sums in another order differ in the last digits
-    if n <= _EXACT_PROMPTS:
-        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
-        return float((np.abs(signs @ values) >= observed - slack).mean())
-    extreme = sum(
-        int((np.abs(signs @ values) >= observed - slack).sum())
-        for signs in _patterns(_signs, n, resamples, seed)
-    )
-    return (extreme + 1) / (resamples + 1)
-
-
-def holm(p_values: np.ndarray) -> np.ndarray:
-    """p-values (k,) of one family corrected for their number (Holm 1979, Scandinavian Journal of
-    Statistics 6:65): the smallest counts k times, the next k - 1 times, and so on, none below one
-    before it. Calling those below 0.05 calls none wrongly in 95 of 100 families, however they hang
-    together. NaN are no tests.
-    """
-    p = np.asarray(p_values, dtype=float)
-    order = np.argsort(p, kind="stable")  # NaN come last
-    known = int(np.isfinite(p).sum())
-    counted = p[order[:known]] * np.arange(known, 0, -1)
-    adjusted = np.full(len(p), math.nan)
-    adjusted[order[:known]] = np.minimum(1, np.maximum.accumulate(counted))
-    return adjusted
-
-
 def hedges_g(differences: np.ndarray) -> float:
     """Standardised mean of paired differences (n,): mean over deviation, times Hedges' correction
-    1 - 3 / (4 (n - 1) - 1). NaN with fewer than three values, 0 where all are 0."""
+    1 - 3 / (4 (n - 1) - 1). 0 where all are 0; NaN with fewer than three values, and where all are
+    the same otherwise (`has_spread`)."""
     n = len(differences)
     if n < 3:
         return math.nan
-    deviation = float(np.std(differences, ddof=1))
     mean = float(np.mean(differences))
-    if deviation == 0:
-        return 0.0 if mean == 0 else math.copysign(math.inf, mean)
-    return mean / deviation * (1 - 3 / (4 * (n - 1) - 1))
+    if not has_spread(differences):
+        return 0.0 if mean == 0 else math.nan
+    return mean / float(np.std(differences, ddof=1)) * (1 - 3 / (4 * (n - 1) - 1))
 
 
 def wilson_interval(
@@ -274,30 +228,6 @@ def wilson_interval(
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def smallest_detectable(
-    differences: np.ndarray,
-    *,
-    power: float = POWER,
-    confidence: float = CONFIDENCE,
-    tests: int = 1,
-) -> float:
-    """The true difference that a study of this many prompts finds with probability `power`.
-
-    `differences` (n,) of prompts, seeds averaged: their deviation holds what both prompts and seeds
-    contribute, where prompts have seeds of their own. (t(1 - alpha/(2 tests)) + t(power)) *
-    deviation / sqrt(n) (Bloom 1995): `tests` is how often the p-value of the finding counts, 1 for
-    one that is not corrected. Of `holm`, all tests of the family: what the smallest p-value has to
-    pass, so that the power is no less than told whatever the others show. NaN with fewer than two,
-    and where all are the same: the deviation of other prompts is then unknown, not 0.
-    """
-    n = len(differences)
-    if n < 2 or not has_spread(differences):
-        return math.nan
-    level = 1 - (1 - confidence) / 2 / tests
-    quantiles = student_quantile(level, n - 1) + student_quantile(power, n - 1)
-    return quantiles * float(np.std(differences, ddof=1)) / math.sqrt(n)
 
 
 def _values(frame: pd.DataFrame, variant: str, value: str) -> pd.Series:
@@ -350,7 +280,7 @@ def bootstrap_intervals(
         return np.full((k, 2), math.nan)
     quantile = student_quantile((1 - confidence) / 2, n - 1)
     level = NormalDist().cdf(math.sqrt(n / (n - 1)) * quantile)
-    means = [shares @ samples.T for shares in _patterns(_shares, n, resamples, seed)]
+    means = [shares @ samples.T for shares in _patterns(n, resamples, seed)]
     low, high = np.quantile(np.concatenate(means), [level, 1 - level], axis=0)
     if n < _FEW_PROMPTS:
         middle = samples.mean(axis=1)
@@ -366,36 +296,28 @@ def has_spread(values: np.ndarray) -> bool:
     return len(values) > 1 and float(np.std(values, ddof=1)) > NO_SPREAD
 
 
-def _patterns(
-    draw: Callable[[np.random.Generator, int, int], np.ndarray], n: int, resamples: int, seed: int
-) -> Iterator[np.ndarray]:
-    """Random weights of n values, float64 (some, n) a time, `resamples` in all.
+def _patterns(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How much each of n values weighs in the means of n drawn with replacement: float64 (some, n)
+    a time, `resamples` in all.
 
     A report asks for the same ones for every metric and comparison: small ones are kept.
     """
     if n * resamples <= _CHUNK:
-        yield _kept_patterns(draw, n, resamples, seed)
+        yield _kept_patterns(n, resamples, seed)
         return
     rng = np.random.default_rng(seed)
     at_once = max(1, _CHUNK // n)
     for start in range(0, resamples, at_once):
-        yield draw(rng, min(at_once, resamples - start), n)
+        yield _shares(rng, min(at_once, resamples - start), n)
 
 
 @lru_cache(maxsize=4)
-def _kept_patterns(
-    draw: Callable[[np.random.Generator, int, int], np.ndarray], n: int, resamples: int, seed: int
-) -> np.ndarray:
-    return draw(np.random.default_rng(seed), resamples, n)
+def _kept_patterns(n: int, resamples: int, seed: int) -> np.ndarray:
+    return _shares(np.random.default_rng(seed), resamples, n)
 
 
 def _shares(rng: np.random.Generator, count: int, n: int) -> np.ndarray:
-    """How much each of n values weighs in the mean of n drawn with replacement."""
     return rng.multinomial(n, np.full(n, 1 / n), count) / n
-
-
-def _signs(rng: np.random.Generator, count: int, n: int) -> np.ndarray:
-    return rng.integers(0, 2, (count, n)) * 2.0 - 1.0
 
 
 @lru_cache(maxsize=1024)

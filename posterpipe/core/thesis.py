@@ -24,7 +24,13 @@ import pandas as pd
 from PIL import Image
 
 from posterpipe.core.gallery import Picture, grid
-from posterpipe.core.statistics import Effect, effects, mean_interval, paired_difference
+from posterpipe.core.statistics import (
+    Effect,
+    answers,
+    effects,
+    mean_interval,
+    paired_difference,
+)
 from posterpipe.core.store import write_atomic
 
 VARIANTS: Mapping[str, tuple[str, float]] = {
@@ -83,13 +89,13 @@ def _ends(low: float, high: float, form: str) -> str:
 def growth(scores: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
     """One row a variant of the study that `scores` has, in the study's order.
 
-    `scores` has variant, prompt_id, seed, clip_cosine (NaN without a score), of one metric;
-    `generations` the variant, prompt_id, seed and prompt of each image. Columns: variant, label,
-    study (its score), images, missing (without a score), prompts, cosine with low and high, score
-    (2.5 * max(cosine, 0), the mean over images) with score_low (0 or more) and score_high, gain
-    (cosine less that of sd, paired by prompt and seed) with gain_low and gain_high, and
-    study_prompt (mean cosine of the images of the study's own prompt; NaN where the suite lacks
-    it).
+    `scores` has variant, prompt_id, seed, negative_prompt, clip_cosine (NaN without a score), of
+    one metric; `generations` the variant, prompt_id, seed and prompt of each image. Columns:
+    variant, label, study (its score), images, missing (without a score), prompts, cosine with low
+    and high, score (2.5 * max(cosine, 0), the mean over images) with score_low (0 or more) and
+    score_high, gain (cosine less that of sd, see `statistics.paired_difference`) with gain_low and
+    gain_high, and study_prompt (mean cosine of the images of the study's own prompt; NaN where the
+    suite lacks it).
     """
     scaled = scores.assign(score=SCALE * scores["clip_cosine"].clip(lower=0))
     own = generations.loc[generations["prompt"] == PROMPT, "prompt_id"].unique()
@@ -137,13 +143,14 @@ def control_effects(evidence: pd.DataFrame, generations: pd.DataFrame) -> pd.Dat
 def control_told(own: pd.DataFrame, control: pd.DataFrame) -> str:
     """What fine-tuning changed, without negative prompt, with the own prompts and with the others.
 
-    `own` as of `statistics.effects`, `control` as of `control_effects`; "" where one has no row.
+    `own` as of `statistics.effects`, `control` as of `control_effects`; "" where one has no row, or
+    no pair of images with a score.
     """
     contrast = "tuned without negative"
     rows = {"own": own[own["contrast"] == contrast]}
     for role in CONTROLS:
         rows[role] = control[(control["contrast"] == contrast) & (control["role"] == role)]
-    if any(len(found) == 0 for found in rows.values()):
+    if any(len(found) == 0 or found["estimate"].isna().any() for found in rows.values()):
         return ""
     said = {
         name: f"{row.estimate:+.3f} ({_ends(row.low, row.high, '+.3f')})"
@@ -198,7 +205,8 @@ def draw_growth(table: pd.DataFrame, metric_id: str, note: str = "") -> Image.Im
         for row, known in zip(_rows(table), sure, strict=True)
     ]
     axes.set_xticks(places, labels, fontsize=9)
-    highest = max([*table["score_high"].fillna(table["score"]), *table["study"], 0.1])
+    # Not max(), which keeps a NaN that comes first.
+    highest = np.nanmax([*table["score_high"], *table["score"], *table["study"], 0.1])
     axes.set_ylim(0, highest * 1.18)
     axes.set_xlim(-0.6, len(table) - 0.3)
     axes.set_ylabel("CLIPScore, 2.5 · max(cosine, 0)")
@@ -234,12 +242,14 @@ def extremes(scores: pd.DataFrame, shown: int = SHOWN) -> tuple[pd.DataFrame, pd
 
     Where none gained, the first are those that lost least; where none lost, the second are those
     that gained least. A pair is the last variant of the study and `sd` with the same prompt and
-    seed. Each prompt is there once, with its most extreme seed, so that one prompt cannot fill the
-    table. Ties go by prompt and seed. `scores` as of `growth`.
+    seed; prompts without a negative prompt have none (`statistics.answers`). Each prompt is there
+    once, with its most extreme seed, so that one prompt cannot fill the table. Ties go by prompt
+    and seed. `scores` as of `growth`.
     """
     cells = ["prompt_id", "seed"]
+    compared = answers(scores)
     by_variant = {
-        name: scores[scores["variant"] == name].set_index(cells)["clip_cosine"].astype(float)
+        name: compared[compared["variant"] == name].set_index(cells)["clip_cosine"].astype(float)
         for name in ("sd", "dreambooth_negative")
     }
     difference = (by_variant["dreambooth_negative"] - by_variant["sd"]).dropna()
@@ -257,15 +267,22 @@ def extremes(scores: pd.DataFrame, shown: int = SHOWN) -> tuple[pd.DataFrame, pd
 
 def extremes_title(which: str, pairs: pd.DataFrame) -> str:
     """What one table of `extremes` shows; `which` is best or worst."""
+    if pairs.empty:
+        return "Nothing to compare"
     if which == "best":
-        gained = pairs.empty or bool((pairs["difference"] > 0).any())
+        gained = bool((pairs["difference"] > 0).any())
         return "Largest gains" if gained else "Smallest losses, since no pair gained"
-    lost = pairs.empty or bool((pairs["difference"] < 0).any())
+    lost = bool((pairs["difference"] < 0).any())
     return "Largest losses" if lost else "Smallest gains, since no pair lost"
 
 
 def extremes_rule(which: str, pairs: pd.DataFrame, shown: int = SHOWN) -> str:
     """The rule by which `extremes` chose a table, in words; `which` is best or worst."""
+    if pairs.empty:
+        return (
+            "no prompt has a seed with a score of both the fine-tuned image with negative prompt "
+            "and the base model's without it"
+        )
     how = {
         "Largest gains": "most above",
         "Smallest losses": "least below",
@@ -329,7 +346,7 @@ class Report:
     table: pd.DataFrame
     """See `growth`."""
     effects: pd.DataFrame
-    """See `statistics.effects`: the 2 x 2 design, with bootstrap intervals and p-values."""
+    """See `statistics.effects`: the 2 x 2 design, with bootstrap intervals."""
     control: pd.DataFrame
     """See `control_effects`: the same with the texts of the other prompts."""
     best: pd.DataFrame
@@ -389,10 +406,10 @@ def report(
     """The study's result from the table of CLIP scores (one metric), the images behind it, and the
     evidence about them (`evidence.EVIDENCE_COLUMNS`)."""
     metric_id = str(scores["metric_id"].iloc[0])
+    scores = scores.merge(generations[["generation_key", "negative_prompt"]], on="generation_key")
     table = growth(scores, generations)
     best, worst = extremes(scores)
-    asked = scores.merge(generations[["generation_key", "negative_prompt"]], on="generation_key")
-    own, control = effects(asked), control_effects(evidence, generations)
+    own, control = effects(scores), control_effects(evidence, generations)
     note = control_told(own, control)
     means = "; ".join(
         f"{row.label}: {row.score:.2f} ({_ends(row.score_low, row.score_high, '.2f')})"

@@ -546,7 +546,7 @@ def contact_sheet(
     group_name="reports",
     kinds={"python", "pillow"},
     owners=["team:analytics"],
-    code_version="4",
+    code_version="5",
 )
 def growth_chart(
     context: dg.AssetExecutionContext,
@@ -563,7 +563,8 @@ def growth_chart(
     negative prompt each do (bootstrap over prompts), the same with the texts of other prompts (the
     negative control), and the prompts that gained most and lost most, chosen by rule. Pictures,
     `growth.csv`, `effects.csv`, `control.csv` and `growth.json` lie in
-    `data/store/public/thesis/`.
+    `data/store/public/thesis/`. Which effects are more than chance, all questions counted, the
+    report `paired_effects` says.
     """
     import pandas as pd
 

@@ -39,6 +39,11 @@ JOIN (SELECT DISTINCT generation_key FROM current_generation) AS now
     ON now.generation_key = image.generation_key
 LEFT JOIN fct_score AS score
     ON score.generation_key = image.generation_key AND score.metric_id = ?
+    -- As in reports: scores of titles that were taken off an image stay, and do not count.
+    AND (
+        NOT starts_with(score.metric_id, 'title_')
+        OR image.generation_key IN (SELECT generation_key FROM fct_title)
+    )
 WHERE image.prompt_id = ?
 ORDER BY image.seed, image.variant
 """

@@ -22,15 +22,12 @@ from posterpipe.core.statistics import (
     effect_of,
     effects,
     hedges_g,
-    holm,
     mean_interval,
     paired_difference,
-    sign_flip_p,
-    smallest_detectable,
     student_quantile,
     wilson_interval,
 )
-from posterpipe_tests.reference import leaderboard
+from posterpipe_tests.reference import holm, leaderboard, smallest_detectable
 
 Row = tuple[str, str, int, float | None]
 
@@ -180,7 +177,6 @@ def test_intervals_of_whole_studies_cover_the_truth(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         statistics, "bootstrap_interval", partial(bootstrap_interval, resamples=999)
     )
-    monkeypatch.setattr(statistics, "sign_flip_p", partial(sign_flip_p, resamples=9))
     rng = np.random.default_rng(2)
     # Each half of the interaction falls to one main effect; all of it to both together.
     truth = {"tuned": 0.035, "negative": 0.02, "interaction": 0.01, "both": 0.055}
@@ -198,9 +194,9 @@ def test_a_planted_effect_is_found_and_told_from_the_others() -> None:
     found = effects(study(np.random.default_rng(3), tuned=0.03, negative=0.0)).set_index("contrast")
     assert list(found.index) == [name for name in CONTRASTS if not name.startswith("late")]
     tuned, negative = found.loc["tuned"], found.loc["negative"]
-    assert tuned.low <= 0.03 <= tuned.high and tuned.low > 0 and tuned.p_value < 0.001
+    assert tuned.low <= 0.03 <= tuned.high and tuned.low > 0
     assert tuned.win_rate > 0.9 and tuned.win_low > 0.5 and tuned.effect_size > 1
-    assert negative.low <= 0 <= negative.high and negative.p_value > 0.05
+    assert negative.low <= 0 <= negative.high
     assert found.loc["interaction"].low <= 0 <= found.loc["interaction"].high
     assert (tuned.prompts, tuned.pairs) == (24, 96)
 
@@ -240,6 +236,22 @@ def test_prompts_without_a_negative_prompt_are_left_out_of_what_compares_it() ->
     assert effects(mixed[none]).contrast.tolist() == ["tuned without negative"]
 
 
+def test_paired_differences_leave_out_what_the_effects_leave_out() -> None:
+    mixed = study(np.random.default_rng(19), tuned=0.03, negative=0.02)
+    asked = mixed["variant"].str.endswith("_negative") & (mixed["prompt_id"] < "p2")
+    mixed["negative_prompt"] = np.where(asked, "busy", "")
+    found: Any = effects(mixed).set_index("contrast")
+    for variant, contrast in {
+        "sd_negative": "negative on base",
+        "dreambooth": "tuned without negative",
+        "dreambooth_negative": "both",
+    }.items():
+        difference, row = paired_difference(mixed, variant, "sd"), found.loc[contrast]
+        assert (difference.mean, difference.low) == (row["estimate"], row["low"])
+        assert (difference.prompts, difference.images) == (row["prompts"], row["pairs"])
+    assert found.loc["both", "prompts"] < found.loc["tuned without negative", "prompts"] == 24
+
+
 def test_a_prompt_is_won_where_the_metric_calls_the_difference_better() -> None:
     cells = pd.DataFrame({"prompt_id": list("abcd"), "difference": [0.1, 0.2, 0.0, -0.1]})
     higher, lower = effect_of("x", cells), effect_of("x", cells, better="lower")
@@ -272,18 +284,6 @@ def test_a_late_negative_prompt_is_compared_with_the_full_one_where_it_was_drawn
     (found,) = effects(table(rows)).itertuples()
     assert (found.contrast, found.prompts) == ("late negative on base", 2)
     assert found.estimate == pytest.approx(-0.075)
-
-
-def test_without_an_effect_one_study_in_twenty_is_fooled() -> None:
-    rng = np.random.default_rng(5)
-    weights = {"tuned without negative": CONTRASTS["tuned without negative"]}
-    fooled = 0
-    for _ in range(200):
-        differences = rng.normal(0, 0.012, 12)
-        fooled += sign_flip_p(differences) < 0.05
-    assert 2 <= fooled <= 20
-    quiet = effects(study(rng), contrasts=weights).iloc[0]
-    assert quiet.low < quiet.estimate < quiet.high
 
 
 def test_what_a_suite_says_it_detects_is_found_by_the_next_one_four_times_in_five() -> None:
@@ -376,32 +376,18 @@ def test_an_effect_by_hand() -> None:
     # Cells a1 +0.20, a2 0, b1 +0.05; b2 has no pair. Prompts: a +0.10, b +0.05.
     found = effect(SMALL, "tuned", {"sd": -1, "dreambooth": 1})
     assert (found.estimate, found.prompts, found.pairs) == (pytest.approx(0.075), 2, 3)
-    assert found.p_value == 0.5  # of ++, +-, -+, --, two are as far from 0
     assert found.win_rate == 1.0
     assert effects(SMALL).contrast.tolist() == ["tuned without negative"]
-
-
-def test_sign_flips_give_the_exact_p_value_for_few_and_nearly_so_for_many() -> None:
-    assert sign_flip_p(np.array([1.0, 1.0, 1.0, 1.0])) == 2 / 16
-    assert sign_flip_p(np.array([3.0, -1.0, 2.0])) == 4 / 8  # sums 6, 4, 2, 0 and their opposites
-    assert sign_flip_p(np.zeros(5)) == 1.0
-    assert math.isnan(sign_flip_p(np.array([0.4])))
-    values = np.random.default_rng(8).normal(0.5, 1, 13)
-    exact = np.mean(
-        [
-            abs(sum(v if bits >> i & 1 else -v for i, v in enumerate(values)))
-            >= abs(values.sum()) - 1e-12
-            for bits in range(2**13)
-        ]
-    )
-    assert sign_flip_p(values) == pytest.approx(exact, abs=0.02)
-    assert sign_flip_p(values) == sign_flip_p(values)
 
 
 def test_effect_sizes_and_shares_by_hand() -> None:
     # Mean 2, deviation 1, correction 1 - 3/7.
     assert hedges_g(np.array([1.0, 2.0, 3.0])) == pytest.approx(2 * (1 - 3 / 7))
-    assert hedges_g(np.zeros(4)) == 0 and hedges_g(np.ones(4)) == math.inf
+    assert hedges_g(np.zeros(4)) == 0
+    # Values that are the same but for their last digits have no deviation to speak of.
+    assert math.isnan(hedges_g(np.ones(4))) and math.isnan(
+        hedges_g(np.array([0.1 + 0.2, 0.3, 0.3]))
+    )
     low, high = wilson_interval(8, 10)
     assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
     assert all(math.isnan(bound) for bound in wilson_interval(0, 0))

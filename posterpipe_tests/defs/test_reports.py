@@ -25,20 +25,22 @@ from dagster_dbt import DbtProject
 
 from posterpipe.core import statistics, thesis
 from posterpipe.core.gate import DECISION_COLUMNS, champion_of, verdicts
-from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.score_report.data import TO_BASELINE
+from posterpipe.core.warehouse import Warehouse, delete_titles
 from posterpipe.defs import reports
 from posterpipe.defs.automation import with_policy
 from posterpipe.defs.resources import Deployment
 from posterpipe.settings import Settings, default_root, load_settings
 from posterpipe_tests import study
-from posterpipe_tests.reference import leaderboard
+from posterpipe_tests.reference import holm, leaderboard, smallest_detectable
 
 NEW = "seed_spread"
 
 
 @dataclass
 class World:
-    """A copy of the dbt project with one more file, over the warehouse of a study."""
+    """A copy of the dbt project with one more file, over the warehouse of a study, of which some
+    prompts have no negative prompt, and some images are lettered no more."""
 
     settings: Settings
     deployment: Deployment
@@ -90,6 +92,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     settings = load_settings("starter", root=root, store=root / "store")
     deployment = Deployment(settings)
     study.fill(deployment.warehouse_path)
+    with deployment.warehouse.write() as connection:
+        connection.execute(
+            "update fct_image set negative_prompt = '' "
+            "where prompt_id in ('prompt-04', 'prompt-05')"
+        )
+        last = connection.execute("select generation_key from fct_image where seed = 13").df()
+        delete_titles(connection, last["generation_key"])
     shutil.copyfile(deployment.warehouse_path, root / "without_reports.duckdb")
     assets = with_policy(reports.dbt_reports(reports.dbt_project(settings)))
     (root / "home").mkdir()
@@ -260,13 +269,53 @@ def test_the_leaderboard_and_the_growth_chart_tell_the_same_numbers(world: World
     for column, name in (
         ("mean", "cosine"), ("low_95", "low"), ("high_95", "high"), ("clip_score", "score"),
         ("clip_score_low_95", "score_low"), ("clip_score_high_95", "score_high"),
-        ("diff_low_95", "gain_low"), ("diff_high_95", "gain_high"),
+        ("diff_to_sd", "gain"), ("diff_low_95", "gain_low"), ("diff_high_95", "gain_high"),
     ):  # fmt: skip
         np.testing.assert_allclose(
             board[column].astype(float), chart[name].astype(float), atol=1e-6, err_msg=column
         )
     others = world.query("from leaderboard where metric_id not like 'clip_t.%'")
     assert others["clip_score"].isna().all()
+
+
+def test_the_leaderboard_differs_from_the_base_model_as_the_paired_effects_do(
+    world: World,
+) -> None:
+    asked = pd.DataFrame(TO_BASELINE.items(), columns=["variant", "comparison"])
+    board = world.query("from leaderboard where variant <> 'sd'").merge(asked, on="variant")
+    both = board.merge(
+        world.query("from paired_effects"), on=["metric_id", "comparison"], suffixes=("", "_effect")
+    )
+    assert len(both) == len(board) == 3 * board["metric_id"].nunique()
+    for column, name in (
+        ("diff_to_sd", "mean_difference"), ("diff_low_95", "low_95_effect"),
+        ("diff_high_95", "high_95_effect"), ("pairs", "pairs_effect"),
+    ):  # fmt: skip
+        np.testing.assert_allclose(
+            both[column].astype(float), both[name].astype(float), atol=2e-6, err_msg=column
+        )
+    # Two of the six prompts have no negative prompt; the means count them.
+    own = both[both["is_headline"]].set_index("variant")
+    assert own["prompts_effect"].to_dict() == {
+        "sd_negative": 4, "dreambooth": 6, "dreambooth_negative": 4
+    }  # fmt: skip
+    assert set(own["prompts"]) == {6}
+
+
+def test_the_leaderboard_counts_the_titles_that_the_report_on_legibility_counts(
+    world: World,
+) -> None:
+    board = world.query(
+        "select split_part(metric_id, '.', 2) as lettering, variant, images, prompts "
+        "from leaderboard where metric_id like 'title_exact.%'"
+    )
+    both = board.merge(
+        world.query("from legibility"), on=["lettering", "variant"], suffixes=("", "_read")
+    )
+    assert len(both) == 8
+    # Three prompts with a title, and two of three seeds that are lettered still.
+    assert both["images"].tolist() == both["images_read"].tolist() == [6] * 8
+    assert both["prompts"].tolist() == both["prompts_read"].tolist()
 
 
 def test_shares_of_titles_have_wilsons_interval_and_distances_stay_within_0_and_1(
@@ -311,7 +360,7 @@ def test_the_paired_effects_are_what_python_computes(world: World) -> None:
 
 def test_what_is_detectable_counts_the_questions_of_its_family(world: World) -> None:
     effects = world.query("from paired_effects")
-    rows = current_scores(world)
+    rows = statistics.answers(current_scores(world))
     (primary,) = effects.loc[effects["is_primary"], ["metric_id", "comparison"]].to_numpy().tolist()
     assert primary == [study.HEADLINE, "tuned without negative"]
     questions = effects.groupby("is_headline")["p_value"].count()
@@ -321,7 +370,7 @@ def test_what_is_detectable_counts_the_questions_of_its_family(world: World) -> 
         own = rows[rows["metric_id"] == row.metric_id].set_index(["prompt_id", "seed"])
         weights = statistics.CONTRASTS[str(row.comparison)]
         cells = sum(w * own.loc[own["variant"] == v, "value"] for v, w in weights.items()).dropna()
-        expected = statistics.smallest_detectable(
+        expected = smallest_detectable(
             cells.groupby("prompt_id").mean().to_numpy(),
             tests=1 if row.is_primary else int(questions[row.is_headline]),
         )
@@ -332,7 +381,7 @@ def test_p_values_of_effects_are_students_and_corrected_by_holm(
     world: World,
 ) -> None:
     effects = world.query("from paired_effects")
-    rows = current_scores(world)
+    rows = statistics.answers(current_scores(world))
     assert effects["metric_id"].nunique() > 3
     row: Any
     for row in effects.itertuples():
@@ -348,7 +397,7 @@ def test_p_values_of_effects_are_students_and_corrected_by_holm(
         )
         assert row.p_value == pytest.approx(t_p_value(by_prompt), abs=2e-6)
     for _, asked in effects.groupby("is_headline"):
-        expected = statistics.holm(asked["p_value"].to_numpy(dtype=float))
+        expected = holm(asked["p_value"].to_numpy(dtype=float))
         np.testing.assert_allclose(asked["p_adjusted"], expected, atol=1e-9)
     assert (effects["p_adjusted"] > effects["p_value"]).any()
 
@@ -448,10 +497,14 @@ def test_counts_of_posters_copies_and_readings_are_those_of_the_tables(world: Wo
 def current_scores(world: World) -> pd.DataFrame:
     return world.query(
         """
-        select image.variant, image.prompt_id, image.seed, score.metric_id, score.value
+        select image.variant, image.prompt_id, image.seed, image.negative_prompt, score.metric_id,
+            score.value
         from fct_score as score
         join fct_image as image using (generation_key)
         semi join current_generation using (generation_key)
+        where score.metric_id not like 'title%' or generation_key in (
+            select generation_key from fct_title
+        )
         """
     )
 
@@ -506,8 +559,8 @@ def test_the_p_value_of_prompts_that_all_differ_by_the_same_is_that_of_their_sig
     cases = [(0.0, 0.0, 5), (0.2, 0.0, 5), (-0.2, 1e-17, 2), (1e-17, 1e-17, 9), (0.2, 0.0, 24)]
     values = ", ".join(f"({m}, {s}, {n})" for m, s, n in cases)
     found = duckdb.execute(f"select {sql} from (values {values}) as t(m, s, n)").fetchall()
-    by_flips = [statistics.sign_flip_p(np.full(n, m)) for m, _, n in cases[:3]]
-    assert [p for (p,) in found] == pytest.approx([*by_flips, 1.0, 2**-23])
+    # Of 2^n patterns of signs, two are all alike.
+    assert [p for (p,) in found] == pytest.approx([1.0, 2 / 2**5, 2 / 2**2, 1.0, 2 / 2**24])
 
 
 def test_a_failing_test_keeps_the_publication_of_before(world: World) -> None:

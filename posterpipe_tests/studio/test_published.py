@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import duckdb
+import pandas as pd
 import pytest
 
 from posterpipe.core.warehouse import Warehouse, publish
@@ -60,6 +61,29 @@ def test_each_publication_is_seen_and_the_file_is_never_held_open(tmp_path: Path
     board = published.leaderboard()
     assert board is not None and board["mean"].astype(float).tolist() == [0.5]
     assert published.prompts()["prompt"].tolist() == ["a <b>rocket</b>"]
+
+
+def test_titles_of_images_that_are_lettered_no_more_have_no_score(tmp_path: Path) -> None:
+    path = publication(tmp_path, 0.25)
+    path.chmod(0o644)
+
+    def scores() -> list[float | None]:
+        return Published(path).images("rocket", "title_exact.set.r")["clip_cosine"].tolist()
+
+    with duckdb.connect(str(path)) as connection:
+        connection.execute(
+            "INSERT INTO fct_score VALUES ('g', 'title_exact.set.r', 1, 'ok', '', "
+            "now()::TIMESTAMP, 'run')"
+        )
+        connection.execute(
+            "INSERT INTO fct_title BY NAME SELECT 'g' AS generation_key, 'T' AS title, "
+            "'' AS image, '' AS image_path, 'ok' AS status, '' AS reason, "
+            "now()::TIMESTAMP AS set_at"
+        )
+    assert scores() == [1.0]
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("DELETE FROM fct_title")
+    assert pd.isna(scores()).tolist() == [True]
 
 
 def test_a_publication_without_leaderboard_has_none(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 -- Millions of scores are joined to their images once and added up by numbers instead of names.
 -- Differences are between images of the same prompt and seed. Where both variants have a score for
 -- the same seeds, that is the difference of the prompt's means; only for prompts where one is
--- missing are the pairs looked up, and a score without its partner left out.
+-- missing are the pairs looked up, and a score without its partner left out. Where a prompt has no
+-- negative prompt, a negative variant is the image of the one without again, and no answer.
 with metrics as (
     select * from {{ ref('stg_metrics') }}
     where is_current
@@ -18,6 +19,8 @@ answers as materialized (
         variant,
         prompt_id,
         min(checkpoint_id) as checkpoint_id,
+        variant <> 'sd' and (variant not like '%negative%' or min(negative_prompt) <> '')
+            as is_compared,
         row_number() over () as answer
     from images
     group by variant, prompt_id
@@ -27,7 +30,10 @@ numbered_images as materialized (
     select
         images.generation_key,
         images.seed,
-        answers.answer
+        answers.answer,
+        images.generation_key in (
+            select generation_key from {{ source('warehouse', 'fct_title') }}
+        ) as is_lettered
     from images
     inner join answers
         on answers.variant = images.variant and answers.prompt_id = images.prompt_id
@@ -42,7 +48,9 @@ scores as not materialized (
         score.status
     from {{ source('warehouse', 'fct_score') }} as score
     inner join numbered_images as image on image.generation_key = score.generation_key
-    where score.metric_id in (select metric_id from metrics)
+    where
+        score.metric_id in (select metric_id from metrics)
+        and {{ is_asked('score.metric_id', 'image.is_lettered') }}
 ),
 
 sums as materialized (
@@ -65,6 +73,7 @@ prompts as (
         answers.variant,
         answers.prompt_id,
         answers.checkpoint_id,
+        answers.is_compared,
         sums.answer,
         sums.images,
         sums.scored,
@@ -96,7 +105,7 @@ beside_sd as (
             base.variant = 'sd'
             and base.metric_id = prompts.metric_id
             and base.prompt_id = prompts.prompt_id
-    where prompts.variant <> 'sd'
+    where prompts.is_compared
 ),
 
 incomplete as (

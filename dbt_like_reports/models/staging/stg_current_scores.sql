@@ -4,7 +4,6 @@ with metrics as (
     where is_current
 ),
 
--- Scores of images that are lettered no more stay from a time when they were.
 lettered as (
     select generation_key
     from {{ source('warehouse', 'fct_title') }}
@@ -25,7 +24,4 @@ inner join {{ ref('stg_current_images') }} as image
     on image.generation_key = score.generation_key
 where
     score.metric_id in (select metric_id from metrics)
-    and (
-        score.metric_id not like 'title\_%' escape '\'
-        or score.generation_key in (select generation_key from lettered)
-    )
+    and {{ is_asked('score.metric_id', 'score.generation_key in (select generation_key from lettered)') }}
