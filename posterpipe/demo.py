@@ -343,8 +343,8 @@ def leaderboard_table(deployment: Deployment) -> Table:
 
     with duckdb.connect(str(deployment.published_path), read_only=True) as connection:
         rows = connection.execute(
-            "select variant, images, blocked, prompts, mean, low_95, high_95, "
-            "diff_to_sd, diff_low_95, diff_high_95, metric_id from leaderboard where is_headline"
+            "select variant, images, blocked, prompts, mean, low_95, high_95, diff_to_sd, "
+            "diff_low_95, diff_high_95, diff_prompts, metric_id from leaderboard where is_headline"
         ).fetchall()
     metrics = sorted({row[-1] for row in rows})
     table = Table(
@@ -359,7 +359,7 @@ def leaderboard_table(deployment: Deployment) -> Table:
     table.add_column("variant", overflow="fold")  # where it is narrow, the name and not a number
     for name in ("images", "cosine", "95 % interval", "difference", "95 % interval"):
         table.add_column(name, justify="right", no_wrap=True)
-    for variant, images, blocked, _, mean, low, high, diff, diff_low, diff_high, _ in rows:
+    for variant, images, blocked, _, mean, low, high, diff, diff_low, diff_high, _, _ in rows:
         table.add_row(
             variant,
             f"{images}" + (f" ({blocked} blocked)" if blocked else ""),
@@ -369,8 +369,11 @@ def leaderboard_table(deployment: Deployment) -> Table:
             _interval(diff_low, diff_high, "+.3f"),
         )
     prompts = max((row[3] for row in rows), default=0)
+    # Fewer where some prompts have no negative prompt, or no image that both could score.
+    compared = min((row[-2] for row in rows if row[7] is not None), default=prompts)
+    fewer = f" (of differences {compared} or more)" if compared < prompts else ""
     table.caption = (
-        f"Intervals over {prompts} prompts, seeds averaged. Metric: {', '.join(metrics)}"
+        f"Intervals over {prompts} prompts{fewer}, seeds averaged. Metric: {', '.join(metrics)}"
     )
     return table
 

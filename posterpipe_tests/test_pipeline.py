@@ -343,7 +343,9 @@ def test_a_pin_makes_the_champion_stale_and_is_followed(pipeline: Pipeline) -> N
 def test_progress_is_shown_for_the_long_steps(pipeline: Pipeline) -> None:
     for words in ("caption", "train: 4 steps", "Drawing", "Encoding", "✓ dreambooth_checkpoint"):
         assert words in pipeline.output
-    assert leaderboard_table(pipeline.deployment).row_count == 4
+    table = leaderboard_table(pipeline.deployment)
+    assert table.row_count == 4
+    assert "over 3 prompts (of differences 2 or more)" in str(table.caption)
     assert "with the texts of the other prompts" in control_line(pipeline.deployment)
 
 

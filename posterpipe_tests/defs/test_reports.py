@@ -290,13 +290,14 @@ def test_the_leaderboard_differs_from_the_base_model_as_the_paired_effects_do(
     for column, name in (
         ("diff_to_sd", "mean_difference"), ("diff_low_95", "low_95_effect"),
         ("diff_high_95", "high_95_effect"), ("pairs", "pairs_effect"),
+        ("diff_prompts", "prompts_effect"),
     ):  # fmt: skip
         np.testing.assert_allclose(
             both[column].astype(float), both[name].astype(float), atol=2e-6, err_msg=column
         )
     # Two of the six prompts have no negative prompt; the means count them.
     own = both[both["is_headline"]].set_index("variant")
-    assert own["prompts_effect"].to_dict() == {
+    assert own["diff_prompts"].to_dict() == {
         "sd_negative": 4, "dreambooth": 6, "dreambooth_negative": 4
     }  # fmt: skip
     assert set(own["prompts"]) == {6}

@@ -180,6 +180,7 @@ differences as (
     select
         metric_id,
         variant,
+        count(difference) as prompts,
         cast(sum(pairs) as bigint) as pairs,
         avg(difference) as mean,
         bootstrap_interval(list(difference order by prompt_id)) as ends
@@ -201,6 +202,7 @@ select
     round(means.mean, 6) as mean,
     {{ within_range('means.ends.low', 'means.metric_id') }} as low_95,
     {{ within_range('means.ends.high', 'means.metric_id') }} as high_95,
+    coalesce(differences.prompts, 0) as diff_prompts,
     coalesce(differences.pairs, 0) as pairs,
     round(differences.mean, 6) as diff_to_sd,
     round(differences.ends.low, 6) as diff_low_95,

@@ -39,8 +39,8 @@ TO_BASELINE: Mapping[str, str] = {
 MARTS: Mapping[str, tuple[str, ...]] = {
     "leaderboard": (
         "metric_id", "metric", "better", "is_headline", "variant", "checkpoint_id", "prompts",
-        "images", "blocked", "failed", "mean", "low_95", "high_95", "diff_to_sd", "diff_low_95",
-        "diff_high_95", "clip_score", "clip_score_low_95", "clip_score_high_95",
+        "images", "blocked", "failed", "mean", "low_95", "high_95", "diff_prompts", "diff_to_sd",
+        "diff_low_95", "diff_high_95", "clip_score", "clip_score_low_95", "clip_score_high_95",
     ),
     "paired_effects": (
         "metric_id", "metric", "better", "is_headline", "is_primary", "comparison", "question",

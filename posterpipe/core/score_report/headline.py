@@ -96,7 +96,7 @@ def headline(published: Published, board: Board) -> tuple[str, str]:
             "model with scores for the same prompt and seed, so that nothing can be said about "
             "fine-tuning yet.",
         )
-    prompts = count(board[TUNED], "prompts")
+    prompts = count(board[TUNED], "diff_prompts")
     own = change_of(published, board)
     if own is None:
         return (

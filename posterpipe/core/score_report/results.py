@@ -178,6 +178,8 @@ def _board(metric_id: str, rows: Sequence[Row], effects: Mapping[str, Row]) -> d
         variant = text(row["variant"])
         mean, low, high = (number(row[n]) for n in ("mean", "low_95", "high_95"))
         difference = number(row["diff_to_sd"])
+        prompts, compared = count(row, "prompts"), count(row, "diff_prompts")
+        fewer = difference is not None and compared < prompts
         shown.append(
             {
                 "variant": variant,
@@ -188,7 +190,7 @@ def _board(metric_id: str, rows: Sequence[Row], effects: Mapping[str, Row]) -> d
                 "difference": charts.signed(difference) if difference is not None else DASH,
                 "difference_interval": interval(row, "diff_low_95", "diff_high_95", sign=True),
                 "css": verdict(effects.get(variant)),
-                "prompts": count(row, "prompts"),
+                "prompts": f"{prompts} ({compared} to base)" if fewer else f"{prompts}",
                 "images": count(row, "images"),
                 "missing": count(row, "blocked") + count(row, "failed"),
             }

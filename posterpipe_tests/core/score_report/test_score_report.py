@@ -236,6 +236,14 @@ def test_the_leaderboard_has_the_colours_of_what_the_paired_effects_find(world: 
     assert colours == ["gain", "", "loss"]
 
 
+def test_a_difference_is_told_with_its_own_number_of_prompts(world: Path) -> None:
+    published = changed(world, own=UP)
+    published.marts["leaderboard"].loc[:, "diff_prompts"] = 7
+    assert "a 95 % interval over 7 prompts" in first_words(published)[1]
+    tuned = next(r for r in results._boards(published)[0]["rows"] if r["variant"] == "dreambooth")
+    assert tuned["prompts"].endswith(" (7 to base)")
+
+
 def test_without_a_pair_of_scores_nothing_is_said_of_fine_tuning(world: Path) -> None:
     assert told(world)[0] == "Scores without a comparison"
 
