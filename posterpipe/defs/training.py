@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import dagster as dg
-from dagster._core.errors import DagsterPipesExecutionError  # not exported
+from dagster._core.errors import (  # not exported
+    DagsterExecutionInterruptedError,
+    DagsterPipesExecutionError,
+)
 from pydantic import ValidationError
 
 from posterpipe.defs.resources import (
@@ -239,7 +242,7 @@ def dreambooth_checkpoint(
     else:
         config_file = config.to_toml(config.work_dir / "run.toml")
         command = launch_command(config_file, module=WORKER, processes=processes, cpu=gpus == 0)
-        _train(context, deployment, command)
+        _train(context, deployment, command, config.work_dir)
     record = json.loads(record_file.read_text("utf-8"))
     row = {
         "checkpoint_id": name,
@@ -268,10 +271,12 @@ def dreambooth_checkpoint(
     )
 
 
-def _train(context: dg.AssetExecutionContext, deployment: Deployment, command: list[str]) -> None:
+def _train(
+    context: dg.AssetExecutionContext, deployment: Deployment, command: list[str], work_dir: Path
+) -> None:
     from posterpipe.core.dreambooth.launch import STOPPING_SECONDS, launch_environment
 
-    reader = _Reports()
+    reader = _Reports(work_dir)
     client = dg.PipesSubprocessClient(
         env=launch_environment(),
         cwd=str(deployment.settings.root),
@@ -322,12 +327,14 @@ class _Reports(dg.PipesTempFileMessageReader):
     """Reads the messages of the training process, and shows its step reports as progress.
 
     A step report is a custom message with the fields of `StepReport`. Dagster would hand custom
-    messages over at the end only.
+    messages over at the end only. A run that is cancelled is read until the process that trains in
+    `work_dir` has saved and ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, work_dir: Path) -> None:
         super().__init__()
         self.last_words = ""
+        self._work_dir = work_dir
         self._show: Callable[[Any], None] = lambda report: None
 
     @contextmanager
@@ -352,9 +359,19 @@ class _Reports(dg.PipesTempFileMessageReader):
     @contextmanager
     def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[Mapping[str, Any]]:
         """See PipesMessageReader.read_messages."""
+        from posterpipe.core.dreambooth.guards import trains_in, wait_until_none_trains
+        from posterpipe.core.dreambooth.launch import STOPPING_SECONDS
+
         watched = cast(dg.PipesMessageHandler, _Watched(handler, self._read))
+        already = trains_in(self._work_dir)
         with super().read_messages(watched) as params:
-            yield params
+            try:
+                yield params
+            except DagsterExecutionInterruptedError:
+                # Pipes has waited for the launcher, and accelerate's launcher of one process ends
+                # at once: the training process still saves, talks to this reader and has the GPU.
+                wait_until_none_trains(self._work_dir, STOPPING_SECONDS, besides=already)
+                raise
 
     def _read(self, message: dict[str, Any]) -> bool:
         """Whether the message was a report and is done with."""

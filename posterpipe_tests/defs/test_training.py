@@ -11,8 +11,10 @@ from typing import Any
 
 import dagster as dg
 import pytest
+import yaml
 from PIL import Image
 
+from posterpipe.core.dreambooth.launch import STOPPING_SECONDS
 from posterpipe.core.store import Store
 from posterpipe.core.training_set import build_training_set
 from posterpipe.defs import training
@@ -32,7 +34,7 @@ from posterpipe.defs.training import (
     launchpad_fields,
     training_settings,
 )
-from posterpipe.settings import SettingsError, TrainingSettings, load_settings
+from posterpipe.settings import SettingsError, TrainingSettings, default_root, load_settings
 from posterpipe.settings_table import described
 from posterpipe_tests.core.dreambooth.conftest import write_training_set
 from posterpipe_tests.core.tiny_blip import build_tiny_blip
@@ -106,13 +108,15 @@ def test_a_training_that_is_cancelled_has_the_time_to_save(
 
     @dg.asset
     def checkpoint(context) -> dg.Output:  # type: ignore[no-untyped-def]  # it reads no strings
-        training._train(context, deployment, [sys.executable, "-c", code])
+        training._train(context, deployment, [sys.executable, "-c", code], tmp_path / "work")
         return dg.Output(None)
 
     with dg.DagsterInstance.ephemeral() as instance:
         assert dg.materialize([checkpoint], instance=instance).success
     assert int(told.read_text()) >= 600  # torch's launcher waits for 30 seconds, Pipes for 20
     assert clients[0].termination_timeout_seconds >= 600
+    instance_of = yaml.safe_load((default_root() / "deploy" / "dagster.yaml").read_text("utf-8"))
+    assert instance_of["run_monitoring"]["cancel_timeout_seconds"] > STOPPING_SECONDS
 
 
 def test_class_images_of_another_base_model_are_stale(tmp_path: Path) -> None:

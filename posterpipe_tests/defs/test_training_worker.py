@@ -3,21 +3,28 @@
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
 import pytest
 import torch
+from dagster._core.errors import DagsterExecutionInterruptedError  # not exported
 from safetensors.torch import load_file
 
 from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.guards import trains_in
 from posterpipe.core.dreambooth.launch import launch_command
 from posterpipe.core.dreambooth.reports import StepReport, TrainResult
-from posterpipe.defs import training_worker
+from posterpipe.defs import training, training_worker
 from posterpipe.defs.training import WORKER, _Reports
 from posterpipe.settings import TrainingSettings
 from posterpipe_tests.core.dreambooth.conftest import write_training_set
@@ -73,8 +80,68 @@ def test_reports_result_and_errors_reach_dagster(tmp_path: Path) -> None:
     assert "nowhere: there is no such directory" in said
 
 
+SLOW_TO_SAVE = """
+import time
+from posterpipe.core.dreambooth import train as module
+from posterpipe.defs import training_worker
+
+def write_save(*arguments, **keywords):
+    time.sleep(3)
+    return original(*arguments, **keywords)
+
+original, module.write_save = module.write_save, write_save
+training_worker.main()
+"""
+
+
+class CancelledAtTheFirstReport:
+    """A progress during which the step is interrupted, as Dagster does it."""
+
+    @contextmanager
+    def task(self, *_: object, **__: object) -> Iterator[Callable[..., None]]:
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None
+        signal.pthread_kill(main_thread, signal.SIGINT)
+        yield lambda *_, **__: None
+
+
+def test_a_cancelled_step_ends_when_its_training_has_saved_and_let_go_of_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig(
+        base_model=build_tiny_stable_diffusion(tmp_path / "base"),
+        training_set=write_training_set(tmp_path / "set"),
+        output_dir=tmp_path / "out",
+        work_dir=tmp_path / "work",
+        width=TINY_WIDTH,
+        height=TINY_HEIGHT,
+        training=TrainingSettings(max_train_steps=5000, train_batch_size=1, save_every_steps=5000),
+    )
+    (tmp_path / "slow_worker.py").write_text(SLOW_TO_SAVE)
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(root))))
+    deployment: Any = SimpleNamespace(
+        progress=lambda context: CancelledAtTheFirstReport(), settings=SimpleNamespace(root=root)
+    )
+    file = config.to_toml(config.work_dir / "run.toml")
+
+    @dg.asset
+    def checkpoint(context: dg.AssetExecutionContext) -> None:
+        command = launch_command(file, module="slow_worker", cpu=True)
+        training._train(context, deployment, command, config.work_dir)
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        with pytest.raises(DagsterExecutionInterruptedError):
+            dg.materialize([checkpoint], instance=instance)
+        assert trains_in(config.work_dir) is None
+        (run,) = instance.get_runs()
+        said = "\n".join(entry.user_message for entry in instance.all_logs(run.run_id))
+    assert "asked to stop: saved at step" in said
+    assert len(list(config.work_dir.glob("saves/*/step-*/manifest.json"))) == 1
+
+
 def test_an_error_of_another_process_than_the_first_reaches_dagster(tmp_path: Path) -> None:
-    reader = _Reports()
+    reader = _Reports(tmp_path)
 
     @dg.asset
     def failing(context: dg.AssetExecutionContext) -> None:

@@ -57,6 +57,27 @@ def only_run_in(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
+def trains_in(folder: Path) -> str | None:
+    """The id of the process that holds the lock of a work folder; None where none does."""
+    path = folder / "lock"
+    if not path.exists():
+        return None
+    with open(path, encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return lock.read().strip()
+    return None
+
+
+def wait_until_none_trains(folder: Path, seconds: float, *, besides: str | None) -> None:
+    """Returns when no process holds the lock of a work folder, or after so many seconds; one whose
+    id is `besides` is not waited for."""
+    end = time.monotonic() + seconds
+    while trains_in(folder) not in (None, besides) and time.monotonic() < end:
+        time.sleep(0.5)
+
+
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
     """SIGTERM and Ctrl-C become a question the loop can ask between steps. A further Ctrl-C is a

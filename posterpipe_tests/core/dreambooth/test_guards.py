@@ -6,6 +6,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +41,18 @@ def test_ctrl_c_asks_to_stop_and_later_again_ends_at_once(monkeypatch: pytest.Mo
         with pytest.raises(KeyboardInterrupt):
             press_ctrl_c()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_whoever_trains_in_a_folder_is_waited_for_unless_he_did_before(tmp_path: Path) -> None:
+    waits = partial(guards.wait_until_none_trains, tmp_path / "work", 60.0)
+    assert guards.trains_in(tmp_path / "work") is None
+    with guards.only_run_in(tmp_path / "work", print):
+        holder = guards.trains_in(tmp_path / "work")
+        assert holder == str(os.getpid())
+        waits(besides=holder)
+        guards.wait_until_none_trains(tmp_path / "work", 0.0, besides=None)
+    waits(besides=None)
+    assert guards.trains_in(tmp_path / "work") is None
 
 
 def test_ctrl_c_while_loading_ends_with_a_sentence(
