@@ -44,7 +44,13 @@ def card(config: RunConfig, record: Mapping[str, Any], folder: Path) -> str:
     }
     made = record["reports"][-1]["step"]
     taken = ""
-    if record["steps"] < made:
+    lost = record["lost_lowest_step"]
+    if lost is not None:
+        taken = (
+            f" The held-out loss was lowest at step {lost}, but the weights of that step were lost "
+            f"(their save was damaged); these are those of step {record['steps']} of {made}."
+        )
+    elif record["steps"] < made:
         lowest_at = f"step {record['steps']} of {made}"
         taken = f" The weights are those of {lowest_at}, where the held-out loss was lowest."
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]

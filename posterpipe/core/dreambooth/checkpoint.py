@@ -54,6 +54,7 @@ def write_checkpoint(
     trained: Mapping[str, nn.Module],
     journal: Journal,
     steps: int,
+    lost: int | None,
     processes: int,
 ) -> None:
     """Writes the finished directory under a temporary name and renames it to `output_dir`.
@@ -62,7 +63,9 @@ def write_checkpoint(
     files; all other parts are the base's own files. With LoRA their merged weights are written, so
     that whatever reads Stable Diffusion reads this, and beside them the small file that diffusers
     loads on top of the base model. steps: after which the weights are as they are; journal.ended_by
-    tells why no more were made. processes: that shared the work, each with batches of its own.
+    tells why no more were made. lost: the step with the lowest held-out loss, where its weights
+    should have been taken and were lost. processes: that shared the work, each with batches of its
+    own.
     """
     final = config.output_dir
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +91,7 @@ def write_checkpoint(
     if any(samples.glob("*.png")):  # none, where memory ran out each time
         shutil.copytree(samples, temporary / SAMPLES_NAME)
         draw_grid(temporary / f"{SAMPLES_NAME}.png", temporary / SAMPLES_NAME)
-    record = _record(config, versions, run, journal, steps, processes)
+    record = _record(config, versions, run, journal, steps, lost, processes)
     write_json(temporary / RECORD_NAME, record)
     write_card(temporary / CARD_NAME, config, record)
     _share(temporary)
@@ -148,7 +151,13 @@ def _schedule_ends_in_noise(path: Path) -> None:
 
 
 def _record(
-    config: RunConfig, versions: Versions, run: str, journal: Journal, steps: int, processes: int
+    config: RunConfig,
+    versions: Versions,
+    run: str,
+    journal: Journal,
+    steps: int,
+    lost: int | None,
+    processes: int,
 ) -> dict[str, Any]:
     return {
         "checkpoint_id": run,
@@ -164,6 +173,7 @@ def _record(
         "packages": {name: _package_version(name) for name in _PACKAGES},
         "processes": processes,
         "steps": steps,
+        "lost_lowest_step": lost,
         "ended_by": journal.ended_by,
         "final_loss": journal.reports[-1].smoothed_loss,
         "last_loss": journal.reports[-1].loss,

@@ -21,6 +21,7 @@ from posterpipe.core.dreambooth.base_model import count_parameters
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.memory import is_out_of_memory
+from posterpipe.core.models import give_memory_back
 from posterpipe.settings import TrainingSettings
 
 _FOR_IMAGES = 0.25
@@ -36,8 +37,7 @@ class InParts:
     not exceeded again.
     """
 
-    def __init__(self, device: torch.device, log: Callable[[str], None], what: str) -> None:
-        self._device = device
+    def __init__(self, log: Callable[[str], None], what: str) -> None:
         self._log = log
         self._what = what
         self._at_most = sys.maxsize
@@ -58,14 +58,8 @@ class InParts:
                     raise
                 self._at_most = at_once // 2
             # Outside the handler, where nothing holds the memory of the failed try any more.
-            give_memory_back(self._device)
+            give_memory_back()
             self._log(f"out of memory: goes on with {self._at_most} {self._what} at once")
-
-
-def give_memory_back(device: torch.device) -> None:
-    """Makes a GPU's memory that nothing holds any more free for blocks of other sizes."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

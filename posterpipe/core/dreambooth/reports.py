@@ -31,7 +31,8 @@ class StepReport:
     steps. holdout_loss: as last measured, None before. lr, text_encoder_lr: learning rates in this
     step; None for a text encoder that is not trained. grad_norm: of this step's gradients before
     they are clipped; None where they overflowed and fp16's scaler left the step out.
-    seconds_left: at this run's mean speed. memory_gib: peak of the accelerator's memory, of the
+    seconds_left: at the mean speed of this process's steps after its first, which is slower; None
+    before there are any. memory_gib: peak of the accelerator's memory, of the
     process's on CPU. skipped_steps: how many of the steps so far fp16's scaler left out because
     gradients overflowed.
     """
@@ -45,7 +46,7 @@ class StepReport:
     text_encoder_lr: float | None
     grad_norm: float | None
     steps_per_second: float
-    seconds_left: float
+    seconds_left: float | None
     memory_gib: float
     skipped_steps: int = 0
 
@@ -71,7 +72,9 @@ class StepReport:
         )
         holdout = "" if self.holdout_loss is None else f", held-out {self.holdout_loss:.4f}"
         text = "" if self.text_encoder_lr is None else f" (text {self.text_encoder_lr:.2e})"
-        left = f", about {duration(self.seconds_left)} left" if self.step < self.total else ""
+        left = ""
+        if self.seconds_left is not None and self.step < self.total:
+            left = f", about {duration(self.seconds_left)} left"
         skipped = f", {self.skipped_steps} steps left out" if self.skipped_steps else ""
         return (
             f"step {self.step} of {self.total}: loss {self.loss:.4f}, smoothed "

@@ -41,14 +41,10 @@ from posterpipe.core.dreambooth.guards import only_run_in, stop_signal, writing
 from posterpipe.core.dreambooth.holdout import holdout_loss, lowest, stopped_falling
 from posterpipe.core.dreambooth.inputs import read_inputs
 from posterpipe.core.dreambooth.learner import Learner
-from posterpipe.core.dreambooth.memory import (
-    InParts,
-    give_memory_back,
-    memory_hint,
-    peak_memory_gib,
-)
+from posterpipe.core.dreambooth.memory import InParts, memory_hint, peak_memory_gib
 from posterpipe.core.dreambooth.reports import HoldoutLoss, Journal, StepReport, TrainResult, finite
 from posterpipe.core.dreambooth.saves import (
+    Save,
     keep_only,
     newest_save,
     other_runs,
@@ -59,6 +55,7 @@ from posterpipe.core.dreambooth.saves import (
 )
 from posterpipe.core.dreambooth.schedule import learning_rate
 from posterpipe.core.memory import is_out_of_memory
+from posterpipe.core.models import give_memory_back
 from posterpipe.settings import TrainingSettings
 
 _SAVES, _LOWEST = "saves", "lowest"
@@ -185,8 +182,8 @@ def _train(
         ends = [math.inf, *saved_steps(save_folder)]
         keep_only(lowest_folder, {_lowest_step(journal, until) for until in ends})
 
-    questions_in_parts = InParts(device, log, "held-out posters")
-    samples_in_parts = InParts(device, log, "samples")
+    questions_in_parts = InParts(log, "held-out posters")
+    samples_in_parts = InParts(log, "samples")
 
     def errors_of(batch: Batch) -> Tensor:
         return questions_in_parts(
@@ -236,7 +233,7 @@ def _train(
             if not is_out_of_memory(error):
                 raise
         # Outside the handler, where nothing holds the memory of the failed try any more.
-        give_memory_back(device)
+        give_memory_back()
         log(f"the samples of step {step} are left out: out of memory")
 
     def due(step: int, every: int | None) -> bool:
@@ -248,12 +245,13 @@ def _train(
     first_bad_step = torch.tensor(math.inf, device=device)
     split = 1  # parts in which each batch goes through the models; more where memory ran out
     seconds_before = journal.seconds
-    started = reported_at = time.perf_counter()
+    started = reported_at = settled = time.perf_counter()
     reported_step = first_step
     if first_step == 0:
         if inputs.questions:
             measure_holdout(0)
         draw_samples(0)
+    give_memory_back()  # of the VAE and the text encoder, which have encoded everything
     with stop_signal() as asked_to_stop:
         for step in range(first_step, total):
             if journal.ended_by:
@@ -277,7 +275,7 @@ def _train(
                     split *= _further_split(error, settings, accelerator, split)
                 # Outside the handler, where nothing holds the memory of the failed try any more.
                 learner.forget_gradients()
-                give_memory_back(device)
+                give_memory_back()
                 log(
                     f"out of memory at step {step + 1}: goes on with "
                     f"{settings.train_batch_size // split} images at once, accumulated "
@@ -341,7 +339,7 @@ def _train(
                     text_encoder_lr=rates[1] if learner.trains_text_encoder(step) else None,
                     grad_norm=finite(float(norm)),
                     steps_per_second=(done - reported_step) / max(now - reported_at, 1e-9),
-                    seconds_left=(now - started) / (done - first_step) * (total - done),
+                    seconds_left=_seconds_left(now - settled, done - first_step - 1, total - done),
                     memory_gib=peak_memory_gib(device),
                     skipped_steps=skipped,
                 )
@@ -360,19 +358,28 @@ def _train(
                     f"asked to stop: saved at step {done} of {total} in {save_folder}; start the "
                     "same run again and it goes on from there"
                 )
+            if step == first_step:  # in which models were compiled and convolutions tried
+                settled = time.perf_counter()
 
     # ---- the finished model -------------------------------------------------------------------
     if main:
-        steps = journal.reports[-1].step
+        last = steps = journal.reports[-1].step
+        lost = None
         learner.finish()
         if settings.early_stop_patience is not None:
-            at = _lowest_step(journal)
-            best = None if at is None else save_of_step(lowest_folder, at, run=run, log=log)
+            best = _best_save(journal, lowest_folder, run, log)
             if best is not None:
                 learner.restore_weights(best)
                 steps = best.step
-            else:
-                log(f"the finished model has the weights of the last step, {steps}")
+            at = _lowest_step(journal)
+            if at is None:
+                log(f"the finished model has the weights of the last step, {last}")
+            elif steps != at:
+                lost = at
+                log(
+                    f"the weights of step {lost}, where the held-out loss was lowest, are lost; "
+                    f"the finished model has those of step {steps} of {last}"
+                )
         with writing("the finished model", config.output_dir):
             write_checkpoint(
                 config,
@@ -381,6 +388,7 @@ def _train(
                 trained=learner.models,
                 journal=journal,
                 steps=steps,
+                lost=lost,
                 processes=accelerator.num_processes,
             )
         _remove_saves(config, run)
@@ -425,6 +433,11 @@ def _rate(settings: TrainingSettings, step: int, peak: float) -> float:
     )
 
 
+def _seconds_left(seconds: float, steps: int, steps_left: int) -> float | None:
+    """What is left, at the mean speed of the steps so far; None before there is one."""
+    return seconds / steps * steps_left if steps else None
+
+
 def _further_split(
     error: Exception, settings: TrainingSettings, accelerator: Accelerator, split: int
 ) -> int:
@@ -452,6 +465,20 @@ def _lowest_step(journal: Journal, until: float = math.inf) -> int | None:
     """
     place = lowest([measured.loss for measured in journal.holdout if measured.step <= until], 0.0)
     return None if place < 0 else journal.holdout[place].step
+
+
+def _best_save(journal: Journal, folder: Path, run: str, log: Callable[[str], None]) -> Save | None:
+    """Of the weights that were kept, those with the lowest held-out loss that are whole; None where
+    those of the last step are better, or nothing is left."""
+    kept, last = saved_steps(folder), journal.reports[-1].step
+    for measured in sorted(journal.holdout, key=lambda one: one.loss):  # of equal ones the first
+        if measured.step == last:
+            return None
+        if measured.step in kept:
+            save = save_of_step(folder, measured.step, run=run, log=log)
+            if save is not None:
+                return save
+    return None
 
 
 def _agree(accelerator: Accelerator, flag: bool) -> bool:

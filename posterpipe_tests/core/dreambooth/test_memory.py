@@ -59,7 +59,7 @@ def test_several_processes_are_not_told_to_halve_a_batch() -> None:
 def test_a_batch_is_looked_at_in_parts_that_fit_and_a_second_one_at_once_in_those() -> None:
     said: list[str] = []
     sizes: list[int] = []
-    look = InParts(torch.device("cpu"), said.append, "images")
+    look = InParts(said.append, "images")
 
     def squares(part: slice) -> Tensor:
         values = torch.arange(7.0)[part]
@@ -82,7 +82,7 @@ def test_a_batch_is_looked_at_in_parts_that_fit_and_a_second_one_at_once_in_thos
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        InParts(torch.device("cpu"), said.append, "images")(7, broken)
+        InParts(said.append, "images")(7, broken)
 
 
 def test_where_nothing_is_left_to_change_it_says_so() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from posterpipe.core.dreambooth import objective
+from posterpipe.core.dreambooth.base_model import load_text_encoder, load_vae
 from posterpipe.core.dreambooth.batches import Batch
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.draws import Draw, Stream
@@ -36,6 +40,7 @@ from posterpipe.core.dreambooth.errors import (
     TrainingSetError,
     TrainingStopped,
 )
+from posterpipe.core.dreambooth.holdout import holdout_loss
 from posterpipe.core.dreambooth.learner import Learner
 from posterpipe.core.dreambooth.reports import StepReport, TrainResult
 from posterpipe.core.dreambooth.train import train
@@ -1012,6 +1017,47 @@ def test_weights_of_steps_that_a_killed_run_made_again_are_not_taken(
     assert equal(unet_weights(config.output_dir), unet_weights(same.output_dir))
 
 
+@pytest.mark.parametrize(
+    ("damaged", "at_the_end", "taken"),
+    [({5}, 0.45, 1), ({1, 5}, 0.45, 6), ({5}, 0.35, 6)],
+    ids=["the next lowest", "none is left", "those of the last step are better"],
+)
+def test_where_the_best_weights_are_lost_the_next_ones_are_taken_and_the_card_says_so(
+    make_config: MakeConfig,
+    other_set: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damaged: set[int],
+    at_the_end: float,
+    taken: int,
+) -> None:
+    config = make_config(
+        parts={"holdout_set": other_set},
+        max_train_steps=6,
+        holdout_every_steps=1,
+        save_every_steps=2,
+        early_stop_patience=50,
+    )
+    measures(monkeypatch, 0.5, 0.4, 0.45, 0.45, 0.45, 0.3, at_the_end)
+
+    def damage(report: StepReport) -> None:
+        if report.step == 6:
+            for step in damaged:
+                (save,) = config.work_dir.glob(f"lowest/*/step-0000000{step}")
+                (save / "unet.safetensors").unlink()
+
+    said: list[str] = []
+    result = train(config, damage, log=said.append)
+    assert result.steps == taken
+    same = make_config("same", max_train_steps=taken)
+    train(same)
+    assert equal(unet_weights(config.output_dir), unet_weights(same.output_dir))
+    assert strictly_read(config.output_dir / "posterpipe.json")["lost_lowest_step"] == 5
+    card = (config.output_dir / "README.md").read_text()
+    assert "lowest at step 5, but the weights of that step were lost" in card
+    assert f"these are those of step {taken} of 6" in card
+    assert any(f"are lost; the finished model has those of step {taken}" in line for line in said)
+
+
 def test_a_held_out_loss_that_is_no_number_counts_nowhere(
     make_config: MakeConfig, other_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1056,6 +1102,58 @@ def test_where_all_steps_were_made_the_card_tells_of_which_the_weights_are(
     card = (config.output_dir / "README.md").read_text()
     assert "4 optimizer steps of 2 images in" in card and "all steps were made. The" in card
     assert f"The weights are those of step {result.steps} of 4" in card
+
+
+def test_the_time_left_is_that_of_steps_after_the_first_in_which_models_are_compiled(
+    make_config: MakeConfig, other_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    add_gradients, loss = Learner.add_gradients, holdout_loss
+
+    def add(learner: Learner, step: int, batches: Any) -> Tensor:
+        nonlocal now
+        now += 2.0 if step else 600.0
+        return add_gradients(learner, step, batches)
+
+    def measure(*arguments: Any, **keywords: Any) -> Tensor:
+        nonlocal now
+        now += 10.0
+        return loss(*arguments, **keywords)
+
+    clock = SimpleNamespace(perf_counter=lambda: now)
+    monkeypatch.setattr("posterpipe.core.dreambooth.train.time", clock)
+    monkeypatch.setattr("posterpipe.core.dreambooth.train.holdout_loss", measure)
+    monkeypatch.setattr(Learner, "add_gradients", add)
+    result = train(make_config(parts={"holdout_set": other_set}, holdout_every_steps=2))
+    assert [report.seconds_left for report in result.reports] == [None, 24.0, 7.0, 0.0]
+    assert "left" not in str(result.reports[0]) and "about 24" in str(result.reports[1])
+
+
+def test_what_encoded_images_and_captions_is_gone_before_the_first_step(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoders: list[weakref.ref[Any]] = []
+
+    def watched(load: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        def load_watched(base_model: Path) -> Any:
+            model = load(base_model)
+            model.in_a_cycle = [model]  # as some versions of its library leave it
+            encoders.append(weakref.ref(model))
+            return model
+
+        return load_watched
+
+    there: list[Any] = []
+    trainer = "posterpipe.core.dreambooth"
+    monkeypatch.setattr(f"{trainer}.inputs.load_vae", watched(load_vae))
+    monkeypatch.setattr(f"{trainer}.learner.load_text_encoder", watched(load_text_encoder))
+    gc.disable()
+    try:
+        config = make_config(train_text_encoder=False, max_train_steps=1)
+        train(config, lambda report: there.extend(ref() for ref in encoders))
+    finally:
+        gc.enable()
+    assert there == [None, None]
 
 
 def test_early_stopping_without_held_out_posters_says_so(make_config: MakeConfig) -> None:
