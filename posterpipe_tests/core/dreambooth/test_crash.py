@@ -336,7 +336,13 @@ def of_record(config: RunConfig) -> tuple[list[float], list[float], dict[str, An
 def test_two_processes_share_the_work_of_one(
     make_config: MakeConfig, other_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"max_train_steps": 3, "train_text_encoder": True, "holdout_every_steps": 3}
+    settings = {
+        "max_train_steps": 3,
+        "train_text_encoder": True,
+        "text_encoder_stop_step": 1,
+        "gradient_accumulation_steps": 2,
+        "holdout_every_steps": 3,
+    }
     parts = {"holdout_set": other_set}
     one = make_config("one", parts=parts, train_batch_size=4, **settings)
     two = make_config("two", parts=parts, train_batch_size=2, **settings)
@@ -356,7 +362,7 @@ def test_two_processes_share_the_work_of_one(
     assert told["checkpoint_id"] == checkpoint_id(two, versions, processes=2)
     assert told["checkpoint_id"] != checkpoint_id(two, versions)
     card = (two.output_dir / "README.md").read_text()
-    assert "3 optimizer steps of 4 images (in 2 processes)" in card
+    assert "3 optimizer steps of 8 images (in 2 processes)" in card
     with pytest.raises(TrainingError, match="holds the checkpoint"):
         train(two)
 
