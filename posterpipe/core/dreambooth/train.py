@@ -363,7 +363,7 @@ def _train(
 
     # ---- the finished model -------------------------------------------------------------------
     if main:
-        last = steps = journal.reports[-1].step
+        made = steps = journal.reports[-1].step
         lost = None
         learner.finish()
         if settings.early_stop_patience is not None:
@@ -373,12 +373,12 @@ def _train(
                 steps = best.step
             at = _lowest_step(journal)
             if at is None:
-                log(f"the finished model has the weights of the last step, {last}")
+                log(f"the finished model has the weights of the last step, {made}")
             elif steps != at:
                 lost = at
                 log(
                     f"the weights of step {lost}, where the held-out loss was lowest, are lost; "
-                    f"the finished model has those of step {steps} of {last}"
+                    f"the finished model has those of step {steps} of {made}"
                 )
         with writing("the finished model", config.output_dir):
             write_checkpoint(
