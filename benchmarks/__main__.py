@@ -111,14 +111,21 @@ def main() -> None:
         type=Path,
         help="with --only train_sd21_gpu: folder in which its model is left for the next command",
     )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        choices=range(1, 10),
+        metavar="N",
+        help="with --only train_sd21_gpu: how often ours and the peer are measured in turn",
+    )
     arguments = parser.parse_args()
     if arguments.peer_script:
         os.environ[PEER_SCRIPT] = str(arguments.peer_script.resolve(strict=True))
     only = arguments.only
-    options = {name: getattr(arguments, name) for name in ("part", "keep")}
+    options = {name: getattr(arguments, name) for name in ("part", "keep", "rounds")}
     options = {name: value for name, value in options.items() if value is not None}
     if options and only not in IN_PARTS:
-        parser.error(f"--part and --keep need --only with one of {', '.join(IN_PARTS)}")
+        parser.error(f"--part, --keep and --rounds need --only with one of {', '.join(IN_PARTS)}")
     names = (only,) if only else BENCHMARKS
     needing = [name for name in names if name in AGAINST_THE_SCRIPT]
     if arguments.file and needing and not peer_script():

@@ -1,13 +1,19 @@
 """`train_sd21_gpu`: Stable Diffusion 2.1 size at 512 px on a GPU, against diffusers' script.
 
 Both sides: random weights of the real size, bf16, 8-bit Adam, batch 1 and 4, the U-Net alone and
-with the text encoder. Then what each measure contributes: each is left out, or added, alone. No
-rows without a GPU.
+with the text encoder. Then what each measure contributes: each is left out, or added, alone. What
+is required of the ratio is required without `compile`, which is off by default; the ratio with it
+is a row of its own. No rows without a GPU.
 
 With `--file`, each row is filed when it is there, and a run that fails is a row too. `--part`
 measures some of the runs and `--keep` leaves the model for the next command, so that all of them
 can be made in several short ones: `--part unet.batch1.plain` first, since the others of that batch
 are compared with it.
+
+One run of each side is one sample. With `--rounds 3` the parts `peer` measure both sides anew, in
+turn, and give the medians. A run should take half a minute on an H100, most of it for loading, and
+one with `compile` two or three (estimates): all runs once are some 16 minutes, three rounds of one
+comparison (`--part unet.batch1.peer --rounds 3`) 3, of all four 12.
 
 `--rehearse` runs every line of it on a tiny model and whatever device there is, so that the command
 is known to work before a GPU is paid for; its figures mean nothing and are not filed.
@@ -18,13 +24,14 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.rows import Row, filed
 from benchmarks.training_runs import (
@@ -47,6 +54,8 @@ BF16_PEAK_TFLOPS = {
 }  # fmt: skip
 """Dense bf16, from the makers' data sheets; by whole words of the device's name, of which the
 longest row counts."""
+
+PEER_NAME = "diffusers train_dreambooth.py"
 
 _LONGEST_REASON = 160
 
@@ -80,13 +89,27 @@ MEASURES: dict[str, dict[str, Any]] = {
 }
 
 
-def run(*, rehearse: bool = False, part: str = "", keep: Path | None = None) -> Iterator[Row]:
+class Figures(NamedTuple):
+    """Of a run, or the medians of several: steps per second, and peaks of the memory in GiB, see
+    `Measured`."""
+
+    speed: float
+    memory: float
+    reserved: float
+
+
+def run(
+    *, rehearse: bool = False, part: str = "", keep: Path | None = None, rounds: int = 1
+) -> Iterator[Row]:
     """Rows as they are measured, so that each can be filed before the next is begun.
 
     part: only runs whose name contains it, such as `unet.batch1` or `with_compile`. keep: folder
-    in which the model that is trained is left for the next command, gigabytes.
+    in which the model that is trained is left for the next command, gigabytes. rounds: how often
+    ours and the peer are measured in turn; once, ours is the figure of the plain run.
     """
     import torch
+
+    from posterpipe.core.models import give_memory_back
 
     if not rehearse and not torch.cuda.is_available():
         return
@@ -95,10 +118,19 @@ def run(*, rehearse: bool = False, part: str = "", keep: Path | None = None) -> 
         scale = REHEARSAL if rehearse else FULL
         base = _model(keep or folder, rehearse=rehearse)
         data = training_set(folder / "data", images=16, side=scale.side)
-        known = {} if rehearse else {row["name"]: row["ours"] for row in filed()}
-        for name, measure in _Comparison(folder, base, data, scale, known).runs():
+        known = {} if rehearse else _known_figures()
+        for name, measure in _Comparison(folder, base, data, scale, rounds, known).runs():
             if part in name:
                 yield from _rows_or_failure(name, measure)
+                give_memory_back()  # the runs are processes of their own
+
+
+def _known_figures() -> dict[str, float]:
+    """What was filed: ours by the row's name, the peer's by that name and `.peer`."""
+    rows = filed()
+    ours = {row["name"]: row["ours"] for row in rows}
+    peers = {f"{row['name']}.peer": row["peer"] for row in rows}
+    return {name: figure for name, figure in {**ours, **peers}.items() if figure}
 
 
 def _model(folder: Path, *, rehearse: bool) -> Path:
@@ -139,13 +171,20 @@ class _Comparison:
     """
 
     def __init__(
-        self, folder: Path, base: Path, data: Path, scale: Scale, known: dict[str, float | None]
+        self,
+        folder: Path,
+        base: Path,
+        data: Path,
+        scale: Scale,
+        rounds: int,
+        known: dict[str, float],
     ) -> None:
         self._folder = folder
         self._base = base
         self._data = data
         self._scale = scale
-        self._figures = {name: figure for name, figure in known.items() if figure}
+        self._rounds = rounds
+        self._known = dict(known)
         self._numbers = itertools.count()
 
     def runs(self) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
@@ -168,63 +207,105 @@ class _Comparison:
                     f"{name}.{words}",
                     partial(self._measure, name, f"{name}.{words}", {**training, **changed}),
                 )
-            yield f"{name}.vae_at_each_step", partial(self._vae, name, batch)
+            words = "with_bitsandbytes_own_adam_step"
+            waits = partial(self._measure, name, f"{name}.{words}", training, adam_waits=True)
+            yield f"{name}.{words}", waits
+            for words, seconds in (
+                ("vae_at_each_step", _vae_seconds),
+                ("captions_at_each_step", _text_encoder_seconds),
+            ):
+                yield f"{name}.{words}", partial(self._saved, f"{name}.{words}", seconds, batch)
 
-    def _ours(self, training: dict[str, Any]) -> Measured:
+    def _ours(self, training: dict[str, Any], *, adam_waits: bool = False) -> Figures:
         work = self._folder / f"ours-{next(self._numbers)}"
         settings = {"log_every_steps": self._scale.warm, **training}
-        measured = run_ours(work, self._base, self._data, self._scale.side, **settings)
+        side = self._scale.side
+        measured = run_ours(work, self._base, self._data, side, adam_waits=adam_waits, **settings)
         shutil.rmtree(work)
-        return measured
+        return self._figures(measured)
+
+    def _theirs(self, script: Path, training: dict[str, Any]) -> Figures:
+        work = self._folder / f"peer-{next(self._numbers)}"
+        measured = run_peer(script, work, self._base, self._data, self._scale.side, **training)
+        shutil.rmtree(work)
+        return self._figures(measured)
+
+    def _figures(self, measured: Measured) -> Figures:
+        speed = measured.steps_per_second(self._scale.warm)
+        return Figures(speed, measured.peak_gib, measured.reserved_gib)
 
     def _plain(self, name: str, training: dict[str, Any]) -> Iterator[Row]:
         """Ours, and how it stands to what the GPU can do."""
         mine = self._ours(training)
-        speed = self._figures[name] = mine.steps_per_second(self._scale.warm)
-        self._figures[f"{name}.memory"] = mine.peak_gib
-        yield Row(name, "steps/s", round(speed, 3), required="needs --peer-script")
-        yield Row(f"{name}.memory", "GiB", round(mine.peak_gib, 2))
+        self._known |= zip(_rows_of(name), mine, strict=True)
+        yield Row(name, "steps/s", round(mine.speed, 3), required="needs --peer-script")
+        yield Row(f"{name}.memory", "GiB", round(mine.memory, 2))
+        yield Row(f"{name}.memory_reserved", "GiB, step 1 included", round(mine.reserved, 2))
         batch = training["train_batch_size"]
-        yield Row(f"{name}.images", "images/s", round(speed * batch, 2))
-        yield Row(f"{name}.thesis_run", "s for 1,000 steps", round(THESIS_STEPS / speed))
-        flops = _step_flops(self._base, batch, self._scale.side, training["train_text_encoder"])
+        yield Row(f"{name}.images", "images/s", round(mine.speed * batch, 2))
+        yield Row(f"{name}.thesis_run", "s for 1,000 steps", round(THESIS_STEPS / mine.speed))
         peak = _peak_tflops()
+        rate = f"{name}.of_bf16_peak" if peak else f"{name}.rate"
+        yield from _rows_or_failure(rate, partial(self._rate, rate, mine.speed, peak, training))
+
+    def _rate(
+        self, name: str, speed: float, peak: int | None, training: dict[str, Any]
+    ) -> Iterator[Row]:
+        text_encoder = training["train_text_encoder"]
+        batch, side = training["train_batch_size"], self._scale.side
+        rate = speed * _step_flops(self._base, batch, side, text_encoder) / 1e12
         if peak:
-            share = flops * speed / (peak * 1e12)
-            yield Row(f"{name}.of_bf16_peak", "%", round(100 * share, 1))
+            yield Row(name, "%", round(100 * rate / peak, 1))
         else:
-            yield Row(f"{name}.rate", "TFLOP/s (no peak known)", round(flops * speed / 1e12, 2))
+            yield Row(name, "TFLOP/s (no peak known)", round(rate, 2))
 
     def _peer(self, name: str, training: dict[str, Any]) -> Iterator[Row]:
-        """diffusers' script beside ours: its figures take the place of ours alone."""
+        """diffusers' script beside ours, in turn: their medians take the place of ours alone."""
         script = peer_script()
         if script is None:
             return
-        speed, memory = self._known(name), self._known(f"{name}.memory")
-        work = self._folder / f"peer-{next(self._numbers)}"
-        try:
-            peer = run_peer(script, work, self._base, self._data, self._scale.side, **training)
-        except RunFailed as error:
-            failed = f"the script failed: {_reason(error)}"
-            yield Row(name, "steps/s", round(speed, 3), required=failed)
-            return
-        shutil.rmtree(work)
-        yield from _compared(name, speed, memory, peer, self._scale.warm)
+        mine, theirs = list[Figures](), list[Figures]()
+        for _ in range(self._rounds):
+            mine.append(self._ours(training) if self._rounds > 1 else self._known_run(name))
+            try:
+                theirs.append(self._theirs(script, training))
+            except RunFailed as error:
+                failed = f"the script failed: {_reason(error)}"
+                yield Row(name, "steps/s", round(mine[0].speed, 3), required=failed)
+                return
+        ours, peer = _medians(mine), _medians(theirs)
+        self._known |= zip(_rows_of(name), ours, strict=True)
+        self._known[f"{name}.peer"] = peer.speed
+        yield from _compared(name, ours, peer, self._rounds)
 
-    def _measure(self, plain: str, name: str, training: dict[str, Any]) -> Iterator[Row]:
-        other = self._ours(training).steps_per_second(self._scale.warm)
-        speed = self._known(plain)
+    def _measure(
+        self, plain: str, name: str, training: dict[str, Any], *, adam_waits: bool = False
+    ) -> Iterator[Row]:
+        speed = self._known_figure(plain)
+        other = self._ours(training, adam_waits=adam_waits).speed
         yield Row(
             name, "steps/s", round(other, 3), round(speed, 3), "as above", round(other / speed, 2)
         )
+        peer = self._known.get(f"{plain}.peer")
+        if training.get("compile") and peer:
+            yield Row(
+                f"{name}.to_peer", "steps/s", round(other, 3), round(peer, 3), PEER_NAME,
+                round(other / peer, 2),
+            )  # fmt: skip
 
-    def _vae(self, name: str, batch: int) -> Iterator[Row]:
-        encoding = _vae_seconds(self._base, batch, self._scale.side)
-        yield Row(f"{name}.vae_at_each_step", "ms saved a step", round(1000 * encoding, 1))
+    def _saved(
+        self, name: str, seconds: Callable[[Path, int, int], float], batch: int
+    ) -> Iterator[Row]:
+        """What is done once in place of at each step."""
+        saved = seconds(self._base, batch, self._scale.side)
+        yield Row(name, "ms saved a step", round(1000 * saved, 1))
 
-    def _known(self, name: str) -> float:
+    def _known_run(self, name: str) -> Figures:
+        return Figures(*map(self._known_figure, _rows_of(name)))
+
+    def _known_figure(self, name: str) -> float:
         """A figure of the plain run."""
-        figure = self._figures.get(name)
+        figure = self._known.get(name)
         if figure is None:
             raise RunFailed(
                 f"no figure of {name} to compare with; measure its part plain first, with --file"
@@ -232,16 +313,28 @@ class _Comparison:
         return figure
 
 
-def _compared(name: str, speed: float, memory: float, peer: Measured, warm: int) -> Iterator[Row]:
-    theirs = peer.steps_per_second(warm)
-    title = "diffusers train_dreambooth.py"
+def _rows_of(name: str) -> tuple[str, str, str]:
+    """The names of the rows with the figures of a plain run."""
+    return name, f"{name}.memory", f"{name}.memory_reserved"
+
+
+def _medians(runs: Sequence[Figures]) -> Figures:
+    return Figures(*(statistics.median(figures) for figures in zip(*runs, strict=True)))
+
+
+def _compared(name: str, ours: Figures, peer: Figures, rounds: int) -> Iterator[Row]:
+    title = PEER_NAME if rounds == 1 else f"{PEER_NAME}, medians of {rounds} in turn"
     yield Row(
-        name, "steps/s", round(speed, 3), round(theirs, 3), title, round(speed / theirs, 2),
-        "ours / peer at least 1.5",
+        name, "steps/s", round(ours.speed, 3), round(peer.speed, 3), title,
+        round(ours.speed / peer.speed, 2), "ours / peer at least 1.5",
     )  # fmt: skip
     yield Row(
-        f"{name}.memory", "GiB", round(memory, 2), round(peer.peak_gib, 2), title,
-        round(peer.peak_gib / max(memory, 1e-9), 2), "peer / ours at least 1",
+        f"{name}.memory", "GiB", round(ours.memory, 2), round(peer.memory, 2), title,
+        round(peer.memory / max(ours.memory, 1e-9), 2), "peer / ours at least 1",
+    )  # fmt: skip
+    yield Row(
+        f"{name}.memory_reserved", "GiB, step 1 included", round(ours.reserved, 2),
+        round(peer.reserved, 2), title, round(peer.reserved / max(ours.reserved, 1e-9), 2),
     )  # fmt: skip
 
 
@@ -283,10 +376,7 @@ def _step_flops(base: Path, batch: int, side: int, text_encoder: bool) -> float:
             if text_encoder:
                 encoder(tokens)
             unet(latents, timesteps, embeds)
-    flops = 3.0 * counted.get_total_flops()
-    del unet, encoder
-    torch.cuda.empty_cache()  # the runs are processes of their own
-    return flops
+    return 3.0 * counted.get_total_flops()
 
 
 def _vae_seconds(base: Path, batch: int, side: int) -> float:
@@ -299,17 +389,36 @@ def _vae_seconds(base: Path, batch: int, side: int) -> float:
     device = best_device()
     vae: Any = load_vae(base).to(device, torch.bfloat16)
     pixels = torch.randn(batch, 3, side, side, device=device, dtype=torch.bfloat16)
+    return _seconds(partial(vae.encode, pixels), device)
+
+
+def _text_encoder_seconds(base: Path, batch: int, side: int) -> float:
+    """What a batch of captions takes in bf16, as a trainer does that keeps no hidden states."""
+    import torch
+
+    from posterpipe.core.dreambooth.base_model import load_text_encoder
+    from posterpipe.core.dreambooth.texts import Tokens
+    from posterpipe.core.models import best_device
+
+    device = best_device()
+    encoder: Any = load_text_encoder(base).to(device, torch.bfloat16)
+    tokens = Tokens(base)([CAPTION] * batch).to(device)
+    return _seconds(partial(encoder, tokens), device)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """What a call takes, without gradients."""
+    import torch
+
     seconds = 0.0
     with torch.no_grad():
         for times in (3, 20):  # the first ones prepare memory and kernels
             _wait(device)
             started = time.perf_counter()
             for _ in range(times):
-                vae.encode(pixels)
+                call()
             _wait(device)
             seconds = (time.perf_counter() - started) / times
-    del vae
-    torch.cuda.empty_cache()
     return seconds
 
 

@@ -45,14 +45,16 @@ class RunFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: at the end of which steps, at what time in seconds, which losses, and the peak of
-    the GPU's memory in GiB after the first step, in which cuDNN tries its algorithms (0 on a CPU).
+    """One run: at the end of which steps, at what time in seconds, which losses, and peaks of the
+    GPU's memory in GiB (0 on a CPU): of what was in use after the first step, in which cuDNN tries
+    its algorithms, and of what torch had reserved in the whole run, that step included.
     """
 
     steps: list[int]
     seconds: list[float]
     losses: list[float]
     peak_gib: float
+    reserved_gib: float
 
     def steps_per_second(self, first: int) -> float:
         """From the end of step `first` to the last one: what comes before is warming up."""
@@ -98,8 +100,11 @@ def in_fp32(base: Path, folder: Path) -> Path:
     return folder
 
 
-def run_ours(work: Path, base: Path, data: Path, side: int, **training: Any) -> Measured:
-    """Trains with the trainer of this project. Raises RunFailed."""
+def run_ours(
+    work: Path, base: Path, data: Path, side: int, *, adam_waits: bool = False, **training: Any
+) -> Measured:
+    """Trains with the trainer of this project; with `adam_waits`, 8-bit Adam goes through the
+    parameters as bitsandbytes does. Raises RunFailed."""
     from posterpipe.core.dreambooth.config import RunConfig, Versions
     from posterpipe.settings import TrainingSettings
 
@@ -117,7 +122,8 @@ def run_ours(work: Path, base: Path, data: Path, side: int, **training: Any) -> 
             holdout_every_steps=None, lr_scheduler="constant", save_every_steps=10**6, **training
         ),
     )
-    return _in_process("ours", str(config.to_toml(work / "run.toml")), work=work)
+    adam = "waits" if adam_waits else ""
+    return _in_process("ours", str(config.to_toml(work / "run.toml")), adam, work=work)
 
 
 def run_peer(
@@ -177,22 +183,31 @@ class _Recorder:
     def __init__(self, result: Path) -> None:
         self._result = result
         self._values: dict[str, Any] = {"steps": [], "seconds": [], "losses": []}
+        self._reserved_gib = 0.0
 
     def add(self, step: int, loss: float) -> None:
         for name, value in (("steps", step), ("seconds", time.perf_counter()), ("losses", loss)):
             self._values[name].append(value)
         if step == 1:
-            _forget_peak()
+            _, self._reserved_gib = _peaks()
+            _forget_peaks()
 
     def write(self) -> None:
-        import torch
-
-        gpu = torch.cuda.is_available()
-        peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0
-        self._result.write_text(json.dumps({**self._values, "peak_gib": peak}), encoding="utf-8")
+        peak, reserved = _peaks()
+        peaks = {"peak_gib": peak, "reserved_gib": max(reserved, self._reserved_gib)}
+        self._result.write_text(json.dumps({**self._values, **peaks}), encoding="utf-8")
 
 
-def _forget_peak() -> None:
+def _peaks() -> tuple[float, float]:
+    """GiB in use and GiB reserved, at most since they were forgotten."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0, 0.0
+    return torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
+
+
+def _forget_peaks() -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -203,12 +218,16 @@ class _Enough(BaseException):
     """Ends a run after its last step: writing the finished model is not measured."""
 
 
-def _ours(recorder: _Recorder, config_file: Path) -> None:
+def _ours(recorder: _Recorder, config_file: Path, *, adam_waits: bool) -> None:
     from posterpipe.core.dreambooth.config import RunConfig
     from posterpipe.core.dreambooth.reports import StepReport
     from posterpipe.core.dreambooth.train import train
 
     config = RunConfig.from_toml(config_file)
+    if adam_waits:
+        from posterpipe.core.dreambooth.eight_bits import QueuedAdamW8bit
+
+        del QueuedAdamW8bit.step  # bitsandbytes' own is left
 
     def report(row: StepReport) -> None:
         recorder.add(row.step, row.loss)
@@ -350,7 +369,7 @@ def main() -> None:
     recorder = _Recorder(Path(result))
     try:
         if side == "ours":
-            _ours(recorder, Path(arguments[0]))
+            _ours(recorder, Path(arguments[0]), adam_waits=arguments[1] == "waits")
         else:
             _peer(recorder, Path(arguments[0]), arguments[1], arguments[2:])
     except _Enough:

@@ -189,6 +189,11 @@ def test_what_a_gpu_runs_of_scoring_is_known_to_run() -> None:
     assert found["clip_scoring_gpu.fp32.difference"].ours < 1e-4
 
 
+def at(speed: float, peak: float = 1.0) -> training_runs.Measured:
+    """A run of so many steps a second."""
+    return training_runs.Measured([1, 3], [0.0, 2 / speed], [0.1, 0.1], peak, 2 * peak)
+
+
 def test_a_run_that_fails_is_a_row_and_the_next_ones_are_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -196,7 +201,7 @@ def test_a_run_that_fails_is_a_row_and_the_next_ones_are_measured(
         work.mkdir()
         if training.get("compile"):
             raise training_runs.RunFailed("TrainingError: training.compile: no compiler")
-        return training_runs.Measured([1, 3], [0.0, 4.0], [0.1, 0.1], 0.0)
+        return at(0.5)
 
     monkeypatch.setattr(train_sd21_gpu, "run_ours", measured)
     monkeypatch.setattr(train_sd21_gpu, "_step_flops", lambda *_: 1e12)
@@ -209,3 +214,64 @@ def test_a_run_that_fails_is_a_row_and_the_next_ones_are_measured(
 
     alone = list(train_sd21_gpu.run(rehearse=True, part="with_lora"))
     assert "measure its part plain first" in alone[0].unit
+
+
+def test_operations_that_cannot_be_counted_take_no_speed_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_memory(*_: object) -> float:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(train_sd21_gpu, "run_ours", lambda work, *_, **__: work.mkdir() or at(5))
+    monkeypatch.setattr(train_sd21_gpu, "_step_flops", no_memory)
+    found = list(train_sd21_gpu.run(rehearse=True, part="unet.batch2.plain"))
+    assert {row.name: row.ours for row in found if row.unit == "steps/s"} == {
+        "train_sd21_gpu.unet.batch2": 5.0
+    }
+    assert [row.name for row in found if row.ours is None] == ["train_sd21_gpu.unet.batch2.rate"]
+
+
+def test_in_rounds_both_sides_are_measured_in_turn_and_compile_is_held_against_the_peer_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns: list[str] = []
+
+    def ours(work: Path, *_: object, compile: bool = False, **__: object) -> object:
+        work.mkdir()
+        turns.append("ours")
+        return at(9.0) if compile else at(6.0 if len(turns) > 2 else 5.0, peak=2.0)
+
+    def peer(script: Path, work: Path, *_: object, **__: object) -> object:
+        work.mkdir()
+        turns.append("peer")
+        return at(3.0, peak=4.0)
+
+    monkeypatch.setenv(training_runs.PEER_SCRIPT, __file__)
+    monkeypatch.setattr(train_sd21_gpu, "run_ours", ours)
+    monkeypatch.setattr(train_sd21_gpu, "run_peer", peer)
+    for name in ("_step_flops", "_vae_seconds", "_text_encoder_seconds"):
+        monkeypatch.setattr(train_sd21_gpu, name, lambda *_: 0.002)
+    found = train_sd21_gpu.run(rehearse=True, part="unet.batch2", rounds=3)
+    rows = {row.name.removeprefix("train_sd21_gpu.unet.batch2"): row for row in found}
+    assert turns[:7] == ["ours", *3 * ["ours", "peer"]]
+    compared, compiled = rows[""], rows[".with_compile.to_peer"]
+    assert (compared.ours, compared.peer, compared.ratio) == (6.0, 3.0, 2.0)
+    assert "medians of 3 in turn" in compared.peer_name and "at least 1.5" in compared.required
+    assert (compiled.ours, compiled.ratio, compiled.required) == (9.0, 3.0, "")
+    reserved = rows[".memory_reserved"]
+    assert (reserved.ours, reserved.peer, reserved.required) == (4.0, 8.0, "")
+    assert rows[".with_bitsandbytes_own_adam_step"].ratio == 1.0
+    assert rows[".captions_at_each_step"].ours == 2.0
+
+
+def test_the_memory_that_a_run_reserves_is_that_of_its_first_step_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = iter([(8.0, 9.0), (4.0, 6.0)])
+    monkeypatch.setattr(training_runs, "_peaks", lambda: next(peaks))
+    recorder = training_runs._Recorder(tmp_path / "measured.json")
+    recorder.add(1, 0.1)
+    recorder.add(2, 0.1)
+    recorder.write()
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    assert (measured["peak_gib"], measured["reserved_gib"]) == (4.0, 9.0)
