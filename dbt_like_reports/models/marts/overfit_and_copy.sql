@@ -1,6 +1,7 @@
--- Every checkpoint is held against the posters that it was last compared with: ids of these metrics
--- name the training set, which changes from checkpoint to checkpoint. One row is of one suite and
--- one setting of the sampler, those of today: the share of copies depends on both.
+-- Every checkpoint is held against the posters that it was trained on, the base model against those
+-- of the checkpoint that it was last compared with: ids of these metrics name the training set. One
+-- row is of one suite and one setting of the sampler, those of today: the share of copies depends on
+-- both.
 {% set measures = {
     'holdout': 'similarity.holdout.',
     'training': 'similarity.training.',

@@ -1,6 +1,7 @@
 -- What older checkpoints answered to the questions of today: images of the cells (variant, prompt
 -- in its wording, seed, negative prompt, sampler) of the current images. What was asked otherwise is
--- not comparable. Of a checkpoint that drew current images, only these.
+-- not comparable. One image a cell: the current one, else the one that was recorded last, since
+-- another version of the sampler draws under another key.
 with current_images as (
     select * from {{ ref('stg_current_images') }}
 ),
@@ -12,6 +13,7 @@ answers as (
         image.variant,
         image.prompt_id,
         image.seed,
+        image.recorded_at,
         bool_or(image.generation_key = current_images.generation_key) as is_current
     from {{ source('warehouse', 'fct_image') }} as image
     inner join current_images
@@ -26,9 +28,19 @@ answers as (
         image.checkpoint_id,
         image.variant,
         image.prompt_id,
-        image.seed
+        image.seed,
+        image.recorded_at
 )
 
-select *
+select
+    generation_key,
+    checkpoint_id,
+    variant,
+    prompt_id,
+    seed,
+    is_current
 from answers
-qualify is_current or not bool_or(is_current) over (partition by checkpoint_id, variant)
+qualify row_number() over (
+    partition by checkpoint_id, variant, prompt_id, seed
+    order by is_current desc, recorded_at desc, generation_key
+) = 1
