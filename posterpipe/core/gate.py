@@ -26,7 +26,7 @@ import datetime as dt
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import pandas as pd
@@ -96,7 +96,8 @@ class Evidence:
     """Cells (with negative prompt or without, prompt, seed) that the challenger was asked for. A
     prompt that has no negative prompt is asked without one only."""
     missing: int
-    """Of these, cells that were not drawn, or were drawn and lack a score that they could have."""
+    """Of these, cells that were not drawn, or were drawn and lack a score that they could have.
+    What no image of any model has (`unmeasured`) is not asked of the cells."""
     missing_of_champion: int
     """The same of the champion: what it lacks cannot be compared either."""
     blocked: int
@@ -128,6 +129,14 @@ class Evidence:
     """Difference of CLIP-T to the base model; None where that is the champion."""
     diversity_to_base: Effect | None = None
     """Challenger minus the share of the base model's diversity that must remain; None as well."""
+    lost: int = 0
+    """Posters that the challenger was trained on and that cannot be read: copies of them are not
+    seen."""
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
+    """What no image of any model has a number of, though some show something (`clip`, `fidelity`,
+    `diversity`, `preference`), or none of the challenger's (`copies`), and why."""
+    dark: tuple[str, ...] = ()
+    """Of champion and base model, those whose images are all black or of one colour."""
 
 
 @dataclass(frozen=True)
@@ -147,10 +156,15 @@ def decide(evidence: Evidence, settings: GateSettings) -> Decision:
         _complete(evidence),
         _blocked(evidence, settings),
         _copying(evidence, settings),
-        _not_inferior(evidence, settings),
-        _faithful(evidence, settings),
-        _diverse(evidence, settings),
-        *_since_base(evidence, settings),
+        *(
+            _if_measured(check, evidence)
+            for check in (
+                _not_inferior(evidence, settings),
+                _faithful(evidence, settings),
+                _diverse(evidence, settings),
+                *_since_base(evidence, settings),
+            )
+        ),
     )
     failed = [check for check in checks if check.outcome == "fail"]
     undecided = [check for check in checks if check.outcome == "open"]
@@ -168,7 +182,7 @@ def _told(checks: Sequence[Check]) -> str:
 def _complete(evidence: Evidence) -> Check:
     expected = evidence.expected
     lacking = max(evidence.missing, evidence.missing_of_champion, evidence.missing_of_base)
-    outcome: Outcome = "pass" if expected and not lacking else "open"
+    outcome: Outcome = "pass" if expected and not lacking and not evidence.dark else "open"
     reason = (
         f"{expected - evidence.missing} of {expected} cells are drawn and scored, and "
         f"{expected - evidence.missing_of_champion} of the champion's"
@@ -177,7 +191,7 @@ def _complete(evidence: Evidence) -> Check:
         reason += f", {expected - evidence.missing_of_base} of the base model's"
     if evidence.blocked_of_champion:
         reason += f" ({evidence.blocked_of_champion} of these are blocked, so not compared)"
-    if outcome == "open":
+    if lacking or not expected:
         owners = {
             "tuned_generations": evidence.missing or not expected,
             "champion_generations": evidence.missing_of_champion,
@@ -185,6 +199,13 @@ def _complete(evidence: Evidence) -> Check:
         }
         again = [f"`{name}`" for name, lacks in owners.items() if lacks]
         reason += f"; materialize {', '.join(again)} and `fidelity_scores` again"
+    if evidence.dark:
+        reason += (
+            f"; every image of the {' and of the '.join(evidence.dark)} is black or of one colour, "
+            "so that nothing can be compared with it: look at the pictures of "
+            "`champion_generations` and `base_generations`; the model's files may be damaged, or "
+            "sampler.precision too short for it"
+        )
     share = lacking / expected if expected else math.nan
     return Check("complete", outcome, share, math.nan, math.nan, 0.0, reason)
 
@@ -203,7 +224,9 @@ def _blocked(evidence: Evidence, settings: GateSettings) -> Check:
 def _copying(evidence: Evidence, settings: GateSettings) -> Check:
     limit = settings.copy_limit
     if not evidence.compared:
-        reason = "no image could be compared with the training posters"
+        reason = "no image could be compared with the posters that the checkpoint was trained on"
+        if why := evidence.unmeasured.get("copies"):
+            reason += f": {why}"
         return Check("copies", "open", math.nan, math.nan, math.nan, limit, reason)
     share = evidence.copies / evidence.compared
     # No interval here: handing out people's posters is worse than keeping the older model.
@@ -219,7 +242,36 @@ def _copying(evidence: Evidence, settings: GateSettings) -> Check:
             "too near is not known, since it takes three holdout posters or more that are no "
             "copies of training posters themselves: add some to the folder `holdout`"
         )
+    if outcome != "fail" and evidence.lost:
+        outcome = "open"
+        reason += (
+            f"; {evidence.lost} of the posters that the checkpoint was trained on cannot be read "
+            "any more, so that copies of them are not seen: put them back, or leave them out for "
+            "good, and run the job `retrain`"
+        )
     return Check("copies", outcome, share, math.nan, math.nan, limit, reason)
+
+
+_MEASURED_BY = {
+    "CLIP-T": {"clip": "CLIP-T"},
+    "CLIP-T since base": {"clip": "CLIP-T"},
+    "fidelity": {"fidelity": "similarity to holdout posters", "preference": "PickScore"},
+    "diversity": {"diversity": "diversity"},
+    "diversity since base": {"diversity": "diversity"},
+}
+"""What checks read, by role, in words."""
+
+
+def _if_measured(check: Check, evidence: Evidence) -> Check:
+    """The check; open, and told why, where no image has what it reads."""
+    lacking = [
+        f"no image has a number for {name}: {evidence.unmeasured[role]}"
+        for role, name in _MEASURED_BY[check.name].items()
+        if role in evidence.unmeasured
+    ]
+    if not lacking or check.outcome == "fail":
+        return check
+    return replace(check, outcome="open", reason="; ".join(lacking))
 
 
 def _not_inferior(evidence: Evidence, settings: GateSettings) -> Check:
@@ -367,7 +419,9 @@ def gather(
     diversity: str,
     preference: str | None = None,
     specific: str | None = None,
+    nearest: str | None = None,
     calibrated: bool,
+    lost: int = 0,
     settings: GateSettings,
 ) -> Evidence:
     """The evidence about a challenger.
@@ -376,9 +430,10 @@ def gather(
     one suite and one setting of the sampler, as of `sampler.COLUMNS` (generation_key, variant,
     prompt_id, negative_prompt, seed, checkpoint_id, status).
     `scores`: long, as of `metrics.base.SCORE_COLUMNS`; `clip`, `fidelity`, `diversity`,
-    `preference` and `specific` are the metric_ids to read. `copied`: whether an image counts as a
-    copy, by generation_key; images that are not in it were not compared; `calibrated`: see
-    `Evidence`. Raises ValueError where a cell of a checkpoint is there twice.
+    `preference` and `specific` are the metric_ids to read, and `nearest` the one whose reasons say
+    why images were not compared with training posters. `copied`: whether an image counts as a
+    copy, by generation_key; images that are not in it were not compared; `calibrated` and `lost`:
+    see `Evidence`. Raises ValueError where a cell of a checkpoint is there twice.
     """
     own = _cells(generations, challenger)
     other = _cells(generations, champion)
@@ -387,14 +442,24 @@ def gather(
     expected = own.index.union(other.index)
     if first is not None:
         expected = expected.union(first.index)
-    metrics = [clip, fidelity, diversity, *([preference] if preference else [])]
-    by_metric = {name: scores[scores["metric_id"] == name] for name in metrics}
-    if specific:  # shown beside clip, and missing where clip is
-        by_metric[specific] = scores[scores["metric_id"] == specific]
+    roles = {"clip": clip, "fidelity": fidelity, "diversity": diversity}
+    if preference:
+        roles["preference"] = preference
+    # `specific` is shown beside clip, and missing where clip is.
+    read = [*roles.values(), *([specific] if specific else [])]
+    by_metric = {name: scores[scores["metric_id"] == name] for name in read}
     values = {
         name: rows.set_index("generation_key")["value"].astype(float)
         for name, rows in by_metric.items()
     }
+    others = {"champion": other} if first is None else {"champion": other, "base model": first}
+    models = [own, *others.values()]
+    whys = {role: _why_nowhere(by_metric[name], models) for role, name in roles.items()}
+    # An image that is alone says itself what to do.
+    several = [cells[~_alone(cells)] for cells in models]
+    whys["diversity"] = _why_nowhere(by_metric[diversity], several)
+    whys["copies"] = _why_nowhere(scores[scores["metric_id"] == nearest], [own])
+    unmeasured = {role: why for role, why in whys.items() if why}
     known = [
         copied[key] for key in own.loc[own["status"] == "ok", "generation_key"] if key in copied
     ]
@@ -402,7 +467,9 @@ def gather(
     def missing(cells: pd.DataFrame) -> int:
         asked = cells.reindex(expected)
         scored = pd.Series(True, index=expected)
-        for name in metrics:
+        for role, name in roles.items():
+            if role in unmeasured:
+                continue
             has = asked["generation_key"].map(values[name]).notna()
             scored &= has | _alone(asked) if name == diversity else has
         return int((~(scored & (asked["status"] == "ok")) & (asked["status"] != "blocked")).sum())
@@ -435,6 +502,13 @@ def gather(
         diversity_to_base=(
             None if first is None else difference(diversity, settings.diversity_kept, than=first)
         ),
+        lost=lost,
+        unmeasured=unmeasured,
+        dark=tuple(
+            name
+            for name, cells in others.items()
+            if len(cells) and (cells["status"] == "blocked").all()
+        ),
     )
 
 
@@ -454,6 +528,16 @@ def _cells(generations: pd.DataFrame, checkpoint: str) -> pd.DataFrame:
             "give generations of one suite and one setting of the sampler"
         )
     return cells
+
+
+def _why_nowhere(scores: pd.DataFrame, models: Sequence[pd.DataFrame]) -> str:
+    """The commonest reason why none of the models' images has a score, though some show something;
+    "" where one has it."""
+    cells = pd.concat(models)
+    keys = cells.loc[cells["status"] == "ok", "generation_key"]
+    own = scores[scores["generation_key"].isin(keys)]
+    reasons = own.loc[own["reason"] != "", "reason"]
+    return "" if own["value"].notna().any() or reasons.empty else str(reasons.mode().iloc[0])
 
 
 def _alone(cells: pd.DataFrame) -> pd.Series:
@@ -492,6 +576,7 @@ def decision_row(
         "blocked_of_champion": evidence.blocked_of_champion,
         "copies": evidence.copies,
         "compared": evidence.compared,
+        "lost": evidence.lost,
     }
     if evidence.specific is not None:
         numbers["specific"] = asdict(evidence.specific)

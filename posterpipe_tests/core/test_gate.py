@@ -71,6 +71,7 @@ def measured(
                     "generation_key": table["generation_key"],
                     "metric_id": metric,
                     "value": values.where(table["status"] == "ok"),
+                    "reason": "",
                 }
             )
         )
@@ -405,6 +406,54 @@ def test_two_equal_models_on_few_prompts_are_neither_promoted_nor_rejected(
     enough = few(images("new", tuned=True), SETTINGS.min_prompts)
     base = few(BASE, SETTINGS.min_prompts)
     assert between(base, enough, pd.concat([BASE_SCORES, better(enough)])).verdict == "promote"
+
+
+def test_what_no_image_has_is_a_reason_of_its_own() -> None:
+    own = images("new", tuned=True)
+
+    def without_fidelity(scores: pd.DataFrame) -> pd.DataFrame:
+        nowhere = scores["metric_id"] == "fidelity"
+        return scores.assign(
+            value=scores["value"].mask(nowhere),
+            reason=scores["reason"].mask(nowhere, "no holdout poster; put some there"),
+        )
+
+    scores = without_fidelity(pd.concat([BASE_SCORES, better(own)]))
+    for preference in (False, True):
+        decision = between(BASE, own, scores, preference=preference)
+        told = outcomes(decision)
+        assert decision.verdict == "hold" and told.pop("fidelity") == "open"
+        assert set(told.values()) == {"pass"} and decision.evidence.missing == 0
+        assert decision.reason.startswith(
+            "fidelity: no image has a number for similarity to holdout posters: no holdout poster; "
+            "put some there"
+        )
+    # What is bad all the same is not held for it.
+    worse = measured(own, clip=0.1, fidelity=0.7, diversity=0.3, seed=1)
+    decision = between(BASE, own, without_fidelity(pd.concat([BASE_SCORES, worse])))
+    assert decision.verdict == "reject"
+
+
+def test_a_base_model_that_draws_black_only_is_the_reason() -> None:
+    own, old = images("new", tuned=True), images("old", tuned=True)
+    black = BASE.assign(status="blocked")
+    decision = between(black, own, better(own))
+    assert decision.verdict == "hold" and outcomes(decision)["complete"] == "open"
+    assert "every image of the champion is black or of one colour" in decision.checks[0].reason
+    assert "materialize" not in decision.reason
+    scores = pd.concat(
+        [better(own), measured(old, clip=0.27, fidelity=0.64, diversity=0.3, seed=5)]
+    )
+    decision = decide(
+        gather(
+            pd.concat([black, old, own]), scores, dict.fromkeys(own["generation_key"], False),
+            challenger="new", champion="old", base="base", clip="clip", fidelity="fidelity",
+            diversity="diversity", calibrated=True, settings=SETTINGS,
+        ),
+        SETTINGS,
+    )  # fmt: skip
+    assert decision.verdict == "hold"
+    assert "every image of the base model is black or of one colour" in decision.checks[0].reason
 
 
 def test_one_seed_a_prompt_is_complete_and_the_diversity_check_says_what_to_do() -> None:
