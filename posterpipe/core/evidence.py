@@ -35,6 +35,7 @@ from posterpipe.core.metrics.fidelity import (
     Posters,
     compare_with_posters,
     evidence_encoders,
+    never_trained_on,
 )
 from posterpipe.core.metrics.pickscore import (
     measure_pickscore,
@@ -43,20 +44,23 @@ from posterpipe.core.metrics.pickscore import (
 )
 from posterpipe.core.metrics.specificity import measure_specificity
 from posterpipe.core.progress import Progress
+from posterpipe.core.provenance import checkpoint_facts, images_trained_on
 from posterpipe.core.store import Store, write_atomic
 from posterpipe.core.warehouse import Warehouse, WarehouseError, delete_titles, insert
-from posterpipe.settings import GateSettings, Settings
+from posterpipe.settings import GateSettings, ScorerSettings, Settings
 
 EVIDENCE_COLUMNS = (
     "generation_key", "variant", "prompt_id", "seed", "checkpoint_id", "metric_id", "metric",
     "role", "value", "status", "reason", "nearest_poster", "copied", "copy_threshold",
+    "lost_posters",
 )  # fmt: skip
 """Columns of the table of evidence: one row a generation and metric. `role` is what it is read for,
 or "": clip, specific, fidelity, diversity, preference and copies by the gate, control and rank by
 the growth chart. In rows with the role copies, `nearest_poster` is the content hash of the nearest
 training image, `copied` says whether similarity by the first image encoder, or the perceptual hash,
-is that of a copy (what other encoders say is in fct_nearest, for reports), and `copy_threshold` is
-the cosine above which it is, NaN with too few holdout posters to tell."""
+is that of a copy (what other encoders say is in fct_nearest, for reports), `copy_threshold` is the
+cosine above which it is, NaN with too few holdout posters to tell, and `lost_posters` counts those
+that the checkpoint was trained on and that cannot be read, so that copies of them are not seen."""
 
 
 TOLD = "decisions.json"
@@ -77,7 +81,7 @@ class Evidence:
     nearest: pd.DataFrame
     """See `fidelity.Fidelity.nearest`."""
     calibrations: dict[str, CopyCalibration]
-    """By encoder id."""
+    """Of the challenger's training posters, by encoder id."""
 
 
 def posters_of(store: Store, name: str, images: pd.DataFrame) -> Posters:
@@ -85,6 +89,18 @@ def posters_of(store: Store, name: str, images: pd.DataFrame) -> Posters:
     usable = images[images["status"] == "ok"] if "status" in images else images
     blobs = sorted({str(blob) for blob in usable["image"] if blob})
     return Posters(name, {blob: store.path(blob, ".png") for blob in blobs})
+
+
+def trained_on(store: Store, checkpoint_ids: Iterable[str]) -> dict[str, Posters]:
+    """The posters that fine-tuned checkpoints were trained on, by checkpoint_id, whatever lies in
+    the landing folder by now; an empty set where that was not written down."""
+    names = list(checkpoint_ids)
+    facts = checkpoint_facts(store, names)
+    images = {name: images_trained_on(store, facts.get(name, {})) for name in names}
+    return {
+        name: posters_of(store, "training", pd.DataFrame({"image": blobs}))
+        for name, blobs in images.items()
+    }
 
 
 def held_out(
@@ -99,11 +115,12 @@ def measure(
     store: Store,
     warehouse: Warehouse,
     generations: pd.DataFrame,
-    training: Posters,
+    trained: Mapping[str, Posters],
     holdout: Posters,
     settings: Settings,
     progress: Progress,
     *,
+    challenger: str,
     run_id: str,
 ) -> Evidence:
     """Every metric but legibility for a table of generations (`sampler.COLUMNS`), into the
@@ -112,7 +129,12 @@ def measure(
     CLIP-T with crop and with pad, the same against the other prompts (`specificity`), similarity to
     holdout and training posters with the overfit gap, nearest training poster and copies,
     diversity, and PickScore where it is configured. Images are encoded once an encoder, whatever is
-    asked of them. Raises ModelMissing and WarehouseBusy.
+    asked of them.
+
+    `trained`: what each fine-tuned checkpoint was trained on, by checkpoint_id. Its images are held
+    against these, those of the base model against the challenger's, and all of them against the
+    same holdout posters: those that none of the checkpoints was trained on. Raises ModelMissing and
+    WarehouseBusy.
     """
     root = settings.root
     metrics: list[Metric] = []
@@ -125,12 +147,14 @@ def measure(
     metrics += specificity
     scores.append(values)
     encoders = evidence_encoders(settings.evidence, settings.scorer.model)
-    fidelity = compare_with_posters(
-        store, generations, training, holdout, encoders, root, progress,
-        alarm=settings.evidence.copy_alarm, same_bits=settings.checks.holdout_distance,
-    )  # fmt: skip
+    compared = _compared(
+        store, generations, trained, holdout, encoders, settings, progress, challenger=challenger
+    )
+    fidelity = compared[0]
     metrics += fidelity.metrics
-    scores.append(fidelity.scores)
+    others = [metric for one in compared[1:] for metric in one.metrics if metric not in metrics]
+    scores += [one.scores for one in compared]
+    nearest = pd.concat([one.nearest for one in compared], ignore_index=True)
     diversities = []
     for encoder in encoders:
         metric, values = measure_diversity(store, generations, encoder, root, progress)
@@ -143,13 +167,14 @@ def measure(
         scores.append(preference[1])
     everything = pd.concat(scores, ignore_index=True)
     record_scores(
-        warehouse, generations, metrics, everything, run_id=run_id, step="fidelity_scores"
-    )
-    _record_nearest(warehouse, fidelity, run_id=run_id)
+        warehouse, generations, metrics, everything, run_id=run_id, step="fidelity_scores",
+        others=others,
+    )  # fmt: skip
+    _record_nearest(warehouse, nearest, run_id=run_id)
     roles = {
         clip_t_id(settings.scorer, root): "clip",
         fidelity.metrics[0].metric_id: "fidelity",
-        fidelity.metrics[3].metric_id: "copies",
+        **{one.metrics[3].metric_id: "copies" for one in compared},
         diversities[0]: "diversity",
     }
     # None of them for a suite of one text.
@@ -159,8 +184,37 @@ def measure(
     }
     if preference is not None:
         roles[preference[0].metric_id] = "preference"
-    table = _evidence_table(generations, metrics, everything, fidelity.nearest, roles)
-    return Evidence(metrics, table, fidelity.nearest, fidelity.calibrations)
+    lost = {one.metrics[3].metric_id: one.lost for one in compared}
+    table = _evidence_table(generations, [*metrics, *others], everything, nearest, roles, lost)
+    return Evidence(metrics, table, nearest, fidelity.calibrations)
+
+
+def _compared(
+    store: Store,
+    generations: pd.DataFrame,
+    trained: Mapping[str, Posters],
+    holdout: Posters,
+    encoders: list[ScorerSettings],
+    settings: Settings,
+    progress: Progress,
+    *,
+    challenger: str,
+) -> list[Fidelity]:
+    """One comparison a training set, the challenger's first; see `measure`."""
+    unseen = never_trained_on(
+        store, holdout, trained.values(), progress, same_bits=settings.checks.holdout_distance
+    )
+    sets = {posters.digest: posters for posters in (trained[challenger], *trained.values())}
+    against = generations["checkpoint_id"].map(
+        lambda name: trained.get(str(name), trained[challenger]).digest
+    )
+    return [
+        compare_with_posters(
+            store, generations[against == which], posters, unseen, encoders, settings.root,
+            progress, alarm=settings.evidence.copy_alarm,
+        )
+        for which, posters in sets.items()
+    ]  # fmt: skip
 
 
 def _evidence_table(
@@ -169,6 +223,7 @@ def _evidence_table(
     scores: pd.DataFrame,
     nearest: pd.DataFrame,
     roles: Mapping[str, str],
+    lost: Mapping[str, int],
 ) -> pd.DataFrame:
     places = generations[["generation_key", "variant", "prompt_id", "seed", "checkpoint_id"]]
     table = places.merge(scores, on="generation_key")
@@ -181,20 +236,16 @@ def _evidence_table(
     table["nearest_poster"] = keys.map(first["nearest_poster"]).fillna("")
     table["copied"] = keys.map(first["copied"]).astype("boolean")
     table["copy_threshold"] = keys.map(first["similarity_threshold"]).astype(float)
+    table["lost_posters"] = table["metric_id"].map(dict(lost)).astype("Int64")
     order = {metric.metric_id: place for place, metric in enumerate(metrics)}
     table = table.sort_values("metric_id", key=lambda ids: ids.map(order), kind="stable")
     return table[list(EVIDENCE_COLUMNS)].reset_index(drop=True)
 
 
-def _record_nearest(warehouse: Warehouse, fidelity: Fidelity, *, run_id: str) -> None:
+def _record_nearest(warehouse: Warehouse, nearest: pd.DataFrame, *, run_id: str) -> None:
     """Adds the nearest training poster of each image, under the metric that measured it."""
-    compared = [m.metric_id for m in fidelity.metrics if m.metric_id.startswith("nearest.")]
-    metric_of = dict(zip(fidelity.calibrations, compared, strict=True))
-    rows = fidelity.nearest.drop(columns="encoder_id").assign(
-        metric_id=fidelity.nearest["encoder_id"].map(metric_of),
-        measured_at=dt.datetime.now(dt.UTC).replace(tzinfo=None),
-        run_id=run_id,
-    )
+    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+    rows = nearest.assign(measured_at=now, run_id=run_id)
     with warehouse.write() as connection:
         insert(connection, "fct_nearest", rows)
 
@@ -365,7 +416,8 @@ def judge(
     evidence = evidence.reindex(columns=list(EVIDENCE_COLUMNS))
     roles = evidence[evidence["role"] != ""].drop_duplicates("role")
     metric_of = dict(zip(roles["role"], roles["metric_id"], strict=True))
-    compared = evidence[(evidence["role"] == "copies") & evidence["copied"].notna()]
+    own = evidence[(evidence["role"] == "copies") & (evidence["checkpoint_id"] == challenger)]
+    compared = own[own["copied"].notna()]
     decision = decide(
         gather(
             generations,
@@ -379,7 +431,9 @@ def judge(
             diversity=metric_of["diversity"],
             preference=metric_of.get("preference"),
             specific=metric_of.get("specific"),
+            nearest=str(own["metric_id"].iloc[0]) if len(own) else None,
             calibrated=bool(compared["copy_threshold"].notna().any()),
+            lost=int(own["lost_posters"].fillna(0).max()) if len(own) else 0,
             settings=settings,
         ),
         settings,

@@ -7,7 +7,8 @@ the folder in which the starter models are trained.
 Kept is what the last `keep_versions` versions of each table name, current ones included, and what
 was used or made lately. Everything else goes:
 
-    blobs            whose sha256 stands in no kept table
+    blobs            whose sha256 stands in no kept table, and on which no checkpoint that stays was
+                     trained: its images are held against them
     results          rows of the index about such blobs (see ITEM_FIELDS); rows that name none stay
     tables           versions before the last ones
     training sets    whose version stands in no kept table
@@ -72,6 +73,7 @@ from posterpipe.core.provenance import (
     RECORD_NAME,
     TABLE,
     TRAINING_SET,
+    images_trained_on,
 )
 from posterpipe.core.store import REFRESH_SECONDS, Store
 from posterpipe.core.warehouse import Warehouse
@@ -334,10 +336,12 @@ class _Search:
         self._cutoff = cutoff
         self._unnamed_blobs: set[str] = set()
         # Scores may tell of these for ever.
-        self._trained = {
-            str(json.loads(value).get("training_set", ""))
-            for _, _, value, _ in store.all_results([CHECKPOINT])
-        }
+        self._trained: set[str] = set()
+        for _, checkpoint_id, value, _ in store.all_results([CHECKPOINT]):
+            facts = json.loads(value)
+            self._trained.add(str(facts.get("training_set", "")))
+            if checkpoint_id in named:
+                self._named |= set(images_trained_on(store, facts))
 
     def trainings(self) -> Iterator[Item]:
         """Work folders; unfinished ones that stay keep the image sets that they name."""

@@ -322,6 +322,13 @@ def checkpoint_facts(store: Store, checkpoint_ids: Iterable[str]) -> dict[str, d
     return store.results(CHECKPOINT, checkpoint_ids)
 
 
+def images_trained_on(store: Store, facts: Mapping[str, Any]) -> list[str]:
+    """The images (sha256 of blobs) that a checkpoint was trained on, sorted; none where they were
+    not written down. `facts`: what was recorded of the checkpoint."""
+    posters = lineage(store, str(facts.get("training_set", "")), str(facts.get("lineage", "")))
+    return [] if posters is None else sorted({str(image) for image in posters["image"] if image})
+
+
 def _now() -> str:
     return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 

@@ -796,10 +796,12 @@ def unmeasured_images(evidence: pd.DataFrame) -> Finding:
 def copied_posters(evidence: pd.DataFrame, max_share: float) -> Finding:
     """Images of tuned models that count as copies of a training poster; as `unmeasured_images`.
 
-    Does not pass either where the holdout posters were too few to say what a copy is.
+    Does not pass either where the holdout posters were too few to say what a copy is, or where
+    posters that a checkpoint was trained on cannot be read.
     """
-    # A table that an older posterpipe made has no threshold.
-    compared = evidence.reindex(columns=[*evidence.columns.union(["copy_threshold"], sort=False)])
+    # A table that an older posterpipe made lacks them.
+    later = ["copy_threshold", "lost_posters"]
+    compared = evidence.reindex(columns=[*evidence.columns.union(later, sort=False)])
     compared = compared[(compared["role"] == "copies") & compared["copied"].notna()]
     tuned = compared[compared["variant"].str.startswith("dreambooth")]
     copies = tuned[tuned["copied"].astype(bool)]
@@ -827,8 +829,13 @@ def copied_posters(evidence: pd.DataFrame, max_share: float) -> Finding:
         )
         expected += ", by a threshold from the holdout posters"
         actual = f"{share:g}, without a threshold"
+    lost = 0 if tuned.empty else int(tuned["lost_posters"].fillna(0).max())
+    if share <= max_share and lost:
+        summary += f"; {lost} posters that a checkpoint was trained on cannot be read any more"
+        remedy = "put the posters back, or leave them out for good, and run the job `retrain`"
+        expected += ", of all posters trained on"
     return Finding(
-        passed=share <= max_share and known,
+        passed=share <= max_share and known and not lost,
         summary=summary,
         remedy=remedy,
         expected=expected,

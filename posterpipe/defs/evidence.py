@@ -157,7 +157,7 @@ def titled_posters(
     group_name="scoring",
     kinds={"python", "huggingface", "duckdb"},
     owners=["team:ml"],
-    code_version="3",
+    code_version="4",
     io_manager_key=TABLES,
     pool="warehouse",
     deps=["clip_scores"],
@@ -172,12 +172,12 @@ def titled_posters(
         nearest_poster="string: sha256 of the nearest training image",
         copied="bool: whether it counts as a copy of it, by the first encoder or the hash",
         copy_threshold="float: cosine from which it does; empty with too few holdout posters",
+        lost_posters="int: posters that the checkpoint was trained on and that cannot be read",
     ),
 )
 def fidelity_scores(
     context: dg.AssetExecutionContext,
     deployment: dg.ResourceParam[Deployment],
-    training_csv: Table,
     holdout_posters: Table,
     base_generations: Table,
     tuned_generations: Table,
@@ -190,10 +190,13 @@ def fidelity_scores(
     difference (the overfit gap), the nearest training poster, diversity within a prompt, and
     PickScore where it is configured. An image is encoded once an encoder; new posters or metrics
     encode it no second time.
+
+    A checkpoint is held against the posters that it was trained on, which may lie in the folder no
+    more. Holdout posters that one of the compared checkpoints was trained on do not count.
     """
     import pandas as pd
 
-    from posterpipe.core.evidence import held_out, measure, posters_of
+    from posterpipe.core.evidence import held_out, measure, trained_on
     from posterpipe.core.models import fingerprint, joint_fingerprint
 
     settings = deployment.settings
@@ -203,14 +206,17 @@ def fidelity_scores(
     generations = pd.concat(
         [base_generations, tuned_generations, champion_generations], ignore_index=True
     ).drop_duplicates("generation_key", ignore_index=True)
+    base = str(base_generations["checkpoint_id"].iloc[0])
+    holdout = held_out(store, holdout_posters, settings, progress)
     evidence = measure(
         store,
         deployment.warehouse,
         generations,
-        posters_of(store, "training", training_csv),
-        held_out(store, holdout_posters, settings, progress),
+        trained_on(store, sorted({*generations["checkpoint_id"].astype(str)} - {base})),
+        holdout,
         settings,
         progress,
+        challenger=str(tuned_generations["checkpoint_id"].iloc[0]),
         run_id=context.run.run_id,
     )
     table = evidence.table
@@ -226,7 +232,12 @@ def fidelity_scores(
             "thresholds": table_preview(
                 pd.DataFrame(
                     [
-                        (name, one.threshold, len(one.similarities), one.left_out)
+                        (
+                            name,
+                            one.threshold,
+                            len(one.similarities),
+                            len(holdout.files) - len(one.similarities),
+                        )
                         for name, one in evidence.calibrations.items()
                     ],
                     columns=["encoder", "copy_from_cosine", "holdout_posters", "left_out"],
@@ -320,7 +331,7 @@ def legibility_scores(
     group_name="scoring",
     kinds={"python", "duckdb"},
     owners=["team:ml"],
-    code_version="3",
+    code_version="4",
     io_manager_key=TABLES,
     pool="warehouse",
     metadata=columns(

@@ -73,7 +73,10 @@ def measured(
     store: Store, warehouse: Warehouse, table: pd.DataFrame, settings: Settings, seen: Posters
 ) -> Evidence:
     holdout = posters(store, "holdout", [i for i in pictures(5, 1) if i])
-    return measure(store, warehouse, table, seen, holdout, settings, NoProgress(), run_id="run")
+    return measure(
+        store, warehouse, table, {"tuned": seen}, holdout, settings, NoProgress(),
+        challenger="tuned", run_id="run",
+    )  # fmt: skip
 
 
 def test_every_metric_has_a_row_for_every_image(
@@ -105,6 +108,49 @@ def test_every_metric_has_a_row_for_every_image(
         described = connection.execute("SELECT count(*) FROM dim_metric").fetchall()
     # One image of two prompts is blocked: its sibling has nothing to differ from.
     assert counts == [(48, 12 * 3 - 1, 12)] and described == [(12,)]
+
+
+def test_each_checkpoint_is_held_against_what_it_was_trained_on(
+    store: Store, warehouse: Warehouse, settings: Settings
+) -> None:
+    before, now, new = (
+        [i for i in pictures(4, seed) if i] for seed in (20, 21, 22)
+    )  # one poster of each training set is held out by now
+    trained = {
+        "old": posters(store, "training", before), "new": posters(store, "training", now),
+    }  # fmt: skip
+    tables = {
+        name: generations(store, pictures(4, seed), variant=variant, checkpoint=name)
+        for name, variant, seed in (("base", "sd", 3), ("new", "dreambooth", 4))
+    }
+    tables["old"] = generations(
+        store, [*before[:2], *now[:2]], variant="dreambooth", checkpoint="old"
+    )
+    held = posters(store, "holdout", [before[0], now[0], *new])
+    evidence = measure(
+        store, warehouse, pd.concat(tables.values(), ignore_index=True), trained, held, settings,
+        NoProgress(), challenger="new", run_id="run",
+    )  # fmt: skip
+    table = evidence.table
+    copies = table[table["role"] == "copies"].set_index("checkpoint_id")
+    for name, of in (("base", "new"), ("new", "new"), ("old", "old")):
+        own = copies.loc[name]
+        assert own["nearest_poster"].isin(trained[of].files).all()
+        assert own["metric_id"].str.startswith(f"nearest.training.{trained[of].digest}.").all()
+    # What another checkpoint was trained on is no poster of its own.
+    assert copies.loc["old", "copied"].tolist() == [True, True, False, False]
+    (same,) = table.loc[table["role"] == "fidelity", "metric_id"].unique()
+    unseen = posters(store, "holdout", new)
+    assert same.startswith(f"similarity.holdout.{unseen.digest}.")
+    assert (table[table["role"] == "fidelity"].groupby("checkpoint_id").size() == 4).all()
+    # Reports are about the base model and the challenger.
+    with warehouse.read() as connection:
+        used = set(connection.sql("SELECT metric_id FROM current_metric").df()["metric_id"])
+        described = set(connection.sql("SELECT metric_id FROM dim_metric").df()["metric_id"])
+    of_old = {name for name in described if trained["old"].digest in name}
+    assert len(of_old) == 3 and described - used == {
+        *of_old, *(name for name in described - used if name.startswith("overfit_gap."))
+    }  # fmt: skip
 
 
 def test_measuring_again_changes_nothing(
@@ -151,8 +197,9 @@ def test_with_two_holdout_posters_the_gate_does_not_say_that_nothing_is_copied(
     table = pd.concat([generations(store, pictures(8, 3)), tuned], ignore_index=True)
     held = posters(store, "holdout", [i for i in pictures(2, 1) if i])
     evidence = measure(
-        store, warehouse, table, seen, held, settings, NoProgress(), run_id="run"
-    ).table
+        store, warehouse, table, {"tuned": seen}, held, settings, NoProgress(),
+        challenger="tuned", run_id="run",
+    ).table  # fmt: skip
     # A table of before there was a threshold is not taken for a calibrated one either.
     for known in (evidence, evidence.drop(columns="copy_threshold")):
         decision = judge(

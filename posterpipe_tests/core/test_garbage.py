@@ -251,7 +251,7 @@ def test_training_sets_checkpoints_and_trainings_go_by_the_tables(store: Store) 
         training_set(store, version)
         path = lineage_path(store, version)
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"posters")
+        pd.DataFrame({"image": []}).to_parquet(path)
         store.add_results(TRAINING_SET, {version: {"images": 1}})
     checkpoint(store, "1" * 16, now)
     checkpoint(store, "2" * 16, trained)
@@ -279,6 +279,20 @@ def test_training_sets_checkpoints_and_trainings_go_by_the_tables(store: Store) 
     assert not abandoned.exists() and not finished.exists()
     assert sorted(path.name for path in (store.root / "training_sets").iterdir()) == [now, resumed]
     assert find_garbage(store).items == []
+
+
+def test_posters_that_a_kept_checkpoint_was_trained_on_stay(store: Store) -> None:
+    kept, gone, other = images(store, "kept", "gone", "other")
+    for name, trained_on, image in (("1" * 16, "a" * 64, kept), ("2" * 16, "b" * 64, gone)):
+        checkpoint(store, name, trained_on)
+        path = lineage_path(store, trained_on)
+        path.parent.mkdir(exist_ok=True)
+        pd.DataFrame({"image": [image]}).to_parquet(path)
+    store.write_table("tuned_generations", pd.DataFrame({"checkpoint_id": ["1" * 16]}))
+    age(store.root)
+    assert names(find_garbage(store), "blobs") == {f"{gone}.png", f"{other}.png"}
+    # One that can be gone back to, as champions of before, counts as well.
+    assert names(find_garbage(store, needed=["2" * 16]), "blobs") == {f"{other}.png"}
 
 
 def test_an_unfinished_training_keeps_every_set_of_images_that_it_names(store: Store) -> None:

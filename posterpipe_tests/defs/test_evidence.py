@@ -4,8 +4,8 @@ collapsed, incomplete, black. Their images are hand-made; encoders, statistics a
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from posterpipe.core import gate
 from posterpipe.core.evidence import TOLD, read_decisions, told_decisions, write_decisions
 from posterpipe.core.images import png_bytes
 from posterpipe.core.landing import scan_holdout
+from posterpipe.core.provenance import CHECKPOINT, record_table
 from posterpipe.core.sampler import COLUMNS, generation_key
-from posterpipe.core.store import Store
+from posterpipe.core.store import Store, table_version
 from posterpipe.core.warehouse import WarehouseError
 from posterpipe.defs import checks, evidence
 from posterpipe.defs.resources import TABLES, Deployment, store_tables
@@ -101,15 +102,39 @@ class World:
                     )  # fmt: skip
         return pd.DataFrame(rows, columns=list(COLUMNS))
 
-    def train(self, checkpoint: str, draw: Draw) -> None:
-        """A new checkpoint arrives with what it draws."""
+    def train(
+        self, checkpoint: str, draw: Draw, posters: Sequence[Image.Image] | None = None
+    ) -> None:
+        """A new checkpoint arrives, trained on some posters, with what it draws."""
+        trained_on = self.put_in(self.posters(range(12)) if posters is None else posters)
+        self.store.add_results(CHECKPOINT, {checkpoint: {"training_set": trained_on}})
         self.keep("tuned_generations", self.images(checkpoint, "dreambooth", draw))
 
-    def keep(self, name: str, table: pd.DataFrame) -> None:
+    def put_in(self, posters: Sequence[Image.Image]) -> str:
+        """These posters are the training set of now; its version."""
+        table = pd.DataFrame(
+            {"image": [self.store.put(png_bytes(image), ".png") for image in posters]}
+        )
+        table = table.assign(file_name=table["image"] + ".png", caption="a", poster_id="")
+        name = table_version(table)
+        version = self.keep("training_csv", table.assign(training_set=name))
+        record_table(self.store, "training_csv", version, run_id="", code_version="", inputs={})
+        return name
+
+    def hold_out(self, posters: Sequence[Image.Image]) -> None:
+        """These posters, of the size of those trained on, lie in the holdout folder now."""
+        with tempfile.TemporaryDirectory() as folder:  # the table alone counts
+            for number, image in enumerate(posters):
+                image.save(Path(folder) / f"{number}.png")
+            held = scan_holdout(Path(folder), self.settings.images, self.store)
+        self.keep("holdout_posters", held)
+
+    def keep(self, name: str, table: pd.DataFrame) -> str:
         version = self.store.write_table(name, table)
         self.instance.report_runless_asset_event(
             dg.AssetMaterialization(name, tags={"dagster/data_version": version})
         )
+        return version
 
     def definitions(self) -> dg.Definitions:
         return dg.Definitions(
@@ -161,9 +186,8 @@ def world(tmp_path: Path, scorer: Path, instance: dg.DagsterInstance) -> World:
     settings = load_settings(
         "starter",
         store=tmp_path / "store",
-        holdout=tmp_path / "holdout",
         scorer={"model": {"id": str(scorer)}},
-        images={"width": SIZE[0], "height": SIZE[1]},
+        images={"width": SIZE[0], "height": SIZE[1], "min_side": min(SIZE)},
         # The encoder has random weights: what an image shows does not tell it from its prompt.
         # And its cosines of two images hardly differ from look to look.
         gate={"clip_margin": 1.0, "fidelity_margin": 0.0},
@@ -171,15 +195,7 @@ def world(tmp_path: Path, scorer: Path, instance: dg.DagsterInstance) -> World:
         checks={"holdout_distance": -1},
     )
     world = World(settings, Store(tmp_path / "store"), instance)
-    (tmp_path / "holdout").mkdir()
-    for number, image in enumerate(world.posters(range(20, 32))):
-        # A multiple of the size, so that resizing gives the same picture.
-        image.resize((SIZE[0] * 2, SIZE[1] * 2)).save(tmp_path / "holdout" / f"{number}.png")
-    training = [world.store.put(png_bytes(image), ".png") for image in world.posters(range(12))]
-    held = scan_holdout(tmp_path / "holdout", settings.images, world.store)
-    shutil.rmtree(tmp_path / "holdout")  # the table alone counts
-    world.keep("holdout_posters", held)
-    world.keep("training_csv", pd.DataFrame({"image": training}))
+    world.hold_out(world.posters(range(20, 32)))
     suite = {"prompt_id": ["p0"], "prompt": ["x"], "score_text": ["x"], "negative": ["y"]}
     world.keep("prompt_suite", pd.DataFrame({**suite, "title": [""], "seeds": ["[0]"]}))
     world.keep("clip_scores", pd.DataFrame({"generation_key": [""]}))
@@ -247,6 +263,73 @@ def test_a_checkpoint_that_is_not_good_is_not_served(
     assert world.checks()["served_checkpoint_is_sound"]
     assert world.checks()["few_images_are_copies"] == (draw is not memorised)
     assert world.checks()["every_image_is_measured"] == (draw is not incomplete)
+
+
+def test_copies_of_a_poster_that_was_taken_out_since_are_still_copies(world: World) -> None:
+    world.train("copy", memorised)
+    assert world.judge()["decision"] == "reject"
+    world.put_in(world.posters(range(40, 52)))
+    assert world.stale() == {}, "the checkpoint is the same, and so is what it was trained on"
+    row = world.judge()
+    assert row["decision"] == "reject" and "copies: 48 of 48" in row["reason"]
+    assert len(read_decisions(world.deployment.warehouse)) == 1
+
+
+def test_posters_that_are_held_out_after_they_were_trained_on_do_not_count_as_new(
+    world: World,
+) -> None:
+    def fidelity() -> pd.Series:
+        table = world.store.read_table("fidelity_scores")
+        own = table[(table["role"] == "fidelity") & (table["checkpoint_id"] == "new")]
+        return own.set_index("metric_id")["value"].groupby(level=0).mean()
+
+    world.keep("base_generations", world.images("base", "sd", drawn_by(FILM)))
+    few = world.posters(range(20, 23))
+    world.hold_out(few)
+    seen = [picture(OTHER, draw) for draw in range(12)]
+    world.train("new", drawn_by(OTHER), seen)
+    before, measured = world.judge(), fidelity()
+    assert before["decision"] == "reject" and "lower than the champion's" in before["reason"]
+    # Most of what it was trained on moves to the other folder, where it would be praised for it.
+    world.put_in(seen[9:])
+    world.hold_out([*few, *seen[:9]])
+    assert set(world.stale()) == {"fidelity_scores"}
+    row = world.judge()
+    assert (row["decision"], row["reason"]) == (before["decision"], before["reason"])
+    pd.testing.assert_series_equal(fidelity(), measured)
+
+
+def test_a_checkpoint_whose_training_posters_are_not_all_there_is_held(world: World) -> None:
+    world.train("good", drawn_by(FILM))
+    gone = world.store.read_table("training_csv")["image"][3]
+    world.store.path(gone, ".png").unlink()
+    row = world.judge()
+    assert row["decision"] == "hold"
+    assert "1 of the posters that the checkpoint was trained on cannot be read" in row["reason"]
+    assert "run the job `retrain`" in row["reason"]
+    assert not world.checks()["few_images_are_copies"]
+    # It is no excuse for the others.
+    world.train("copy", memorised)
+    assert world.judge()["decision"] == "reject"
+    world.keep("tuned_generations", world.images("unknown", "dreambooth", drawn_by(FILM)))
+    row = world.judge()
+    assert row["decision"] == "hold"
+    assert "which posters the checkpoint was trained on is not known" in row["reason"]
+
+
+def test_without_holdout_posters_the_gate_says_what_to_do(world: World) -> None:
+    # These smooth pictures are alike by their hashes.
+    lenient = world.settings.gate.model_copy(update={"copy_limit": 1.0})
+    world.settings = world.settings.model_copy(update={"gate": lenient})
+    world.train("good", drawn_by(FILM))
+    world.hold_out([])
+    row = world.judge()
+    assert row["decision"] == "hold"
+    told = json.loads(read_decisions(world.deployment.warehouse)["numbers"].iloc[-1])["checks"]
+    reasons = {check["name"]: check["reason"] for check in told if check["outcome"] == "open"}
+    assert set(reasons) == {"copies", "fidelity"}
+    assert "put film posters that are in no training set into the folder" in reasons["fidelity"]
+    assert "materialize `tuned_generations`" not in row["reason"]
 
 
 def test_judging_again_decides_nothing_new_and_a_promotion_makes_nothing_stale(

@@ -107,18 +107,20 @@ def record_scores(
     *,
     run_id: str,
     step: str,
+    others: Sequence[Metric] = (),
     make_current: bool = False,
 ) -> pd.DataFrame:
     """Adds scores (SCORE_COLUMNS) with their images, prompts, checkpoints and metrics, at once.
 
     Rows that are there stay as they are, but a success replaces a failure. `step` names who scores:
     these metrics are the ones that it uses from now on, and reports leave out those it used before.
+    `others`: metrics of scores that reports about the images of now leave out as well.
     `make_current` makes `generations` the images that reports are about. Returns what the warehouse
     holds of the first metric now (see `Warehouse.scores`), failed ones included: a score that
     another run wrote first is the one that counts. Raises WarehouseBusy.
     """
     now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
-    described = pd.DataFrame([asdict(metric) for metric in metrics])
+    described = pd.DataFrame([asdict(metric) for metric in [*metrics, *others]])
     with warehouse.write() as connection:
         record_generations(connection, generations, run_id=run_id, recorded_at=now)
         insert(connection, "dim_metric", described.assign(first_seen_at=now))

@@ -8,14 +8,17 @@ As in DreamBooth's evaluation (Ruiz et al. 2023), similarity to a set of posters
 between the embeddings of an image and of each poster. A model that has learnt the style comes as
 near to posters it has never seen (holdout) as to those it was trained on; the difference is the
 overfit gap. How near is too near to one training poster is not guessed: posters of the holdout set
-are no copies, and how near they come to the training posters is the yardstick. Those that are
-copies all the same, since someone put a poster into both folders, are left out of it.
+are no copies, and how near they come to the training posters is the yardstick.
+
+A checkpoint is held against the posters that it was trained on, whatever lies in the folders by
+now, and holdout posters are only those that none of the compared checkpoints was trained on
+(`never_trained_on`): who has seen them would be praised for it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,16 @@ UNRELATED_BITS = 10
 
 SAME_COSINE = 1 - 1e-6
 """From here on, images are one picture in all that float32 tells."""
+
+NO_HOLDOUT = (
+    "there is no readable holdout poster that no compared checkpoint was trained on; put film "
+    "posters that are in no training set into the folder `holdout`"
+)
+NO_TRAINING = (
+    "which posters the checkpoint was trained on is not known, or none of them can be read any "
+    "more; run the job `retrain`"
+)
+"""Why nothing could be compared, and what to do."""
 
 _SHORTFALL = 1e-7
 """Keeps a cosine of 1 from an infinite place on the scale of calibration: float32 rounding."""
@@ -107,8 +120,6 @@ class CopyCalibration:
     similarities: tuple[float, ...]
     """Cosines of each holdout poster that is no copy with its nearest training poster."""
     alarm: float
-    left_out: int = 0
-    """Holdout posters that are copies of training posters themselves."""
 
     @property
     def threshold(self) -> float:
@@ -149,11 +160,14 @@ class Fidelity:
     scores: pd.DataFrame
     """SCORE_COLUMNS: long, for the warehouse."""
     nearest: pd.DataFrame
-    """One row a generation that is ok: generation_key, encoder_id, nearest_poster (content hash of
-    the training image), similarity, similarity_threshold, hash_poster, hash_distance (bits),
-    hash_threshold, copied (either says so)."""
+    """One row a generation that is ok and an encoder: generation_key, metric_id (of the
+    similarity), nearest_poster (content hash of the training image), similarity,
+    similarity_threshold, hash_poster, hash_distance (bits), hash_threshold, copied (either says
+    so)."""
     calibrations: dict[str, CopyCalibration]
     """By encoder id."""
+    lost: int
+    """Training posters that cannot be read, so that copies of them are not seen."""
 
 
 def evidence_encoders(evidence: EvidenceSettings, scorer: ModelRef) -> list[ScorerSettings]:
@@ -169,6 +183,29 @@ def evidence_encoders(evidence: EvidenceSettings, scorer: ModelRef) -> list[Scor
     ]
 
 
+def never_trained_on(
+    store: Store,
+    holdout: Posters,
+    training: Iterable[Posters],
+    progress: Progress,
+    *,
+    same_bits: int,
+) -> Posters:
+    """The holdout posters that are in none of these training sets: neither by content, nor with a
+    perceptual hash that differs in up to `same_bits` (-1: by content only)."""
+    sets = list(training)
+    files = {**holdout.files}
+    for posters in sets:
+        files |= posters.files
+    hashes = _hashes(store, files, progress)
+    unseen = {
+        key: file
+        for key, file in holdout.files.items()
+        if not any(_is_seen(key, posters, hashes, same_bits) for posters in sets)
+    }
+    return Posters(holdout.name, unseen)
+
+
 def compare_with_posters(
     store: Store,
     generations: pd.DataFrame,
@@ -179,41 +216,34 @@ def compare_with_posters(
     progress: Progress,
     *,
     alarm: float,
-    same_bits: int,
 ) -> Fidelity:
     """Similarities, overfit gap, nearest training poster and copies, for every generation.
 
-    Holdout posters that are training posters too calibrate nothing: by content, or with a
-    perceptual hash that differs in up to `same_bits` (-1: by content only).
-
-    `generations` as of `sampler.COLUMNS`; posters in the form in which they were trained on, so
-    that a shape is not mistaken for a style. Only embeddings and hashes that the store lacks are
-    computed. A poster that cannot be read is left out of its set; with no readable one in either
-    set, every row has failed with the reason. Raises ModelMissing.
+    `generations` as of `sampler.COLUMNS`; `training`: what their models were trained on; `holdout`:
+    what none was (`never_trained_on`). Posters in the form in which they were trained on, so that a
+    shape is not mistaken for a style. Only embeddings and hashes that the store lacks are computed.
+    A poster that cannot be read is left out of its set; with no readable one in either set, every
+    row has failed with the reason. Raises ModelMissing.
     """
     drawn = generations[generations["status"] == "ok"]
     files = {str(r.image): store.root / str(r.image_path) for r in drawn.itertuples(index=False)}
     everything = {**files, **training.files, **holdout.files}
     hashes = _hashes(store, everything, progress)
-    unseen = {
-        key: file
-        for key, file in holdout.files.items()
-        if not _is_seen(key, training, hashes, same_bits)
-    }
-    new = Posters(holdout.name, unseen)
+    lost: set[str] = set()
     metrics: list[Metric] = []
     scores: list[pd.DataFrame] = []
     nearest: list[pd.DataFrame] = []
     calibrations: dict[str, CopyCalibration] = {}
     for settings in encoders:
         embeddings = kept_embeddings(store, settings, root, everything, progress)
-        measured = _Measured(settings, root, embeddings, training, holdout, new, alarm)
+        measured = _Measured(settings, root, embeddings, training, holdout, alarm)
         for key, metric in measured.measures.items():
             metrics.append(metric)
             values, failures = measured.values(key, drawn)
             scores.append(score_rows(generations, metric.metric_id, values, failures))
         calibrations[measured.encoder] = measured.calibration
         nearest.append(measured.nearest(drawn, hashes))
+        lost |= training.files.keys() - embeddings.vectors.keys()
     hash_metric = _hash_metric(training)
     metrics.append(hash_metric)
     distances = _hash_distances(drawn, hashes, training)
@@ -224,6 +254,7 @@ def compare_with_posters(
         pd.concat(scores, ignore_index=True),
         pd.concat(nearest, ignore_index=True),
         calibrations,
+        len(lost),
     )
 
 
@@ -237,14 +268,12 @@ class _Measured:
         embeddings: Embeddings,
         training: Posters,
         holdout: Posters,
-        new: Posters,
         alarm: float,
     ) -> None:
         self.embeddings = embeddings
         self.encoder = encoder_id(settings, root)
         self.training = training
         self.holdout = holdout
-        self.new = new
         self.seen = [key for key in training.files if key in embeddings.vectors]
         self.unseen = [key for key in holdout.files if key in embeddings.vectors]
         self.measures = _measures(settings, root, training, holdout)
@@ -252,18 +281,16 @@ class _Measured:
         if self.seen and self.unseen:
             similarities, _ = self._nearest(embeddings.rows(self.unseen))
             told = tuple(
-                float(similarity)
-                for key, similarity in zip(self.unseen, similarities, strict=True)
-                if key in new.files and similarity < SAME_COSINE
+                float(similarity) for similarity in similarities if similarity < SAME_COSINE
             )
-            self.calibration = CopyCalibration(told, alarm, left_out=len(self.unseen) - len(told))
+            self.calibration = CopyCalibration(told, alarm)
 
     def values(self, metric: str, drawn: pd.DataFrame) -> tuple[dict[str, float], dict[str, str]]:
         """Values and reasons of failure by generation_key, of a key of `measures`."""
-        needed = {"holdout": [self.unseen], "gap": [self.seen, self.unseen]}
-        if not all(needed.get(metric, [self.seen])):
-            reason = "no readable poster to compare with; materialize the posters' assets"
-            return {}, {str(key): reason for key in drawn["generation_key"]}
+        if metric in ("holdout", "gap") and not self.unseen:
+            return {}, {str(key): NO_HOLDOUT for key in drawn["generation_key"]}
+        if metric != "holdout" and not self.seen:
+            return {}, {str(key): NO_TRAINING for key in drawn["generation_key"]}
         ready, failures = self._ready(drawn)
         if ready.empty:
             return {}, failures
@@ -281,7 +308,7 @@ class _Measured:
 
     def nearest(self, drawn: pd.DataFrame, hashes: Mapping[str, str]) -> pd.DataFrame:
         """See `Fidelity.nearest`."""
-        columns = ["generation_key", "encoder_id", "nearest_poster", "similarity",
+        columns = ["generation_key", "metric_id", "nearest_poster", "similarity",
                    "similarity_threshold", "hash_poster", "hash_distance", "hash_threshold",
                    "copied"]  # fmt: skip
         ready, _ = self._ready(drawn)
@@ -291,7 +318,8 @@ class _Measured:
             self.embeddings.rows(ready["image"].astype(str).tolist())
         )
         copied = self.calibration.is_copy(similarities)
-        hash_bound = hash_threshold(_poster_distances(self.training, self.new, hashes))
+        hash_bound = hash_threshold(_poster_distances(self.training, self.holdout, hashes))
+        metric_id = self.measures["nearest"].metric_id
         rows = []
         for row, similarity, index, near in zip(
             ready.itertuples(index=False), similarities, indices, copied, strict=True
@@ -299,7 +327,7 @@ class _Measured:
             twin, bits = _nearest_hash(hashes.get(str(row.image)), self.training, hashes)
             rows.append(
                 (
-                    str(row.generation_key), self.encoder, self.seen[int(index)],
+                    str(row.generation_key), metric_id, self.seen[int(index)],
                     float(similarity), self.calibration.threshold, twin, bits, hash_bound,
                     bool(near or (bits is not None and bits <= hash_bound)),
                 )

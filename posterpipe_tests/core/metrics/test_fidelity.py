@@ -22,6 +22,7 @@ from posterpipe.core.metrics.fidelity import (
     compare_with_posters,
     evidence_encoders,
     hash_threshold,
+    never_trained_on,
 )
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.store import Store
@@ -103,22 +104,28 @@ def test_the_hash_threshold_stays_below_posters_that_are_no_copies() -> None:
     assert hash_threshold([]) == 10
 
 
-def test_holdout_posters_that_were_trained_on_calibrate_nothing(store: Store, root: Path) -> None:
+def test_posters_that_were_trained_on_are_no_holdout_posters(store: Store, root: Path) -> None:
     seen, unseen = pictures(6, 70), pictures(6, 71)
     squeezed = io.BytesIO()
     seen[2].save(squeezed, "JPEG", quality=85)
     leaked = [seen[0], Image.open(squeezed).convert("RGB")]
     drawn = generations(store, [seen[1], *pictures(3, 72)])
     training = posters(store, "training", seen)
-    clean = compared(store, root, drawn, training, posters(store, "holdout", unseen))
-    mixed = compared(store, root, drawn, training, posters(store, "holdout", [*unseen, *leaked]))
-    (expected,), (found,) = clean.calibrations.values(), mixed.calibrations.values()
-    assert (expected.left_out, found.left_out) == (0, 2)
-    assert sorted(found.similarities) == pytest.approx(sorted(expected.similarities))
-    assert found.threshold == pytest.approx(expected.threshold)
-    assert mixed.nearest.hash_threshold.tolist() == clean.nearest.hash_threshold.tolist()
-    assert mixed.nearest.copied.tolist() == [True, False, False, False]
-    only = compared(store, root, drawn, training, posters(store, "holdout", leaked))
+    clean = posters(store, "holdout", unseen)
+    mixed = posters(store, "holdout", [*unseen, *leaked])
+
+    def new(holdout: Posters, same_bits: int = 4) -> Posters:
+        return never_trained_on(
+            store, holdout, [posters(store, "training", []), training], NoProgress(),
+            same_bits=same_bits,
+        )  # fmt: skip
+
+    assert new(clean) == clean == new(mixed)
+    by_content = new(mixed, same_bits=-1).files.keys()
+    assert by_content == mixed.files.keys() - training.files.keys() and len(by_content) == 7
+    result = compared(store, root, drawn, training, new(mixed))
+    assert result.nearest.copied.tolist() == [True, False, False, False]
+    only = compared(store, root, drawn, training, new(posters(store, "holdout", leaked)))
     assert only.nearest.similarity_threshold.isna().all()
 
 
@@ -130,7 +137,7 @@ def compared(
     return compare_with_posters(
         store, table, training, holdout,
         encoders or evidence_encoders(settings, ModelRef(id="unused", revision=None)),
-        root, NoProgress(), alarm=0.01, same_bits=4,
+        root, NoProgress(), alarm=0.01,
     )  # fmt: skip
 
 
@@ -234,8 +241,22 @@ def test_without_holdout_posters_the_reason_says_so(store: Store, root: Path) ->
         store, root, table, posters(store, "training", pictures(2, 51)), Posters("holdout", {})
     )
     (row,) = of(result, "CLIP-I holdout").itertuples()
-    assert row.status == "failed" and "no readable poster" in str(row.reason)
+    assert row.status == "failed" and "no readable holdout poster" in str(row.reason)
     assert of(result, "CLIP-I training").status.tolist() == ["ok"]
+
+
+def test_training_posters_that_cannot_be_read_are_counted(store: Store, root: Path) -> None:
+    table, seen = generations(store, pictures(1, 50)), posters(store, "training", pictures(3, 51))
+    holdout = posters(store, "holdout", pictures(3, 52))
+    paths = list(seen.files.values())
+    paths[0].unlink()
+    result = compared(store, root, table, seen, holdout)
+    assert result.lost == 1 and len(result.nearest) == 1
+    unknown = compared(store, root, table, Posters("training", {}), holdout)
+    assert unknown.lost == 0 and unknown.nearest.empty
+    (row,) = of(unknown, "CLIP-I nearest training poster").itertuples()
+    assert row.status == "failed" and "is not known" in str(row.reason)
+    assert of(unknown, "CLIP-I holdout").status.tolist() == ["ok"]
 
 
 def test_the_scorer_serves_where_no_encoder_is_configured() -> None:
