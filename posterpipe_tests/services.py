@@ -24,6 +24,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from posterpipe.defs.resources import DATA_VERSION, INPUTS_READ
+from posterpipe.defs.staleness import INPUT_DATA_VERSION
 from posterpipe.settings import default_root
 from posterpipe_tests.core.metrics.test_clip import build_tiny_clip
 from posterpipe_tests.core.tiny_blip import build_tiny_blip
@@ -104,6 +106,7 @@ query {
         ... on IntMetadataEntry { intValue }
         ... on TextMetadataEntry { text }
         ... on BoolMetadataEntry { boolValue }
+        ... on JsonMetadataEntry { jsonString }
         ... on TableMetadataEntry { table { records } }
       }
     }
@@ -163,12 +166,16 @@ class Services:
         for node in self.ask(ASSETS)["assetNodes"]:
             for event in node["assetMaterializations"]:
                 tags = {tag["key"]: tag["value"] for tag in event["tags"]}
-                inputs = ["/".join(key["path"]) for key in node["dependencyKeys"]]
+                metadata = {entry["label"]: _value(entry) for entry in event["metadataEntries"]}
+                noted = {
+                    name: tags.get(INPUT_DATA_VERSION + name, "")
+                    for name in ("/".join(key["path"]) for key in node["dependencyKeys"])
+                }
                 made["/".join(node["assetKey"]["path"])] = Made(
                     event["runId"],
-                    tags["dagster/data_version"],
-                    {name: tags.get(f"dagster/input_data_version/{name}", "") for name in inputs},
-                    {entry["label"]: _value(entry) for entry in event["metadataEntries"]},
+                    tags[DATA_VERSION],
+                    noted | metadata.get(INPUTS_READ, {}),  # as `staleness.used_version` takes them
+                    metadata,
                 )
         return made
 
@@ -233,6 +240,8 @@ class Services:
 def _value(entry: Mapping[str, Any]) -> Any:
     if "table" in entry:
         return [json.loads(record) for record in entry["table"]["records"]]
+    if "jsonString" in entry:
+        return json.loads(entry["jsonString"])
     names = ("intValue", "text", "boolValue")
     return next((entry[name] for name in names if name in entry), None)
 

@@ -113,9 +113,9 @@ def decide(
     if source.digest in read.digests:
         rested = Memory(source.digest)
         if read.unread and now - read.at >= _until_again(read):
-            reason = f"{read.unread} files could not be read at {_clock(read.at)}; trying again"
+            reason = f"{read.unread} files could not be read at {clock(read.at)}; trying again"
             return Decision(True, reason, rested)
-        return Decision(False, f"{source.seen}, unchanged since {_clock(read.at)}", rested)
+        return Decision(False, f"{source.seen}, unchanged since {clock(read.at)}", rested)
     what = f"{source.seen} ({change})" if change else source.seen
     since = memory.waiting_since or now
     waiting = ""
@@ -329,5 +329,6 @@ def _count(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
-def _clock(moment: float) -> str:
+def clock(moment: float) -> str:
+    """A time in seconds since 1970, for people."""
     return dt.datetime.fromtimestamp(moment, tz=dt.UTC).strftime("%Y-%m-%d %H:%M UTC")

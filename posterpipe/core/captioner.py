@@ -18,12 +18,14 @@ import pandas as pd
 from PIL import Image
 
 from posterpipe.core.captions import HumanCaption
+from posterpipe.core.memory import TOO_LITTLE_MEMORY, is_out_of_memory
 from posterpipe.core.models import (
+    DeviceGone,
     best_device,
-    device_is_gone,
     fingerprint,
     give_memory_back,
     locate,
+    noticing_a_gone_device,
     quiet_hub,
     torch_dtype,
 )
@@ -37,13 +39,14 @@ if TYPE_CHECKING:
 
 Loaded = TypeVar("Loaded")
 
+_CAPTIONER = "the captioner"
+
 CAPTION_VERSION = 2
 """Raise it when the captioner decodes otherwise: every caption by the model is then made again."""
 
 
-class CaptioningStopped(Exception):
-    """The accelerator is gone, so that no further image can be described. What was done is kept."""
-
+NO_WORDS = "the model found no words; write them"
+"""The reason of a failure that stays, whoever tries again: the model would say the same."""
 
 COLUMNS = ["poster_id", "caption", "source", "model", "revision", "status", "reason"]
 
@@ -191,8 +194,8 @@ def caption_posters(
     what a person should look at: cut short, or several people disagree); sorted by poster_id.
 
     The model describes only images that nobody else did and that it did not describe before, and
-    with nothing to do it is not loaded; a failed one is tried again. Raises ModelMissing, and
-    CaptioningStopped where the accelerator is gone; what was described by then is kept.
+    with nothing to do it is not loaded; a failed one is tried again, but for those of which it had
+    nothing to say. Raises ModelMissing, and DeviceGone; what was described by then is kept.
     """
     human = human or {}
     usable = resized[resized["status"] == "ok"].sort_values("poster_id")
@@ -213,6 +216,11 @@ def caption_posters(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def retriable_count(captions: pd.DataFrame) -> int:
+    """How many captions of the table above failed in a way that may pass by itself."""
+    return int(((captions["status"] == "failed") & (captions["reason"] != NO_WORDS)).sum())
+
+
 def _described(
     store: Store,
     images: Mapping[str, str],
@@ -229,7 +237,8 @@ def _described(
     image_of = {keys[name]: image for name, image in images.items()}
 
     def compute(missing: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-        captioner = Captioner(settings, root)
+        with noticing_a_gone_device(_CAPTIONER, best_device()):
+            captioner = Captioner(settings, root)
         paths = [store.path(image_of[key], ".png") for key in missing]
         with progress.task("caption posters", len(missing), "posters") as tick:
             for key, row in zip(missing, caption_files(captioner, paths), strict=True):
@@ -245,7 +254,7 @@ def _described(
         list(image_of),
         compute,
         save_every=settings.batch_size,
-        usable=lambda row: row["status"] == "ok",
+        usable=lambda row: row["status"] == "ok" or row["reason"] == NO_WORDS,
     )
     by_model = {"source": MODEL, "model": settings.model.id, "revision": revision}
     return {name: {**by_model, **rows[key]} for name, key in keys.items() if key in rows}
@@ -264,7 +273,7 @@ def caption_files(captioner: Captioner, paths: Sequence[Path]) -> Iterator[dict[
         except FileNotFoundError:
             return _failed(f"{path} is gone; materialize resized_posters again")
         except Exception as error:  # a damaged file makes Pillow raise nearly anything
-            return _failed(_first_line(error))
+            return _failed(_reason(error))
 
     for batch in _batches_ahead(load, paths, captioner.settings.batch_size):
         pixels = [item for item in batch if not isinstance(item, dict)]
@@ -291,23 +300,20 @@ def _batches_ahead(
 def _caption_batch(captioner: Captioner, pixels: list[torch.Tensor]) -> list[dict[str, str]]:
     """A row for each image; one that fails does not take the others of its batch with it.
 
-    Raises CaptioningStopped where nothing later can succeed either.
+    Raises DeviceGone, since nothing later can succeed either.
     """
     if not pixels:
         return []
     import torch
 
     try:
-        described = captioner.describe(torch.stack(pixels))
+        with noticing_a_gone_device(_CAPTIONER, captioner.device):
+            described = captioner.describe(torch.stack(pixels))
+    except DeviceGone:
+        raise
     except Exception as error:  # too little memory for the batch, perhaps
-        if device_is_gone(error, captioner.device):
-            raise CaptioningStopped(
-                f"the captioner's device can no longer be used ({_first_line(error)}); what was "
-                "captioned is kept: materialize poster_captions again, in a new process, and look "
-                "at the machine where that fails as well"
-            ) from error
         if len(pixels) == 1:
-            return [_failed(_first_line(error))]
+            return [_failed(_reason(error))]
         half = len(pixels) // 2
         return [
             *_caption_batch(captioner, pixels[:half]),
@@ -318,7 +324,7 @@ def _caption_batch(captioner: Captioner, pixels: list[torch.Tensor]) -> list[dic
 
 def _row(description: Description, settings: CaptionerSettings) -> dict[str, str]:
     if not description.caption:
-        return _failed("the model found no words; write them")
+        return _failed(NO_WORDS)
     reason = (
         f"cut at captioner.max_new_tokens = {settings.max_new_tokens}; raise it, or write the "
         "caption yourself"
@@ -332,5 +338,8 @@ def _failed(reason: str) -> dict[str, str]:
     return {"caption": "", "status": "failed", "reason": reason}
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """In words that are the same each time that it fails."""
+    if is_out_of_memory(error):
+        return TOO_LITTLE_MEMORY
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -6,6 +6,7 @@ does not: drawing (`sampler`), how the images are weighed in training (`dreamboo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +22,20 @@ from posterpipe.settings import Settings
 COLUMNS = ["file_name", "caption", "poster_id", "image"]
 
 
+@dataclass(frozen=True)
+class ClassImages:
+    """The class images of some settings."""
+
+    table: pd.DataFrame
+    """file_name, caption (the prompt), poster_id (the key of the image's pixels), image (blob)."""
+    folder: Path | None = None
+    """The training set that they are; None where there are none."""
+    version: str = ""
+    """Of that set; "" where there is none."""
+    failed: int = 0
+    """Images that could not be drawn this time, and are not in the set."""
+
+
 def build_class_images(
     store: Store,
     model_dir: Path,
@@ -29,19 +44,17 @@ def build_class_images(
     progress: Progress,
     *,
     run_id: str,
-) -> tuple[pd.DataFrame, Path | None, str]:
-    """The table, folder and version of the class images; (empty, None, "") where
-    `training.prior_preservation` is off.
+) -> ClassImages:
+    """The class images; none where `training.prior_preservation` is off.
 
     `model_dir` and `model_id` are the base model and its fingerprint. `training.class_image_count`
     images of `training.class_prompt` with the seeds from 0 on, in the size of the training images.
-    Images drawn before are not drawn again; black ones are left out. Columns: file_name, caption
-    (the prompt), poster_id (the key of the image's pixels), image (blob). Raises ModelMissing,
-    SamplerError, TrainingSetEmpty.
+    Images drawn before are not drawn again; black ones are left out. Raises ModelMissing,
+    SamplerError, DeviceGone, TrainingSetEmpty.
     """
     training = settings.training
     if not training.prior_preservation:
-        return pd.DataFrame(columns=COLUMNS, dtype="object"), None, ""
+        return ClassImages(pd.DataFrame(columns=COLUMNS, dtype="object"))
     size = {"width": settings.images.width, "height": settings.images.height}
     prompt = Prompt(
         prompt_id="class-images",
@@ -63,4 +76,5 @@ def build_class_images(
     )
     drawn = drawn.rename(columns={"pixel_key": "poster_id"})
     captions = drawn[["poster_id", "status"]].assign(caption=training.class_prompt, source="model")
-    return build_training_set(store, drawn, captions, template="{caption}")
+    table, folder, version = build_training_set(store, drawn, captions, template="{caption}")
+    return ClassImages(table, folder, version, failed=int((drawn["status"] == "failed").sum()))

@@ -18,6 +18,7 @@ import pandas as pd
 from PIL import ExifTags, Image, ImageCms
 
 from posterpipe.core.buckets import bucket_of
+from posterpipe.core.memory import TOO_LITTLE_MEMORY
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import NoProgress, Progress
 from posterpipe.core.store import Store, compute_missing, content_key
@@ -31,6 +32,11 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "AVIF")
 """What Pillow may open. Others are refused: some run foreign programs (EPS) or are seldom safe."""
 
 RESIZED_COLUMNS = ["poster_id", "image", "fit", "width", "height", "status", "reason"]
+
+UNREADABLE = "cannot be read"
+"""In the reason of a row whose file could not be opened: it may be, the next time."""
+
+_NO_BYTES = f"the poster's bytes {UNREADABLE}"
 
 PAPER = (255, 255, 255)
 """What shows through transparency, and the borders of `pad`."""
@@ -107,9 +113,11 @@ def format_name(image: Image.Image) -> str:
 
 
 def decode(image: Image.Image) -> None:
-    """Decode all pixels of the first frame. Raises ImageRejected when that fails."""
+    """Decode all pixels of the first frame. Raises ImageRejected where that fails; MemoryError."""
     try:
         image.load()
+    except MemoryError:
+        raise  # which says nothing about the image
     except Exception as error:  # as above
         raise ImageRejected(f"cannot be decoded ({error}); copy or export it again") from error
 
@@ -129,13 +137,16 @@ def prepare(data: bytes, settings: ImageSettings) -> Image.Image:
     """The training image of a poster's bytes: RGB, `settings.width` x `settings.height`.
 
     The first frame, turned upright by its EXIF orientation, colours in sRGB, transparency over
-    white, resized with LANCZOS. `fit` stretch is what the thesis does. Raises ImageRejected.
+    white, resized with LANCZOS. `fit` stretch is what the thesis does. Raises ImageRejected, and
+    MemoryError.
     """
     image = open_image(data, settings.max_pixels)
     extent = _decode_smaller(image, settings)
     decode(image)
     try:
         return resize(to_rgb(image), settings, extent, turn_of(image))
+    except MemoryError:
+        raise
     except Exception as error:  # as above
         raise ImageRejected(f"cannot be converted ({error}); export it again as PNG") from error
 
@@ -416,17 +427,32 @@ def resize_posters(
     )
 
 
+def retriable_count(resized: pd.DataFrame) -> int:
+    """How many training images of the table above failed in a way that may pass by itself; what
+    cannot be decoded or converted stays so."""
+    reason = resized["reason"].astype(str)
+    passes = reason.str.startswith(_NO_BYTES) | (reason == TOO_LITTLE_MEMORY)
+    return int((passes & (resized["status"] == "failed")).sum())
+
+
 def _make(store: Store, poster_id: str, settings: ImageSettings) -> tuple[dict, bytes]:
     """The row of a training image, and its PNG."""
     try:
         image = prepare(store.path(poster_id).read_bytes(), settings)
     except (ImageRejected, OSError, MemoryError) as error:
-        reason = str(error) or type(error).__name__
-        if isinstance(error, FileNotFoundError):
-            reason = f"{store.path(poster_id)} is gone; materialize raw_posters again"
-        return {"image": "", "width": 0, "height": 0, "status": "failed", "reason": reason}, b""
+        row = {"image": "", "width": 0, "height": 0, "status": "failed"}
+        return {**row, "reason": _why_not_made(error)}, b""
     row = {"width": image.width, "height": image.height, "status": "ok", "reason": ""}
     return row, png_bytes(image)
+
+
+def _why_not_made(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return TOO_LITTLE_MEMORY
+    if isinstance(error, OSError):
+        said = error.strerror or str(error)
+        return f"{_NO_BYTES} ({error.filename}: {said}); materialize raw_posters again"
+    return str(error)
 
 
 def _save(store: Store, row: dict, png: bytes) -> dict:

@@ -1,7 +1,7 @@
 """Recognising that memory ran out, on a GPU or in the machine.
 
-What belongs here: telling such an error from all others. What does not: what is done about it
-(`sampler`, `dreambooth.memory`), and any import of torch before it is asked.
+What belongs here: telling such an error from all others, and in which words. What does not: what is
+done about it (`sampler`, `dreambooth.memory`), and any import of torch before it is asked.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ _WORDS = re.compile(
     r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|_ALLOCATION_FAILED",
     re.IGNORECASE,
 )
+
+
+TOO_LITTLE_MEMORY = "too little memory; it is tried again, or make room on the machine"
+"""The reason of an item that failed for want of memory: without the numbers of the moment, which
+would make another table of the same failure each time."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -295,6 +295,28 @@ def device_is_gone(error: BaseException, device: torch.device) -> bool:
         return False
     except RuntimeError as asked:
         return "out of memory" not in str(asked)
+
+
+class DeviceGone(Exception):
+    """The accelerator can no longer be used by this process. What was done by then is kept."""
+
+
+@contextlib.contextmanager
+def noticing_a_gone_device(user: str, device: torch.device) -> Iterator[None]:
+    """While inside, an error after which a device is gone comes out as DeviceGone; others as they
+    are. `user`: what computes on the device, for people."""
+    try:
+        yield
+    except DeviceGone:
+        raise
+    except Exception as error:
+        if not device_is_gone(error, device):
+            raise
+        said = str(error).strip() or type(error).__name__
+        raise DeviceGone(
+            f"{user} can no longer use its device ({said.splitlines()[0]}); what was done is kept: "
+            "start it again, in a new process, and look at the machine where that fails as well"
+        ) from error
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:

@@ -30,11 +30,13 @@ import pandas as pd
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from posterpipe.core.memory import is_out_of_memory
+from posterpipe.core.memory import TOO_LITTLE_MEMORY, is_out_of_memory
 from posterpipe.core.models import (
+    DeviceGone,
     ModelMissing,
     best_device,
     give_memory_back,
+    noticing_a_gone_device,
     quiet_hub,
     torch_dtype,
     usable_precision,
@@ -84,6 +86,9 @@ _WORTH_DOUBLING = 0.95
 
 _WRITERS = 4
 """Threads that write PNGs: one takes a tenth of a second for 512 pixels, as a fast GPU does."""
+
+
+_SAMPLER = "the sampler"
 
 
 class SamplerError(RuntimeError):
@@ -618,7 +623,7 @@ def generate(
     images are kept. The model is loaded only if something is missing. Finished images are kept when
     a run is stopped. A batch that fails is drawn again one by one; an image that still fails is a
     row with status failed and is tried again next time. Raises SamplerError when every image fails,
-    and ModelMissing.
+    DeviceGone where no further one can be drawn, and ModelMissing.
     """
     prompts = suite_prompts(suite) if isinstance(suite, pd.DataFrame) else list(suite)
     known = (*VARIANTS, *DELAYED_VARIANTS)
@@ -724,12 +729,13 @@ class _Drawing:
 
     def draw(self, missing: dict[str, ImageRequest]) -> Iterator[tuple[str, dict[str, Any]]]:
         """(pixel key, result) as images are done; PNGs are written while the next are drawn."""
-        sampler = Sampler(
-            self.model_dir, self.settings, model_id=self.model_id, base_dir=self.base_dir
-        )
-        self.environment = record_environment(self.store)
         keys = list(missing)
-        sampler.settle_batch_size(len(keys))
+        with noticing_a_gone_device(_SAMPLER, best_device()):
+            sampler = Sampler(
+                self.model_dir, self.settings, model_id=self.model_id, base_dir=self.base_dir
+            )
+            sampler.settle_batch_size(len(keys))
+        self.environment = record_environment(self.store)
         description = f"Drawing {len(keys)} images"
         writing: list[Future[tuple[str, dict[str, Any]]]] = []
         with (
@@ -738,16 +744,16 @@ class _Drawing:
         ):
             while keys:
                 batch, keys = keys[: sampler.batch_size], keys[sampler.batch_size :]
+                before, writing = writing, []
                 try:
-                    images = self._try(sampler, {key: missing[key] for key in batch})
-                finally:
-                    # Also when the drawing is stopped: the batch before is done and is kept.
-                    for future in writing:
+                    for key, image in self._try(sampler, {key: missing[key] for key in batch}):
+                        writing.append(pool.submit(self._keep, key, missing[key], image))
+                except BaseException:  # stopped by a person, perhaps: what is done is kept
+                    for future in (*before, *writing):
                         yield future.result()
-                writing = [
-                    pool.submit(self._keep, key, missing[key], image)
-                    for key, image in images.items()
-                ]
+                    raise
+                for future in before:
+                    yield future.result()
                 tick(len(batch))
             for future in writing:
                 yield future.result()
@@ -759,21 +765,28 @@ class _Drawing:
                 f"({next(iter(self.failed.values()))}); mend the model or POSTERPIPE_SAMPLER__*"
             )
 
-    def _try(self, sampler: Sampler, requests: dict[str, ImageRequest]) -> dict[str, Image.Image]:
+    def _try(
+        self, sampler: Sampler, requests: dict[str, ImageRequest]
+    ) -> Iterator[tuple[str, Image.Image]]:
+        """(pixel key, image) of those that can be drawn. Raises DeviceGone."""
         try:
-            return dict(zip(requests, sampler(list(requests.values())), strict=True))
+            with noticing_a_gone_device(_SAMPLER, sampler.device):
+                images = sampler(list(requests.values()))
+        except DeviceGone:
+            raise
         except Exception as error:
             if len(requests) == 1:
-                self.failed[next(iter(requests))] = _first_line(error)
-                return {}
+                self.failed[next(iter(requests))] = _why_not_drawn(error)
+                return
+        else:
+            yield from zip(requests, images, strict=True)
+            return
         # One of them is the culprit; the others need not suffer. Each is drawn alone, not beside
         # copies of itself: a whole batch may be what fails, in words that nobody knew.
-        images: dict[str, Image.Image] = {}
         size, sampler.batch_size = sampler.batch_size, 1
         for key, request in requests.items():
-            images |= self._try(sampler, {key: request})
+            yield from self._try(sampler, {key: request})
         sampler.batch_size = size
-        return images
 
     def _keep(
         self, key: str, request: ImageRequest, image: Image.Image
@@ -789,6 +802,11 @@ class _Drawing:
             "drawn_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         }
         return key, row
+
+
+def _why_not_drawn(error: Exception) -> str:
+    """In words that are the same each time that it fails."""
+    return TOO_LITTLE_MEMORY if is_out_of_memory(error) else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

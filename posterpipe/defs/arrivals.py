@@ -104,7 +104,7 @@ def look(context: dg.SensorEvaluationContext, deployment: Deployment) -> dg.Sens
         seen[name] = asdict(decision.memory)
         reason = decision.reason
         if decision.due:
-            request, obstacle = root.request(source, reason)
+            request, obstacle = root.request(source, reason, now)
             if request:
                 context.log.info(f"{name}: {reason}")
                 requests.append(request)
@@ -267,8 +267,42 @@ class _Root:
             since = record.timestamp
         return since
 
-    def request(self, source: "Source", reason: str) -> tuple[dg.RunRequest | None, str]:
-        """The run that reads the source, or what stands in its way."""
+    def _seen_otherwise(self, source: "Source", now: float) -> str:
+        """Why to wait with a source that runs read, and of which they saw something else than this
+        look, the same each time; "" where that is not so, or where it is time to look again.
+
+        As where they have other rights in a folder than the sensor, or another mount. The digests
+        will never agree, so each look would request a run.
+        """
+        from posterpipe.core.arrivals import clock, pause_after
+
+        records = self._instance.fetch_materializations(
+            dg.AssetKey(self._name), limit=_TRIES
+        ).records
+        read_at: list[float] = []
+        saw = None
+        for record in records:
+            made = record.asset_materialization
+            run = self._instance.get_run_by_id(record.run_id)
+            digest = made.metadata.get(SOURCE_DIGEST) if made else None
+            saw = saw or digest
+            if digest != saw or run is None or run.tags.get(DIGEST_TAG) != source.digest:
+                break
+            read_at.append(record.timestamp)
+        if len(read_at) < 2:
+            return ""
+        again = read_at[0] + pause_after(read_at[0] - read_at[-1])
+        if now >= again:
+            return ""
+        return (
+            f"{len(read_at)} runs saw something else there than this look; let both have the same "
+            f"rights and mounts. It is read again after {clock(again)}"
+        )
+
+    def request(
+        self, source: "Source", reason: str, now: float
+    ) -> tuple[dg.RunRequest | None, str]:
+        """The run that reads the source, or what stands in its way. `now`: seconds since 1970."""
         under_way = dg.RunsFilter(tags={ROOT_TAG: self._name}, statuses=UNFINISHED)
         if self._instance.get_runs(under_way, limit=1):
             return None, "a run for it is under way"
@@ -281,6 +315,8 @@ class _Root:
         if len(failed) >= ATTEMPTS:
             runs = ", ".join(failed)
             return None, f"it failed {len(failed)} times (runs {runs}): mend it and materialize it"
+        if obstacle := self._seen_otherwise(source, now):
+            return None, obstacle
         tags = {
             ROOT_TAG: self._name,
             STATE_TAG: state,

@@ -18,6 +18,7 @@ from posterpipe.defs.resources import (
     Table,
     columns,
     counts,
+    naming_the_asset,
     rows,
     table_output,
     table_preview,
@@ -51,7 +52,7 @@ def resized_posters(
     Size and fit are settings (`images`); `stretch` is what the study did. Runs after `raw_posters`;
     a poster that was resized before is not resized again.
     """
-    from posterpipe.core.images import resize_posters
+    from posterpipe.core.images import resize_posters, retriable_count
     from posterpipe.core.store import cells
 
     store = deployment.store
@@ -69,7 +70,7 @@ def resized_posters(
             "contact_sheet": thumbnails(images, total=len(usable)),
             **counts(resized, "status"),
             "failed": table_preview(resized[resized["status"] != "ok"], ["poster_id", "reason"]),
-            FAILED_ITEMS: int((resized["status"] != "ok").sum()),
+            FAILED_ITEMS: retriable_count(resized),
         },
     )
 
@@ -78,7 +79,7 @@ def resized_posters(
     group_name="dataset",
     kinds={"python", "csv"},
     owners=["team:data"],
-    code_version="1",
+    code_version="2",
     io_manager_key=TABLES,
     metadata=columns(
         source_name="string: the poster, as in raw_posters; what the file says if there is none",
@@ -137,7 +138,7 @@ def human_captions(
     group_name="dataset",
     kinds={"python", "huggingface"},
     owners=["team:data"],
-    code_version="1",
+    code_version="2",
     io_manager_key=TABLES,
     pool="gpu",
     metadata=columns(
@@ -163,21 +164,22 @@ def poster_captions(
     an image once; it is asked again only when the captioner or its settings change, and never for
     a poster that a person described. Runs after the three tables that it reads.
     """
-    from posterpipe.core.captioner import HUMAN, MODEL, caption_posters
+    from posterpipe.core.captioner import HUMAN, MODEL, caption_posters, retriable_count
     from posterpipe.core.captions import captions_by_poster
     from posterpipe.core.models import fingerprint
     from posterpipe.core.store import cells
 
     settings = deployment.settings
     store = deployment.store
-    captions = caption_posters(
-        store,
-        resized_posters,
-        settings.captioner,
-        settings.root,
-        deployment.progress(context),
-        human=captions_by_poster(raw_posters, human_captions),
-    )
+    with naming_the_asset(context):
+        captions = caption_posters(
+            store,
+            resized_posters,
+            settings.captioner,
+            settings.root,
+            deployment.progress(context),
+            human=captions_by_poster(raw_posters, human_captions),
+        )
     images = dict(cells(resized_posters, "poster_id", "image"))
     captioned = captions[captions["status"] == "ok"]
     by_source = {MODEL: 0, HUMAN: 0, **counts(captions, "source")}
@@ -200,7 +202,7 @@ def poster_captions(
             "captions": table_preview(captions, ["caption", "source", "status", "reason"]),
             **by_source,
             **model,
-            FAILED_ITEMS: len(captions) - len(captioned),
+            FAILED_ITEMS: retriable_count(captions),
             "to_look_at": int((captions["reason"] != "").sum()),
             "distinct_captions": int(captioned["caption"].nunique()),
             "mean_words": sum(len(text.split()) for text in captioned["caption"])

@@ -11,6 +11,7 @@ from posterpipe.defs.resources import (
     BASE_MODEL,
     CHALLENGER,
     CHAMPION,
+    FAILED_ITEMS,
     LAST_DECISION,
     MODEL_FINGERPRINT,
     TABLES,
@@ -18,6 +19,7 @@ from posterpipe.defs.resources import (
     Table,
     columns,
     counts,
+    naming_the_asset,
     rows,
     table_output,
     table_preview,
@@ -67,20 +69,22 @@ def champion_generations(
     # behind, and the gate would refuse to compare with that champion.
     champion = defender_of(read_decisions(deployment.warehouse), base, challenger)
     if champion == base:
-        table = base_generations
+        table, failed = base_generations, 0  # whoever drew them tries them again
     else:
         folder = deployment.store_root / "checkpoints" / champion
         require_checkpoint(deployment.store, folder, checkpoint_id=champion)
-        table = generate(
-            deployment.store,
-            suite_prompts(prompt_suite),
-            (*TUNED_VARIANTS, DELAYED_VARIANTS[1]),
-            folder,
-            champion,
-            deployment.settings.sampler,
-            deployment.progress(context),
-            run_id=context.run.run_id,
-        )
+        with naming_the_asset(context):
+            table = generate(
+                deployment.store,
+                suite_prompts(prompt_suite),
+                (*TUNED_VARIANTS, DELAYED_VARIANTS[1]),
+                folder,
+                champion,
+                deployment.settings.sampler,
+                deployment.progress(context),
+                run_id=context.run.run_id,
+            )
+        failed = int((table["status"] == "failed").sum())
     return table_output(
         table,
         {
@@ -88,6 +92,7 @@ def champion_generations(
             CHALLENGER: challenger,
             BASE_MODEL: base,
             **counts(table, "status"),
+            FAILED_ITEMS: failed,
         },
     )
 
@@ -128,6 +133,7 @@ def titled_posters(
     """
     import pandas as pd
 
+    from posterpipe.core.metrics.base import unread_count
     from posterpipe.core.typography import set_titles
 
     generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
@@ -146,6 +152,7 @@ def titled_posters(
                 [(deployment.store_root / row.image_path, row.title) for row in rows(firsts)]
             ),
             **counts(titled, "status"),
+            FAILED_ITEMS: unread_count(generations, titled),
             "least_contrast": float(done["contrast"].min()) if len(done) else None,
             "with_scrim": int(done["scrim"].sum()),
             "not_set": table_preview(titled[titled["status"] != "ok"], ["title", "reason"]),
@@ -197,6 +204,7 @@ def fidelity_scores(
     import pandas as pd
 
     from posterpipe.core.evidence import held_out, measure, trained_on
+    from posterpipe.core.metrics.base import unread_count
     from posterpipe.core.models import fingerprint, joint_fingerprint
 
     settings = deployment.settings
@@ -244,6 +252,7 @@ def fidelity_scores(
                 )
             ),
             **counts(table, "status"),
+            FAILED_ITEMS: unread_count(generations, table),
             MODEL_FINGERPRINT: joint_fingerprint(
                 fingerprint(ref, settings.root)
                 for ref in (settings.scorer.model, *settings.evidence.models)
@@ -286,7 +295,7 @@ def legibility_scores(
     import pandas as pd
 
     from posterpipe.core.evidence import record_readings, record_titles
-    from posterpipe.core.metrics.base import record_scores
+    from posterpipe.core.metrics.base import record_scores, unread_count
     from posterpipe.core.metrics.legibility import measure_legibility, of_all_titles
     from posterpipe.core.typography import lettering_id
 
@@ -297,7 +306,7 @@ def legibility_scores(
         run_id=context.run.run_id,
     )  # fmt: skip
     lettered = generations["generation_key"].isin(titled_posters["generation_key"])
-    readings = []
+    readings, unread = [], 0
     how = lettering_id(deployment.settings.lettering)
     for where, images, lettering in (
         ("drawn", generations[lettered], ""), ("set", titled_posters, how),
@@ -311,6 +320,7 @@ def legibility_scores(
         )  # fmt: skip
         record_readings(deployment.warehouse, read, where, run_id=context.run.run_id)
         readings.append(of_all_titles(images, read).assign(lettering=where))
+        unread += unread_count(images, scores)
     table = pd.concat(readings, ignore_index=True)[
         ["generation_key", "lettering", "title", "status", "read", "distance", "exact"]
     ]
@@ -319,6 +329,7 @@ def legibility_scores(
         table,
         {
             **{f"exact_{name}": float(share) for name, share in shares.items()},
+            FAILED_ITEMS: unread,
             "misread": table_preview(
                 table[(table["lettering"] == "set") & ~table["exact"].astype(bool)]
             ),

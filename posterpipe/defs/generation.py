@@ -13,6 +13,7 @@ import dagster as dg
 
 from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs.resources import (
+    FAILED_ITEMS,
     MODEL_FINGERPRINT,
     SOURCE_DIGEST,
     SOURCE_PORTABLE,
@@ -21,6 +22,7 @@ from posterpipe.defs.resources import (
     Table,
     columns,
     counts,
+    naming_the_asset,
     rows,
     table_output,
     table_preview,
@@ -178,16 +180,17 @@ def _generations(
     from posterpipe.core.sampler import generate
 
     store = deployment.store
-    generations = generate(
-        store,
-        suite_prompts(suite),
-        variants,
-        model_dir,
-        model_id,
-        deployment.settings.sampler,
-        deployment.progress(context),
-        run_id=context.run.run_id,
-    )
+    with naming_the_asset(context):
+        generations = generate(
+            store,
+            suite_prompts(suite),
+            variants,
+            model_dir,
+            model_id,
+            deployment.settings.sampler,
+            deployment.progress(context),
+            run_id=context.run.run_id,
+        )
     drawn = generations[generations["status"] == "ok"]
     # The first seed of each prompt, the variants beside each other: never chosen by hand.
     firsts = drawn.drop_duplicates(["prompt_id", "variant"]).sort_values(
@@ -204,6 +207,7 @@ def _generations(
                 shown=64,
             ),
             **counts(generations, "status"),
+            FAILED_ITEMS: int((generations["status"] == "failed").sum()),
             "not_drawn": table_preview(
                 generations[generations["status"] != "ok"],
                 ["variant", "prompt_id", "seed", "status", "reason"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import namedtuple
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,6 +152,17 @@ class Deployment:
         from posterpipe.core.progress import LogProgress
 
         return self._progress or LogProgress(context.log.info)
+
+
+@contextmanager
+def naming_the_asset(context: dg.AssetExecutionContext) -> Iterator[None]:
+    """While inside, that the accelerator is gone is told with the name of the asset being made."""
+    from posterpipe.core.models import DeviceGone
+
+    try:
+        yield
+    except DeviceGone as error:
+        raise DeviceGone(f"{context.asset_key.to_user_string()}: {error}") from error
 
 
 class StoreIOManager(dg.IOManager):

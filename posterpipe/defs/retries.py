@@ -1,12 +1,11 @@
-"""When an asset is made again because some of its items failed.
+"""When an asset is made again because some of its items failed, or its run lost the accelerator.
 
 What belongs here: the pauses between tries. What does not: requesting the run (`sweep`), and files
 outside that could not be read (`arrivals`), whose pauses are the same.
 """
 
-import datetime as dt
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import dagster as dg
 
@@ -14,7 +13,10 @@ from posterpipe.defs.resources import FAILED_ITEMS
 from posterpipe.defs.staleness import CODE_VERSION, INPUT_DATA_VERSION
 
 GIVE_UP_SECONDS = 7 * 86_400.0
-"""Items that failed for so long are tried again only when an input, code or a setting changes."""
+"""What failed for so long is tried again only when an input, code or a setting changes."""
+
+DEVICE_GONE = "DeviceGone"
+"""Name of the error of `core.models` after which another process may do what this one could not."""
 
 _TRIES = 20
 """Materializations looked at to see how long items have failed: a week takes twelve."""
@@ -31,13 +33,41 @@ def retry_reason(
     failed = _failed(made)
     if made is None or not failed:
         return ""
-    from posterpipe.core.arrivals import pause_after
+    from posterpipe.core.arrivals import clock, pause_after
 
     tried = made_at(made) - _failing_since(instance, key, made)
     if tried >= GIVE_UP_SECONDS or now() - made_at(made) < pause_after(tried):
         return ""
-    at = dt.datetime.fromtimestamp(made_at(made), dt.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return f"{failed} of its items failed at {at}"
+    return f"{failed} of its items failed at {clock(made_at(made))}"
+
+
+def device_obstacle(gone_at: Sequence[float]) -> str:
+    """Why an asset is not to be made yet whose runs lost the accelerator at these times, in seconds
+    since 1970; "" where it is time, or where none did. The pauses are those of failed items."""
+    if not gone_at:
+        return ""
+    from posterpipe.core.arrivals import clock, pause_after
+
+    tried = max(gone_at) - min(gone_at)
+    if tried >= GIVE_UP_SECONDS:
+        return f"its device was gone {len(gone_at)} times: mend it, and materialize the asset"
+    again = max(gone_at) + pause_after(tried)
+    if now() < again:
+        return f"its device was gone; it is tried again after {clock(again)}"
+    return ""
+
+
+def device_gone_at(failure: dg.EventLogEntry) -> float | None:
+    """When a step failed, in seconds since 1970, if it lost the accelerator; else None."""
+    error = failure.get_dagster_event().step_failure_data.error
+    while error is not None and error.cls_name != DEVICE_GONE:
+        error = error.cause
+    return None if error is None else failed_at(failure)
+
+
+def failed_at(failure: dg.EventLogEntry) -> float:
+    """When a step failed, in seconds since 1970."""
+    return failure.timestamp
 
 
 def now() -> float:

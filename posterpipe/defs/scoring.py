@@ -7,12 +7,14 @@ the warehouse (`core.warehouse`), and what is concluded from scores (`dbt_like_r
 import dagster as dg
 
 from posterpipe.defs.resources import (
+    FAILED_ITEMS,
     MODEL_FINGERPRINT,
     TABLES,
     Deployment,
     Table,
     columns,
     counts,
+    naming_the_asset,
     rows,
     table_output,
     table_preview,
@@ -52,6 +54,7 @@ def clip_scores(
     """
     import pandas as pd
 
+    from posterpipe.core.metrics.base import unread_count
     from posterpipe.core.metrics.clip import score_generations
     from posterpipe.core.models import fingerprint
     from posterpipe.core.provenance import environment
@@ -60,15 +63,16 @@ def clip_scores(
     settings = deployment.settings
     warehouse = deployment.warehouse.prepare()
     generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
-    scored = score_generations(
-        deployment.store,
-        deployment.warehouse,
-        generations,
-        settings.scorer,
-        settings.root,
-        deployment.progress(context),
-        run_id=context.run.run_id,
-    )
+    with naming_the_asset(context):
+        scored = score_generations(
+            deployment.store,
+            deployment.warehouse,
+            generations,
+            settings.scorer,
+            settings.root,
+            deployment.progress(context),
+            run_id=context.run.run_id,
+        )
     record_history(deployment.store, deployment.warehouse, generations, run_id=context.run.run_id)
     scores = scored.scores
     means = scores.groupby("variant", sort=False)["clip_cosine"]
@@ -81,6 +85,7 @@ def clip_scores(
                 for row in rows(summary.dropna(subset=["mean"]))
             },
             **counts(scores, "status"),
+            FAILED_ITEMS: unread_count(generations, scores),
             "newly_scored": scored.added,
             "by_variant": table_preview(summary),
             "metric": scored.metric_id,

@@ -19,7 +19,7 @@ from dagster._core.storage.asset_check_execution_record import (
 from posterpipe.defs.arrivals import REASON_TAG, UNFINISHED
 from posterpipe.defs.automation import ON_SCHEDULE
 from posterpipe.defs.resources import Deployment
-from posterpipe.defs.retries import retry_reason
+from posterpipe.defs.retries import device_gone_at, device_obstacle, retry_reason
 from posterpipe.defs.staleness import (
     Models,
     data_version,
@@ -57,7 +57,8 @@ def stale_sweep(
     then follows by data version. An asset is requested when two sweeps in a row find it ready with
     the same inputs, so that the policy comes first. It is not requested while it or something
     upstream is being made, while a blocking check of an input has not passed, or when it failed
-    ATTEMPTS times, was canceled, or stayed stale with the same inputs, code and model.
+    ATTEMPTS times, was canceled, or stayed stale with the same inputs, code and model. Failures for
+    want of an accelerator do not count: they are tried again after ever longer pauses (`retries`).
     """
     repository = context.repository_def
     assert repository is not None, "a sensor of a code location has its repository"
@@ -93,6 +94,15 @@ def _read_cursor(cursor: str | None) -> dict[str, _Known]:
         return {name: _Known(**known) for name, known in json.loads(cursor or "{}").items()}
     except (ValueError, TypeError):
         return {}  # of another version; what is remembered only spares requests
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How a run ended that tried to make an asset."""
+
+    status: DagsterRunStatus
+    device_gone_at: float | None = None
+    """When it lost the accelerator, in seconds since 1970; None where it did not fail so."""
 
 
 class _Sweep:
@@ -181,13 +191,16 @@ class _Sweep:
                 if not self._passed(check):
                     return "", f"the check {check.name} of {upstream} has not passed"
         outcomes = self._outcomes(key, known.since)
-        if DagsterRunStatus.CANCELED in outcomes:
+        if any(outcome.status == DagsterRunStatus.CANCELED for outcome in outcomes):
             return "", "its run was canceled: materialize it, or change an input"
-        failures = outcomes.count(DagsterRunStatus.FAILURE)
-        if failures >= ATTEMPTS:
+        failures = sum(outcome.status == DagsterRunStatus.FAILURE for outcome in outcomes)
+        gone = [each.device_gone_at for each in outcomes if each.device_gone_at is not None]
+        if failures - len(gone) >= ATTEMPTS:
             return "", f"it failed {failures} times with these inputs"
-        if known.requested >= ATTEMPTS:
+        if known.requested - len(gone) >= ATTEMPTS:
             return "", "it stayed so when it was made again"
+        if obstacle := device_obstacle(gone):
+            return "", obstacle
         made = self._latest[key]
         return f"{name}-{_digest(known.state, made.storage_id if made else 0, failures)}", ""
 
@@ -253,7 +266,7 @@ class _Sweep:
     def _is_latest(self, record: AssetCheckExecutionRecord) -> bool:
         return is_of(record, self._latest.get(record.key.asset_key))
 
-    def _outcomes(self, key: dg.AssetKey, since: int) -> list[DagsterRunStatus]:
+    def _outcomes(self, key: dg.AssetKey, since: int) -> list[_Outcome]:
         """How the runs ended that tried to make the asset from what its inputs are now."""
         made = self._latest[key]
         planned = self._instance.event_log_storage.get_event_records(
@@ -276,17 +289,18 @@ class _Sweep:
         if not steps:
             return []
         runs = self._instance.get_runs(dg.RunsFilter(run_ids=list(steps)))
-        return [run.status for run in runs if self._tried(run.run_id, steps[run.run_id])]
+        outcomes = [self._outcome(run, steps[run.run_id]) for run in runs]
+        return [outcome for outcome in outcomes if outcome is not None]
 
-    def _tried(self, run_id: str, step: str | None) -> bool:
-        """Whether a run came as far as a step, or ended before any step could fail."""
+    def _outcome(self, run: dg.DagsterRun, step: str | None) -> _Outcome | None:
+        """How a run ended; None where a step failed and it did not come as far as this one."""
         kinds = {DagsterEventType.STEP_START, DagsterEventType.STEP_FAILURE}
-        events = [
-            entry.get_dagster_event() for entry in self._instance.all_logs(run_id, of_type=kinds)
-        ]
-        return any(event.step_key == step for event in events) or not any(
-            event.event_type == DagsterEventType.STEP_FAILURE for event in events
-        )
+        log = self._instance.all_logs(run.run_id, of_type=kinds)
+        own = [entry for entry in log if entry.get_dagster_event().step_key == step]
+        if not own and any(entry.get_dagster_event().is_step_failure for entry in log):
+            return None
+        failures = [entry for entry in own if entry.get_dagster_event().is_step_failure]
+        return _Outcome(run.status, device_gone_at(failures[-1]) if failures else None)
 
     def _version_began(self, key: dg.AssetKey) -> int:
         """Since which event of the log an asset has the data version that it has now."""

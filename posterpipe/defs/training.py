@@ -20,12 +20,14 @@ from dagster._core.errors import (  # not exported
 from pydantic import ValidationError
 
 from posterpipe.defs.resources import (
+    FAILED_ITEMS,
     HELD_OUT,
     MODEL_FINGERPRINT,
     TABLES,
     Deployment,
     Table,
     columns,
+    naming_the_asset,
     rows,
     table_output,
     thumbnails,
@@ -121,25 +123,27 @@ def class_images(
     if settings.training.prior_preservation:  # else no model is needed, nor looked for
         model_dir = locate(settings.base_model, settings.root)
         model_id = fingerprint(settings.base_model, settings.root)
-    table, folder, version = build_class_images(
-        store,
-        model_dir,
-        model_id,
-        settings,
-        deployment.progress(context),
-        run_id=context.run.run_id,
-    )
-    images = [(store.path(row.image, ".png"), str(row.caption)) for row in rows(table)]
+    with naming_the_asset(context):
+        made = build_class_images(
+            store,
+            model_dir,
+            model_id,
+            settings,
+            deployment.progress(context),
+            run_id=context.run.run_id,
+        )
+    images = [(store.path(row.image, ".png"), str(row.caption)) for row in rows(made.table)]
     return table_output(
-        table.assign(class_set=version),
+        made.table.assign(class_set=made.version),
         {
             "contact_sheet": thumbnails(images),
             "prior_preservation": settings.training.prior_preservation,
             "class_prompt": settings.training.class_prompt,
             **({MODEL_FINGERPRINT: model_id} if model_id else {}),
-            **({"folder": dg.MetadataValue.path(folder)} if folder else {}),
+            **({"folder": dg.MetadataValue.path(made.folder)} if made.folder else {}),
+            FAILED_ITEMS: made.failed,
         },
-        data_version=version or "off",
+        data_version=made.version or "off",
     )
 
 
@@ -197,19 +201,21 @@ def dreambooth_checkpoint(
     training_set = str(training_csv["training_set"].iloc[0])
     # Both are in the store already, or made now: a run may ask for other class images than the
     # asset's, and the held-out posters are resized and captioned by the settings of now.
-    _, class_set, class_version = build_class_images(
-        store, base_model, base_version, settings, progress, run_id=context.run.run_id
-    )
+    with naming_the_asset(context):
+        prior = build_class_images(
+            store, base_model, base_version, settings, progress, run_id=context.run.run_id
+        )
     lineage = current_lineage(store, training_set)  # before it may change meanwhile
     held_out = held_out_version(deployment)  # and no other: posters that come later are noticed
     holdout_set, holdout_version = None, ""
     if training.holdout_every_steps is not None and held_out:
         posters = store.read_table("holdout_posters", held_out)
-        holdout_set, holdout_version = build_holdout_set(store, posters, settings, progress)
+        with naming_the_asset(context):
+            holdout_set, holdout_version = build_holdout_set(store, posters, settings, progress)
     versions = Versions(
         training_set=training_set,
         base_model=base_version,
-        class_set=class_version,
+        class_set=prior.version,
         holdout_set=holdout_version,
     )
 
@@ -218,7 +224,7 @@ def dreambooth_checkpoint(
             base_model=base_model,
             base_model_name=settings.base_model.id,
             training_set=store.root / "training_sets" / training_set,
-            class_set=class_set,
+            class_set=prior.folder,
             holdout_set=holdout_set,
             output_dir=store.root / "checkpoints" / name,
             work_dir=store.root / "training" / name,

@@ -15,14 +15,15 @@ from posterpipe.core import captioner as module
 from posterpipe.core.captioner import (
     COLUMNS,
     Captioner,
-    CaptioningStopped,
     Description,
     caption_posters,
+    retriable_count,
     usable_precision,
 )
 from posterpipe.core.captions import HumanCaption
 from posterpipe.core.images import png_bytes
-from posterpipe.core.models import ModelMissing
+from posterpipe.core.memory import TOO_LITTLE_MEMORY
+from posterpipe.core.models import DeviceGone, ModelMissing
 from posterpipe.core.store import Store
 from posterpipe.settings import CaptionerSettings, ModelRef, default_root, load_settings
 from posterpipe_tests.core.tiny_blip import WORDS, build_tiny_blip
@@ -310,7 +311,9 @@ def test_a_device_that_is_gone_ends_the_captioning_and_what_was_done_is_kept(
             return super().describe(pixels)
 
     monkeypatch.setattr(module, "Captioner", Breaking)
-    with pytest.raises(CaptioningStopped, match=r"illegal memory access.*what was captioned is"):
+    with pytest.raises(
+        DeviceGone, match=r"captioner.*illegal memory access.*what was done is kept"
+    ):
         caption_posters(store, table, SETTINGS, root)
     assert calls == 3
     sizes: list[int] = []
@@ -342,6 +345,51 @@ def test_an_image_that_breaks_the_model_fails_alone(
     monkeypatch.setattr(module, "Captioner", Choosy)
     captions = caption_posters(store, table, SETTINGS, root)
     assert captions["status"].tolist() == ["ok", "failed", "ok", "ok"]
+    assert retriable_count(captions) == 1
+
+
+def test_the_reason_of_too_little_memory_is_the_same_each_time(
+    root: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = resized(store, range(1))
+    free = iter((20, 30))
+
+    class Full(Captioner):
+        def describe(self, pixels: torch.Tensor) -> list[Description]:
+            raise RuntimeError(f"CUDA out of memory. {next(free)} MiB are free")
+
+    monkeypatch.setattr(module, "Captioner", Full)
+    first = caption_posters(store, table, SETTINGS, root)
+    second = caption_posters(store, table, SETTINGS, root)
+    assert first["reason"].tolist() == [TOO_LITTLE_MEMORY]
+    pd.testing.assert_frame_equal(first, second)
+
+
+def test_a_device_that_is_gone_before_the_model_is_on_it_is_told_as_such(
+    root: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setattr(module, "Captioner", gone)
+    with pytest.raises(DeviceGone, match="uncorrectable ECC error"):
+        caption_posters(store, resized(store, range(1)), SETTINGS, root)
+
+
+def test_an_image_without_words_is_asked_once_and_not_tried_again(
+    root: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Silent(Captioner):
+        def describe(self, pixels: torch.Tensor) -> list[Description]:
+            return [Description("", cut=False)] * len(pixels)
+
+    table = resized(store, range(2))
+    monkeypatch.setattr(module, "Captioner", Silent)
+    captions = caption_posters(store, table, SETTINGS, root)
+    assert captions["status"].tolist() == ["failed", "failed"]
+    assert retriable_count(captions) == 0
+    monkeypatch.setattr(module, "Captioner", must_not_load)
+    pd.testing.assert_frame_equal(caption_posters(store, table, SETTINGS, root), captions)
 
 
 def test_images_are_decoded_beside_the_model(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from posterpipe.core.class_images import build_class_images
 from posterpipe.core.dreambooth.data import read_training_set
 from posterpipe.core.progress import NoProgress
+from posterpipe.core.sampler import ImageRequest, Sampler
 from posterpipe.core.store import Store
 from posterpipe.settings import Settings, load_settings
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
@@ -33,10 +36,9 @@ def test_they_are_drawn_once_and_are_a_training_set(base_model: Path, tmp_path: 
     store = Store(tmp_path / "store")
 
     def build(settings: Settings) -> tuple[int, Path | None, str]:
-        table, folder, version = build_class_images(
-            store, base_model, "base", settings, NoProgress(), run_id="run"
-        )
-        return len(table), folder, version
+        made = build_class_images(store, base_model, "base", settings, NoProgress(), run_id="run")
+        assert made.failed == 0
+        return len(made.table), made.folder, made.version
 
     count, folder, version = build(settings_with(class_prompt="a film poster"))
     assert folder is not None
@@ -52,10 +54,28 @@ def test_they_are_drawn_once_and_are_a_training_set(base_model: Path, tmp_path: 
     assert len(list(store.root.glob("blobs/*/*"))) == len(blobs) + 1
 
 
+def test_those_that_could_not_be_drawn_are_counted(
+    base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = Sampler.__call__
+
+    def fails(self: Sampler, requests: Sequence[ImageRequest], on_step: None = None) -> Any:
+        if any(request.seed == 1 for request in requests):
+            raise RuntimeError("no such kernel")
+        return call(self, requests, on_step)
+
+    monkeypatch.setattr(Sampler, "__call__", fails)
+    settings = settings_with(class_prompt="a film poster")
+    made = build_class_images(
+        Store(tmp_path / "store"), base_model, "base", settings, NoProgress(), run_id="run"
+    )
+    assert (len(made.table), made.failed) == (2, 1)
+
+
 def test_nothing_is_drawn_where_the_prior_is_off(tmp_path: Path) -> None:
     settings = settings_with(prior_preservation=False)
     store = Store(tmp_path / "store")
-    table, folder, version = build_class_images(
+    made = build_class_images(
         store, tmp_path / "no model", "base", settings, NoProgress(), run_id="run"
     )
-    assert (len(table), folder, version) == (0, None, "")
+    assert (len(made.table), made.folder, made.version) == (0, None, "")

@@ -27,7 +27,9 @@ from posterpipe.core.images import (
     prepare,
     resize_key,
     resize_posters,
+    retriable_count,
 )
+from posterpipe.core.memory import TOO_LITTLE_MEMORY
 from posterpipe.core.parallel import cores
 from posterpipe.core.store import Store
 from posterpipe.settings import ImageSettings
@@ -378,6 +380,21 @@ def test_a_lost_image_is_made_again_and_a_lost_poster_is_a_row(store: Store) -> 
     lost = resize_posters(store, posters(poster_id, "f" * 64), SETTINGS).iloc[1]
     assert lost["status"] == "failed"
     assert "materialize raw_posters again" in lost["reason"]
+
+
+def test_only_what_may_succeed_counts_as_worth_another_try(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, broken = store.put(encoded(halves())), store.put(b"no image")
+    assert retriable_count(resize_posters(store, posters(good, broken), SETTINGS)) == 0
+    assert retriable_count(resize_posters(store, posters(broken, "f" * 64), SETTINGS)) == 1
+
+    def full(image: Image.Image) -> Image.Image:
+        raise MemoryError(f"{image.width} bytes")
+
+    monkeypatch.setattr("posterpipe.core.images.to_rgb", full)
+    wide = resize_posters(store, posters(good), SETTINGS.model_copy(update={"width": 8}))
+    assert (wide["reason"][0], retriable_count(wide)) == (TOO_LITTLE_MEMORY, 1)
 
 
 def test_no_posters_give_an_empty_table_with_columns(store: Store) -> None:

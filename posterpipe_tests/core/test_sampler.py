@@ -18,7 +18,8 @@ from PIL import Image
 
 from posterpipe.core import models
 from posterpipe.core import sampler as sampler_module
-from posterpipe.core.models import ModelMissing
+from posterpipe.core.memory import TOO_LITTLE_MEMORY
+from posterpipe.core.models import DeviceGone, ModelMissing
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.prompts import Prompt, PromptSuiteError, load_suite, suite_table
 from posterpipe.core.sampler import (
@@ -637,6 +638,60 @@ def test_a_batch_that_fails_in_unknown_words_is_drawn_image_by_image(
 
     monkeypatch.setattr(Sampler, "_draw", small)
     assert (drawn(store, model_dir).status == "ok").all()
+
+
+def test_a_device_that_is_gone_stops_the_drawing_and_what_was_drawn_is_kept(
+    store: Store, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = drawn(Store(store.root / "other"), model_dir)
+    call = Sampler.__call__
+    calls = 0
+
+    def breaks(self: Sampler, requests: Sequence[ImageRequest], on_step: None = None) -> Images:
+        nonlocal calls
+        calls += 1
+        if len(requests) == 2:  # the second batch, in words that nobody knows
+            raise RuntimeError("no such kernel")
+        if calls > 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        return call(self, requests, on_step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "__call__", breaks)
+        with pytest.raises(DeviceGone, match=r"sampler.*illegal memory access.*done is kept"):
+            drawn(store, model_dir)
+    assert calls == 4
+    # Those of the first batch, and the one of the second that was drawn alone.
+    assert len(store.results("generation", whole.pixel_key)) == 4
+    assert table_version(drawn(store, model_dir)) == table_version(whole)
+
+
+def test_a_device_that_is_gone_before_the_model_is_on_it_is_told_as_such(
+    store: Store, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setattr(Sampler, "settle_batch_size", gone)
+    with pytest.raises(DeviceGone, match="uncorrectable ECC error"):
+        drawn(store, model_dir)
+
+
+def test_the_reason_of_too_little_memory_is_the_same_each_time(
+    store: Store, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = Sampler.__call__
+    free = iter(range(100))
+
+    def full(self: Sampler, requests: Sequence[ImageRequest], on_step: None = None) -> Images:
+        if any(request.seed == 2 for request in requests):
+            raise RuntimeError(f"CUDA out of memory. {next(free)} MiB are free")
+        return call(self, requests, on_step)
+
+    monkeypatch.setattr(Sampler, "__call__", full)
+    first, second = drawn(store, model_dir), drawn(store, model_dir)
+    assert set(first[first["status"] == "failed"].reason) == {TOO_LITTLE_MEMORY}
+    assert table_version(first) == table_version(second)
 
 
 def test_when_nothing_can_be_drawn_the_error_says_so(

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -19,6 +20,7 @@ from posterpipe.core import arrivals, landing, prompts
 from posterpipe.core.captions import rehash_sidecars
 from posterpipe.core.listing import Folder
 from posterpipe.definitions import build_defs
+from posterpipe.defs import arrivals as look_module
 from posterpipe.defs.arrivals import REASON_TAG, ROOTS, _Root
 from posterpipe.defs.resources import SOURCE_DIGEST, Deployment
 from posterpipe.settings import load_settings
@@ -425,6 +427,36 @@ def test_a_step_that_sees_other_inodes_is_not_requested_for_ever(
     recorded = made.asset_materialization.metadata[SOURCE_DIGEST].value
     assert recorded == "as another host sees it"
     place.put("e.png")
+    assert place.settle() == [["raw_posters"]]
+
+
+def test_runs_that_never_see_what_the_look_sees_are_requested_ever_more_seldom(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where they have other rights in a folder, or a mount with other dates."""
+    seen = landing.landing_digest
+
+    def elsewhere(*listed: Any, portable: bool = False) -> str:
+        return f"{seen(*listed, portable=portable)} with other rights"
+
+    monkeypatch.setattr(landing, "landing_digest", elsewhere)
+    ahead, hour = 0.0, 3600.0
+    monkeypatch.setattr(look_module, "time", SimpleNamespace(time=lambda: time.time() + ahead))
+    place.put("d.png")
+    assert place.settle() == [["raw_posters"], ["raw_posters"]]
+    assert "2 runs saw something else there than this look" in place.said
+    ahead += hour - 60
+    assert place.settle() == []
+    ahead += 61
+    assert place.look() == ["raw_posters"]
+    assert place.daemon.work() == [True]
+    # A change is read at once.
+    place.put("e.png")
+    assert place.settle() == [["raw_posters"], ["raw_posters"]]
+    assert "e.png" in place.names()
+    # And all is as it was when both see the same.
+    monkeypatch.setattr(landing, "landing_digest", seen)
+    place.put("f.png")
     assert place.settle() == [["raw_posters"]]
 
 

@@ -14,9 +14,11 @@ import dagster as dg
 import pandas as pd
 import pytest
 
+from posterpipe.core.models import DeviceGone
 from posterpipe.definitions import build_defs
 from posterpipe.defs import retries
 from posterpipe.defs.arrivals import REASON_TAG
+from posterpipe.defs.automation import with_policy
 from posterpipe.defs.reports import WRITERS
 from posterpipe.defs.resources import (
     BASE_MODEL,
@@ -38,6 +40,7 @@ from posterpipe.settings import load_settings
 from posterpipe_tests.defs.conftest import MakeWorld
 from posterpipe_tests.defs.harness import (
     RUN_KEY,
+    Broken,
     Daemon,
     World,
     report_all_made,
@@ -376,6 +379,75 @@ def test_it_retries_when_the_policy_is_kept_from_it(chain: World) -> None:
     chain.work()
     sweep_and_work(chain, 6)
     assert chain.started == ["a", "b", "b"]
+
+
+def test_a_device_that_is_gone_is_waited_for_ever_more_seldom_and_not_for_ever(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(a="", b="a")
+    error: list[Exception] = []
+
+    @dg.asset(name="b", deps=["a"], code_version="1")
+    def on_the_gpu() -> None:
+        world.started.append("b")
+        if error:
+            raise error[-1]
+
+    world.load(
+        dg.Definitions(
+            assets=with_policy([world._asset("a"), on_the_gpu]),
+            sensors=[stale_sweep],
+            resources=world.resources,
+        )
+    )
+    world.run("a", "b")
+    world.tick()
+    hour = 3600.0
+    clock = 0.0
+    failed: dict[str, float] = {}
+    monkeypatch.setattr(retries, "now", lambda: clock)
+    monkeypatch.setattr(retries, "failed_at", lambda entry: failed.setdefault(entry.run_id, clock))
+    error.append(DeviceGone("the captioner can no longer use its device"))
+    world.change("a", "2")
+    for _ in range(4):  # the policy tries at once, and once more
+        world.tick()
+        world.work()
+    assert world.started == ["a", "b", "a", "b", "b"]
+    for pause in (1, 1, 2, 4, 8, 16, 24, 24, 24, 24, 24, 24):
+        assert [world.sweep(), world.sweep()] == [[], []]
+        assert "b: a changed, but its device was gone; it is tried again after" in world.said
+        clock += pause * hour - 1
+        assert [world.sweep(), world.sweep()] == [[], []]
+        clock += 1
+        assert [world.sweep(), world.sweep()] == [[], ["b"]]
+        assert world.work() == [False]
+    clock += 1000 * hour
+    assert [world.sweep(), world.sweep()] == [[], []]
+    assert "b: a changed, but its device was gone 14 times" in world.said
+    # After a change of the input it is another matter, and other failures are counted as ever.
+    failed.clear()
+    world.change("a", "3")
+    assert [world.sweep(), world.sweep()] == [[], ["b"]]
+    assert world.work() == [False]
+    error.append(Broken("b"))
+    world.started.clear()
+    for _ in range(8):
+        clock += 2 * hour
+        world.sweep()
+        world.work()
+    assert world.started == ["b", "b"]
+    assert "b: a changed, but it failed 3 times with these inputs" in world.said
+    world.change("a", "4")
+    error.append(DeviceGone("the captioner can no longer use its device"))
+    assert [world.sweep(), world.sweep()] == [[], ["b"]]
+    assert world.work() == [False]
+    assert [world.sweep(), world.sweep()] == [[], []]
+    error.clear()
+    clock += hour
+    assert [world.sweep(), world.sweep()] == [[], ["b"]]
+    assert world.work() == [True]
+    assert [world.sweep(), world.sweep()] == [[], []]
+    assert world.said == "everything matches its inputs"
 
 
 def test_a_fix_of_the_input_runs_it_again(chain: World) -> None:

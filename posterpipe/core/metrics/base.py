@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from posterpipe.core.images import UNREADABLE
 from posterpipe.core.models import revision_of
 from posterpipe.core.store import content_key
 from posterpipe.core.warehouse import (
@@ -97,6 +98,18 @@ def score_rows(
             reason = failures.get(key, "the metric gave no finite number")
             rows.append((key, metric_id, np.nan, "failed", reason))
     return pd.DataFrame(rows, columns=list(SCORE_COLUMNS)).astype({"value": "float64"})
+
+
+def unread_count(images: pd.DataFrame, rows: pd.DataFrame) -> int:
+    """How many images have no result since their file could not be read, which may pass by itself.
+
+    `images`: generation_key and status; `rows`: what was made of them, with generation_key, status
+    and reason. An image that was not drawn does not count: it comes when it is drawn.
+    """
+    drawn = images.loc[images["status"] == "ok", "generation_key"]
+    unread = rows["reason"].astype(str).str.contains(UNREADABLE, regex=False)
+    unread &= (rows["status"] == "failed") & rows["generation_key"].isin(drawn)
+    return int(rows.loc[unread, "generation_key"].nunique())
 
 
 def record_scores(

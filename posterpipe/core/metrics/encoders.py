@@ -26,12 +26,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
+from posterpipe.core.images import UNREADABLE
 from posterpipe.core.metrics.pixels import Preparation
 from posterpipe.core.models import (
     ModelMissing,
     best_device,
     fingerprint,
     locate,
+    noticing_a_gone_device,
     quiet_hub,
     torch_dtype,
     usable_precision,
@@ -160,13 +162,16 @@ class _Encoder:
     def _features(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
         import torch
 
-        pixels = self._preparation.batch(prepared, self.device)
-        with torch.inference_mode(), self._autocast():
+        with self._noticing_a_gone_device(), torch.inference_mode(), self._autocast():
+            pixels = self._preparation.batch(prepared, self.device)
             return unit(self._forward(pixels.to(self.dtype)))
 
     def _forward(self, pixels: Tensor) -> Tensor:
         """Features (batch, dimension) of normalised pixels (batch, 3, height, width)."""
         raise NotImplementedError
+
+    def _noticing_a_gone_device(self) -> AbstractContextManager[None]:
+        return noticing_a_gone_device("the encoder of images and texts", self.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         import torch
@@ -192,7 +197,8 @@ class _Encoder:
 
     def _load_weights(self, cls: Any, **arguments: Any) -> Any:
         model = self._load(cls, dtype=self.dtype, use_safetensors=True, **arguments)
-        return model.requires_grad_(False).eval().to(self.device)
+        with self._noticing_a_gone_device():
+            return model.requires_grad_(False).eval().to(self.device)
 
 
 class ClipEncoder(_Encoder):
@@ -249,8 +255,9 @@ class ClipEncoder(_Encoder):
         # The tokenizer cuts long texts, since it keeps the end token, which CLIP reads.
         tokens = self.tokenizer(
             texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        ).to(self.device)
-        with torch.inference_mode(), self._autocast():
+        )
+        with self._noticing_a_gone_device(), torch.inference_mode(), self._autocast():
+            tokens = tokens.to(self.device)
             return unit(
                 projected(
                     self.model.get_text_features(
@@ -413,7 +420,7 @@ def _opened(encoder: ImageEncoder, images: Mapping[str, Path], key: str) -> Foun
             return key, encoder.prepare(image)
     except (OSError, SyntaxError) as error:  # Pillow's word for a broken PNG
         return key, (
-            f"{images[key]}: cannot be read ({error}); materialize the assets that make it again"
+            f"{images[key]}: {UNREADABLE} ({error}); materialize the assets that make it again"
         )
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from posterpipe.core.images import hash_distance, perceptual_hash
+from posterpipe.core.images import UNREADABLE, hash_distance, perceptual_hash
 from posterpipe.core.metrics.base import Metric, digest, encoder_metric, score_rows
 from posterpipe.core.metrics.encoders import Embeddings, encoder_id, kept_embeddings
 from posterpipe.core.parallel import parallel_map
@@ -247,7 +247,7 @@ def compare_with_posters(
     hash_metric = _hash_metric(training)
     metrics.append(hash_metric)
     distances = _hash_distances(drawn, hashes, training)
-    unreadable = {str(key): "the image cannot be read" for key in drawn["generation_key"]}
+    unreadable = {str(key): f"the image {UNREADABLE}" for key in drawn["generation_key"]}
     scores.append(score_rows(generations, hash_metric.metric_id, distances, unreadable))
     return Fidelity(
         metrics,

@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from posterpipe.core.images import UNREADABLE
 from posterpipe.core.metrics.base import Metric, score_rows
 from posterpipe.core.parallel import cores, parallel_map
 from posterpipe.core.progress import Progress
@@ -290,7 +291,7 @@ def _readings(
                         image.load()
                 except (OSError, SyntaxError) as error:
                     unreadable[key] = (
-                        f"{files[key]}: cannot be read ({error}); materialize the assets that "
+                        f"{files[key]}: {UNREADABLE} ({error}); materialize the assets that "
                         "make it again"
                     )
                     tick()

@@ -16,6 +16,7 @@ import pandas as pd
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from posterpipe.core.images import UNREADABLE
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import Progress
 from posterpipe.core.store import Store, compute_missing, content_key
@@ -80,7 +81,7 @@ def set_titles(
             return key, None
         except (OSError, SyntaxError) as error:
             failures[key] = (
-                f"{store.root / path}: cannot be read ({error}); materialize the generations again"
+                f"{store.root / path}: {UNREADABLE} ({error}); materialize the generations again"
             )
             return key, None
         blob = store.put(_png(result, about, title, layout), ".png")

@@ -20,7 +20,7 @@ from posterpipe.core.metrics.encoders import (
     image_encoder,
     kept_embeddings,
 )
-from posterpipe.core.models import ModelMissing
+from posterpipe.core.models import DeviceGone, ModelMissing
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.store import Store
 from posterpipe.settings import ModelRef, ScorerSettings, load_settings
@@ -184,6 +184,20 @@ def test_one_unreadable_image_does_not_stop_the_others(
     some_images()[1].save(images["hash1"])
     healed = kept_embeddings(store, settings("clip"), root, images, NoProgress())
     assert "hash1" in healed.vectors and sorted(healed.unreadable) == ["gone"]
+
+
+def test_a_device_that_is_gone_is_told_as_such(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = ClipEncoder(settings("clip"), root)
+
+    def gone(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure\nmore")
+
+    monkeypatch.setattr(encoder.model, "get_image_features", gone)
+    monkeypatch.setattr(encoder.model, "get_text_features", gone)
+    with pytest.raises(DeviceGone, match=r"encoder.*unspecified launch failure\)"):
+        encoder.image_features(some_images())
+    with pytest.raises(DeviceGone, match=r"encoder.*unspecified launch failure\)"):
+        encoder.text_features(["a text"])
 
 
 def test_numbers_that_are_not_finite_are_told_and_not_kept(

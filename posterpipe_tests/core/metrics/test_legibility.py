@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from posterpipe.core.metrics import legibility as legibility_module
+from posterpipe.core.metrics.base import unread_count
 from posterpipe.core.metrics.legibility import (
     TitleReader,
     edit_distance,
@@ -158,6 +159,8 @@ def test_an_unreadable_image_is_a_row_with_the_reason(tmp_path: Path) -> None:
     _, scores, read = measure_legibility(store, table, "drawn", NoProgress())
     assert scores.status.tolist() == ["failed", "ok", "failed", "ok"]
     assert "cannot be read" in scores.reason[0] and len(read) == 1
+    assert unread_count(table, scores) == 1
+    assert unread_count(table.assign(status=["failed", "ok"]), scores) == 0
     told = of_all_titles(table, read)
     assert told["status"].tolist() == ["failed", "ok"] and told["exact"].tolist() == [False, True]
     assert isinstance(read, pd.DataFrame)
