@@ -622,8 +622,8 @@ def generate(
     (see `Sampler`); `model_id` is the model's fingerprint or the checkpoint's id, under which its
     images are kept. The model is loaded only if something is missing. Finished images are kept when
     a run is stopped. A batch that fails is drawn again one by one; an image that still fails is a
-    row with status failed and is tried again next time. Raises SamplerError when every image fails,
-    DeviceGone where no further one can be drawn, and ModelMissing.
+    row with status failed and is tried again next time. Raises SamplerError when there is no image
+    at all then, DeviceGone where no further one can be drawn, and ModelMissing.
     """
     prompts = suite_prompts(suite) if isinstance(suite, pd.DataFrame) else list(suite)
     known = (*VARIANTS, *DELAYED_VARIANTS)
@@ -650,6 +650,11 @@ def generate(
         save_every=1,  # an image costs a hundred times as much as saving its row
         usable=lambda row: store.has(row["image"], ".png"),
     )
+    if drawing.failed and not drawn:
+        raise SamplerError(
+            f"{model_dir}: not one of {len(requests)} images could be drawn "
+            f"({next(iter(drawing.failed.values()))}); mend the model or POSTERPIPE_SAMPLER__*"
+        )
     rows = []
     for prompt, variant, request in cells:
         key = keys[request]
@@ -759,11 +764,6 @@ class _Drawing:
                 yield future.result()
         del sampler
         give_memory_back()
-        if self.failed and len(self.failed) == len(missing):
-            raise SamplerError(
-                f"{self.model_dir}: not one of {len(missing)} images could be drawn "
-                f"({next(iter(self.failed.values()))}); mend the model or POSTERPIPE_SAMPLER__*"
-            )
 
     def _try(
         self, sampler: Sampler, requests: dict[str, ImageRequest]
