@@ -25,7 +25,7 @@ from posterpipe.core.sampler import COLUMNS, generation_key
 from posterpipe.core.store import Store, table_version
 from posterpipe.core.warehouse import WarehouseError
 from posterpipe.defs import checks, evidence
-from posterpipe.defs.resources import TABLES, Deployment, store_tables
+from posterpipe.defs.resources import FAILED_ITEMS, TABLES, Deployment, store_tables
 from posterpipe.defs.staleness import stale_assets
 from posterpipe.settings import ModelRef, Settings, load_settings
 from posterpipe_tests.core.metrics.tiny import build_tiny_clip
@@ -223,6 +223,24 @@ def sometimes_black(prompt: int, seed: int, negative: bool) -> Image.Image | Non
 
 def less_like_film_posters(prompt: int, seed: int, negative: bool) -> Image.Image:
     return picture(FILM + 7, 1000 + 100 * prompt + 10 * seed + int(negative), share=0.8)
+
+
+def test_an_image_that_could_not_be_read_is_counted_as_worth_another_try(world: World) -> None:
+    world.train("unlucky", incomplete)  # what was not drawn is not for these assets to try again
+    drawn = world.store.read_table("tuned_generations")
+    path = world.store.root / str(drawn["image_path"][0])
+    whole = path.read_bytes()
+    path.unlink()  # it may not be written to
+    path.write_bytes(whole[:60])
+    world.judge()
+    failed = {
+        key: entry.value
+        for name in MADE
+        for event in world.result.asset_materializations_for_node(name)
+        for key, entry in [(name, event.metadata.get(FAILED_ITEMS))]
+        if entry is not None
+    }
+    assert failed == {"champion_generations": 0, "fidelity_scores": 1}
 
 
 def test_a_good_checkpoint_is_promoted_and_served(world: World) -> None:
