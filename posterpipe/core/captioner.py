@@ -44,7 +44,6 @@ _CAPTIONER = "the captioner"
 CAPTION_VERSION = 2
 """Raise it when the captioner decodes otherwise: every caption by the model is then made again."""
 
-
 NO_WORDS = "the model found no words; write them"
 """The reason of a failure that stays, whoever tries again: the model would say the same."""
 

@@ -87,7 +87,6 @@ _WORTH_DOUBLING = 0.95
 _WRITERS = 4
 """Threads that write PNGs: one takes a tenth of a second for 512 pixels, as a fast GPU does."""
 
-
 _SAMPLER = "the sampler"
 
 

@@ -197,7 +197,7 @@ class _Sweep:
         gone = [each.device_gone_at for each in outcomes if each.device_gone_at is not None]
         if failures - len(gone) >= ATTEMPTS:
             return "", f"it failed {failures} times with these inputs"
-        if known.requested - len(gone) >= ATTEMPTS:
+        if known.requested - len(gone) >= ATTEMPTS:  # those runs made nothing
             return "", "it stayed so when it was made again"
         if obstacle := device_obstacle(gone):
             return "", obstacle
