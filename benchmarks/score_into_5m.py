@@ -5,8 +5,8 @@ encode the others, write images, metric and scores, make them the current ones, 
 Each side has a store of its own, so that both encode everything; they take turns, each round with
 another checkpoint, and in nine rounds, since most of the time is the encoder's, which varies.
 `score_into_5m.warehouse` is the same for images that the store knows, where the database is nearly
-all of the work, `score_into_5m.ten_metrics` writing ten scores an image, and `score_into_5m.cpu` the
-first in CPU seconds, which other work on the machine changes little.
+all of the work, `score_into_5m.ten_metrics` writing ten scores an image, and `score_into_5m.cpu` is
+the first in CPU seconds, which other work on the machine changes little.
 """
 
 from __future__ import annotations
