@@ -31,16 +31,21 @@ from posterpipe_tests.core.dreambooth.conftest import write_training_set
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
 
 
-def test_reports_result_and_errors_reach_dagster(tmp_path: Path) -> None:
-    config = RunConfig(
-        base_model=build_tiny_stable_diffusion(tmp_path / "base"),
-        training_set=write_training_set(tmp_path / "set"),
-        output_dir=tmp_path / "out",
-        work_dir=tmp_path / "work",
+def run_in(folder: Path, **training: Any) -> RunConfig:
+    """Of a tiny model."""
+    return RunConfig(
+        base_model=build_tiny_stable_diffusion(folder / "base"),
+        training_set=write_training_set(folder / "set"),
+        output_dir=folder / "out",
+        work_dir=folder / "work",
         width=TINY_WIDTH,
         height=TINY_HEIGHT,
-        training=TrainingSettings(max_train_steps=2, train_batch_size=2, log_every_steps=1),
+        training=TrainingSettings(**training),
     )
+
+
+def test_reports_result_and_errors_reach_dagster(tmp_path: Path) -> None:
+    config = run_in(tmp_path, max_train_steps=2, train_batch_size=2, log_every_steps=1)
     missing = config.model_copy(
         update={"base_model": tmp_path / "nowhere", "output_dir": tmp_path / "other"}
     )
@@ -108,15 +113,7 @@ class CancelledAtTheFirstReport:
 def test_a_cancelled_step_ends_when_its_training_has_saved_and_let_go_of_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = RunConfig(
-        base_model=build_tiny_stable_diffusion(tmp_path / "base"),
-        training_set=write_training_set(tmp_path / "set"),
-        output_dir=tmp_path / "out",
-        work_dir=tmp_path / "work",
-        width=TINY_WIDTH,
-        height=TINY_HEIGHT,
-        training=TrainingSettings(max_train_steps=5000, train_batch_size=1, save_every_steps=5000),
-    )
+    config = run_in(tmp_path, max_train_steps=5000, train_batch_size=1, save_every_steps=5000)
     (tmp_path / "slow_worker.py").write_text(SLOW_TO_SAVE)
     root = Path(__file__).parents[2]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(root))))
