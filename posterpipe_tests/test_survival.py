@@ -569,6 +569,7 @@ def test_killed_again_and_again_at_any_moment_a_run_comes_to_its_end(world: Worl
 # -- company ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_on_the_same_assets_come_to_one_end(world: World) -> None:
     root = world.store("two at once")
     second = root.with_name("the second of two at once.json")

@@ -155,6 +155,7 @@ def test_a_request_is_cancelled_and_the_next_one_is_drawn(studio: Studio, page: 
     page.get_by_role("img", name="Poster drawn from: a green cat").first.wait_for(timeout=LONG_MS)
 
 
+@pytest.mark.slow
 def test_a_second_user_waits_in_line_and_both_get_their_posters(
     studio: Studio, new_page: Callable[..., Page]
 ) -> None:

@@ -430,6 +430,7 @@ def test_a_step_that_sees_other_inodes_is_not_requested_for_ever(
     assert place.settle() == [["raw_posters"]]
 
 
+@pytest.mark.slow
 def test_runs_that_never_see_what_the_look_sees_are_requested_ever_more_seldom(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -562,6 +562,7 @@ def test_posters_that_come_and_go_rebuild_the_dataset_from_the_store(
     assert not daemon.tick()
 
 
+@pytest.mark.slow
 def test_another_limit_and_other_holdout_posters_run_the_checks_again(
     tmp_path: Path, instance: dg.DagsterInstance
 ) -> None:

@@ -564,6 +564,7 @@ def test_the_p_value_of_prompts_that_all_differ_by_the_same_is_that_of_their_sig
     assert [p for (p,) in found] == pytest.approx([1.0, 2 / 2**5, 2 / 2**2, 1.0, 2 / 2**24])
 
 
+@pytest.mark.slow
 def test_a_failing_test_keeps_the_publication_of_before(world: World) -> None:
     before = world.deployment.published_path.read_bytes()
     test = world.settings.path(reports.PROJECT) / "tests" / "never_true.sql"

@@ -381,6 +381,7 @@ def test_it_retries_when_the_policy_is_kept_from_it(chain: World) -> None:
     assert chain.started == ["a", "b", "b"]
 
 
+@pytest.mark.slow
 def test_a_device_that_is_gone_is_waited_for_ever_more_seldom_and_not_for_ever(
     make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,7 @@ class CancelledAtTheFirstReport:
         yield lambda *_, **__: None
 
 
+@pytest.mark.slow
 def test_a_cancelled_step_ends_when_its_training_has_saved_and_let_go_of_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -301,9 +301,15 @@ def with_files_up_to(
 @pytest.mark.parametrize(
     ("size", "from_step", "settings", "words", "resumed_from"),
     [
-        (2_000, 0, {}, "a latent or text embedding could not be written", 0),
+        pytest.param(
+            *(2_000, 0, {}, "a latent or text embedding could not be written", 0),
+            marks=pytest.mark.slow,
+        ),
         (200_000, 2, {}, "the save of step 2 could not be written", 1),
-        (200_000, 0, {"method": "lora", "lora_rank": 1}, "the finished model could not", 3),
+        pytest.param(
+            *(200_000, 0, {"method": "lora", "lora_rank": 1}, "the finished model could not", 3),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_where_the_system_refuses_a_file_a_sentence_says_so_and_the_run_can_go_on(
