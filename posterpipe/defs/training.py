@@ -151,7 +151,7 @@ def class_images(
     group_name="training",
     kinds={"python", "pytorch", "huggingface"},
     owners=["team:ml"],
-    code_version="2",
+    code_version="3",
     io_manager_key=TABLES,
     pool="gpu",
     deps=[class_images],

@@ -35,7 +35,9 @@ RAISED_FOR: dict[str, tuple[object, dict[str, int]]] = {
         "LoRA added in fp32",
         {"tuned_generations": 2, "champion_generations": 2},
     ),
-    "dreambooth.config.TRAINER_VERSION": ("2", {"dreambooth_checkpoint": 2}),
+    "dreambooth.config.TRAINER_VERSION": ("3", {"dreambooth_checkpoint": 3}),
+    "dreambooth.latents._LATENTS_VERSION": (3, {"dreambooth_checkpoint": 3}),
+    "dreambooth.texts._EMBEDDINGS_VERSION": (1, {"dreambooth_checkpoint": 3}),
     "typography.titled.TYPOGRAPHY_VERSION": (4, {"titled_posters": 3, "legibility_scores": 3}),
     "metrics.encoders.ENCODER_VERSION": (1, {"clip_scores": 3, "fidelity_scores": 3}),
     "metrics.clip.CLIP_T_VERSION": (1, {"clip_scores": 3, "fidelity_scores": 3}),
@@ -54,8 +56,6 @@ DECIDE_NO_TABLE = {
     "quality.STATISTICS_VERSION",  # of numbers that checks look at
     "warehouse.SCHEMA_VERSION",
     "warehouse.STORAGE_VERSION",
-    "dreambooth.latents._LATENTS_VERSION",  # of what a training keeps for the next one
-    "dreambooth.texts._EMBEDDINGS_VERSION",
 }
 
 

@@ -23,8 +23,9 @@ from posterpipe.core.dreambooth.effects import deciding
 from posterpipe.core.dreambooth.errors import TrainingError, TrainingSetError
 from posterpipe.settings import SamplerSettings, TrainingSettings
 
-TRAINER_VERSION = "2"
-"""Raised when the same config would give other weights, so that old checkpoints keep their id."""
+TRAINER_VERSION = "3"
+"""Raised when the same config would give other weights, so that old checkpoints keep their id; also
+when latents or text embeddings are others (`_LATENTS_VERSION`, `_EMBEDDINGS_VERSION`)."""
 
 CSV_NAME = "training.csv"
 MODEL_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
@@ -151,10 +152,6 @@ def checkpoint_id(config: RunConfig, versions: Versions, processes: int = 1) -> 
         settings = _without(settings, _OF_THE_PRIOR)
     if training.early_stop_patience is not None:
         parts["holdout_set"] = versions.holdout_set
-        if training.early_stop_min_gain or config.buckets:
-            # Until this stood here they ended with other weights: of the lowest loss that counted
-            # as a gain; of questions that depended on the batch.
-            parts["early_stop"] = 2
     else:
         settings = _without(settings, _OF_EARLY_STOP)
     parts["training"] = settings
