@@ -66,7 +66,7 @@ def build_defs(settings: Settings, deployment: Deployment | None = None) -> dg.D
 
 # Meanwhile the garbage collector would look, again and again, through all that Dagster's import has
 # made: more than half of the time that building takes. Afterwards it would do so once more for what
-# was built, and when the process ends: all of it stays as long as the process.
+# was built, all of which stays as long as the process.
 gc.disable()
 try:
     defs = build_defs(load_settings())

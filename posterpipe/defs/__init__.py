@@ -7,6 +7,7 @@ Modules of `core` are imported inside the steps. Loading the code location then 
 than loading Dagster: pandas alone would add a third of a second, diffusers six.
 """
 
+import atexit
 import gc
 
 import dagster  # noqa: F401
@@ -14,3 +15,5 @@ import dagster  # noqa: F401
 # What this import has made stays for good. The collector would look through it again and again
 # while the definitions are made, which takes a tenth of the time that loading them does.
 gc.freeze()
+# At the end everything is let go as usual: bindings such as DuckDB's count what is left then.
+atexit.register(gc.unfreeze)
