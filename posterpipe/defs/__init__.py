@@ -12,8 +12,8 @@ import gc
 
 import dagster  # noqa: F401
 
-# What this import has made stays for good. The collector would look through it again and again
-# while the definitions are made, which takes a tenth of the time that loading them does.
+# What this import has made stays for good: the collector need not look through it again and again
+# while the modules of this package are loaded (`load_code_location` in `benchmarks`).
 gc.freeze()
 # At the end everything is let go as usual: bindings such as DuckDB's count what is left then.
 atexit.register(gc.unfreeze)

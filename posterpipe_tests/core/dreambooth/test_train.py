@@ -990,18 +990,29 @@ def test_too_small_a_gain_ends_a_run_and_does_not_cost_it_what_was_gained(
     assert not equal(unet_weights(config.output_dir), unet_weights(config.base_model))
 
 
+def watched(make_config: MakeConfig, holdout_set: Path, *, steps: int) -> RunConfig:
+    """A run that measures the held-out loss each step and does not end early."""
+    return make_config(
+        parts={"holdout_set": holdout_set},
+        max_train_steps=steps,
+        holdout_every_steps=1,
+        save_every_steps=2,
+        early_stop_patience=50,
+    )
+
+
+def assert_weights_of_step(step: int, config: RunConfig, make_config: MakeConfig) -> None:
+    same = make_config("same", max_train_steps=step)
+    train(same)
+    assert equal(unet_weights(config.output_dir), unet_weights(same.output_dir))
+
+
 @pytest.mark.parametrize("damaged", [False, True], ids=["killed", "and its newest save damaged"])
 def test_weights_of_steps_that_a_killed_run_made_again_are_not_taken(
     make_config: MakeConfig, other_set: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
     # On a GPU the steps made again are not those of before, and the loss need not get as low.
-    config = make_config(
-        parts={"holdout_set": other_set},
-        max_train_steps=8,
-        holdout_every_steps=1,
-        save_every_steps=2,
-        early_stop_patience=50,
-    )
+    config = watched(make_config, other_set, steps=8)
     measures(monkeypatch, 0.5, 0.4, 0.45, 0.3, 0.45, 0.1, 0.2)
     with pytest.raises(KeyboardInterrupt):
         train(config, interrupt_at(5))
@@ -1012,9 +1023,7 @@ def test_weights_of_steps_that_a_killed_run_made_again_are_not_taken(
     measures(monkeypatch, *[0.6] * 8)
     result = train(config)
     assert (result.resumed_from, result.steps) == ((2, 1) if damaged else (4, 3))
-    same = make_config("same", max_train_steps=result.steps)
-    train(same)
-    assert equal(unet_weights(config.output_dir), unet_weights(same.output_dir))
+    assert_weights_of_step(result.steps, config, make_config)
 
 
 @pytest.mark.parametrize(
@@ -1030,13 +1039,7 @@ def test_where_the_best_weights_are_lost_the_next_ones_are_taken_and_the_card_sa
     at_the_end: float,
     taken: int,
 ) -> None:
-    config = make_config(
-        parts={"holdout_set": other_set},
-        max_train_steps=6,
-        holdout_every_steps=1,
-        save_every_steps=2,
-        early_stop_patience=50,
-    )
+    config = watched(make_config, other_set, steps=6)
     measures(monkeypatch, 0.5, 0.4, 0.45, 0.45, 0.45, 0.3, at_the_end)
 
     def damage(report: StepReport) -> None:
@@ -1048,9 +1051,7 @@ def test_where_the_best_weights_are_lost_the_next_ones_are_taken_and_the_card_sa
     said: list[str] = []
     result = train(config, damage, log=said.append)
     assert result.steps == taken
-    same = make_config("same", max_train_steps=taken)
-    train(same)
-    assert equal(unet_weights(config.output_dir), unet_weights(same.output_dir))
+    assert_weights_of_step(taken, config, make_config)
     assert strictly_read(config.output_dir / "posterpipe.json")["lost_lowest_step"] == 5
     card = (config.output_dir / "README.md").read_text()
     assert "lowest at step 5, but the weights of that step were lost" in card
