@@ -83,7 +83,8 @@ _opening = threading.Lock()
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
     """The image in some bytes, its pixels not decoded yet.
 
-    Raises TooManyPixels by the header alone, and ImageRejected for anything that is no image.
+    Raises TooManyPixels by the header alone, ImageRejected for anything that is no image, and
+    MemoryError.
     """
     if not data:
         raise ImageRejected("the file is empty; copy it again")
@@ -98,6 +99,8 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
                 "no image in it: the content is none of PNG, JPEG, BMP, GIF, WebP, TIFF, AVIF, "
                 "or its beginning is damaged; copy or export it again, or remove it"
             ) from error
+        except MemoryError:
+            raise  # which says nothing about the image
         except Exception as error:  # hostile bytes make Pillow raise nearly anything
             raise ImageRejected(f"the header cannot be read ({error}); export it again") from error
         finally:

@@ -40,6 +40,7 @@ from posterpipe.core.listing import (
     source_name,
     suffix,
 )
+from posterpipe.core.memory import TOO_LITTLE_MEMORY
 from posterpipe.core.near_duplicates import earliest_near_duplicates
 from posterpipe.core.parallel import cores, parallel_map
 from posterpipe.core.progress import NoProgress, Progress
@@ -75,6 +76,7 @@ _FILES, _CONTENTS, REHASHED = "landing_file", "poster_content", "landing_rehashe
 _SAVE_EVERY = 16
 
 CHANGED, UNREADABLE = "changed while it was read", "cannot be read"
+_PASSING = (CHANGED, UNREADABLE, TOO_LITTLE_MEMORY)
 """How reasons begin that may pass by themselves."""
 
 # A bucket is read by many threads, and a decoded poster may take half a gigabyte.
@@ -198,8 +200,7 @@ def unread_count(posters: pd.DataFrame) -> int:
 
     Folders that were not entered do not count: the listing changes when they can be.
     """
-    problem = posters["reason"].astype(str).str
-    unread = problem.startswith(CHANGED) | problem.startswith(UNREADABLE)
+    unread = posters["reason"].astype(str).str.startswith(_PASSING)
     return int((unread & (posters["poster_id"] == "")).sum())
 
 
@@ -429,8 +430,13 @@ def _inspect(
     except OSError as error:
         problem = f"{UNREADABLE} ({_said(error)}); make it readable or remove it"
         return {**file, "problem": problem, "transient": True}, None
+    except MemoryError:
+        return {**file, "problem": TOO_LITTLE_MEMORY, "transient": True}, None
     poster_id = hashlib.sha256(data).hexdigest()
-    return {**file, "poster_id": poster_id}, _content(data, poster_id, limits, store)
+    try:
+        return {**file, "poster_id": poster_id}, _content(data, poster_id, limits, store)
+    except MemoryError:  # which says nothing about the poster
+        return {**file, "problem": TOO_LITTLE_MEMORY, "transient": True}, None
 
 
 def _said(error: OSError) -> str:
@@ -440,7 +446,8 @@ def _said(error: OSError) -> str:
 def _content(
     data: bytes, poster_id: str, limits: ImageSettings, store: Store | None
 ) -> dict[str, Any]:
-    """What is true of some bytes, known or judged now; usable ones are kept in the store."""
+    """What is true of some bytes, known or judged now; usable ones are kept in the store. Raises
+    MemoryError."""
     if store is None:
         return _judge(data, limits)
     key = _content_key(poster_id)
@@ -473,6 +480,8 @@ def _judge(data: bytes, limits: ImageSettings) -> dict[str, Any]:
         content.update(format=error.format, width=width, height=height, decoded=False)
     except ImageRejected as error:
         content["problem"] = str(error)
+    except MemoryError:
+        raise
     except Exception as error:  # hostile pixels make Pillow raise nearly anything
         content["problem"] = f"cannot be converted ({error}); export it again as PNG"
     return content

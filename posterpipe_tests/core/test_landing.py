@@ -17,8 +17,16 @@ from PIL import Image
 
 from posterpipe.core import landing
 from posterpipe.core.images import hash_distance
-from posterpipe.core.landing import LandingEmpty, landing_digest, rehash, scan, scan_holdout
+from posterpipe.core.landing import (
+    LandingEmpty,
+    landing_digest,
+    rehash,
+    scan,
+    scan_holdout,
+    unread_count,
+)
 from posterpipe.core.listing import HOLDOUT, Bucket, Entry, Folder
+from posterpipe.core.memory import TOO_LITTLE_MEMORY
 from posterpipe.core.store import Store
 from posterpipe.settings import ImageSettings
 from posterpipe_tests.core.test_images import png_bomb
@@ -244,6 +252,23 @@ def test_a_file_that_could_not_be_read_is_tried_again(folder: Path, store: Store
     link.symlink_to(target)
     assert scan(folder, LIMITS, store)["status"].tolist() == ["rejected"]
     poster(target)
+    assert scan(folder, LIMITS, store)["status"].tolist() == ["ok"]
+
+
+@pytest.mark.parametrize("step", ["open_image", "decode_for_looks", "perceptual_hash"])
+def test_a_poster_for_which_memory_ran_out_is_no_bad_poster_and_is_tried_again(
+    folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    poster(folder / "a.png")
+
+    def run_out(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(landing, step, run_out)
+        without = scan(folder, LIMITS, store)
+    assert without["reason"].tolist() == [TOO_LITTLE_MEMORY]
+    assert unread_count(without) == 1
     assert scan(folder, LIMITS, store)["status"].tolist() == ["ok"]
 
 
