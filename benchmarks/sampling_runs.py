@@ -20,16 +20,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from posterpipe.core.generations import generate
 from posterpipe.core.models import best_device, torch_dtype, usable_precision
 from posterpipe.core.parallel import cores
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.prompts import Prompt
-from posterpipe.core.sampler import (
-    ImageRequest,
-    Sampler,
-    generate,
-    make_scheduler,
-)
+from posterpipe.core.sampler import ImageRequest, Sampler, make_scheduler
 from posterpipe.core.store import Store
 from posterpipe.settings import SamplerSettings
 

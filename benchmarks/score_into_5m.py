@@ -21,12 +21,12 @@ import pandas as pd
 
 from benchmarks.big_warehouse import METRICS, build
 from benchmarks.rows import Row
+from posterpipe.core.generations import COLUMNS, generation_key
 from posterpipe.core.images import png_bytes
 from posterpipe.core.metrics.base import Metric, record_scores
 from posterpipe.core.metrics.clip import score_generations
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.prompts import Prompt, load_suite
-from posterpipe.core.sampler import COLUMNS, generation_key
 from posterpipe.core.store import Store
 from posterpipe.core.variants import TUNED_VARIANTS
 from posterpipe.core.warehouse import Warehouse

@@ -43,7 +43,7 @@ def metric(metric_id: str, name: str, preprocessing: str = "crop") -> Metric:
 def generations(
     checkpoint: str, variants: Sequence[str], prompts: int, seeds: int, *, blocked: int = 0
 ) -> pd.DataFrame:
-    """`sampler.COLUMNS`; the first `blocked` images are."""
+    """`generations.COLUMNS`; the first `blocked` images are."""
     rows: list[dict[str, Any]] = []
     for prompt in range(prompts):
         for seed in range(seeds):

@@ -32,7 +32,8 @@ from posterpipe.core.dreambooth.learner import Learner
 from posterpipe.core.dreambooth.reports import StepReport, TrainResult
 from posterpipe.core.dreambooth.saves import Save, newest_save
 from posterpipe.core.dreambooth.train import train
-from posterpipe.core.sampler import ImageRequest, Sampler, blocked_reason
+from posterpipe.core.generations import blocked_reason
+from posterpipe.core.sampler import ImageRequest, Sampler
 from posterpipe.settings import SamplerSettings, TrainingSettings, default_root
 from posterpipe_tests.core.dreambooth.conftest import write_training_set
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion

@@ -1,7 +1,7 @@
 """Class images for prior preservation (Ruiz et al. 2023, arXiv:2208.12242, section 3.2).
 
 What belongs here: what the base model draws of the class prompt, as a training set of its own. What
-does not: drawing (`sampler`), how the images are weighed in training (`dreambooth`).
+does not: drawing (`generations`, `sampler`), how the images are weighed in training (`dreambooth`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from posterpipe.core.generations import generate
 from posterpipe.core.progress import Progress
 from posterpipe.core.prompts import Prompt
-from posterpipe.core.sampler import generate
 from posterpipe.core.store import Store
 from posterpipe.core.training_set import build_training_set
 from posterpipe.core.variants import BASE_VARIANTS

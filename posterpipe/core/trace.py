@@ -24,6 +24,7 @@ import pandas as pd
 from rich.text import Text
 from rich.tree import Tree
 
+from posterpipe.core.generations import GENERATION
 from posterpipe.core.provenance import (
     CHECKPOINT,
     ENVIRONMENT,
@@ -42,7 +43,6 @@ from posterpipe.core.warehouse import (
 
 SHOWN_POSTERS = 10
 
-_GENERATION = "generation"  # kind of the sampler's rows in the store
 _CANDIDATES = 5
 _UNKNOWN = "not recorded"
 
@@ -63,7 +63,7 @@ def record_history(
     `run_id` is the run that scored them now. Adding it twice changes nothing. Raises WarehouseBusy.
     """
     pixel_keys = list(dict.fromkeys(generations["pixel_key"].astype(str)))
-    drawn = store.results(_GENERATION, pixel_keys)
+    drawn = store.results(GENERATION, pixel_keys)
     drawings = pd.DataFrame(
         [
             {
@@ -338,7 +338,7 @@ def _trace(store: Store, connection: duckdb.DuckDBPyConnection, image: dict[str,
 def _image(store: Store, connection: duckdb.DuckDBPyConnection, row: dict[str, Any]) -> Image:
     drawn = _first(connection, "fct_drawing", "pixel_key", row["pixel_key"])
     if not drawn:  # scored before such records were kept, or the warehouse is behind
-        known = store.results(_GENERATION, [row["pixel_key"]]).get(row["pixel_key"], {})
+        known = store.results(GENERATION, [row["pixel_key"]]).get(row["pixel_key"], {})
         drawn = {
             "run_id": known.get("run_id"),
             "environment_id": known.get("environment"),

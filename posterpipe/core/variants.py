@@ -1,7 +1,8 @@
 """The variants of the study: what each prompt and seed is drawn with.
 
 What belongs here: their names, and what people read in their place. What does not: how they are
-drawn (`sampler`), what is asked of them (`statistics`), and what the thesis calls them (`thesis`).
+drawn (`generations`), what is asked of them (`statistics`), and what the thesis calls them
+(`thesis`).
 
 They differ in the model (base or tuned) and in the negative prompt. dbt has them as well, in the
 variable `variants` of `dbt_like_reports/dbt_project.yml`.

@@ -58,9 +58,9 @@ def champion_generations(
     """
     from posterpipe.core.evidence import read_decisions
     from posterpipe.core.gate import defender_of
+    from posterpipe.core.generations import generate
     from posterpipe.core.prompts import suite_prompts
     from posterpipe.core.provenance import require_checkpoint
-    from posterpipe.core.sampler import generate
     from posterpipe.core.variants import DELAYED_VARIANTS, TUNED_VARIANTS
 
     base = str(base_generations["checkpoint_id"].iloc[0])

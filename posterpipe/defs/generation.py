@@ -1,7 +1,7 @@
 """Posters drawn for the prompt suite, before and after the fine-tuning.
 
 What belongs here: the assets from the suite to the images. What does not: drawing
-(`core.sampler`), the suite's rules (`core.prompts`) and judging images (`scoring`).
+(`core.generations`), the suite's rules (`core.prompts`) and judging images (`scoring`).
 """
 
 import hashlib
@@ -176,8 +176,8 @@ def _generations(
     model_id: str,
     metadata: Mapping[str, Any],
 ) -> dg.Output[Table]:
+    from posterpipe.core.generations import generate
     from posterpipe.core.prompts import suite_prompts
-    from posterpipe.core.sampler import generate
 
     store = deployment.store
     with naming_the_asset(context):

@@ -20,17 +20,11 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from posterpipe.core.generations import blocked_reason, parameters_text, png_bytes
 from posterpipe.core.metrics.clip import ClipTextSimilarity
 from posterpipe.core.models import ModelMissing, fingerprint
 from posterpipe.core.provenance import require_checkpoint
-from posterpipe.core.sampler import (
-    ImageRequest,
-    Sampler,
-    blocked_reason,
-    parameters_text,
-    png_bytes,
-    text_limit,
-)
+from posterpipe.core.sampler import ImageRequest, Sampler, text_limit
 from posterpipe.core.store import Store
 from posterpipe.core.typography import TitleImpossible, set_title
 from posterpipe.settings import Settings

@@ -31,7 +31,7 @@ RAISED_FOR: dict[str, tuple[object, dict[str, int]]] = {
             "champion_generations": 2,
         },
     ),
-    "sampler._SHORT_LORA_VERSION": (
+    "sampler.SHORT_LORA_VERSION": (
         "LoRA added in fp32",
         {"tuned_generations": 2, "champion_generations": 2},
     ),

@@ -18,10 +18,10 @@ from PIL import Image
 
 from posterpipe.core import gate
 from posterpipe.core.evidence import TOLD, read_decisions, told_decisions, write_decisions
+from posterpipe.core.generations import COLUMNS, generation_key
 from posterpipe.core.images import png_bytes
 from posterpipe.core.landing import scan_holdout
 from posterpipe.core.provenance import CHECKPOINT, record_table
-from posterpipe.core.sampler import COLUMNS, generation_key
 from posterpipe.core.store import Store, table_version
 from posterpipe.core.warehouse import WarehouseError
 from posterpipe.defs import checks, evidence

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from posterpipe.core.generations import generate
 from posterpipe.core.metrics.clip import ClipTextSimilarity
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.prompts import load_suite
-from posterpipe.core.sampler import generate
 from posterpipe.core.store import Store
 from posterpipe.settings import Settings
 from posterpipe.studio.engine import Engine, Order, take_order

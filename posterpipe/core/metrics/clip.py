@@ -96,7 +96,7 @@ def score_generations(
 ) -> Scored:
     """Scores the generations that the warehouse has no score for, and makes them the current ones.
 
-    `generations` is the table of all current generations (see `sampler.COLUMNS`), `root` the
+    `generations` is the table of all current generations (see `generations.COLUMNS`), `root` the
     settings' root. The model is loaded only if something is missing, and the warehouse is not open
     while it works; cosines are kept in the store as they come, so that a kill loses little. A
     blocked or failed image, or one whose file cannot be read, gets a row with no value, a status

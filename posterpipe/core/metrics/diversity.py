@@ -66,7 +66,7 @@ def measure_diversity(
     root: Path,
     progress: Progress,
 ) -> tuple[Metric, pd.DataFrame]:
-    """The metric and its scores (SCORE_COLUMNS) for a table of generations (`sampler.COLUMNS`).
+    """The metric and its scores (SCORE_COLUMNS) for a table of generations (`generations.COLUMNS`).
 
     Blocked images are left out of their group: they show nothing that could differ. Where one has
     failed, the whole group is tried again when it is there. Raises ModelMissing.

@@ -219,11 +219,11 @@ def compare_with_posters(
 ) -> Fidelity:
     """Similarities, overfit gap, nearest training poster and copies, for every generation.
 
-    `generations` as of `sampler.COLUMNS`; `training`: what their models were trained on; `holdout`:
-    what none was (`never_trained_on`). Posters in the form in which they were trained on, so that a
-    shape is not mistaken for a style. Only embeddings and hashes that the store lacks are computed.
-    A poster that cannot be read is left out of its set; with no readable one in either set, every
-    row has failed with the reason. Raises ModelMissing.
+    `generations` as of `generations.COLUMNS`; `training`: what their models were trained on;
+    `holdout`: what none was (`never_trained_on`). Posters in the form in which they were trained
+    on, so that a shape is not mistaken for a style. Only embeddings and hashes that the store lacks
+    are computed. A poster that cannot be read is left out of its set; with no readable one in
+    either set, every row has failed with the reason. Raises ModelMissing.
     """
     drawn = generations[generations["status"] == "ok"]
     files = {str(r.image): store.root / str(r.image_path) for r in drawn.itertuples(index=False)}

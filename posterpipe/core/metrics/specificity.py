@@ -117,7 +117,7 @@ def measure_specificity(
     root: Path,
     progress: Progress,
 ) -> tuple[list[Metric], pd.DataFrame]:
-    """The metrics and their scores (SCORE_COLUMNS) for a table of generations (`sampler.COLUMNS`).
+    """The metrics and their scores (SCORE_COLUMNS) for a table as of `generations.COLUMNS`.
 
     The other texts are those of the whole table, unusable images included, so that a blocked image
     changes no other's number; a text that several prompts share counts once. None of the metrics

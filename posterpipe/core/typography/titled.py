@@ -53,7 +53,7 @@ def titled_key(image: str, title: str, settings: LetteringSettings) -> str:
 def set_titles(
     store: Store, generations: pd.DataFrame, settings: LetteringSettings, progress: Progress
 ) -> pd.DataFrame:
-    """The titled posters (TITLED_COLUMNS) of a table of generations (`sampler.COLUMNS`).
+    """The titled posters (TITLED_COLUMNS) of a table of generations (`generations.COLUMNS`).
 
     One row a generation with a title. Only those that the store lacks are set. A title that cannot
     be set, or an image that cannot be read, is a row with status failed and the reason, and is

@@ -44,7 +44,7 @@ from posterpipe.core.dreambooth.holdout import holdout_loss
 from posterpipe.core.dreambooth.learner import Learner
 from posterpipe.core.dreambooth.reports import StepReport, TrainResult
 from posterpipe.core.dreambooth.train import train
-from posterpipe.core.sampler import blocked_reason
+from posterpipe.core.generations import blocked_reason
 from posterpipe.settings import default_root
 from posterpipe_tests.core.dreambooth.conftest import MakeConfig, saves_of, write_training_set
 from posterpipe_tests.models import build_tiny_stable_diffusion

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from posterpipe.core.generations import COLUMNS, generation_key
 from posterpipe.core.metrics import clip as clip_module
 from posterpipe.core.metrics.clip import (
     ClipTextSimilarity,
@@ -19,7 +20,6 @@ from posterpipe.core.metrics.clip import (
 from posterpipe.core.metrics.pixels import letterbox
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.progress import NoProgress
-from posterpipe.core.sampler import COLUMNS, generation_key
 from posterpipe.core.store import Store, table_version
 from posterpipe.core.warehouse import Warehouse
 from posterpipe.settings import ModelRef, ScorerSettings

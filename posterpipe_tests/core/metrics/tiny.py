@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from posterpipe.core.generations import COLUMNS, generation_key
 from posterpipe.core.images import png_bytes
 from posterpipe.core.metrics.fidelity import Posters
-from posterpipe.core.sampler import COLUMNS, generation_key
 from posterpipe.core.store import Store
 from posterpipe_tests.models import build_tiny_tokenizer
 

@@ -1,0 +1,41 @@
+"""What tests of drawing share: settings, prompts and requests of a tiny model."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from posterpipe.core.prompts import Prompt
+from posterpipe.core.sampler import ImageRequest
+from posterpipe.settings import SamplerSettings
+from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH
+
+Images = list[Image.Image]
+
+SETTINGS = SamplerSettings(
+    num_inference_steps=3,
+    guidance_scale=4.0,
+    width=TINY_WIDTH,
+    height=TINY_HEIGHT,
+    batch_size=3,
+    scheduler="dpmsolver++",
+)
+SUITE = [
+    Prompt("rocket", "a red rocket", "a rocket", "busy", "Orbit", (1, 2)),
+    Prompt("cat", "a blue cat", "a cat", "", "", (3,)),
+]
+REQUESTS = [
+    ImageRequest("a red rocket", "busy", 1),
+    ImageRequest("a red rocket", "", 1),
+    ImageRequest("a yellow cat in the centre", "the film", 2),
+    ImageRequest("a blue rocket", "", 2**32 - 1),
+    ImageRequest("a movie poster", "", 5),
+]
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def with_batch(size: int) -> SamplerSettings:
+    return SETTINGS.model_copy(update={"batch_size": size})
