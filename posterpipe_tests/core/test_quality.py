@@ -21,6 +21,7 @@ from posterpipe.core import quality
 from posterpipe.core.images import hash_distance, perceptual_hash, png_bytes
 from posterpipe.core.landing import scan_holdout
 from posterpipe.core.quality import Finding
+from posterpipe.core.quality.training_set import _near_pairs
 from posterpipe.core.store import Store
 from posterpipe.settings import ImageSettings, default_root
 
@@ -536,13 +537,13 @@ def test_all_pairs_of_hashes_within_the_distance_are_found(
         for other, b in enumerate(theirs)
         if hash_distance(a, b) <= distance
     ]
-    assert quality._near_pairs(ours, theirs, distance) == expected
+    assert _near_pairs(ours, theirs, distance) == expected
 
 
 def test_pairs_are_found_in_every_part_of_a_large_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "_PAIRS_AT_ONCE", 7)
+    monkeypatch.setattr(quality.training_set, "_PAIRS_AT_ONCE", 7)
     ours = [f"{place:016x}" for place in range(10)]
-    assert quality._near_pairs(ours, ours[:3], 0) == [(0, 0, 0), (1, 1, 0), (2, 2, 0)]
+    assert _near_pairs(ours, ours[:3], 0) == [(0, 0, 0), (1, 1, 0), (2, 2, 0)]
 
 
 def test_the_starter_posters_and_their_holdout_set_are_apart(tmp_path: Path, store: Store) -> None:

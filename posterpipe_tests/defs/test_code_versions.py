@@ -53,7 +53,7 @@ RAISED_FOR: dict[str, tuple[object, dict[str, int]]] = {
 raises one raises theirs, and notes all of them here."""
 
 DECIDE_NO_TABLE = {
-    "quality.STATISTICS_VERSION",  # of numbers that checks look at
+    "quality.images.STATISTICS_VERSION",  # of numbers that checks look at
     "warehouse.SCHEMA_VERSION",
     "warehouse.STORAGE_VERSION",
 }

@@ -1,0 +1,137 @@
+"""What is wrong with titles, with the evidence beside the CLIP score, and with what is served.
+
+What belongs here: titles that are not set or not read, numbers that could not be measured, copies
+of posters, a champion that should not be one. What does not: the gate's decision (`core.gate`).
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from posterpipe.core.quality.finding import Finding, share_of
+
+
+def unset_titles(titled: pd.DataFrame) -> Finding:
+    """Rows of `titled_posters` whose title could not be set; `titled` as of
+    `typography.TITLED_COLUMNS`."""
+    wanted = titled[titled["status"] != "blocked"]
+    failed = wanted[wanted["status"] != "ok"]
+    done = len(wanted) - len(failed)
+    return Finding(
+        passed=failed.empty,
+        summary=f"{done} of {len(wanted)} titles are set",
+        remedy="each reason says what to do: another title, another lettering.style, or a font",
+        expected=len(wanted),
+        actual=done,
+        offenders=failed[["title", "reason"]].drop_duplicates(),
+    )
+
+
+def unread_titles(legibility: pd.DataFrame, min_share: float) -> Finding:
+    """Titles set in type that the OCR did not read exactly; the table `legibility_scores`. Of all
+    titles, those on blocked images included, as reports count them."""
+    typeset = legibility[legibility["lettering"] == "set"]
+    exact = typeset["exact"].astype(bool)
+    drawn = legibility.loc[legibility["lettering"] == "drawn", "exact"].astype(bool)
+    share = share_of(int(exact.sum()), len(typeset)) if len(typeset) else 1.0
+    return Finding(
+        passed=share >= min_share,
+        summary=f"{share:.1%} of {len(typeset)} titles set in type are read exactly, and "
+        f"{share_of(int(drawn.sum()), len(drawn)):.1%} of those that the model drew; at least "
+        f"{min_share:.1%} of the first are expected",
+        remedy="look at the named posters; try another lettering.style, a larger "
+        "lettering.min_width or more lettering.contrast. The limit is checks.min_titles_read",
+        expected=f"at least {min_share:g}",
+        actual=share,
+        offenders=typeset.loc[~exact, ["generation_key", "title", "read", "distance"]],
+        numbers={"drawn": share_of(int(drawn.sum()), len(drawn))},
+    )
+
+
+def unmeasured_images(evidence: pd.DataFrame) -> Finding:
+    """Rows of `fidelity_scores` (`evidence.EVIDENCE_COLUMNS`) that have failed."""
+    failed = evidence[evidence["status"] == "failed"]
+    done = len(evidence) - len(failed)
+    return Finding(
+        passed=failed.empty,
+        summary=f"{done} of {len(evidence)} numbers could be measured, or the image is blocked",
+        remedy="each reason says what is missing; materialize fidelity_scores again when it is "
+        "there. Until then the gate holds the new checkpoint",
+        expected=len(evidence),
+        actual=done,
+        offenders=failed[["metric", "variant", "prompt_id", "seed", "reason"]],
+    )
+
+
+def copied_posters(evidence: pd.DataFrame, max_share: float) -> Finding:
+    """Images of tuned models that count as copies of a training poster; as `unmeasured_images`.
+
+    Does not pass either where the holdout posters were too few to say what a copy is, or where
+    posters that a checkpoint was trained on cannot be read.
+    """
+    # A table that an older posterpipe made lacks them.
+    later = ["copy_threshold", "lost_posters"]
+    compared = evidence.reindex(columns=[*evidence.columns.union(later, sort=False)])
+    compared = compared[(compared["role"] == "copies") & compared["copied"].notna()]
+    tuned = compared[compared["variant"].str.startswith("dreambooth")]
+    copies = tuned[tuned["copied"].astype(bool)]
+    share = share_of(len(copies), len(tuned))
+    summary = (
+        f"{len(copies)} of {len(tuned)} images of fine-tuned models are nearer to a "
+        f"training poster than nearly all new posters are ({share:.1%}); at most "
+        f"{max_share:.1%} may be"
+    )
+    remedy = (
+        "the gate rejects this checkpoint: train fewer steps, at a lower rate, or on more "
+        "posters. The limit is gate.copy_limit"
+    )
+    expected: str = f"at most {max_share:g}"
+    actual: float | str = share
+    known = tuned.empty or bool(compared["copy_threshold"].notna().any())
+    if share <= max_share and not known:
+        summary = (
+            f"{len(copies)} of {len(tuned)} images of fine-tuned models equal a training poster; "
+            "how near is too near is not known"
+        )
+        remedy = (
+            "add holdout posters, three or more that are no copies of training posters, to the "
+            "folder `holdout`. Until then the gate holds the new checkpoint"
+        )
+        expected += ", by a threshold from the holdout posters"
+        actual = f"{share:g}, without a threshold"
+    lost = 0 if tuned.empty else int(tuned["lost_posters"].fillna(0).max())
+    if share <= max_share and lost:
+        summary += f"; {lost} posters that a checkpoint was trained on cannot be read any more"
+        remedy = "put the posters back, or leave them out for good, and run the job `retrain`"
+        expected += ", of all posters trained on"
+    return Finding(
+        passed=share <= max_share and known and not lost,
+        summary=summary,
+        remedy=remedy,
+        expected=expected,
+        actual=actual,
+        offenders=copies[["variant", "prompt_id", "seed", "nearest_poster", "value"]],
+        numbers={"copies": len(copies)},
+    )
+
+
+def rejected_champion(champion: pd.DataFrame, verdict: str, there: bool) -> Finding:
+    """Whether what is served was rejected, or is gone.
+
+    `champion`: the one row of the asset; `verdict`: the gate's latest one about that checkpoint, ""
+    for none; `there`: whether its directory is.
+    """
+    row = champion.iloc[0]
+    wrong = verdict == "reject" or not there
+    problem = "the gate rejected it" if verdict == "reject" else "its files are gone"
+    return Finding(
+        passed=not wrong,
+        summary=f"the checkpoint {row['checkpoint_id']} is served"
+        + (f", and {problem}" if wrong else ""),
+        remedy="materialize champion; `posterpipe champion rollback` serves the one before",
+        expected="a checkpoint that is there and not rejected",
+        actual=int(wrong),
+        offenders=pd.DataFrame(
+            [(row["checkpoint_id"], problem)] if wrong else [], columns=["checkpoint_id", "problem"]
+        ),
+    )
