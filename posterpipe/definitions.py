@@ -13,6 +13,7 @@ from posterpipe.defs import (
     arrivals,
     checks,
     dataset,
+    dbt_reports,
     evidence,
     generation,
     ingest,
@@ -34,12 +35,12 @@ from posterpipe.settings import Settings, load_settings
 def build_defs(settings: Settings, deployment: Deployment | None = None) -> dg.Definitions:
     """Fresh definitions of one deployment; give a `deployment` to say where progress is shown."""
     deployment = deployment or Deployment(settings)
-    dbt = reports.dbt_project(settings)
+    dbt = dbt_reports.dbt_project(settings)
     assets = [
         *dg.load_assets_from_modules(
             [ingest, dataset, training, generation, scoring, evidence, reports]
         ),
-        *reports.dbt_reports(dbt),
+        *reports.models_and_publication(dbt),
         *dg.load_assets_from_modules([score_report]),
     ]
     assets = with_policy(with_settings_in_code_version(assets, settings))
@@ -58,7 +59,7 @@ def build_defs(settings: Settings, deployment: Deployment | None = None) -> dg.D
         resources={
             "deployment": deployment,
             TABLES: store_tables(deployment),
-            "dbt": reports.dbt_resource(dbt),
+            "dbt": dbt_reports.dbt_resource(dbt),
         },
         metadata={"overview": dg.MetadataValue.md(OVERVIEW)},
     )

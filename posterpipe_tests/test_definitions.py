@@ -19,7 +19,7 @@ from dagster import AssetSpec, AutomationConditionSensorDefinition
 from dagster_dbt import dbt_assets
 
 from posterpipe.definitions import build_defs, defs
-from posterpipe.defs import reports
+from posterpipe.defs import dbt_reports
 from posterpipe.defs.arrivals import REASON_TAG, ROOTS
 from posterpipe.defs.overview import OVERVIEW
 from posterpipe.defs.staleness import _LIMITS
@@ -207,12 +207,12 @@ def test_another_base_model_checks_the_captions_again_which_its_text_encoder_rea
 
 
 def test_dbt_models_are_what_dagster_dbt_makes_of_them() -> None:
-    project = reports.dbt_project(load_settings("starter"))
+    project = dbt_reports.dbt_project(load_settings("starter"))
 
     @dbt_assets(
         manifest=project.manifest_path,
         project=project,
-        dagster_dbt_translator=reports._Translator(),
+        dagster_dbt_translator=dbt_reports._Translator(),
     )
     def peer(context):  # type: ignore[no-untyped-def] # Dagster takes no annotation as text
         ...
@@ -221,7 +221,7 @@ def test_dbt_models_are_what_dagster_dbt_makes_of_them() -> None:
         deps = {dep.asset_key for dep in spec.deps}
         return deps, spec.code_version, spec.group_name, spec.description, spec.kinds
 
-    specs, check_specs = reports.dbt_specs(project)
+    specs, check_specs = dbt_reports.dbt_specs(project)
     described = {spec.key: facts(spec) for spec in specs}
     assert described == {spec.key: facts(spec) for spec in peer.specs}
     assert described
@@ -229,7 +229,7 @@ def test_dbt_models_are_what_dagster_dbt_makes_of_them() -> None:
         check.key: check.blocking for check in peer.check_specs
     }
     assert len(check_specs) >= 2
-    ours = reports.dbt_models(project)
+    ours = dbt_reports.dbt_models(project)
     for key, metadata in peer.metadata_by_key.items():
         assert metadata.keys() <= ours.metadata_by_key[key].keys()
 

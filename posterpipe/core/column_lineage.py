@@ -1,7 +1,7 @@
 """Which columns of the database a report's columns come from, read from its SQL.
 
 What belongs here: the analysis of one query. What does not: which asset a table belongs to
-(`defs.reports`).
+(`defs.dbt_reports`).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from posterpipe.core import statistics, thesis
 from posterpipe.core.gate import DECISION_COLUMNS, champion_of, verdicts
 from posterpipe.core.score_report.data import TO_BASELINE
 from posterpipe.core.warehouse import Warehouse, delete_titles
-from posterpipe.defs import reports
+from posterpipe.defs import dbt_reports, reports
 from posterpipe.defs.automation import with_policy
 from posterpipe.defs.resources import Deployment
 from posterpipe.settings import Settings, default_root, load_settings
@@ -62,11 +62,11 @@ def run(
     instance: dg.DagsterInstance,
     names: tuple[str, ...] = (),
 ) -> dg.ExecuteInProcessResult:
-    project = reports.dbt_project(deployment.settings)
+    project = dbt_reports.dbt_project(deployment.settings)
     return dg.materialize(
         assets,
         instance=instance,
-        resources={"deployment": deployment, "dbt": reports.dbt_resource(project)},
+        resources={"deployment": deployment, "dbt": dbt_reports.dbt_resource(project)},
         selection=dg.AssetSelection.assets(*names) if names else None,
         raise_on_error=False,
     )
@@ -100,7 +100,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         last = connection.execute("select generation_key from fct_image where seed = 13").df()
         delete_titles(connection, last["generation_key"])
     shutil.copyfile(deployment.warehouse_path, root / "without_reports.duckdb")
-    assets = with_policy(reports.dbt_reports(reports.dbt_project(settings)))
+    assets = with_policy(reports.models_and_publication(dbt_reports.dbt_project(settings)))
     (root / "home").mkdir()
     with dg.DagsterInstance.local_temp(str(root / "home")) as instance:
         result = run(assets, deployment, instance)
@@ -134,12 +134,12 @@ def test_one_new_file_is_an_asset_with_the_policy_and_a_published_table(world: W
 def test_a_report_is_made_again_when_a_macro_or_a_staging_model_of_it_changes(
     world: World, tmp_path: Path
 ) -> None:
-    project = reports.dbt_project(world.settings)
+    project = dbt_reports.dbt_project(world.settings)
     shutil.copytree(project.project_dir, tmp_path / "reports")
     copy = DbtProject(project_dir=tmp_path / "reports")
 
     def versions() -> dict[str, str | None]:
-        return {spec.key.path[-1]: spec.code_version for spec in reports.dbt_specs(copy)[0]}
+        return {spec.key.path[-1]: spec.code_version for spec in dbt_reports.dbt_specs(copy)[0]}
 
     def edit(kind: str, name: str, code: str) -> set[str]:
         """The reports whose code version changes with an edit."""
@@ -186,7 +186,7 @@ def test_numbers_worked_out_by_hand_are_those_of_the_models(world: World) -> Non
     tests = yaml.safe_load(
         (world.settings.path(reports.PROJECT) / "models" / "marts" / "_unit_tests.yml").read_text()
     )["unit_tests"]
-    dbt = reports.dbt_resource(reports.dbt_project(world.settings))
+    dbt = dbt_reports.dbt_resource(dbt_reports.dbt_project(world.settings))
     environment = os.environ | {"POSTERPIPE_WAREHOUSE": str(world.deployment.warehouse_path)}
     done = subprocess.run(
         [dbt.dbt_executable, "test", "--select", "test_type:unit", "--project-dir",
@@ -220,7 +220,7 @@ def test_every_column_of_staging_and_marts_is_described_and_contracts_are_enforc
     world: World,
 ) -> None:
 
-    manifest = json.loads(reports.dbt_project(world.settings).manifest_path.read_bytes())
+    manifest = json.loads(dbt_reports.dbt_project(world.settings).manifest_path.read_bytes())
     models = [node for node in manifest["nodes"].values() if node["resource_type"] == "model"]
     assert len(models) >= 15
     with world.deployment.warehouse.read() as connection:
@@ -570,7 +570,9 @@ def test_a_failing_test_keeps_the_publication_of_before(world: World) -> None:
     test = world.settings.path(reports.PROJECT) / "tests" / "never_true.sql"
     test.write_text("select * from {{ ref('leaderboard') }}", "utf-8")
     try:
-        assets = with_policy(reports.dbt_reports(reports.dbt_project(world.settings)))
+        assets = with_policy(
+            reports.models_and_publication(dbt_reports.dbt_project(world.settings))
+        )
         result = run(assets, world.deployment, world.instance, ("leaderboard", "published_scores"))
         assert not result.success
         failed = [e for e in result.get_asset_check_evaluations() if not e.passed]
@@ -596,7 +598,7 @@ def test_a_file_that_dbt_cannot_read_stops_nothing_else(
     broken = world.settings.path(reports.PROJECT) / "models" / "marts" / "broken.sql"
     broken.write_text("select {{ ref('leaderboard' }}", "utf-8")
     try:
-        assets = reports.dbt_reports(reports.dbt_project(world.settings))
+        assets = reports.models_and_publication(dbt_reports.dbt_project(world.settings))
     finally:
         broken.unlink()
     assert {spec.key for a in assets for spec in a.specs} == {

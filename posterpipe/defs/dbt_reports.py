@@ -1,0 +1,308 @@
+"""The dbt project as Dagster sees it.
+
+What belongs here: the manifest and its age, how dbt is called, and its models as assets and its
+tests as checks, with content and lineage of their columns. What does not: the models' SQL
+(`dbt_like_reports/`), and what is made of the reports (`defs.reports`).
+"""
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from dagster_dbt import (
+    DagsterDbtTranslator,
+    DagsterDbtTranslatorSettings,
+    DbtCliResource,
+    DbtProject,
+)
+from dagster_dbt.asset_utils import get_upstream_unique_ids
+from dagster_dbt.errors import DagsterDbtCliRuntimeError
+from packaging.version import Version
+
+from posterpipe.defs.resources import Deployment, table_preview
+from posterpipe.settings import Settings
+
+PROJECT = Path("dbt_like_reports")
+"""Relative to the root."""
+
+
+def dbt_project(settings: Settings) -> DbtProject:
+    """The dbt project, with a manifest that is not older than its files.
+
+    `make install` writes the manifest. Where it is missing or behind, as after a pull or while a
+    report is edited, it is written here, which takes some seconds. A mistake in a report must not
+    keep the rest of the pipeline from loading: then the manifest of before stays, and the next run
+    of the reports fails with dbt's message.
+    """
+    project = DbtProject(project_dir=settings.path(PROJECT))
+    if _manifest_is_behind(project):
+        try:
+            _write_manifest(project)
+        except DagsterDbtCliRuntimeError as error:
+            if not project.manifest_path.exists():
+                raise
+            dg.get_dagster_logger().error(
+                f"{project.project_dir}: dbt cannot read the reports, so they stay as they were "
+                f"before the last edit. {error}"
+            )
+    return project
+
+
+def _manifest_is_behind(project: DbtProject) -> bool:
+    try:
+        written = project.manifest_path.stat().st_mtime
+    except FileNotFoundError:
+        return True
+    sources = [
+        path
+        for folder in ("models", "macros", "tests", "seeds", "snapshots")
+        for path in (project.project_dir / folder).rglob("*")
+    ]
+    sources += [project.project_dir / "dbt_project.yml", project.project_dir / "profiles.yml"]
+    return any(path.stat().st_mtime > written for path in sources)
+
+
+def _write_manifest(project: DbtProject) -> None:
+    target = project.manifest_path.parent
+    target.mkdir(exist_ok=True)
+    # Renamed into place: another process may be reading it, or parsing as well.
+    with tempfile.TemporaryDirectory(dir=target) as folder:
+        dbt_resource(project).cli(["parse", "--quiet"], target_path=Path(folder)).wait()
+        for name in ("partial_parse.msgpack", project.manifest_path.name):
+            os.replace(Path(folder, name), target / name)
+
+
+class _Dbt(DbtCliResource):
+    """dbt as it is installed beside this Python, whether or not that environment is activated."""
+
+    # dagster-dbt would ask `dbt --version`, which takes two seconds and asks the package index.
+    @cached_property
+    def _cli_version(self) -> Version:
+        return Version(installed_version("dbt-core"))
+
+
+def dbt_resource(project: DbtProject) -> DbtCliResource:
+    """How steps call dbt."""
+    beside = Path(sys.executable).with_name("dbt")
+    return _Dbt(
+        project_dir=os.fspath(project.project_dir),
+        dbt_executable=str(beside) if beside.exists() else "dbt",
+    )
+
+
+class _Translator(DagsterDbtTranslator):
+    """Reports belong to the analysts, and their sources are the assets that write the warehouse."""
+
+    def __init__(self) -> None:
+        # Every table of the warehouse is written by the one asset that its source names.
+        super().__init__(DagsterDbtTranslatorSettings(enable_duplicate_source_asset_keys=True))
+
+    def get_asset_spec(
+        self, manifest: Mapping[str, Any], unique_id: str, project: DbtProject | None
+    ) -> dg.AssetSpec:
+        spec = super().get_asset_spec(manifest, unique_id, project)
+        writers = {key: dg.AssetDep(key) for key in self._other_writers(manifest, unique_id)}
+        for dep in spec.deps:
+            writers.pop(dep.asset_key, None)
+        return spec.replace_attributes(
+            group_name="reports",
+            owners=["team:analytics"],
+            deps=[*spec.deps, *writers.values()],
+            code_version=_code_version(manifest, unique_id),
+        )
+
+    def _other_writers(self, manifest: Mapping[str, Any], unique_id: str) -> list[dg.AssetKey]:
+        """Assets that add rows to a source of the model, beside the one that dagster-dbt knows."""
+        if unique_id.startswith("source."):
+            return []
+        node = self.get_resource_props(manifest, unique_id)
+        return [
+            dg.AssetKey(name)
+            for upstream in sorted(get_upstream_unique_ids(manifest, node))
+            if upstream.startswith("source.")
+            for name in manifest["sources"][upstream]["meta"].get("also_written_by", [])
+        ]
+
+
+def _code_version(manifest: Mapping[str, Any], unique_id: str) -> str:
+    """Of everything of the project that a table is made by.
+
+    dagster-dbt takes the model's own file. What it reads without a table between (ephemeral models)
+    and its macros decide the table just as much, and so do the estimates that they call.
+    """
+    code = {"estimates": _ESTIMATES_VERSION}
+    ahead = [unique_id]
+    while ahead:
+        name = ahead.pop()
+        node = manifest["nodes"].get(name) or manifest["macros"].get(name)
+        if name in code or node is None or node["package_name"] in _OF_DBT:
+            continue
+        if name != unique_id and node.get("config", {}).get("materialized", "") not in _WITHIN:
+            continue
+        code[name] = node.get("raw_code") or node.get("macro_sql") or node["checksum"]["checksum"]
+        needs = node["depends_on"]
+        ahead += [*needs.get("macros", ()), *needs.get("nodes", ())]
+    return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_ESTIMATES_VERSION = "1"
+"""Raise it when `core.sql_functions` gives other intervals: it is not in dbt's manifest."""
+
+_OF_DBT = ("dbt", "dbt_duckdb")
+"""Packages of macros that come with dbt, which is pinned."""
+
+_WITHIN = ("", "ephemeral")
+"""How macros and models are materialized that are part of those that read them."""
+
+
+def dbt_specs(project: DbtProject) -> tuple[list[dg.AssetSpec], list[dg.AssetCheckSpec]]:
+    """Every model, seed and snapshot of the manifest as an asset, every test of one as a check.
+
+    The same as `dagster_dbt.dbt_assets` makes of everything. That asks dbt's selection engine what
+    everything is, whose import would be a quarter of the time that the code location takes to load.
+    """
+    manifest = json.loads(project.manifest_path.read_bytes())
+    translator = _Translator()
+    specs: list[dg.AssetSpec] = []
+    check_specs: list[dg.AssetCheckSpec] = []
+    for unique_id, node in manifest["nodes"].items():
+        ephemeral = node["config"].get("materialized") == "ephemeral"
+        if node["resource_type"] not in ("model", "seed", "snapshot") or ephemeral:
+            continue
+        spec = translator.get_asset_spec(manifest, unique_id, project)
+        specs.append(spec)
+        for child in manifest["child_map"].get(unique_id, []):
+            if child.startswith("test."):
+                # None for tests of several models, which belong to one of them.
+                check = translator.get_asset_check_spec(spec, manifest, child, project)
+                check_specs += [check] if check else []
+    return specs, check_specs
+
+
+def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
+    """The dbt models as assets, their tests as checks."""
+    specs, check_specs = dbt_specs(project)
+    asset_of = _assets_of_tables(project)
+
+    @dg.multi_asset(
+        name="dbt_models",
+        specs=specs,
+        check_specs=check_specs,
+        can_subset=True,
+        pool="warehouse",
+    )
+    def models(
+        context: dg.AssetExecutionContext,
+        dbt: DbtCliResource,
+        deployment: dg.ResourceParam[Deployment],
+    ) -> Iterator[Any]:
+        if deployment.warehouse_path.exists():
+            with deployment.warehouse.write():
+                pass  # adds what a newer posterpipe has and this file lacks
+        outputs: list[dg.Output[Any]] = []
+        queries: dict[str, str] = {}
+        total = len(context.selected_asset_keys) + len(context.selected_asset_check_keys)
+        with (
+            # dbt's logs and artifacts of a run are in Dagster's log; kept, they would pile up.
+            tempfile.TemporaryDirectory() as target,
+            _environment(POSTERPIPE_WAREHOUSE=str(deployment.warehouse_path)),
+            deployment.progress(context).task("build reports", total, "models and tests") as tick,
+        ):
+            build = dbt.cli(
+                ["build", "--exclude-resource-type", "unit_test"],
+                context=context,
+                target_path=Path(target),
+            )
+            for event in build.stream():
+                tick()
+                if isinstance(event, dg.Output):
+                    # Held back until dbt has closed the database, so that the table can be read.
+                    outputs.append(event)
+                else:
+                    yield event
+            for file in Path(target, "compiled").rglob("models/**/*.sql"):
+                queries[file.stem] = file.read_text("utf-8")
+        deployment.warehouse.prepare()  # notes what dbt wrote: a copy of before lacks it
+        for output in outputs:
+            query = queries.get(output.output_name, "")
+            yield _with_content(output, deployment, asset_of, query)
+
+    return models
+
+
+def _assets_of_tables(project: DbtProject) -> dict[str, dg.AssetKey]:
+    """The asset that makes each table that a model may read."""
+    manifest = json.loads(project.manifest_path.read_bytes())
+    translator = _Translator()
+    tables = {node["identifier"]: name for name, node in manifest["sources"].items()}
+    tables |= {
+        node["alias"]: name
+        for name, node in manifest["nodes"].items()
+        if node["resource_type"] in ("model", "seed", "snapshot")
+    }
+    return {
+        table: translator.get_asset_spec(manifest, name, project).key
+        for table, name in tables.items()
+    }
+
+
+def _with_content(
+    output: dg.Output[Any],
+    deployment: Deployment,
+    asset_of: Mapping[str, dg.AssetKey],
+    query: str,
+) -> dg.Output[Any]:
+    """dbt's output of a model with the hash of the table as data version, its first rows, and where
+    its columns come from."""
+    from posterpipe.core.column_lineage import column_origins
+    from posterpipe.core.store import table_version
+
+    with deployment.warehouse.read() as connection:
+        table = connection.sql(f'select * from "{output.output_name}"').df()
+        types: dict[str, dict[str, str]] = {}
+        for name, column, kind in connection.execute(
+            "select table_name, column_name, data_type from duckdb_columns() where not internal"
+        ).fetchall():
+            types.setdefault(name, {})[column] = kind
+    lineage = {}
+    for column, origins in column_origins(query, types).items():
+        # Several tables belong to one asset.
+        keys = dict.fromkeys(
+            (asset_of[name], origin) for name, origin in origins if name in asset_of
+        )
+        lineage[column] = [dg.TableColumnDep(key, origin) for key, origin in keys]
+    return dg.Output(
+        output.value,
+        output_name=output.output_name,
+        data_version=dg.DataVersion(table_version(table)),
+        metadata={
+            **output.metadata,
+            "dagster/row_count": len(table),
+            "dagster/column_lineage": dg.TableColumnLineage(lineage),
+            "table": table_preview(table),
+        },
+    )
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Environment variables for processes started inside: profiles.yml reads nothing else."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
