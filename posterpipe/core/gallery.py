@@ -10,12 +10,18 @@ from __future__ import annotations
 import base64
 import bisect
 import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from posterpipe.core.parallel import parallel_map
+from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Picture = Path | Image.Image
 
@@ -125,6 +131,42 @@ def grid(
                 if note:
                     _write(draw, (place[0], top + cell[1] + 2), note, LABEL_SIZE, cell[0])
     return sheet
+
+
+def suite_sheet(suite: pd.DataFrame, generations: pd.DataFrame, store_root: Path) -> Image.Image:
+    """The study in one picture: a row a prompt, a column a variant, always the prompt's first seed.
+
+    `suite`: the table `prompt_suite`; `generations` (`generations.COLUMNS`): of all models; their
+    images lie below `store_root`. One that was not drawn shows as missing.
+    """
+    seeds = _first_seeds(suite)
+    prompts = dict(zip(suite["prompt_id"], suite["prompt"], strict=True))
+    headings = {name: f"{prompts[name]} · seed {seeds[name]}" for name in prompts}
+    drawn = set(generations["variant"])
+    late_on_base, late_on_tuned = ([name] if name in drawn else [] for name in DELAYED_VARIANTS)
+    shown = of_first_seed(suite, generations)
+    places = zip(shown["prompt_id"], shown["variant"], shown["image_path"], strict=True)
+    return grid(
+        list(headings.values()),
+        [*BASE_VARIANTS, *late_on_base, *TUNED_VARIANTS, *late_on_tuned],
+        {(headings[name], variant): store_root / path for name, variant, path in places if path},
+        cell=(108, 162),
+        heading_width=200,
+        title="First seed of each prompt; the same noise in every column",
+        blocks=3,
+    )
+
+
+def of_first_seed(suite: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
+    """The generations that `suite_sheet` shows."""
+    return generations[generations["seed"] == generations["prompt_id"].map(_first_seeds(suite))]
+
+
+def _first_seeds(suite: pd.DataFrame) -> dict[str, int]:
+    return {
+        str(name): int(json.loads(seeds)[0])
+        for name, seeds in zip(suite["prompt_id"], suite["seeds"], strict=True)
+    }
 
 
 def data_uri(image: Picture, *, max_bytes: int = 60_000) -> str:

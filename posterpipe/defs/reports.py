@@ -15,7 +15,6 @@ import dagster as dg
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 from dagster_dbt import DbtProject
 
-from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs.dbt_reports import dbt_models
 from posterpipe.defs.resources import (
     TABLES,
@@ -24,7 +23,6 @@ from posterpipe.defs.resources import (
     Table,
     columns,
     counts,
-    rows,
     table_output,
     table_preview,
 )
@@ -211,30 +209,11 @@ def contact_sheet(
     """
     import pandas as pd
 
-    from posterpipe.core.gallery import grid, markdown_image
+    from posterpipe.core.gallery import markdown_image, of_first_seed, suite_sheet
     from posterpipe.core.store import write_atomic
 
     generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
-    seeds = {row.prompt_id: json.loads(row.seeds)[0] for row in rows(prompt_suite)}
-    prompts = dict(zip(prompt_suite["prompt_id"], prompt_suite["prompt"], strict=True))
-    shown = generations[generations["seed"] == generations["prompt_id"].map(seeds)]
-    headings = {name: f"{prompts[name]} · seed {seeds[name]}" for name in prompts}
-    drawn = set(generations["variant"])
-    late_on_base, late_on_tuned = ([name] if name in drawn else [] for name in DELAYED_VARIANTS)
-    columns = [*BASE_VARIANTS, *late_on_base, *TUNED_VARIANTS, *late_on_tuned]
-    sheet = grid(
-        list(headings.values()),
-        columns,
-        {
-            (headings[row.prompt_id], row.variant): deployment.store_root / row.image_path
-            for row in rows(shown)
-            if row.image_path
-        },
-        cell=(108, 162),
-        heading_width=200,
-        title="First seed of each prompt; the same noise in every column",
-        blocks=3,
-    )
+    sheet = suite_sheet(prompt_suite, generations, deployment.store_root)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     path = deployment.contact_sheet_path
@@ -245,7 +224,7 @@ def contact_sheet(
         metadata={
             "contact_sheet": dg.MetadataValue.md(markdown_image(sheet, "prompts by variants")),
             "path": dg.MetadataValue.path(path),
-            "images": len(shown),
+            "images": len(of_first_seed(prompt_suite, generations)),
             **tables.inputs_read(context.get_step_execution_context().step.key),
         },
     )

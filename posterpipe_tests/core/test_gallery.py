@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,8 @@ from posterpipe.core.gallery import (
     data_uri,
     grid,
     markdown_image,
+    of_first_seed,
+    suite_sheet,
 )
 
 
@@ -99,6 +102,27 @@ def test_a_note_stands_below_its_cell() -> None:
     assert noted.height == bare.height + 18
     strip = np.asarray(noted)[-26:-10, -70:-10].astype(int)
     assert (np.abs(strip - np.array(BACKGROUND)).max(axis=2) > 100).any()
+
+
+def test_the_sheet_of_a_suite_shows_the_first_seed_of_each_prompt(tmp_path: Path) -> None:
+    suite = pd.DataFrame(
+        {"prompt_id": ["cat", "dog"], "prompt": ["a cat", "a dog"], "seeds": ["[7, 1]", "[2]"]}
+    )
+    cells = [
+        ("cat", "sd", 7, "red"),
+        ("cat", "sd", 1, "yellow"),
+        ("dog", "dreambooth_negative", 2, "blue"),
+        ("dog", "sd", 2, ""),
+    ]
+    for name in ("red", "yellow", "blue"):
+        colour(name).save(tmp_path / f"{name}.png")
+    generations = pd.DataFrame(cells, columns=["prompt_id", "variant", "seed", "image_path"])
+    paths = generations["image_path"]
+    generations["image_path"] = paths.where(paths == "", paths + ".png")
+    sheet = suite_sheet(suite, generations, tmp_path)
+    assert has_colour(sheet, "red") and has_colour(sheet, "blue")
+    assert not has_colour(sheet, "yellow")
+    assert of_first_seed(suite, generations)["seed"].tolist() == [7, 2, 2]
 
 
 @pytest.mark.parametrize("max_bytes", [4_000, 60_000])
