@@ -1,7 +1,7 @@
 """The console command `posterpipe`.
 
-What belongs here: its subcommands and how errors are said. What does not: what they do (`demo`,
-`doctor`, `core`).
+What belongs here: its subcommands with their options, and how errors are said. What does not: what
+they do (`commands`, `studio`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def demo(
     ] = None,
 ) -> None:
     """Materialize the whole graph, then print the leaderboard. What is up to date is not redone."""
-    from posterpipe.demo import run_demo
+    from posterpipe.commands.demo import run_demo
 
     raise typer.Exit(run_demo(timings))
 
@@ -36,7 +36,7 @@ def demo(
 @app.command()
 def doctor() -> None:
     """Say what this machine has for posterpipe, and what to do where something is missing."""
-    from posterpipe.doctor import run_doctor
+    from posterpipe.commands.doctor import run_doctor
 
     raise typer.Exit(run_doctor())
 
@@ -52,26 +52,9 @@ def trace(
     ] = 10,
 ) -> None:
     """Show where a score comes from: image, prompt, checkpoint, captions, posters, code, runs."""
-    from rich.console import Console
+    from posterpipe.commands.trace import run_trace
 
-    from posterpipe.core import trace as traces
-    from posterpipe.core.warehouse import Warehouse
-    from posterpipe.defs.resources import Deployment
-    from posterpipe.settings import load_settings
-
-    deployment = Deployment(load_settings())
-    # While the pipeline writes, the warehouse is locked, and the published copy answers.
-    databases = [
-        Warehouse(deployment.warehouse_path, busy_seconds=5),
-        Warehouse(deployment.published_path),
-    ]
-    traced = traces.trace(deployment.store, databases, generation_key)
-    if as_json:
-        print(traced.to_json())
-    else:
-        Console(highlight=False, soft_wrap=True).print(
-            traces.as_tree(traced, shown_posters=posters)
-        )
+    run_trace(generation_key, as_json=as_json, posters=posters)
 
 
 @app.command()
@@ -91,7 +74,7 @@ def gc(
 
     Safe while the pipeline works. Scores and published files are never touched.
     """
-    from posterpipe.tidy import run_gc
+    from posterpipe.commands.gc import run_gc
 
     raise typer.Exit(
         run_gc(yes=yes, keep=keep, grace_seconds=grace_hours * 3600, everything=everything)
@@ -105,7 +88,7 @@ def rehash() -> None:
     What changed is taken up by the next materialization of raw_posters, holdout_posters and
     human_captions; the sensor starts it.
     """
-    from posterpipe.rehash import run_rehash
+    from posterpipe.commands.rehash import run_rehash
 
     raise typer.Exit(run_rehash())
 
@@ -144,7 +127,7 @@ def _champion(context: typer.Context) -> None:
 @champion.command()
 def show() -> None:
     """Print the checkpoint that is served, and the latest decisions with their reasons."""
-    from posterpipe.champion import show as show_champion
+    from posterpipe.commands.champion import show as show_champion
 
     show_champion()
 
@@ -159,7 +142,7 @@ def pin(
 
     What the gate rejected cannot be pinned.
     """
-    from posterpipe.champion import pin as pin_champion
+    from posterpipe.commands.champion import pin as pin_champion
 
     pin_champion(checkpoint, why, who)
 
@@ -167,7 +150,7 @@ def pin(
 @champion.command()
 def unpin(why: Why, who: Who = None) -> None:
     """Give the choice back to the gate."""
-    from posterpipe.champion import unpin as unpin_champion
+    from posterpipe.commands.champion import unpin as unpin_champion
 
     unpin_champion(why, who)
 
@@ -175,7 +158,7 @@ def unpin(why: Why, who: Who = None) -> None:
 @champion.command()
 def rollback(why: Why, who: Who = None) -> None:
     """Go back to the champion before the present one, and pin it."""
-    from posterpipe.champion import rollback as roll_back
+    from posterpipe.commands.champion import rollback as roll_back
 
     roll_back(why, who)
 

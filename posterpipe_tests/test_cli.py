@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from posterpipe import cli, doctor
+from posterpipe import cli
+from posterpipe.commands import doctor
+from posterpipe.commands.demo import require_inputs
 from posterpipe.core.landing import scan
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.store import Store
-from posterpipe.demo import require_inputs
 from posterpipe.settings import ModelRef, Settings, SettingsError, load_settings
 from posterpipe_tests.models import HubCache
 

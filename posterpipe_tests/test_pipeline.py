@@ -18,6 +18,14 @@ import pytest
 from PIL import Image, ImageDraw
 from rich.console import Console
 
+from posterpipe.commands.demo import (
+    Watch,
+    champion_line,
+    control_line,
+    end_dead_runs,
+    leaderboard_table,
+    materialize,
+)
 from posterpipe.core.evidence import read_decisions, write_decisions
 from posterpipe.core.garbage import find_garbage, remove_garbage
 from posterpipe.core.gate import GateError, pin, unpin
@@ -29,14 +37,6 @@ from posterpipe.definitions import build_defs
 from posterpipe.defs.arrivals import ROOTS
 from posterpipe.defs.resources import DATA_VERSION, Deployment
 from posterpipe.defs.staleness import stale_assets
-from posterpipe.demo import (
-    Watch,
-    champion_line,
-    control_line,
-    end_dead_runs,
-    leaderboard_table,
-    materialize,
-)
 from posterpipe.settings import Settings, default_root, load_settings
 from posterpipe_tests.core.metrics.test_clip import build_tiny_clip
 from posterpipe_tests.core.test_garbage import age
@@ -407,7 +407,7 @@ def test_what_was_lost_is_stale(pipeline: Pipeline) -> None:
 
 
 def test_a_run_whose_process_died_is_ended(pipeline: Pipeline) -> None:
-    from posterpipe import demo
+    from posterpipe.commands import demo
 
     job = build_defs(pipeline.settings).resolve_job_def("everything")
     run = pipeline.instance.create_run_for_job(

@@ -17,9 +17,9 @@ import psutil
 import pytest
 from rich.console import Console
 
+from posterpipe.commands.demo import Watch, materialize
 from posterpipe.core.progress import BarProgress
 from posterpipe.defs.resources import Deployment
-from posterpipe.demo import Watch, materialize
 from posterpipe.settings import default_root, load_settings
 from posterpipe_tests.real_size import build
 

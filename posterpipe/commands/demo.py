@@ -215,7 +215,7 @@ def _logger(console: Console, watch: Watch) -> dg.LoggerDefinition:
 
     @dg.logger
     def demo_logger(_: dg.InitLoggerContext) -> logging.Logger:
-        logger = logging.Logger("posterpipe.demo", level=logging.DEBUG)
+        logger = logging.Logger(__name__, level=logging.DEBUG)
         logger.addHandler(Handler())
         return logger
 
