@@ -535,6 +535,11 @@ class SamplerSettings(Group):
     )
 
 
+SAMPLING_SPEED = {"batch_size", "compile", "channels_last", "vae_slicing"}
+"""Settings of the sampler that decide how fast an image comes, and nothing beyond the rounding of
+its pixels: no part of a pixel's key, and no reason to draw again."""
+
+
 class ScorerSettings(Group):
     """The CLIP model behind the score."""
 

@@ -48,7 +48,7 @@ from posterpipe.core.sampler import (
 )
 from posterpipe.core.store import Store, compute_missing, content_key
 from posterpipe.core.variants import DELAYED_VARIANTS, VARIANTS
-from posterpipe.settings import SamplerSettings
+from posterpipe.settings import SAMPLING_SPEED, SamplerSettings
 
 COLUMNS = (
     "generation_key", "pixel_key", "variant", "prompt_id", "prompt", "score_text",
@@ -93,14 +93,10 @@ def pixel_key(
     )
 
 
-_HOW_ONLY = {"batch_size", "compile", "channels_last", "vae_slicing"}
-"""Settings that decide how fast an image comes, and nothing beyond the rounding of its pixels."""
-
-
 def pixel_settings(settings: SamplerSettings) -> dict[str, Any]:
     """The settings that decide pixels, with the precision that this machine uses; when the negative
     prompt acts is a matter of each request."""
-    values = settings.model_dump(mode="json", exclude={*_HOW_ONLY, "negative_from"})
+    values = settings.model_dump(mode="json", exclude={*SAMPLING_SPEED, "negative_from"})
     return {**values, "precision": usable_precision(settings.precision)}
 
 

@@ -28,14 +28,12 @@ from posterpipe.defs.resources import (
     WAREHOUSE,
     Deployment,
 )
-from posterpipe.settings import ModelRef, Settings
+from posterpipe.settings import SAMPLING_SPEED, ModelRef, Settings
 
 INPUT_DATA_VERSION = "dagster/input_data_version/"
 CODE_VERSION = "dagster/code_version"
 
 _BATCH = {"batch_size"}  # how many at once does not decide what comes out
-
-_SPEED = {"batch_size", "compile", "channels_last", "vae_slicing"}  # no part of a pixel's key
 
 _WORDING = {"template", "trigger"}  # applied to captions when training.csv is built
 
@@ -58,8 +56,8 @@ _DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
         deciding(s.training),
     ],
     "base_generations": lambda s: _drawing(s),
-    "tuned_generations": lambda s: [s.sampler.model_dump(mode="json", exclude=_SPEED)],
-    "champion_generations": lambda s: [s.sampler.model_dump(mode="json", exclude=_SPEED)],
+    "tuned_generations": lambda s: [s.sampler.model_dump(mode="json", exclude=SAMPLING_SPEED)],
+    "champion_generations": lambda s: [s.sampler.model_dump(mode="json", exclude=SAMPLING_SPEED)],
     "titled_posters": lambda s: [s.lettering.model_dump(mode="json")],
     "clip_scores": lambda s: [s.scorer.model_dump(mode="json", exclude=_BATCH)],
     "fidelity_scores": lambda s: [
@@ -113,7 +111,7 @@ def _size(settings: Settings) -> list[Any]:
 def _drawing(settings: Settings) -> list[Any]:
     return [
         settings.base_model.model_dump(mode="json"),
-        settings.sampler.model_dump(mode="json", exclude=_SPEED),
+        settings.sampler.model_dump(mode="json", exclude=SAMPLING_SPEED),
     ]
 
 
