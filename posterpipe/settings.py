@@ -1,8 +1,8 @@
 """Typed settings and profiles.
 
 What belongs here: every knob of posterpipe with its unit, default and bounds, and how profiles and
-`POSTERPIPE_*` variables are read. What does not: what the knobs do (`core`) and how Dagster shows
-them (`defs`).
+`POSTERPIPE_*` variables are read. What does not: what is wrong with a variable (`variables`), what
+the knobs do (`core`) and how Dagster shows them (`defs`).
 
 A profile is a TOML file: one of those beside this module (`starter`, `sd21`, `sd21_768`) or any
 path. Environment variables win over the profile: `POSTERPIPE_TRAINING__MAX_TRAIN_STEPS=500`.
@@ -10,17 +10,11 @@ path. Environment variables win over the profile: `POSTERPIPE_TRAINING__MAX_TRAI
 
 from __future__ import annotations
 
-import difflib
-import itertools
-import json
 import os
-import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import (
@@ -35,20 +29,9 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError as VariableError
 
+from posterpipe.variables import PREFIX, is_told, malformed_variables, problem, unknown_variables
+
 PROFILES = Path(__file__).parent / "profiles"
-
-PREFIX = "POSTERPIPE_"
-
-OTHER_VARIABLES = (
-    "POSTERPIPE_WAREHOUSE",  # dbt_like_reports/profiles.yml
-    "POSTERPIPE_PEER_SCRIPT",  # benchmarks
-    "POSTERPIPE_REAL_SIZE_MODELS",  # posterpipe_tests/test_real_size.py
-    "POSTERPIPE_TEST_BROWSER",  # posterpipe_tests/browser
-)
-"""Variables with this prefix that are no settings, and who reads them."""
-
-# Kubernetes and Docker give such variables to all containers beside a service called posterpipe.
-_OF_A_SERVICE = re.compile(r"POSTERPIPE_(SERVICE|PORT)(_.*)?")
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(ge=1)]
@@ -880,17 +863,17 @@ def load_settings(profile: str | None = None, **overrides: Any) -> Settings:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{path}: not valid TOML: {error}; mend that line") from error
-    unknown = _unknown_variables()
+    unknown = unknown_variables(Settings)
     try:
         settings = Settings(**{**values, "profile": name, **overrides})
     except VariableError as error:
-        malformed = [_form(key) for key in _malformed_variables()] or [str(error)]
+        malformed = malformed_variables(Settings) or [str(error)]
         raise SettingsError("; ".join([*unknown.values(), *malformed])) from error
     except ValidationError as error:
         problems = [
-            _problem(item["loc"], item["msg"])
+            problem(Settings, item["loc"], item["msg"])
             for item in error.errors()
-            if not (item["type"] == "extra_forbidden" and _is_told(item["loc"], unknown))
+            if not (item["type"] == "extra_forbidden" and is_told(item["loc"], unknown))
         ]
         found = f"{path} (with {PREFIX}* variables): {'; '.join(problems)}; correct it there"
         raise SettingsError(
@@ -899,104 +882,3 @@ def load_settings(profile: str | None = None, **overrides: Any) -> Settings:
     if unknown:
         raise SettingsError("; ".join(unknown.values()))
     return settings
-
-
-def _is_told(place: tuple[int | str, ...], unknown: Iterable[str]) -> bool:
-    variable = _variable(place)
-    return any(name == variable or name.startswith(f"{variable}__") for name in unknown)
-
-
-def _unknown_variables() -> dict[str, str]:
-    """What is wrong with each variable that no setting has, by its name in capitals."""
-    known = (*_variables(), *OTHER_VARIABLES)
-    found = {}
-    for name in sorted(os.environ):
-        key = name.upper()
-        if not key.startswith(PREFIX) or key in known or _OF_A_SERVICE.fullmatch(key):
-            continue
-        near = _nearest(key, known)
-        remedy = f"did you mean {near}?" if near else "unset it; docs/settings.md lists all"
-        found[key] = f"{name}: there is no such setting; {remedy}"
-    return found
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    """The known variable that was probably meant; "" for none."""
-    bare = {other.removeprefix(PREFIX): other for other in known}
-    for near in difflib.get_close_matches(name.removeprefix(PREFIX), bare):
-        # A group that is the same does not make a setting in it alike.
-        ends = (text.rsplit("__", 1)[-1] for text in (name.removeprefix(PREFIX), near))
-        if difflib.get_close_matches(next(ends), [next(ends)]):
-            return bare[near]
-    return ""
-
-
-@cache
-def _variables() -> Mapping[str, Any]:
-    """The type of each setting and group by the variable that sets it."""
-
-    def walk(group: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, field in group.model_fields.items():
-            variable = f"{prefix}{name.upper()}"
-            yield variable, field.annotation
-            for part in (field.annotation, *get_args(field.annotation)):
-                if _is_group(part):
-                    yield from walk(part, f"{variable}__")
-                elif get_origin(field.annotation) is tuple:
-                    break  # its items have no variables of their own
-
-    return dict(walk(Settings, PREFIX))
-
-
-def _is_group(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _variable(place: tuple[int | str, ...]) -> str:
-    """The variable for what pydantic calls by its place; of a list as a whole."""
-    names = itertools.takewhile(lambda part: isinstance(part, str), place)
-    return PREFIX + "__".join(str(part).upper() for part in names)
-
-
-def _problem(place: tuple[int | str, ...], message: str) -> str:
-    """What is wrong with a value, and the form of the variable that gave it, where it has one."""
-    told = f"{'.'.join(str(part) for part in place)}: {message}"
-    key = _variable(place)
-    given = any(name.upper() == key for name in os.environ)
-    return f"{told}: {_form(key)}" if given and _example(_variables().get(key)) else told
-
-
-def _malformed_variables() -> list[str]:
-    """Variables that have to be JSON and are not."""
-    found = []
-    for name, value in os.environ.items():
-        if _example(_variables().get(name.upper())):
-            try:
-                json.loads(value)
-            except ValueError:
-                found.append(name.upper())
-    return sorted(found)
-
-
-def _form(variable: str) -> str:
-    """How a variable is written whose setting is a list or a group."""
-    kind = _variables()[variable]
-    example = json.dumps(_example(kind))
-    one = next((part for part in (kind, *get_args(kind)) if _is_group(part)), None)
-    alone = ""
-    if one and get_origin(kind) is not tuple:
-        alone = f", or set {variable}__{next(iter(one.model_fields)).upper()} and the like alone"
-    return f"{variable} has to be JSON, such as {variable}='{example}'{alone}"
-
-
-def _example(kind: Any) -> Any:
-    """A value of a list or group of settings; None for anything simpler."""
-    if get_origin(kind) is tuple:
-        item = get_args(kind)[0]
-        return [_example(item)] if _is_group(item) else ["one", "two"]
-    if _is_group(kind):
-        name, field = next(iter(kind.model_fields.items()))
-        simple = isinstance(field.default, str | int | float)
-        value = field.default if simple else _example(field.annotation) or "owner/name"
-        return {name: value}
-    return next((_example(part) for part in get_args(kind) if _is_group(part)), None)
