@@ -171,13 +171,8 @@ def record_table(
         _record_checkpoints(store, version, record)
 
 
-def steps_to(store: Store, name: str, version: str) -> list[dict[str, Any]]:
-    """How a version of a table came about: itself and all that it was made from, as far as that was
-    recorded; each with asset, table_version, run_id, code_version, environment, made_at."""
-    return _steps(store, [(name, version)])
-
-
 def _steps(store: Store, waiting: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """These (table, version) and all that they were made from, as far as that was recorded."""
     steps: dict[tuple[str, str], dict[str, Any]] = {}
     while waiting:
         asset, table_version = waiting.pop()
@@ -270,7 +265,11 @@ def current_lineage(store: Store, training_set: str) -> str:
 
 
 def training_steps(store: Store, training_set: str, name: str = "") -> list[dict[str, Any]]:
-    """How a training set came about (see `steps_to`), in a lineage or, without `name`, the last."""
+    """How a training set came about: its table and all that it was made from, as far as that was
+    recorded; each with asset, table_version, run_id, code_version, environment, made_at.
+
+    `name`: of the lineage; without it, the last.
+    """
     key = f"{training_set}/{name or current_lineage(store, training_set)}"
     found = store.results(TRAINING_SET, [key, training_set])
     steps: list[dict[str, Any]] = (found.get(key) or found.get(training_set) or {}).get("steps", [])

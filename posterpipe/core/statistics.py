@@ -28,14 +28,6 @@ CONFIDENCE = 0.95
 RESAMPLES = 10_000
 BOOTSTRAP_SEED = 20250
 
-DESIGN: Mapping[str, tuple[bool, bool]] = {
-    "sd": (False, False),
-    "sd_negative": (False, True),
-    "dreambooth": (True, False),
-    "dreambooth_negative": (True, True),
-}
-"""The study's variants as a 2x2 design: tuned or not, with the negative prompt or without."""
-
 CONTRASTS: Mapping[str, Mapping[str, float]] = {
     "tuned": {"sd": -0.5, "sd_negative": -0.5, "dreambooth": 0.5, "dreambooth_negative": 0.5},
     "negative": {"sd": -0.5, "sd_negative": 0.5, "dreambooth": -0.5, "dreambooth_negative": 0.5},
@@ -48,9 +40,10 @@ CONTRASTS: Mapping[str, Mapping[str, float]] = {
     "late negative on base": {"sd_negative": -1, "sd_negative_delayed": 1},
     "late negative on tuned": {"dreambooth_negative": -1, "dreambooth_negative_delayed": 1},
 }
-"""What is asked of the design: weights of the variants' values. The two main effects, the simple
-effects, the sum of both, and by how much the negative prompt does more for the tuned model; and,
-where the suite holds it, what delaying the negative prompt changes."""
+"""What is asked of the study's 2x2 design, tuned or not and with the negative prompt or without:
+weights of the variants' values. The two main effects, the simple effects, the sum of both, and by
+how much the negative prompt does more for the tuned model; and, where the suite holds it, what
+delaying the negative prompt changes."""
 
 _CELL = ["prompt_id", "seed"]
 _FEW_PROMPTS = 12

@@ -205,7 +205,7 @@ class Poster:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What a checkpoint was trained on. `steps`: how it came about, see `provenance.steps_to`."""
+    """What a checkpoint was trained on. `steps`: how it came about, as of `training_steps`."""
 
     version: str
     steps: list[dict[str, Any]]

@@ -23,7 +23,6 @@ from posterpipe.core.provenance import (
     record_environment,
     record_table,
     require_checkpoint,
-    steps_to,
     training_steps,
 )
 from posterpipe.core.store import Store
@@ -212,9 +211,8 @@ def test_the_source_hash_changes_with_the_code(
 
 def test_a_table_remembers_who_made_it_first(study: Study) -> None:
     study.dataset(CAPTIONS, "run 1")
-    study.dataset(CAPTIONS, "run 9")
-    version = study.store.table_version("training_csv") or ""
-    steps = steps_to(study.store, "training_csv", version)
+    training_set = study.dataset(CAPTIONS, "run 9")
+    steps = training_steps(study.store, training_set)
     assert [step["asset"] for step in steps] == [
         "training_csv",
         "poster_captions",

@@ -15,7 +15,6 @@ import pytest
 from posterpipe.core import statistics
 from posterpipe.core.statistics import (
     CONTRASTS,
-    DESIGN,
     bootstrap_interval,
     bootstrap_intervals,
     effect,
@@ -27,6 +26,7 @@ from posterpipe.core.statistics import (
     student_quantile,
     wilson_interval,
 )
+from posterpipe.core.variants import TUNED_VARIANTS, VARIANTS
 from posterpipe_tests.reference import holm, leaderboard, smallest_detectable
 
 Row = tuple[str, str, int, float | None]
@@ -102,7 +102,8 @@ def study(
     level = rng.normal(0.25, 0.03, prompts)
     noise = rng.normal(0, 0.01, (prompts, seeds))
     rows: list[Row] = []
-    for variant, (is_tuned, is_negative) in DESIGN.items():
+    for variant in VARIANTS:
+        is_tuned, is_negative = variant in TUNED_VARIANTS, "negative" in variant
         shift = tuned * is_tuned + negative * is_negative + both * (is_tuned and is_negative)
         by_prompt = level + shift + rng.normal(0, 0.008, prompts)
         values = by_prompt[:, None] + noise + rng.normal(0, 0.015, (prompts, seeds))
@@ -342,7 +343,7 @@ def test_holm_by_hand() -> None:
 def test_where_nothing_differs_a_family_of_questions_is_seldom_fooled() -> None:
     # The whole 2 x 2 design without any effect, by metrics that agree as CLIP's do (0.7).
     rng = np.random.default_rng(21)
-    names = list(DESIGN)
+    names = list(VARIANTS)
     weights = np.array(
         [[own.get(name, 0.0) for name in names] for own in list(CONTRASTS.values())[:8]]
     )
