@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import datetime as dt
 import errno
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from posterpipe.core.captions import REHASHED_SIDECARS
+from posterpipe.core.files import sha256_of
 from posterpipe.core.landing import landing_digest, poster_entries, rehashed
 from posterpipe.core.listing import (
     HOLDOUT,
@@ -287,8 +287,7 @@ def file_source(path: Path, settings: AutomationSettings, now: float) -> Source:
 def file_digest(path: Path) -> str:
     """sha256 (hex) of a file's bytes; "" where there is no such file. Raises OSError."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except FileNotFoundError:
         return ""
 

@@ -18,6 +18,7 @@ import pandas as pd
 from PIL import Image
 
 from posterpipe.core.captions import HumanCaption
+from posterpipe.core.errors import first_line
 from posterpipe.core.memory import TOO_LITTLE_MEMORY, is_out_of_memory
 from posterpipe.core.models import (
     DeviceGone,
@@ -341,4 +342,4 @@ def _reason(error: Exception) -> str:
     """In words that are the same each time that it fails."""
     if is_out_of_memory(error):
         return TOO_LITTLE_MEMORY
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return first_line(error)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posterpipe.core.errors import first_line
+from posterpipe.core.files import sha256_of
 from posterpipe.core.store import content_key
 from posterpipe.settings import ModelRef, Precision
 
@@ -157,8 +158,7 @@ def directory_fingerprint(folder: Path) -> str:
 
 @lru_cache(maxsize=1024)
 def _file_digest(path: str, size: int, mtime_ns: int, inode: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def _directory(ref: ModelRef, root: Path) -> Path | None:
@@ -214,10 +214,9 @@ def _from_hub(ref: ModelRef) -> Path:
             "id or revision in the profile, or log in with `hf auth login`"
         ) from error
     except Exception as error:  # the network fails in many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelMissing(
             f"The profile needs the model {which} from the Hugging Face hub, and the download "
-            f"failed ({reason}): {remedy}"
+            f"failed ({first_line(error)}): {remedy}"
         ) from error
     if not _complete(Path(snapshot)):
         raise ModelMissing(
@@ -312,9 +311,8 @@ def noticing_a_gone_device(user: str, device: torch.device) -> Iterator[None]:
     except Exception as error:
         if not device_is_gone(error, device):
             raise
-        said = str(error).strip() or type(error).__name__
         raise DeviceGone(
-            f"{user} can no longer use its device ({said.splitlines()[0]}); what was done is kept: "
+            f"{user} can no longer use its device ({first_line(error)}); what was done is kept: "
             "start it again, in a new process, and look at the machine where that fails as well"
         ) from error
 
@@ -324,6 +322,16 @@ def torch_dtype(precision: Precision) -> torch.dtype:
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
+    """What a model is called in. On a CPU the weights are fp32 whatever the precision is, and bf16
+    is what is computed in while inside; on a GPU the weights themselves are short."""
+    import torch
+
+    if device.type == "cpu" and precision == "bf16":
+        return torch.autocast("cpu", torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def give_memory_back(freed: weakref.ref[Any] | None = None) -> None:

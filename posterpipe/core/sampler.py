@@ -12,7 +12,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from posterpipe.core.errors import named_line
 from posterpipe.core.memory import is_out_of_memory
 from posterpipe.core.models import (
     ModelMissing,
+    autocast,
     best_device,
     quiet_hub,
     torch_dtype,
@@ -244,7 +244,7 @@ class Sampler:
         embeds = embeds.expand(halves * size, -1, -1)
         timestep = torch.tensor(500, device=self.device)
         took = math.inf
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), autocast(self.device, self.precision):
             for _ in range(3):  # the first one prepares memory and kernels
                 started = time.perf_counter()
                 out = self.unet(x, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
@@ -321,7 +321,7 @@ class Sampler:
     ) -> list[Image.Image]:
         import torch
 
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), autocast(self.device, self.precision):
             latents = self._denoise(requests, on_step)
             return _to_images(self._decode(latents))
 
@@ -384,13 +384,6 @@ class Sampler:
             at_once = 1 if self.settings.vae_slicing else len(latents)
         parts = [self.vae.decode(part, return_dict=False)[0] for part in latents.split(at_once)]
         return torch.cat(parts).float()
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        import torch
-
-        if self.device.type == "cpu" and self.precision == "bf16":
-            return torch.autocast("cpu", torch.bfloat16)
-        return nullcontext()
 
 
 def best_batch_size(seconds: Callable[[int], float], most: int) -> int:

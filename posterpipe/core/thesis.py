@@ -32,6 +32,7 @@ from posterpipe.core.statistics import (
     paired_difference,
 )
 from posterpipe.core.store import write_atomic
+from posterpipe.core.variants import is_tuned
 
 VARIANTS: Mapping[str, tuple[str, float]] = {
     "sd": ("Stable Diffusion", 0.35),
@@ -176,7 +177,7 @@ def draw_growth(table: pd.DataFrame, metric_id: str, note: str = "") -> Image.Im
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     places = np.arange(len(table))
-    tuned = table["variant"].str.startswith("dreambooth")
+    tuned = is_tuned(table["variant"])
     colours = ["#c8793a" if own else "#8fa6c4" for own in tuned]
     axes.bar(places, table["score"], 0.56, color=colours, zorder=2)
     below, above = table["score"] - table["score_low"], table["score_high"] - table["score"]

@@ -8,7 +8,13 @@ They differ in the model (base or tuned) and in the negative prompt. dbt has the
 variable `variants` of `dbt_like_reports/dbt_project.yml`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 VARIANTS = ("sd", "sd_negative", "dreambooth", "dreambooth_negative")
 """The base model and the tuned one, each without and with the suite's negative prompts."""
@@ -27,3 +33,8 @@ LABELS: Mapping[str, str] = {
     "dreambooth_negative_delayed": "Fine-tuned + late negative",
 }
 """What people read, in the order in which variants stand side by side."""
+
+
+def is_tuned(variants: pd.Series) -> pd.Series:
+    """Of a column of variants, which are of a tuned model."""
+    return variants.str.startswith("dreambooth")

@@ -23,6 +23,7 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 from posterpipe.core.captions import read_human_captions, write_human_caption
+from posterpipe.core.files import file_signature
 from posterpipe.core.landing import EXTENSIONS
 from posterpipe.core.listing import Entry, SourceChanged, listing_digest, open_place, source_name
 from posterpipe.core.prompts import MAX_TOKENS, estimate_tokens
@@ -84,7 +85,7 @@ class CaptionDesk:
             if time.monotonic() - self._looked < LOOKED_SECONDS:
                 return self._rows
             entries = self._place.entries()
-            signature = (listing_digest(entries), _stat(self._csv), self._versions())
+            signature = (listing_digest(entries), file_signature(self._csv), self._versions())
             if signature != self._signature:
                 self._rows = self._read(entries)
                 self._entries = {source_name(entry): entry for entry in entries}
@@ -239,11 +240,3 @@ def _wording(caption: str) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _stat(path: Path) -> tuple[int, int, int] | None:
-    try:
-        stats = path.stat()
-    except OSError:
-        return None
-    return stats.st_mtime_ns, stats.st_size, stats.st_ino

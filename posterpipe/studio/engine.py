@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from posterpipe.core.errors import first_line
 from posterpipe.core.memory import is_out_of_memory
 from posterpipe.core.prompts import MAX_SEED
 
@@ -409,7 +410,7 @@ class Engine:
 
 def sentence(error: BaseException) -> str:
     """An error as a sentence for the one who asked."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     if type(error).__module__.split(".")[0] == "posterpipe":
         text = text[:1].upper() + text[1:]
         return text if text.endswith((".", "!", "?")) else f"{text}."

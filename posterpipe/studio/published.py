@@ -18,7 +18,8 @@ from pathlib import Path
 import duckdb
 import pandas as pd
 
-Signature = tuple[int, int, int]
+from posterpipe.core.errors import first_line
+from posterpipe.core.files import Signature, file_signature
 
 GALLERY = """
 SELECT
@@ -62,11 +63,7 @@ class Published:
 
     def signature(self) -> Signature | None:
         """What changes with each publication; None before the first."""
-        try:
-            stats = self.path.stat()
-        except OSError:
-            return None
-        return stats.st_mtime_ns, stats.st_size, stats.st_ino
+        return file_signature(self.path)
 
     def published_at(self) -> dt.datetime | None:
         """When the file was written, UTC."""
@@ -112,8 +109,7 @@ class Published:
             with self._turn, duckdb.connect(str(self.path), read_only=True) as connection:
                 return connection.execute(query, list(values)).df()
         except duckdb.Error as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise PublishedError(
-                f"{self.path}: the published scores cannot be read ({reason}); materialize "
-                "published_scores again"
+                f"{self.path}: the published scores cannot be read ({first_line(error)}); "
+                "materialize published_scores again"
             ) from error

@@ -184,7 +184,9 @@ def test_every_test_of_dbt_is_a_blocking_check_that_passed(world: World) -> None
 def test_numbers_worked_out_by_hand_are_those_of_the_models(world: World) -> None:
     """The unit tests of dbt, which no run of the pipeline includes."""
     tests = yaml.safe_load(
-        (world.settings.path(reports.PROJECT) / "models" / "marts" / "_unit_tests.yml").read_text()
+        (
+            world.settings.path(dbt_reports.PROJECT) / "models" / "marts" / "_unit_tests.yml"
+        ).read_text()
     )["unit_tests"]
     dbt = dbt_reports.dbt_resource(dbt_reports.dbt_project(world.settings))
     environment = os.environ | {"POSTERPIPE_WAREHOUSE": str(world.deployment.warehouse_path)}
@@ -535,7 +537,9 @@ def t_areas(degrees: int) -> tuple[np.ndarray, np.ndarray]:
 def macros(world: World) -> Any:
     from jinja2 import Environment
 
-    macro = (world.settings.path(reports.PROJECT) / "macros" / "estimates.sql").read_text("utf-8")
+    macro = (world.settings.path(dbt_reports.PROJECT) / "macros" / "estimates.sql").read_text(
+        "utf-8"
+    )
     return Environment(extensions=["jinja2.ext.do"]).from_string(macro).module
 
 
@@ -567,7 +571,7 @@ def test_the_p_value_of_prompts_that_all_differ_by_the_same_is_that_of_their_sig
 @pytest.mark.slow
 def test_a_failing_test_keeps_the_publication_of_before(world: World) -> None:
     before = world.deployment.published_path.read_bytes()
-    test = world.settings.path(reports.PROJECT) / "tests" / "never_true.sql"
+    test = world.settings.path(dbt_reports.PROJECT) / "tests" / "never_true.sql"
     test.write_text("select * from {{ ref('leaderboard') }}", "utf-8")
     try:
         assets = with_policy(
@@ -595,7 +599,7 @@ def test_a_failing_test_keeps_the_publication_of_before(world: World) -> None:
 def test_a_file_that_dbt_cannot_read_stops_nothing_else(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken = world.settings.path(reports.PROJECT) / "models" / "marts" / "broken.sql"
+    broken = world.settings.path(dbt_reports.PROJECT) / "models" / "marts" / "broken.sql"
     broken.write_text("select {{ ref('leaderboard' }}", "utf-8")
     try:
         assets = reports.models_and_publication(dbt_reports.dbt_project(world.settings))

@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from posterpipe.core.dreambooth.config import MODEL_PARTS
 from posterpipe.core.dreambooth.errors import BaseModelError
+from posterpipe.core.errors import first_line
 
 Part = TypeVar("Part")
 
@@ -107,10 +108,9 @@ def _load(path: Path, load: Callable[[Path], Part]) -> Part:
     try:
         return load(path)
     except Exception as error:  # diffusers and transformers raise whatever their readers raise
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BaseModelError(
-            f"{path}: cannot be loaded ({first_line}); safetensors and their config.json are "
-            "needed, get the model again"
+            f"{path}: cannot be loaded ({first_line(error)}); safetensors and their config.json "
+            "are needed, get the model again"
         ) from error
 
 

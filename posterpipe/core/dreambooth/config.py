@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from posterpipe.core.dreambooth.effects import deciding
 from posterpipe.core.dreambooth.errors import TrainingError, TrainingSetError
+from posterpipe.core.files import sha256_of
 from posterpipe.settings import SamplerSettings, TrainingSettings
 
 TRAINER_VERSION = "3"
@@ -193,9 +194,8 @@ def hash_files(folder: Path, *patterns: str, named: Iterable[Path] = ()) -> str:
     digest = hashlib.sha256()
     matching = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     for path in sorted(matching.union(named)):
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+        name = path.relative_to(folder).as_posix()
+        digest.update(f"{name}\0{sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
 

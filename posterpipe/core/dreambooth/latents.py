@@ -7,7 +7,6 @@ What belongs here: encoding, the key of an image's latent. What does not: files 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 from posterpipe.core.dreambooth.cache import Tensors, cached_tensors, key_of
 from posterpipe.core.dreambooth.config import hash_files
 from posterpipe.core.dreambooth.data import Example, check_size, load_pixels
+from posterpipe.core.files import sha256_of
 
 _LATENTS_VERSION = 3
 """Raised when the same image would give another latent; part of every key."""
@@ -70,7 +70,7 @@ def cached_latents(
     """
     vae_key = hash_files(base_model / "vae", "*")
     how = (vae_key, "fp32", device.type, torch.__version__, diffusers.__version__)
-    keys = [key_of(_LATENTS_VERSION, _digest(example.image), *how) for example in examples]
+    keys = [key_of(_LATENTS_VERSION, sha256_of(example.image), *how) for example in examples]
 
     def compute(missing: list[int]) -> Iterator[tuple[int, Tensors]]:
         vae = load_vae()
@@ -113,8 +113,3 @@ def _whole_fp32() -> Iterator[None]:
         yield
     finally:
         cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.errors import first_line
 from posterpipe.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def add_lora(
             wanted = getattr(settings, TARGETS[name])
             raise TrainingError(
                 f"training.{TARGETS[name]}: the {name} has no layer named {', '.join(wanted)} "
-                f"({str(error).splitlines()[0]}); name layers that it has"
+                f"({first_line(error)}); name layers that it has"
             ) from error
         for parameter in model.parameters():
             if parameter.requires_grad:

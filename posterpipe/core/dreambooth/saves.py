@@ -13,7 +13,6 @@ other one removes them. Nothing is ever unpickled.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from posterpipe.core.files import sha256_of
 
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -158,9 +159,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def sync_tree(folder: Path) -> None:

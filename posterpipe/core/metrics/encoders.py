@@ -16,7 +16,7 @@ import base64
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -26,10 +26,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
+from posterpipe.core.errors import first_line
 from posterpipe.core.images import UNREADABLE
 from posterpipe.core.metrics.pixels import Preparation
 from posterpipe.core.models import (
     ModelMissing,
+    autocast,
     best_device,
     fingerprint,
     locate,
@@ -162,7 +164,11 @@ class _Encoder:
     def _features(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
         import torch
 
-        with self._noticing_a_gone_device(), torch.inference_mode(), self._autocast():
+        with (
+            self._noticing_a_gone_device(),
+            torch.inference_mode(),
+            autocast(self.device, self.precision),
+        ):
             pixels = self._preparation.batch(prepared, self.device)
             return unit(self._forward(pixels.to(self.dtype)))
 
@@ -173,13 +179,6 @@ class _Encoder:
     def _noticing_a_gone_device(self) -> AbstractContextManager[None]:
         return noticing_a_gone_device("the encoder of images and texts", self.device)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        import torch
-
-        if self.device.type == "cpu" and self.precision == "bf16":
-            return torch.autocast("cpu", torch.bfloat16)
-        return nullcontext()
-
     def _load(self, cls: Any, folder: Path | None = None, **arguments: Any) -> Any:
         """`from_pretrained`, its failures in words."""
         from safetensors import SafetensorError
@@ -188,11 +187,10 @@ class _Encoder:
         try:
             return cls.from_pretrained(folder, **arguments)
         except (OSError, ValueError, SafetensorError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ModelMissing(
-                f"{folder}: the model cannot be loaded ({reason}); copy it again, or name another "
-                "one: POSTERPIPE_SCORER__MODEL__ID for the score, POSTERPIPE_EVIDENCE__* for the "
-                "other metrics"
+                f"{folder}: the model cannot be loaded ({first_line(error)}); copy it again, or "
+                "name another one: POSTERPIPE_SCORER__MODEL__ID for the score, "
+                "POSTERPIPE_EVIDENCE__* for the other metrics"
             ) from error
 
     def _load_weights(self, cls: Any, **arguments: Any) -> Any:
@@ -256,7 +254,11 @@ class ClipEncoder(_Encoder):
         tokens = self.tokenizer(
             texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
-        with self._noticing_a_gone_device(), torch.inference_mode(), self._autocast():
+        with (
+            self._noticing_a_gone_device(),
+            torch.inference_mode(),
+            autocast(self.device, self.precision),
+        ):
             tokens = tokens.to(self.device)
             return unit(
                 projected(

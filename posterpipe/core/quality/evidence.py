@@ -9,6 +9,7 @@ from __future__ import annotations
 import pandas as pd
 
 from posterpipe.core.quality.finding import Finding, share_of
+from posterpipe.core.variants import is_tuned
 
 
 def unset_titles(titled: pd.DataFrame) -> Finding:
@@ -73,7 +74,7 @@ def copied_posters(evidence: pd.DataFrame, max_share: float) -> Finding:
     later = ["copy_threshold", "lost_posters"]
     compared = evidence.reindex(columns=[*evidence.columns.union(later, sort=False)])
     compared = compared[(compared["role"] == "copies") & compared["copied"].notna()]
-    tuned = compared[compared["variant"].str.startswith("dreambooth")]
+    tuned = compared[is_tuned(compared["variant"])]
     copies = tuned[tuned["copied"].astype(bool)]
     share = share_of(len(copies), len(tuned))
     summary = (

@@ -12,9 +12,10 @@ import pandas as pd
 import streamlit as st
 from streamlit.elements.lib.column_types import ColumnConfig
 
+from posterpipe.core.files import Signature
 from posterpipe.core.variants import LABELS
 from posterpipe.studio import look
-from posterpipe.studio.published import PublishedError, Signature
+from posterpipe.studio.published import PublishedError
 from posterpipe.studio.rooms import is_served, rooms
 
 LOOK_SECONDS = 1.0
