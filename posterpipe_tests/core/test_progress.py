@@ -69,9 +69,10 @@ def test_no_work_is_no_news() -> None:
     assert lines == []
 
 
-def test_silence() -> None:
+def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
     with NoProgress().task("draw", 3) as tick:
         tick(2, loss=0.1)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_without_a_terminal_the_bar_prints_lines(capsys: pytest.CaptureFixture[str]) -> None:
