@@ -20,8 +20,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
-from torch import Tensor
 
 from posterpipe.core.dreambooth.base_model import load_vae
 from posterpipe.core.dreambooth.config import RunConfig
@@ -35,7 +33,7 @@ from posterpipe.core.dreambooth.train import train
 from posterpipe.core.generations import blocked_reason
 from posterpipe.core.sampler import ImageRequest, Sampler
 from posterpipe.settings import SamplerSettings, TrainingSettings, default_root
-from posterpipe_tests.core.dreambooth.conftest import write_training_set
+from posterpipe_tests.core.dreambooth.conftest import losses, unet_weights, write_training_set
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
 
 HAS_GPU = torch.cuda.is_available()
@@ -95,18 +93,10 @@ def changed(world: RunConfig, name: str, **training: Any) -> RunConfig:
     )
 
 
-def losses(result: TrainResult) -> list[float]:
-    return [report.loss for report in result.reports]
-
-
-def unet(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-
-
 def assert_learnt(config: RunConfig, result: TrainResult) -> None:
     """The run ended with finite losses and weights that moved; on a GPU if there is one."""
     assert all(math.isfinite(loss) for loss in losses(result))
-    before, after = unet(config.base_model), unet(config.output_dir)
+    before, after = unet_weights(config.base_model), unet_weights(config.output_dir)
     assert all(bool(torch.isfinite(value).all()) for value in after.values())
     assert any(not torch.equal(after[name], before[name]) for name in after)
     assert not HAS_GPU or torch.cuda.max_memory_allocated() > 2**20

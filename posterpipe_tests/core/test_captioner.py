@@ -44,11 +44,6 @@ SETTINGS = CaptionerSettings(
 )
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path)
-
-
 def picture(seed: int, size: tuple[int, int] = (40, 60)) -> Image.Image:
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (4, 3, 3), np.uint8)

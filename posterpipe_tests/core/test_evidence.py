@@ -52,11 +52,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
 def warehouse(store: Store) -> Warehouse:
     return Warehouse(store.root / "scores.duckdb", busy_seconds=5)
 

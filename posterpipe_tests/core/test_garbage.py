@@ -48,11 +48,6 @@ LONG_AGO = 1_000_000.0
 HOUR = 3600.0
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def age(root: Path, when: float = LONG_AGO) -> None:
     """Everything was used last a long time ago."""
     for path in sorted(root.rglob("*"), reverse=True):

@@ -33,11 +33,6 @@ from posterpipe_tests.core.drawing import REQUESTS, SETTINGS, SUITE, Images, wit
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def test_black_and_constant_images_are_blocked() -> None:
     assert "black" in blocked_reason(Image.new("RGB", (8, 8), (3, 2, 0)))
     assert "one colour" in blocked_reason(Image.new("RGB", (8, 8), (200, 100, 5)))

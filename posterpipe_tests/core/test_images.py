@@ -331,11 +331,6 @@ def test_phones_multi_picture_files_are_jpegs() -> None:
 # -- the table -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path)
-
-
 def posters(*poster_ids: str, status: str = "ok") -> pd.DataFrame:
     return pd.DataFrame({"poster_id": poster_ids, "status": status})
 

@@ -36,11 +36,6 @@ RAW_POSTERS = Path(__file__).parents[2] / "data" / "raw_posters"
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     path = tmp_path / "landing"
     path.mkdir()

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,11 +15,6 @@ from posterpipe.core.images import png_bytes
 from posterpipe.core.presence import lost_part
 from posterpipe.core.store import Store
 from posterpipe.core.training_set import build_training_set
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
 
 
 def resized(store: Store, count: int = 3) -> pd.DataFrame:

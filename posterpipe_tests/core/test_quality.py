@@ -31,11 +31,6 @@ UNTIMED = settings(deadline=None, max_examples=60)
 NOON = dt.datetime(2026, 3, 1, 12, tzinfo=dt.UTC)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def raw_posters(
     *names: str, status: str = "ok", near: str = "", hashes: list[str] | None = None
 ) -> pd.DataFrame:

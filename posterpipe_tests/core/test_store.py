@@ -29,13 +29,9 @@ from posterpipe.core.store import (
     write_atomic,
 )
 from posterpipe.settings import ImageSettings
+from posterpipe_tests.core.conftest import disk_is_full
 
 FORK = multiprocessing.get_context("fork")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
 
 
 def test_bytes_lie_under_their_sha256_with_their_suffix(store: Store) -> None:
@@ -132,10 +128,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(
     target = tmp_path / "file"
     write_atomic(target, b"old")
 
-    def full_disk(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", disk_is_full)
     with pytest.raises(OSError, match="No space left"):
         write_atomic(target, b"new")
     assert target.read_bytes() == b"old"

@@ -25,11 +25,6 @@ from posterpipe.settings import DEFAULT_TEMPLATE
 CAPTIONS = ['a red rocket, titled "Go"', "a blue\ncastle ", "eine gelbe Tür"]
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def tables(store: Store, captions: list[str] = CAPTIONS) -> tuple[pd.DataFrame, pd.DataFrame]:
     rows = []
     for number, caption in enumerate(captions):

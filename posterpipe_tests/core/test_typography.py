@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -401,11 +400,6 @@ def test_titles_on_fifty_starter_posters_are_read_exactly() -> None:
 
 
 # --- the table
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
 
 
 def lettered(store: Store, table: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""A tiny base model and a training set of random pictures, shared by the trainer's tests."""
+"""What the trainer's tests share: a tiny base model, random pictures, and what came of a run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
 from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.reports import StepReport, TrainResult
 from posterpipe.settings import SamplerSettings, TrainingSettings
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
 
@@ -66,6 +70,33 @@ MakeConfig = Callable[..., RunConfig]
 def saves_of(config: RunConfig) -> list[Path]:
     """Everything that lies beside the saves of runs in progress, by name."""
     return sorted(config.work_dir.glob("saves/*/*"), key=lambda path: path.name)
+
+
+def unet_weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def text_weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "text_encoder" / "model.safetensors")
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two models are the same to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(result: TrainResult) -> list[float]:
+    return [report.loss for report in result.reports]
+
+
+def interrupt_at(step: int) -> Callable[[StepReport], None]:
+    """A report that stops the run at a step, as a user at the keyboard does."""
+
+    def stop(report: StepReport) -> None:
+        if report.step == step:
+            raise KeyboardInterrupt
+
+    return stop
 
 
 @pytest.fixture

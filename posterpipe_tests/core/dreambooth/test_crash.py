@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from posterpipe.core.dreambooth import saves
 from posterpipe.core.dreambooth.checkpoint import RECORD_NAME
@@ -31,7 +30,14 @@ from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.launch import launch_command, launch_environment
 from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.train import train
-from posterpipe_tests.core.dreambooth.conftest import MakeConfig, saves_of
+from posterpipe_tests.core.conftest import disk_is_full
+from posterpipe_tests.core.dreambooth.conftest import (
+    MakeConfig,
+    equal,
+    saves_of,
+    text_weights,
+    unet_weights,
+)
 
 STEPS = 24
 
@@ -81,13 +87,8 @@ def wait_for(process: subprocess.Popen[str], words: str) -> None:
 
 
 def weights(config: RunConfig) -> dict[str, torch.Tensor]:
-    unet = load_file(config.output_dir / "unet" / "diffusion_pytorch_model.safetensors")
-    text = load_file(config.output_dir / "text_encoder" / "model.safetensors")
-    return {**unet, **{f"text.{name}": value for name, value in text.items()}}
-
-
-def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    text = {f"text.{name}": value for name, value in text_weights(config.output_dir).items()}
+    return {**unet_weights(config.output_dir), **text}
 
 
 # -- processes that a server forks after it has imported everything: quick to start ---------------
@@ -163,7 +164,7 @@ def uninterrupted(make_config: MakeConfig) -> RunConfig:
 
 def assert_ends_like(config: RunConfig, whole: RunConfig) -> None:
     assert finished(in_process(run_to_the_end, config)) == 0
-    assert same_bits(weights(config), weights(whole))
+    assert equal(weights(config), weights(whole))
     assert not (config.work_dir / "saves").exists()
     assert [path.name for path in config.output_dir.parent.glob(".*.tmp")] == []
 
@@ -221,7 +222,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(make_config: MakeConfig) -> None:
 
     resumed = train(killed)
     assert 6 <= resumed.resumed_from < STEPS
-    assert same_bits(weights(whole), weights(killed))
+    assert equal(weights(whole), weights(killed))
     assert [r.loss for r in resumed.reports] == [r.loss for r in uninterrupted.reports]
     assert [r.smoothed_loss for r in resumed.reports] == [
         r.smoothed_loss for r in uninterrupted.reports
@@ -240,11 +241,8 @@ def test_a_run_killed_before_its_model_was_written_only_writes_it(
     }
     whole = train(make_config("whole", parts=parts, **settings))
 
-    def full(*arguments: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     config = make_config("cut", parts=parts, **settings)
-    monkeypatch.setattr("posterpipe.core.dreambooth.checkpoint.write_card", full)
+    monkeypatch.setattr("posterpipe.core.dreambooth.checkpoint.write_card", disk_is_full)
     with pytest.raises(TrainingError, match=r"finished model could not be written \(No space"):
         train(config)
     monkeypatch.undo()

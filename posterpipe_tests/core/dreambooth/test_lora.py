@@ -15,11 +15,12 @@ from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.train import train
 from posterpipe.core.sampler import LORA_WEIGHTS, Sampler
 from posterpipe.settings import SamplerSettings
-from posterpipe_tests.core.dreambooth.conftest import MakeConfig, saves_of
-from posterpipe_tests.core.dreambooth.test_train import (
+from posterpipe_tests.core.dreambooth.conftest import (
+    MakeConfig,
     equal,
     interrupt_at,
     losses,
+    saves_of,
     text_weights,
     unet_weights,
 )

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from posterpipe.core.dreambooth.saves import newest_save, pack, unpack, write_save
+from posterpipe_tests.core.conftest import disk_is_full
 
 
 def add(folder: Path, step: int, *, run: str = "mine", keep: int = 2) -> Path:
@@ -45,10 +45,7 @@ def test_old_saves_go_only_after_the_new_one_is_whole(
         add(tmp_path, step)
     assert names(tmp_path) == ["step-00000020", "step-00000030"]
 
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("posterpipe.core.dreambooth.saves.save_file", full)
+    monkeypatch.setattr("posterpipe.core.dreambooth.saves.save_file", disk_is_full)
     with pytest.raises(OSError, match="No space"):
         add(tmp_path, 40)
     monkeypatch.undo()

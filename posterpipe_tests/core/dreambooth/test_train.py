@@ -42,38 +42,21 @@ from posterpipe.core.dreambooth.errors import (
 )
 from posterpipe.core.dreambooth.holdout import holdout_loss
 from posterpipe.core.dreambooth.learner import Learner
-from posterpipe.core.dreambooth.reports import StepReport, TrainResult
+from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.train import train
 from posterpipe.core.generations import blocked_reason
 from posterpipe.settings import default_root
-from posterpipe_tests.core.dreambooth.conftest import MakeConfig, saves_of, write_training_set
+from posterpipe_tests.core.dreambooth.conftest import (
+    MakeConfig,
+    equal,
+    interrupt_at,
+    losses,
+    saves_of,
+    text_weights,
+    unet_weights,
+    write_training_set,
+)
 from posterpipe_tests.models import build_tiny_stable_diffusion
-
-
-def unet_weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def text_weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "text_encoder" / "model.safetensors")
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def losses(result: TrainResult) -> list[float]:
-    return [report.loss for report in result.reports]
-
-
-def interrupt_at(step: int) -> Callable[[StepReport], None]:
-    """A report that stops the run at a step, as a user at the keyboard does."""
-
-    def stop(report: StepReport) -> None:
-        if report.step == step:
-            raise KeyboardInterrupt
-
-    return stop
 
 
 def reference_run(config: RunConfig) -> tuple[list[float], list[Any]]:

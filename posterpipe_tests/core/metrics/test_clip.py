@@ -157,11 +157,6 @@ def test_a_broken_scorer_is_named_with_the_remedy(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
 def warehouse(store: Store) -> Warehouse:
     return Warehouse(store.root / "warehouse" / "scores.duckdb", busy_seconds=5)
 

@@ -27,11 +27,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def measured(store: Store, root: Path, table: pd.DataFrame) -> pd.DataFrame:
     return measure_diversity(store, table, SETTINGS, root, NoProgress())[1]
 

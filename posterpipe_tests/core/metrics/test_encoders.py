@@ -135,11 +135,6 @@ def test_a_model_of_another_kind_is_refused_by_name(
     assert load_settings("starter").evidence.image_encoders[0].id == "facebook/dinov2-base"
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def files(folder: Path, count: int = 5) -> dict[str, Path]:
     folder.mkdir(exist_ok=True)
     found = {}

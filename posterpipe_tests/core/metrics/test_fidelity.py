@@ -43,11 +43,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def pictures(count: int, seed: int) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
     return [

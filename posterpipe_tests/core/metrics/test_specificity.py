@@ -33,11 +33,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def drawn(
     store: Store, images: list[Image.Image | None], texts: list[str], **changes: object
 ) -> pd.DataFrame:
