@@ -35,7 +35,7 @@ def demo(
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine has for posterpipe, and what to do where something is missing."""
+    """Check this machine: hardware, packages, models, disk; and say what to do about it."""
     from posterpipe.commands.doctor import run_doctor
 
     raise typer.Exit(run_doctor())
@@ -70,7 +70,7 @@ def gc(
         bool, typer.Option("--all", help="List every item, not the largest of each kind.")
     ] = False,
 ) -> None:
-    """List what of the store nobody needs any more, and with --yes remove it.
+    """List what the store no longer needs; --yes removes it.
 
     Safe while the pipeline works. Scores and published files are never touched.
     """
@@ -97,7 +97,11 @@ def rehash() -> None:
 def studio(
     port: Annotated[int, typer.Option(min=1, max=65_535, help="Where it listens.")] = 8501,
     host: Annotated[
-        str, typer.Option(help="Address; with any other than this machine's own, all may come in.")
+        str,
+        typer.Option(
+            help="Address to listen on; anything but 127.0.0.1 opens the page to the network, "
+            "without a login."
+        ),
     ] = "127.0.0.1",
 ) -> None:
     """Serve the web page on which posters are made, captions mended and scores looked at."""

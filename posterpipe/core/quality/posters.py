@@ -107,7 +107,7 @@ def failed_share(
         summary=f"{len(failed)} of {len(table)} {what} could not be made ({share:.1%}); at most "
         f"{max_share:.1%} may fail",
         remedy="do what the reasons say and materialize the asset again; it is also tried again by "
-        "itself, ever more seldom, for a week. The limit is checks.max_failed_share",
+        "itself, less and less often, for a week. The limit is checks.max_failed_share",
         expected=f"at most {max_share:g}",
         actual=share,
         offenders=pd.DataFrame(failed, columns=["source_name", "reason"]),
