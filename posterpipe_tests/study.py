@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from posterpipe.core.decisions import pin, unpin
 from posterpipe.core.evidence import record_readings, record_titles
-from posterpipe.core.gate import pin, unpin
 from posterpipe.core.metrics.base import Metric, record_scores
 from posterpipe.core.store import content_key
 from posterpipe.core.warehouse import Warehouse, fill_checkpoints, insert, replace_posters

@@ -224,8 +224,13 @@ def test_the_champion_is_shown_pinned_and_rolled_back_by_command(
     from typer.testing import CliRunner
 
     from posterpipe.cli import app
-    from posterpipe.core.evidence import read_decisions, told_decisions, write_decisions
-    from posterpipe.core.gate import GATE, GateError
+    from posterpipe.core.decisions import (
+        GATE,
+        GateError,
+        read_decisions,
+        told_decisions,
+        write_decisions,
+    )
     from posterpipe.core.warehouse import Warehouse
 
     monkeypatch.setenv("POSTERPIPE_STORE", str(tmp_path))

@@ -26,9 +26,8 @@ from posterpipe.commands.demo import (
     leaderboard_table,
     materialize,
 )
-from posterpipe.core.evidence import read_decisions, write_decisions
+from posterpipe.core.decisions import GateError, pin, read_decisions, unpin, write_decisions
 from posterpipe.core.garbage import find_garbage, remove_garbage
-from posterpipe.core.gate import GateError, pin, unpin
 from posterpipe.core.models import fingerprint
 from posterpipe.core.progress import BarProgress
 from posterpipe.core.store import Store

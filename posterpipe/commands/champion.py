@@ -1,6 +1,6 @@
 """What `posterpipe champion` does: shows which checkpoint is served, pins one, rolls back.
 
-What belongs here: what the command prints and writes. What does not: the rules (`core.gate`).
+What belongs here: what the command prints and writes. What does not: the rules (`core.decisions`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from posterpipe.core import gate
-from posterpipe.core.evidence import read_decisions, write_decisions
+from posterpipe.core import decisions as log
+from posterpipe.core.decisions import GateError, read_decisions, write_decisions
 from posterpipe.core.models import ModelMissing, known_fingerprint
 from posterpipe.core.warehouse import Warehouse
 from posterpipe.defs.resources import Deployment
@@ -31,10 +31,10 @@ def show() -> None:
     base = known or ref.id
     decisions = read_decisions(warehouse)
     console = Console(highlight=False)
-    served = gate.champion_of(decisions, base)
-    decisions = gate.of_base(decisions, base)
+    served = log.champion_of(decisions, base)
+    decisions = log.of_base(decisions, base)
     what = "the base model" if served == base else "a fine-tuned checkpoint"
-    pinned = ", pinned" if gate.pinned(decisions, base) else ""
+    pinned = ", pinned" if log.pinned(decisions, base) else ""
     console.print(f"Served: {served} ({what}{pinned})")
     if decisions.empty:
         console.print("No checkpoint has been judged yet: materialize the asset `champion`.")
@@ -51,26 +51,26 @@ def pin(checkpoint: str, why: str, who: str | None) -> None:
     """Serve `checkpoint` (its id or the beginning of it) until it is unpinned."""
 
     def row(decisions: pd.DataFrame, base: str, who: str, now: dt.datetime) -> pd.DataFrame:
-        known = {base, *gate.of_base(decisions, base)["checkpoint_id"].astype(str)}
+        known = {base, *log.of_base(decisions, base)["checkpoint_id"].astype(str)}
         matching = sorted(name for name in known if name.startswith(checkpoint))
         if len(matching) > 1:
-            raise gate.GateError(
+            raise GateError(
                 f"{checkpoint} begins several checkpoints: {', '.join(matching)}; write more of it"
             )
         chosen = matching[0] if matching else checkpoint
-        return gate.pin(decisions, chosen, base, who=who, why=why, decided_at=now)
+        return log.pin(decisions, chosen, base, who=who, why=why, decided_at=now)
 
     _decide(row, who)
 
 
 def unpin(why: str, who: str | None) -> None:
     """Give the choice back to the gate."""
-    _decide(lambda d, b, w, now: gate.unpin(d, b, who=w, why=why, decided_at=now), who)
+    _decide(lambda d, b, w, now: log.unpin(d, b, who=w, why=why, decided_at=now), who)
 
 
 def rollback(why: str, who: str | None) -> None:
     """Serve the champion before the present one."""
-    _decide(lambda d, b, w, now: gate.rollback(d, b, who=w, why=why, decided_at=now), who)
+    _decide(lambda d, b, w, now: log.rollback(d, b, who=w, why=why, decided_at=now), who)
 
 
 def _decide(
@@ -84,7 +84,7 @@ def _decide(
         )
     known, name = base, who or getpass.getuser()
     decisions = write_decisions(warehouse, lambda before, now: row(before, known, name, now))
-    served = gate.champion_of(decisions, base)
+    served = log.champion_of(decisions, base)
     Console(highlight=False, soft_wrap=True).print(
         f"Served: {served}. Where the sensors run (make dev), reports follow within minutes; else "
         "materialize `champion_generations`, `fidelity_scores` and `champion`, or run "

@@ -2,29 +2,20 @@
 
 What belongs here: which sets of posters images are compared with, running every metric over a table
 of generations, and reading from it what the gate asks. What does not: the metrics themselves
-(`metrics`), the rules of the decision (`gate`), assets (`defs.evidence`).
+(`metrics`), the rules of the decision (`gate`), the log of decisions (`decisions`), assets
+(`defs.evidence`).
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import duckdb
 import pandas as pd
 
-from posterpipe.core.gate import (
-    DECISION_COLUMNS,
-    Decision,
-    GateError,
-    decide,
-    decision_row,
-    defender_of,
-    gather,
-)
+from posterpipe.core.decisions import GateError, decision_row, defender_of, write_decisions
+from posterpipe.core.gate import Decision, decide, gather
 from posterpipe.core.holdout_set import resized_holdout
 from posterpipe.core.metrics.base import SCORE_COLUMNS, Metric, record_scores
 from posterpipe.core.metrics.clip import clip_t_id, clip_t_metric, clip_t_scores
@@ -45,8 +36,8 @@ from posterpipe.core.metrics.pickscore import (
 from posterpipe.core.metrics.specificity import measure_specificity
 from posterpipe.core.progress import Progress
 from posterpipe.core.provenance import checkpoint_facts, images_trained_on
-from posterpipe.core.store import Store, write_atomic
-from posterpipe.core.warehouse import Warehouse, WarehouseError, delete_titles, insert
+from posterpipe.core.store import Store
+from posterpipe.core.warehouse import Warehouse, delete_titles, insert
 from posterpipe.settings import GateSettings, ScorerSettings, Settings
 
 EVIDENCE_COLUMNS = (
@@ -63,16 +54,8 @@ cosine above which it is, NaN with too few holdout posters to tell, and `lost_po
 that the checkpoint was trained on and that cannot be read, so that copies of them are not seen."""
 
 
-TOLD = "decisions.json"
-"""File of the store that repeats fct_promotion, for those who cannot open the warehouse, and for a
-warehouse that was lost, since nothing else knows what was decided."""
-
-_NEEDED = ["decision_id", "decided_at", "checkpoint_id", "decision", "reason"]
-"""What no decision lacks."""
-
-
 @dataclass(frozen=True)
-class Evidence:
+class Measured:
     """What all metrics gave for a table of generations."""
 
     metrics: list[Metric]
@@ -122,7 +105,7 @@ def measure(
     *,
     challenger: str,
     run_id: str,
-) -> Evidence:
+) -> Measured:
     """Every metric but legibility for a table of generations (`sampler.COLUMNS`), into the
     warehouse.
 
@@ -186,7 +169,7 @@ def measure(
         roles[preference[0].metric_id] = "preference"
     lost = {one.metrics[3].metric_id: one.lost for one in compared}
     table = _evidence_table(generations, [*metrics, *others], everything, nearest, roles, lost)
-    return Evidence(metrics, table, nearest, fidelity.calibrations)
+    return Measured(metrics, table, nearest, fidelity.calibrations)
 
 
 def _compared(
@@ -297,102 +280,6 @@ def _preference(
     assert measured is not None, "it is configured"
     old = known.assign(metric_id=metric.metric_id)[list(SCORE_COLUMNS)]
     return metric, pd.concat([old, measured[1]], ignore_index=True) if len(old) else measured[1]
-
-
-def read_decisions(warehouse: Warehouse) -> pd.DataFrame:
-    """All decisions so far, rows of fct_promotion in their order; none before the first write.
-
-    Those told beside the warehouse are among them where it lacks them, since it was lost or put
-    back; the next write puts them into it. Raises WarehouseBusy and WarehouseError.
-    """
-    told = told_decisions(warehouse.path.parent)
-    if not warehouse.path.exists():
-        return told
-    with warehouse.read() as connection:
-        own = _decisions(connection)
-    lacking = told[~told["decision_id"].isin(own["decision_id"])]
-    if lacking.empty:
-        return own
-    everything = pd.concat([own, lacking]) if len(own) else lacking
-    return everything.sort_values("decided_at", kind="stable", ignore_index=True)
-
-
-def _decisions(connection: duckdb.DuckDBPyConnection) -> pd.DataFrame:
-    rows = connection.execute("SELECT * FROM fct_promotion ORDER BY decided_at, rowid").df()
-    # A file that an older posterpipe wrote or published lacks a column until the next write.
-    return rows.reindex(columns=list(DECISION_COLUMNS))
-
-
-def _put_back(connection: duckdb.DuckDBPyConnection, warehouse: Warehouse) -> None:
-    """Adds the decisions that were told and that the warehouse lacks."""
-    insert(connection, "fct_promotion", told_decisions(warehouse.path.parent))
-
-
-def write_decisions(
-    warehouse: Warehouse, take: Callable[[pd.DataFrame, dt.datetime], pd.DataFrame]
-) -> pd.DataFrame:
-    """Adds the rows of fct_promotion that `take` makes of all decisions so far, and the time.
-
-    Nobody else decides between the two, so who decides at the same time, a person or another run,
-    knows of this decision. The time is later than that of any decision before, whatever the clock
-    says. Decisions that a warehouse lacks which was lost or put back count as well, and are in it
-    afterwards. Adds nothing where `take` raises. All decisions, which are told as well to those who
-    cannot open the warehouse.
-    """
-    with warehouse.write() as connection:
-        _put_back(connection, warehouse)
-        before = _decisions(connection)
-        now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
-        if len(before):
-            latest = before["decided_at"].max().to_pydatetime()
-            now = max(now, latest + dt.timedelta(microseconds=1))
-        insert(connection, "fct_promotion", take(before, now))
-    return tell_decisions(warehouse)
-
-
-def tell_decisions(warehouse: Warehouse) -> pd.DataFrame:
-    """Writes all decisions (DECISION_COLUMNS) beside the warehouse, where it says otherwise, and
-    returns them.
-
-    Sensors ask who is champion while a step may be writing, when the warehouse cannot be opened.
-    What one of the two lacks, it gets from the other: a crash between the two loses nothing, nor
-    does a lost warehouse.
-    """
-    # As a writer, so that of two who tell, the later one knows more.
-    with warehouse.write() as connection:
-        _put_back(connection, warehouse)
-        decisions = _decisions(connection)
-        if _known(told_decisions(warehouse.path.parent)) != _known(decisions):
-            text = decisions.to_json(orient="records", date_format="iso", date_unit="us", indent=1)
-            write_atomic(warehouse.path.parent / TOLD, text.encode())
-    return decisions
-
-
-def _known(decisions: pd.DataFrame) -> list[list[str]]:
-    return decisions[["decision_id", "base_model"]].fillna("").astype(str).to_numpy().tolist()
-
-
-def told_decisions(store_root: Path) -> pd.DataFrame:
-    """The decisions (DECISION_COLUMNS) as they were told last; opens no database. None before the
-    first. Raises WarehouseError where the file is damaged: what it held might be nowhere else."""
-    path = Path(store_root) / TOLD
-    try:
-        rows = json.loads(path.read_text("utf-8"))
-        if not isinstance(rows, list):
-            raise ValueError("no list of decisions")
-        decisions = pd.DataFrame(rows, columns=list(DECISION_COLUMNS))
-        if decisions[_NEEDED].isna().to_numpy().any():
-            raise ValueError("a decision that is not whole")
-        times = pd.to_datetime(decisions["decided_at"], format="ISO8601")
-        return decisions.assign(decided_at=times.dt.tz_localize(None))
-    except FileNotFoundError:
-        return pd.DataFrame(columns=list(DECISION_COLUMNS))
-    except (OSError, ValueError) as error:
-        raise WarehouseError(
-            f"{path}: the decisions about the champion cannot be read ({error}); put the file back "
-            "from a backup. Or, if the warehouse beside it was neither lost nor put back since, "
-            "move it away: the warehouse holds the same decisions, and they are written again"
-        ) from error
 
 
 def judge(

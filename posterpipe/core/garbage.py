@@ -265,8 +265,7 @@ def champions(warehouse: Warehouse, keep: int) -> set[str]:
 
     Raises WarehouseBusy.
     """
-    from posterpipe.core.evidence import read_decisions
-    from posterpipe.core.gate import champion_of, of_base
+    from posterpipe.core.decisions import champion_of, of_base, read_decisions
 
     decisions = read_decisions(warehouse)
     needed: set[str] = set()

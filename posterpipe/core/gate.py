@@ -1,8 +1,8 @@
 """The gate: whether a new checkpoint takes the place of the one that is served.
 
-What belongs here: the decision as a pure function of the evidence, the evidence as one of tables of
-scores, and who is champion as one of all decisions so far. What does not: measuring (`metrics`),
-estimating (`statistics`) and keeping decisions (`warehouse`: fct_promotion).
+What belongs here: the decision as a pure function of the evidence, and the evidence as one of
+tables of scores. What does not: measuring (`metrics`), estimating (`statistics`), and the log of
+decisions, with who is champion by it (`decisions`).
 
 A challenger is promoted when every check passes, rejected when one fails, and otherwise held: the
 evidence is too thin, or not complete. A check that compares passes only when its whole interval is
@@ -15,24 +15,18 @@ decides nothing.
 
 Margins against the champion alone would add up: each of eight champions may have less diversity
 than the one before. So what may be lost is counted from the base model as well.
-
-The first champion is the base model. People may pin a checkpoint, or roll back to an earlier
-champion; the gate then goes on deciding, but what is served stays until the pin is taken away.
 """
 
 from __future__ import annotations
 
-import datetime as dt
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import pandas as pd
 
 from posterpipe.core.statistics import NO_SPREAD, Effect, effect_of, without_negative
-from posterpipe.core.store import content_key
 from posterpipe.settings import GateSettings
 
 Verdict = Literal["promote", "hold", "reject"]
@@ -47,21 +41,6 @@ RULE = (
     "prompts apart less, beyond that margin, is held."
 )
 """What `decide` asks, for people; the shares are the defaults of `GateSettings`."""
-
-GATE = "gate"
-"""`decided_by` of decisions that no person took."""
-
-DECISION_COLUMNS = (
-    "decision_id", "decided_at", "checkpoint_id", "champion_before", "decision", "reason",
-    "numbers", "decided_by", "run_id", "base_model",
-)  # fmt: skip
-"""Columns of fct_promotion. `base_model` is the one whose champion the decision is about: profiles
-that share a store have champions of their own. Where it is not known (a decision of an older
-posterpipe about a checkpoint that the warehouse does not know), the decision counts for each."""
-
-
-class GateError(ValueError):
-    """What a person asked of the gate cannot be done. The message says what can."""
 
 
 @dataclass(frozen=True)
@@ -547,248 +526,3 @@ def _alone(cells: pd.DataFrame) -> pd.Series:
     prompt = ["arm", "prompt_id"]
     only = ok.astype(int).groupby(level=prompt).transform("sum") == 1
     return ok & only & (answered.astype(int).groupby(level=prompt).transform("min") == 1)
-
-
-# --- decisions and the champion -----------------------------------------------------------------
-
-
-def decision_row(
-    decision: Decision,
-    decisions: pd.DataFrame,
-    base_model: str,
-    *,
-    decided_at: dt.datetime,
-    run_id: str | None = None,
-) -> pd.DataFrame:
-    """The row of fct_promotion (DECISION_COLUMNS) of a decision of the gate; times in UTC.
-
-    No row where the latest decision about this challenger is the same one, with the same numbers,
-    against the same champion (`decisions`: all rows so far): a step that runs again decides nothing
-    new.
-    """
-    evidence = decision.evidence
-    numbers = {
-        "checks": [asdict(check) for check in decision.checks],
-        "expected": evidence.expected,
-        "missing": evidence.missing,
-        "missing_of_champion": evidence.missing_of_champion,
-        "blocked": evidence.blocked,
-        "blocked_of_champion": evidence.blocked_of_champion,
-        "copies": evidence.copies,
-        "compared": evidence.compared,
-        "lost": evidence.lost,
-    }
-    if evidence.specific is not None:
-        numbers["specific"] = asdict(evidence.specific)
-    if evidence.clip_to_base is not None:
-        numbers["missing_of_base"] = evidence.missing_of_base
-    row = _row(
-        checkpoint=evidence.challenger,
-        before=evidence.champion,
-        base_model=base_model,
-        verdict=decision.verdict,
-        reason=decision.reason,
-        numbers=numbers,
-        decided_by=GATE,
-        decided_at=decided_at,
-        run_id=run_id,
-    )
-    own = _ordered(decisions)
-    own = own[(own["decided_by"] == GATE) & (own["checkpoint_id"] == evidence.challenger)]
-    compared = ["champion_before", "decision", "numbers"]
-    if len(own) and own.iloc[-1][compared].tolist() == row.iloc[0][compared].tolist():
-        return row.iloc[:0]
-    return row
-
-
-def of_base(decisions: pd.DataFrame, base_model: str) -> pd.DataFrame:
-    """The decisions about the champion of one base model, in their order."""
-    base = decisions["base_model"]
-    return _ordered(decisions[base.isna() | (base == base_model)])
-
-
-def champion_of(decisions: pd.DataFrame, base_model: str) -> str:
-    """The checkpoint that is served after all these decisions (rows of fct_promotion).
-
-    The base model before any. A pinned one until the pin is taken away; then the checkpoint that
-    the gate promoted last. A checkpoint that the gate rejected since is not served, nor one of
-    another base model.
-    """
-    champion, pinned = _state(decisions, base_model)
-    return pinned or champion
-
-
-def defender_of(decisions: pd.DataFrame, base_model: str, challenger: str) -> str:
-    """The checkpoint that a challenger has to beat: what would be served without it.
-
-    Decisions about the challenger itself do not count. So judging it again, also after it was
-    promoted, asks the same question as the first time, and its promotion makes nothing stale.
-    """
-    champion, pinned = _state(decisions, base_model, without=challenger)
-    return pinned or champion
-
-
-def pinned(decisions: pd.DataFrame, base_model: str) -> str | None:
-    """The checkpoint that a person has pinned, or None."""
-    return _state(decisions, base_model)[1]
-
-
-def pin(
-    decisions: pd.DataFrame,
-    checkpoint: str,
-    base_model: str,
-    *,
-    who: str,
-    why: str,
-    decided_at: dt.datetime,
-) -> pd.DataFrame:
-    """The row that makes `checkpoint` the one that is served, until `unpin`.
-
-    Only what has been champion, the base model or what the gate holds may be pinned. Raises
-    GateError for a checkpoint that is rejected or not known, and without a name or reason.
-    """
-    _named(who, why)
-    latest = verdicts(of_base(decisions, base_model))
-    if latest.get(checkpoint) == "reject":
-        raise GateError(
-            f"the gate rejected the checkpoint {checkpoint}, and what is rejected is never served; "
-            "pin another one, or change POSTERPIPE_GATE__* and materialize `champion` again"
-        )
-    if checkpoint != base_model and checkpoint not in latest:
-        known = ", ".join([base_model, *(key for key, how in latest.items() if how != "reject")])
-        raise GateError(
-            f"the gate has not seen the checkpoint {checkpoint} of the base model {base_model}; "
-            f"choose from {known}"
-        )
-    return _row(
-        checkpoint=checkpoint,
-        before=champion_of(decisions, base_model),
-        base_model=base_model,
-        verdict="promote",
-        reason=why,
-        numbers={"pinned": True},
-        decided_by=who,
-        decided_at=decided_at,
-    )
-
-
-def unpin(
-    decisions: pd.DataFrame, base_model: str, *, who: str, why: str, decided_at: dt.datetime
-) -> pd.DataFrame:
-    """The row that gives the choice back to the gate. Raises GateError where nothing is pinned."""
-    _named(who, why)
-    champion, now = _state(decisions, base_model)
-    if now is None:
-        raise GateError("no checkpoint is pinned: the gate decides already")
-    return _row(
-        checkpoint=champion,
-        before=now,
-        base_model=base_model,
-        verdict="promote",
-        reason=why,
-        numbers={"pinned": False},
-        decided_by=who,
-        decided_at=decided_at,
-    )
-
-
-def rollback(
-    decisions: pd.DataFrame, base_model: str, *, who: str, why: str, decided_at: dt.datetime
-) -> pd.DataFrame:
-    """The row that pins the champion before the present one. Raises GateError where none was."""
-    own = of_base(decisions, base_model)
-    served = [
-        base_model,
-        *(champion_of(own.iloc[:end], base_model) for end in range(1, len(own) + 1)),
-    ]
-    now, latest = served[-1], verdicts(own)
-    # The present one may have been champion before as well, when what came between was rejected.
-    earlier = [name for name in served if name != now and latest.get(name) != "reject"]
-    if not earlier:
-        raise GateError(f"{now} is served, and there is none to go back to")
-    return pin(decisions, earlier[-1], base_model, who=who, why=why, decided_at=decided_at)
-
-
-def _state(
-    decisions: pd.DataFrame, base_model: str, *, without: str | None = None
-) -> tuple[str, str | None]:
-    """The champion by the gate, and what is pinned; as if `without` did not exist."""
-    promoted: list[str] = [base_model]
-    now: str | None = None
-    rejected: set[str] = set()
-    latest: dict[str, str] = {}
-    for row in of_base(decisions, base_model).itertuples(index=False):
-        checkpoint = str(row.checkpoint_id)
-        if row.decided_by != GATE:
-            pins = json.loads(str(row.numbers))["pinned"]
-            if pins and latest.get(checkpoint) == "reject":
-                continue  # what is rejected is never served, however the row came here
-            now = checkpoint if pins and checkpoint != without else None
-        elif checkpoint == without:
-            continue
-        else:
-            latest[checkpoint] = str(row.decision)
-            if row.decision == "promote":
-                rejected.discard(checkpoint)
-                promoted.append(checkpoint)
-            elif row.decision == "reject":
-                rejected.add(checkpoint)
-                now = None if now == checkpoint else now
-    return next(name for name in reversed(promoted) if name not in rejected), now
-
-
-def verdicts(decisions: pd.DataFrame) -> dict[str, str]:
-    """The gate's latest verdict (promote, hold, reject) by checkpoint."""
-    own = _ordered(decisions)
-    own = own[own["decided_by"] == GATE]
-    return dict(zip(own["checkpoint_id"].astype(str), own["decision"].astype(str), strict=True))
-
-
-def _ordered(decisions: pd.DataFrame) -> pd.DataFrame:
-    return decisions.sort_values("decided_at", kind="stable")
-
-
-def _named(who: str, why: str) -> None:
-    if not who.strip() or not why.strip():
-        raise GateError("say who decides and why: both are kept in the log")
-    if who.strip().casefold() == GATE:
-        raise GateError(f"`{who}` is how the log calls the gate itself; give a name with --who")
-
-
-def _row(
-    *,
-    checkpoint: str,
-    before: str,
-    base_model: str,
-    verdict: Verdict,
-    reason: str,
-    numbers: Mapping[str, Any],
-    decided_by: str,
-    decided_at: dt.datetime,
-    run_id: str | None = None,
-) -> pd.DataFrame:
-    told = json.dumps(_finite(numbers), sort_keys=True)
-    values = {
-        "decision_id": content_key(checkpoint, before, verdict, told, decided_by, decided_at),
-        "decided_at": decided_at,
-        "checkpoint_id": checkpoint,
-        "champion_before": before,
-        "decision": verdict,
-        "reason": reason,
-        "numbers": told,
-        "decided_by": decided_by,
-        "run_id": run_id,
-        "base_model": base_model,
-    }
-    return pd.DataFrame([values], columns=list(DECISION_COLUMNS))
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

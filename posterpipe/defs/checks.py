@@ -663,8 +663,7 @@ def champion_checks(
 ) -> Iterator[dg.AssetCheckResult]:
     """The checks of `champion`."""
     from posterpipe.core import quality
-    from posterpipe.core.evidence import told_decisions
-    from posterpipe.core.gate import verdicts
+    from posterpipe.core.decisions import told_decisions, verdicts
 
     row = champion.iloc[0]
     folder = deployment.store_root / row["path"]

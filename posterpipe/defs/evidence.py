@@ -56,8 +56,10 @@ def champion_generations(
     already. Decisions about the newest checkpoint itself do not count here, so its promotion makes
     nothing of this stale; a pin or a rollback by a person does.
     """
-    from posterpipe.core.evidence import read_decisions
-    from posterpipe.core.gate import defender_of
+    from posterpipe.core.decisions import (
+        defender_of,
+        read_decisions,
+    )
     from posterpipe.core.generations import generate
     from posterpipe.core.prompts import suite_prompts
     from posterpipe.core.provenance import require_checkpoint
@@ -376,8 +378,8 @@ def champion(
     """
     import pandas as pd
 
-    from posterpipe.core.evidence import judge, tell_decisions
-    from posterpipe.core.gate import champion_of, of_base, pinned
+    from posterpipe.core.decisions import champion_of, of_base, pinned, tell_decisions
+    from posterpipe.core.evidence import judge
 
     warehouse = deployment.warehouse
     identity = warehouse.prepare()

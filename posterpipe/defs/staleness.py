@@ -258,8 +258,7 @@ def _decided(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deploy
     name = key.path[-1]
     if name not in ("champion", "champion_generations"):
         return ""
-    from posterpipe.core.evidence import told_decisions
-    from posterpipe.core.gate import defender_of, of_base
+    from posterpipe.core.decisions import defender_of, of_base, told_decisions
     from posterpipe.core.warehouse import WarehouseError
 
     try:

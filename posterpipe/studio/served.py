@@ -2,7 +2,7 @@
 
 What belongs here: the base model, the champion and the other checkpoints as choices, and where the
 decisions about them are read while the pipeline works. What does not: the rules of the decisions
-(`core.gate`), loading a model (`painter`).
+(`core.decisions`), loading a model (`painter`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from pathlib import Path
 import duckdb
 import pandas as pd
 
-from posterpipe.core.evidence import read_decisions
-from posterpipe.core.gate import DECISION_COLUMNS, GATE, champion_of
+from posterpipe.core.decisions import DECISION_COLUMNS, GATE, champion_of, read_decisions
 from posterpipe.core.models import fingerprint, is_on_hub, known_fingerprint, locate
 from posterpipe.core.provenance import RECORD_NAME
 from posterpipe.core.warehouse import Warehouse, WarehouseError

@@ -12,22 +12,28 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from posterpipe.core.evidence import (
-    EVIDENCE_COLUMNS,
+from posterpipe.core.decisions import (
+    DECISION_COLUMNS,
+    GATE,
     TOLD,
-    Evidence,
-    held_out,
-    judge,
-    measure,
-    posters_of,
+    GateError,
+    champion_of,
+    pin,
     read_decisions,
-    record_readings,
-    record_titles,
     tell_decisions,
     told_decisions,
     write_decisions,
 )
-from posterpipe.core.gate import DECISION_COLUMNS, GATE, GateError, champion_of, pin
+from posterpipe.core.evidence import (
+    EVIDENCE_COLUMNS,
+    Measured,
+    held_out,
+    judge,
+    measure,
+    posters_of,
+    record_readings,
+    record_titles,
+)
 from posterpipe.core.landing import scan_holdout
 from posterpipe.core.metrics.fidelity import Posters
 from posterpipe.core.progress import NoProgress
@@ -66,7 +72,7 @@ def pictures(count: int, seed: int) -> list[Image.Image | None]:
 
 def measured(
     store: Store, warehouse: Warehouse, table: pd.DataFrame, settings: Settings, seen: Posters
-) -> Evidence:
+) -> Measured:
     holdout = posters(store, "holdout", [i for i in pictures(5, 1) if i])
     return measure(
         store, warehouse, table, {"tuned": seen}, holdout, settings, NoProgress(),

@@ -24,7 +24,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from posterpipe.core.evidence import held_out, write_decisions
+from posterpipe.core.decisions import GATE, write_decisions
+from posterpipe.core.evidence import held_out
 from posterpipe.core.garbage import (
     CACHE_SECONDS,
     Garbage,
@@ -33,7 +34,6 @@ from posterpipe.core.garbage import (
     find_garbage,
     remove_garbage,
 )
-from posterpipe.core.gate import GATE
 from posterpipe.core.holdout_set import build_holdout_set
 from posterpipe.core.landing import scan_holdout
 from posterpipe.core.progress import NoProgress

@@ -11,21 +11,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from posterpipe.core.gate import (
+from posterpipe.core.decisions import (
     DECISION_COLUMNS,
-    RULE,
-    Decision,
     GateError,
     champion_of,
-    decide,
     decision_row,
     defender_of,
-    gather,
     pin,
     pinned,
     rollback,
     unpin,
 )
+from posterpipe.core.gate import RULE, Decision, decide, gather
 from posterpipe.core.statistics import effect_of
 from posterpipe.core.warehouse import Warehouse, insert
 from posterpipe.settings import GateSettings

@@ -16,7 +16,7 @@ import duckdb
 import pandas as pd
 import pytest
 
-from posterpipe.core.evidence import read_decisions
+from posterpipe.core.decisions import read_decisions
 from posterpipe.core.warehouse import (
     SCHEMA_VERSION,
     PublishError,

@@ -13,8 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from posterpipe.core.evidence import write_decisions
-from posterpipe.core.gate import DECISION_COLUMNS, GATE
+from posterpipe.core.decisions import DECISION_COLUMNS, GATE, write_decisions
 from posterpipe.core.images import png_bytes, resize_posters
 from posterpipe.core.landing import scan, scan_holdout
 from posterpipe.core.store import Store

@@ -16,8 +16,17 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from posterpipe.core import gate
-from posterpipe.core.evidence import TOLD, read_decisions, told_decisions, write_decisions
+from posterpipe.core.decisions import (
+    TOLD,
+    GateError,
+    pin,
+    read_decisions,
+    rollback,
+    told_decisions,
+    unpin,
+    write_decisions,
+)
+from posterpipe.core.gate import RULE
 from posterpipe.core.generations import COLUMNS, generation_key
 from posterpipe.core.images import png_bytes
 from posterpipe.core.landing import scan_holdout
@@ -377,7 +386,7 @@ def test_nothing_is_decided_against_a_champion_of_before(world: World) -> None:
     assert world.judge()["decision"] == "promote"
     # What "one" has to be compared with was not drawn: the base model is the champion of before.
     world.train("two", lambda p, s, n: picture(FILM, 3000 + 100 * p + 10 * s + int(n), share=0.5))
-    with pytest.raises(gate.GateError, match="compared with base, but the champion to beat is one"):
+    with pytest.raises(GateError, match="compared with base, but the champion to beat is one"):
         world.judge("fidelity_scores", "champion")
     decisions = read_decisions(world.deployment.warehouse)
     assert decisions["checkpoint_id"].tolist() == ["one"]
@@ -401,7 +410,7 @@ def test_a_later_checkpoint_is_held_against_the_base_model_as_well(world: World)
 def test_a_pin_and_a_rollback_are_noticed_and_shown(world: World) -> None:
     world.train("good", drawn_by(FILM))
     world.judge()
-    world.decide(gate.rollback)
+    world.decide(rollback)
     assert world.stale() == {"champion": "another checkpoint was chosen"}
     row = world.judge()
     assert (row["checkpoint_id"], row["kind"], row["pinned"]) == ("base", "base", True)
@@ -409,7 +418,7 @@ def test_a_pin_and_a_rollback_are_noticed_and_shown(world: World) -> None:
     log = read_decisions(world.deployment.warehouse)
     assert log["decided_by"].tolist() == ["gate", "Ida Moss"]
     assert log["reason"].iloc[-1] == "it sells"
-    world.decide(gate.unpin)
+    world.decide(unpin)
     assert world.judge()["checkpoint_id"] == "good"
     assert told_decisions(world.store.root)["decision_id"].tolist() == (
         read_decisions(world.deployment.warehouse)["decision_id"].tolist()
@@ -419,7 +428,7 @@ def test_a_pin_and_a_rollback_are_noticed_and_shown(world: World) -> None:
 def test_a_pin_stands_after_the_warehouse_was_lost(world: World) -> None:
     world.train("good", drawn_by(FILM))
     assert world.judge()["checkpoint_id"] == "good"
-    world.decide(gate.pin, "base")
+    world.decide(pin, "base")
     world.judge()
     log = read_decisions(world.deployment.warehouse)
     world.deployment.warehouse_path.unlink()
@@ -471,10 +480,10 @@ def test_other_weights_of_an_image_encoder_are_noticed(world: World, tmp_path: P
 def test_a_rejected_checkpoint_cannot_be_pinned(world: World) -> None:
     world.train("copy", memorised)
     world.judge()
-    with pytest.raises(gate.GateError, match="never served"):
-        world.decide(gate.pin, "copy")
+    with pytest.raises(GateError, match="never served"):
+        world.decide(pin, "copy")
 
 
 def test_the_champion_is_described_with_the_rule_of_the_gate() -> None:
     description = next(iter(evidence.champion.specs)).description or ""
-    assert gate.RULE in " ".join(description.split())
+    assert RULE in " ".join(description.split())

@@ -24,7 +24,7 @@ import yaml
 from dagster_dbt import DbtProject
 
 from posterpipe.core import statistics, thesis
-from posterpipe.core.gate import DECISION_COLUMNS, champion_of, verdicts
+from posterpipe.core.decisions import DECISION_COLUMNS, champion_of, verdicts
 from posterpipe.core.score_report.data import TO_BASELINE
 from posterpipe.core.warehouse import Warehouse, delete_titles
 from posterpipe.defs import dbt_reports, reports

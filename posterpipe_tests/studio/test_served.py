@@ -11,8 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from posterpipe.core.evidence import write_decisions
-from posterpipe.core.gate import DECISION_COLUMNS, GATE
+from posterpipe.core.decisions import DECISION_COLUMNS, GATE, write_decisions
 from posterpipe.core.models import fingerprint
 from posterpipe.core.warehouse import Warehouse, publish
 from posterpipe.settings import ModelRef, Settings

@@ -1,0 +1,386 @@
+"""The log of decisions: which checkpoint is served, and who decided it.
+
+What belongs here: the rows of fct_promotion, who is champion after all of them, what a person may
+decide, and keeping the log in the warehouse and beside it. What does not: the rules by which a
+checkpoint is promoted (`gate`), and measuring (`evidence`).
+
+The first champion is the base model. People may pin a checkpoint, or roll back to an earlier
+champion; the gate then goes on deciding, but what is served stays until the pin is taken away.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pandas as pd
+
+from posterpipe.core.gate import Decision, Verdict
+from posterpipe.core.store import content_key, write_atomic
+from posterpipe.core.warehouse import Warehouse, WarehouseError, insert
+
+GATE = "gate"
+"""`decided_by` of decisions that no person took."""
+
+DECISION_COLUMNS = (
+    "decision_id", "decided_at", "checkpoint_id", "champion_before", "decision", "reason",
+    "numbers", "decided_by", "run_id", "base_model",
+)  # fmt: skip
+"""Columns of fct_promotion. `base_model` is the one whose champion the decision is about: profiles
+that share a store have champions of their own. Where it is not known (a decision of an older
+posterpipe about a checkpoint that the warehouse does not know), the decision counts for each."""
+
+TOLD = "decisions.json"
+"""File of the store that repeats fct_promotion, for those who cannot open the warehouse, and for a
+warehouse that was lost, since nothing else knows what was decided."""
+
+_NEEDED = ["decision_id", "decided_at", "checkpoint_id", "decision", "reason"]
+"""What no decision lacks."""
+
+
+class GateError(ValueError):
+    """What a person asked of the gate cannot be done. The message says what can."""
+
+
+def decision_row(
+    decision: Decision,
+    decisions: pd.DataFrame,
+    base_model: str,
+    *,
+    decided_at: dt.datetime,
+    run_id: str | None = None,
+) -> pd.DataFrame:
+    """The row of fct_promotion (DECISION_COLUMNS) of a decision of the gate; times in UTC.
+
+    No row where the latest decision about this challenger is the same one, with the same numbers,
+    against the same champion (`decisions`: all rows so far): a step that runs again decides nothing
+    new.
+    """
+    evidence = decision.evidence
+    numbers = {
+        "checks": [asdict(check) for check in decision.checks],
+        "expected": evidence.expected,
+        "missing": evidence.missing,
+        "missing_of_champion": evidence.missing_of_champion,
+        "blocked": evidence.blocked,
+        "blocked_of_champion": evidence.blocked_of_champion,
+        "copies": evidence.copies,
+        "compared": evidence.compared,
+        "lost": evidence.lost,
+    }
+    if evidence.specific is not None:
+        numbers["specific"] = asdict(evidence.specific)
+    if evidence.clip_to_base is not None:
+        numbers["missing_of_base"] = evidence.missing_of_base
+    row = _row(
+        checkpoint=evidence.challenger,
+        before=evidence.champion,
+        base_model=base_model,
+        verdict=decision.verdict,
+        reason=decision.reason,
+        numbers=numbers,
+        decided_by=GATE,
+        decided_at=decided_at,
+        run_id=run_id,
+    )
+    own = _ordered(decisions)
+    own = own[(own["decided_by"] == GATE) & (own["checkpoint_id"] == evidence.challenger)]
+    compared = ["champion_before", "decision", "numbers"]
+    if len(own) and own.iloc[-1][compared].tolist() == row.iloc[0][compared].tolist():
+        return row.iloc[:0]
+    return row
+
+
+def of_base(decisions: pd.DataFrame, base_model: str) -> pd.DataFrame:
+    """The decisions about the champion of one base model, in their order."""
+    base = decisions["base_model"]
+    return _ordered(decisions[base.isna() | (base == base_model)])
+
+
+def champion_of(decisions: pd.DataFrame, base_model: str) -> str:
+    """The checkpoint that is served after all these decisions (rows of fct_promotion).
+
+    The base model before any. A pinned one until the pin is taken away; then the checkpoint that
+    the gate promoted last. A checkpoint that the gate rejected since is not served, nor one of
+    another base model.
+    """
+    champion, pinned = _state(decisions, base_model)
+    return pinned or champion
+
+
+def defender_of(decisions: pd.DataFrame, base_model: str, challenger: str) -> str:
+    """The checkpoint that a challenger has to beat: what would be served without it.
+
+    Decisions about the challenger itself do not count. So judging it again, also after it was
+    promoted, asks the same question as the first time, and its promotion makes nothing stale.
+    """
+    champion, pinned = _state(decisions, base_model, without=challenger)
+    return pinned or champion
+
+
+def pinned(decisions: pd.DataFrame, base_model: str) -> str | None:
+    """The checkpoint that a person has pinned, or None."""
+    return _state(decisions, base_model)[1]
+
+
+def pin(
+    decisions: pd.DataFrame,
+    checkpoint: str,
+    base_model: str,
+    *,
+    who: str,
+    why: str,
+    decided_at: dt.datetime,
+) -> pd.DataFrame:
+    """The row that makes `checkpoint` the one that is served, until `unpin`.
+
+    Only what has been champion, the base model or what the gate holds may be pinned. Raises
+    GateError for a checkpoint that is rejected or not known, and without a name or reason.
+    """
+    _named(who, why)
+    latest = verdicts(of_base(decisions, base_model))
+    if latest.get(checkpoint) == "reject":
+        raise GateError(
+            f"the gate rejected the checkpoint {checkpoint}, and what is rejected is never served; "
+            "pin another one, or change POSTERPIPE_GATE__* and materialize `champion` again"
+        )
+    if checkpoint != base_model and checkpoint not in latest:
+        known = ", ".join([base_model, *(key for key, how in latest.items() if how != "reject")])
+        raise GateError(
+            f"the gate has not seen the checkpoint {checkpoint} of the base model {base_model}; "
+            f"choose from {known}"
+        )
+    return _row(
+        checkpoint=checkpoint,
+        before=champion_of(decisions, base_model),
+        base_model=base_model,
+        verdict="promote",
+        reason=why,
+        numbers={"pinned": True},
+        decided_by=who,
+        decided_at=decided_at,
+    )
+
+
+def unpin(
+    decisions: pd.DataFrame, base_model: str, *, who: str, why: str, decided_at: dt.datetime
+) -> pd.DataFrame:
+    """The row that gives the choice back to the gate. Raises GateError where nothing is pinned."""
+    _named(who, why)
+    champion, now = _state(decisions, base_model)
+    if now is None:
+        raise GateError("no checkpoint is pinned: the gate decides already")
+    return _row(
+        checkpoint=champion,
+        before=now,
+        base_model=base_model,
+        verdict="promote",
+        reason=why,
+        numbers={"pinned": False},
+        decided_by=who,
+        decided_at=decided_at,
+    )
+
+
+def rollback(
+    decisions: pd.DataFrame, base_model: str, *, who: str, why: str, decided_at: dt.datetime
+) -> pd.DataFrame:
+    """The row that pins the champion before the present one. Raises GateError where none was."""
+    own = of_base(decisions, base_model)
+    served = [
+        base_model,
+        *(champion_of(own.iloc[:end], base_model) for end in range(1, len(own) + 1)),
+    ]
+    now, latest = served[-1], verdicts(own)
+    # The present one may have been champion before as well, when what came between was rejected.
+    earlier = [name for name in served if name != now and latest.get(name) != "reject"]
+    if not earlier:
+        raise GateError(f"{now} is served, and there is none to go back to")
+    return pin(decisions, earlier[-1], base_model, who=who, why=why, decided_at=decided_at)
+
+
+def _state(
+    decisions: pd.DataFrame, base_model: str, *, without: str | None = None
+) -> tuple[str, str | None]:
+    """The champion by the gate, and what is pinned; as if `without` did not exist."""
+    promoted: list[str] = [base_model]
+    now: str | None = None
+    rejected: set[str] = set()
+    latest: dict[str, str] = {}
+    for row in of_base(decisions, base_model).itertuples(index=False):
+        checkpoint = str(row.checkpoint_id)
+        if row.decided_by != GATE:
+            pins = json.loads(str(row.numbers))["pinned"]
+            if pins and latest.get(checkpoint) == "reject":
+                continue  # what is rejected is never served, however the row came here
+            now = checkpoint if pins and checkpoint != without else None
+        elif checkpoint == without:
+            continue
+        else:
+            latest[checkpoint] = str(row.decision)
+            if row.decision == "promote":
+                rejected.discard(checkpoint)
+                promoted.append(checkpoint)
+            elif row.decision == "reject":
+                rejected.add(checkpoint)
+                now = None if now == checkpoint else now
+    return next(name for name in reversed(promoted) if name not in rejected), now
+
+
+def verdicts(decisions: pd.DataFrame) -> dict[str, str]:
+    """The gate's latest verdict (promote, hold, reject) by checkpoint."""
+    own = _ordered(decisions)
+    own = own[own["decided_by"] == GATE]
+    return dict(zip(own["checkpoint_id"].astype(str), own["decision"].astype(str), strict=True))
+
+
+def _ordered(decisions: pd.DataFrame) -> pd.DataFrame:
+    return decisions.sort_values("decided_at", kind="stable")
+
+
+def _named(who: str, why: str) -> None:
+    if not who.strip() or not why.strip():
+        raise GateError("say who decides and why: both are kept in the log")
+    if who.strip().casefold() == GATE:
+        raise GateError(f"`{who}` is how the log calls the gate itself; give a name with --who")
+
+
+def _row(
+    *,
+    checkpoint: str,
+    before: str,
+    base_model: str,
+    verdict: Verdict,
+    reason: str,
+    numbers: Mapping[str, Any],
+    decided_by: str,
+    decided_at: dt.datetime,
+    run_id: str | None = None,
+) -> pd.DataFrame:
+    told = json.dumps(_finite(numbers), sort_keys=True)
+    values = {
+        "decision_id": content_key(checkpoint, before, verdict, told, decided_by, decided_at),
+        "decided_at": decided_at,
+        "checkpoint_id": checkpoint,
+        "champion_before": before,
+        "decision": verdict,
+        "reason": reason,
+        "numbers": told,
+        "decided_by": decided_by,
+        "run_id": run_id,
+        "base_model": base_model,
+    }
+    return pd.DataFrame([values], columns=list(DECISION_COLUMNS))
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def read_decisions(warehouse: Warehouse) -> pd.DataFrame:
+    """All decisions so far, rows of fct_promotion in their order; none before the first write.
+
+    Those told beside the warehouse are among them where it lacks them, since it was lost or put
+    back; the next write puts them into it. Raises WarehouseBusy and WarehouseError.
+    """
+    told = told_decisions(warehouse.path.parent)
+    if not warehouse.path.exists():
+        return told
+    with warehouse.read() as connection:
+        own = _decisions(connection)
+    lacking = told[~told["decision_id"].isin(own["decision_id"])]
+    if lacking.empty:
+        return own
+    everything = pd.concat([own, lacking]) if len(own) else lacking
+    return everything.sort_values("decided_at", kind="stable", ignore_index=True)
+
+
+def _decisions(connection: duckdb.DuckDBPyConnection) -> pd.DataFrame:
+    rows = connection.execute("SELECT * FROM fct_promotion ORDER BY decided_at, rowid").df()
+    # A file that an older posterpipe wrote or published lacks a column until the next write.
+    return rows.reindex(columns=list(DECISION_COLUMNS))
+
+
+def _put_back(connection: duckdb.DuckDBPyConnection, warehouse: Warehouse) -> None:
+    """Adds the decisions that were told and that the warehouse lacks."""
+    insert(connection, "fct_promotion", told_decisions(warehouse.path.parent))
+
+
+def write_decisions(
+    warehouse: Warehouse, take: Callable[[pd.DataFrame, dt.datetime], pd.DataFrame]
+) -> pd.DataFrame:
+    """Adds the rows of fct_promotion that `take` makes of all decisions so far, and the time.
+
+    Nobody else decides between the two, so who decides at the same time, a person or another run,
+    knows of this decision. The time is later than that of any decision before, whatever the clock
+    says. Decisions that a warehouse lacks which was lost or put back count as well, and are in it
+    afterwards. Adds nothing where `take` raises. All decisions, which are told as well to those who
+    cannot open the warehouse.
+    """
+    with warehouse.write() as connection:
+        _put_back(connection, warehouse)
+        before = _decisions(connection)
+        now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+        if len(before):
+            latest = before["decided_at"].max().to_pydatetime()
+            now = max(now, latest + dt.timedelta(microseconds=1))
+        insert(connection, "fct_promotion", take(before, now))
+    return tell_decisions(warehouse)
+
+
+def tell_decisions(warehouse: Warehouse) -> pd.DataFrame:
+    """Writes all decisions (DECISION_COLUMNS) beside the warehouse, where it says otherwise, and
+    returns them.
+
+    Sensors ask who is champion while a step may be writing, when the warehouse cannot be opened.
+    What one of the two lacks, it gets from the other: a crash between the two loses nothing, nor
+    does a lost warehouse.
+    """
+    # As a writer, so that of two who tell, the later one knows more.
+    with warehouse.write() as connection:
+        _put_back(connection, warehouse)
+        decisions = _decisions(connection)
+        if _known(told_decisions(warehouse.path.parent)) != _known(decisions):
+            text = decisions.to_json(orient="records", date_format="iso", date_unit="us", indent=1)
+            write_atomic(warehouse.path.parent / TOLD, text.encode())
+    return decisions
+
+
+def _known(decisions: pd.DataFrame) -> list[list[str]]:
+    return decisions[["decision_id", "base_model"]].fillna("").astype(str).to_numpy().tolist()
+
+
+def told_decisions(store_root: Path) -> pd.DataFrame:
+    """The decisions (DECISION_COLUMNS) as they were told last; opens no database. None before the
+    first. Raises WarehouseError where the file is damaged: what it held might be nowhere else."""
+    path = Path(store_root) / TOLD
+    try:
+        rows = json.loads(path.read_text("utf-8"))
+        if not isinstance(rows, list):
+            raise ValueError("no list of decisions")
+        decisions = pd.DataFrame(rows, columns=list(DECISION_COLUMNS))
+        if decisions[_NEEDED].isna().to_numpy().any():
+            raise ValueError("a decision that is not whole")
+        times = pd.to_datetime(decisions["decided_at"], format="ISO8601")
+        return decisions.assign(decided_at=times.dt.tz_localize(None))
+    except FileNotFoundError:
+        return pd.DataFrame(columns=list(DECISION_COLUMNS))
+    except (OSError, ValueError) as error:
+        raise WarehouseError(
+            f"{path}: the decisions about the champion cannot be read ({error}); put the file back "
+            "from a backup. Or, if the warehouse beside it was neither lost nor put back since, "
+            "move it away: the warehouse holds the same decisions, and they are written again"
+        ) from error
