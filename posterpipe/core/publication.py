@@ -1,7 +1,7 @@
 """The folder that analysts read: the database, its tables as Parquet, and the last few of both.
 
-What belongs here: what a publication holds and how one takes the place of another. What does not:
-copying the database (`warehouse`), and when to publish (`defs.reports`).
+What belongs here: what a publication holds, copying the database, and how one publication takes the
+place of another. What does not: the database (`warehouse`), and when to publish (`defs.reports`).
 
     public/scores.duckdb            the database, a file of the newest snapshot (a hard link)
     public/parquet/<table>.parquet  its tables, a folder of the newest snapshot (a symbolic link)
@@ -32,11 +32,11 @@ from posterpipe.core.store import fsync_folder
 from posterpipe.core.warehouse import (
     BUSY_SECONDS,
     SCHEMA_VERSION,
-    STORAGE_VERSION,
     TABLES,
     VIEWS,
-    PublishError,
-    publish,
+    WarehouseError,
+    WarehouseMissing,
+    retry_while_busy,
 )
 
 SNAPSHOTS_KEPT = 5
@@ -47,8 +47,15 @@ DATABASE, PARQUET, SNAPSHOTS = "scores.duckdb", "parquet", "snapshots"
 PUBLICATION_TABLE = "publication"
 """One row: which publication this is."""
 
+STORAGE_VERSION = "v1.5.0"
+"""File format of the published copy: clients of DuckDB 1.5 and later read it."""
+
 _FORMAT = "%Y-%m-%dT%H-%M-%S.%fZ"
 _LEFT_OVER_SECONDS = 86_400
+
+
+class PublishError(WarehouseError):
+    """The copy is not what it should be; the published file is left as it was."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,11 @@ def publish_scores(
     is still in the private file and would be read for ever. None: all that are there. On any error
     the publication of before stays. Raises WarehouseMissing, WarehouseBusy and PublishError.
     """
-    public = Path(public)
+    private, public = Path(private), Path(public)
+    if not private.exists():
+        raise WarehouseMissing(
+            f"{private}: no scores have been written yet; materialize the asset `clip_scores` first"
+        )
     snapshots = public / SNAPSHOTS
     now = dt.datetime.now(dt.UTC)
     publication_id = now.strftime(_FORMAT)
@@ -88,18 +99,17 @@ def publish_scores(
     except OSError as error:
         raise _not_published(public, error) from error
     _sweep(public)
-    rows: dict[str, int] = {}
 
-    def finish(connection: duckdb.DuckDBPyConnection, database: str) -> None:
-        if reports is not None:
-            _drop_others(connection, database, {*TABLES, *VIEWS, *reports})
-        rows.update(_row_counts(connection, database))
-        _tell(connection, database, publication_id, now, run_id, rows)
+    def copy() -> dict[str, int]:
+        return _copy(private, database, publication_id, now, run_id, reports)
 
     with _temporary(snapshots) as folder:
-        publish(private, folder / DATABASE, busy_seconds=busy_seconds, finish=finish)
+        database = folder / DATABASE
         try:
-            _write_parquet(folder / DATABASE, folder / PARQUET)
+            rows = retry_while_busy(copy, private, busy_seconds)
+            _verify(database, rows, private)
+            _settle(database)
+            _write_parquet(database, folder / PARQUET)
             fsync_folder(folder)
             os.rename(folder, snapshots / publication_id)
             fsync_folder(snapshots)
@@ -124,9 +134,36 @@ def _not_published(public: Path, error: BaseException) -> PublishError:
     )
 
 
+def _copy(
+    private: Path,
+    copy: Path,
+    publication_id: str,
+    now: dt.datetime,
+    run_id: str,
+    reports: Collection[str] | None,
+) -> dict[str, int]:
+    """Writes the copy, with its table `publication`; the rows that its other tables must have."""
+    copy.unlink(missing_ok=True)
+    with duckdb.connect() as connection:
+        connection.execute(f"ATTACH {_quoted(private)} AS original (READ_ONLY)")
+        connection.execute(
+            f"ATTACH {_quoted(copy)} AS copied (STORAGE_VERSION '{STORAGE_VERSION}')"
+        )
+        connection.execute("COPY FROM DATABASE original TO copied")
+        rows = _row_counts(connection, "original")
+        if reports is not None:
+            for name in _drop_others(connection, "copied", {*TABLES, *VIEWS, *reports}):
+                rows.pop(name, None)
+        _tell(connection, "copied", publication_id, now, run_id, rows)
+        connection.execute("CHECKPOINT copied")
+        connection.execute("DETACH copied")
+    return rows
+
+
 def _drop_others(
     connection: duckdb.DuckDBPyConnection, database: str, known: Collection[str]
-) -> None:
+) -> list[str]:
+    """Drops the views and tables whose names are not `known`; which those were."""
     listed = connection.execute(
         """
         SELECT 'VIEW', schema_name, view_name
@@ -139,9 +176,39 @@ def _drop_others(
         """,
         {"name": database},
     ).fetchall()
-    for kind, schema, name in listed:
-        if name not in known:
-            connection.execute(f'DROP {kind} "{database}"."{schema}"."{name}"')
+    others = [entry for entry in listed if entry[2] not in known]
+    for kind, schema, name in others:
+        connection.execute(f'DROP {kind} "{database}"."{schema}"."{name}"')
+    return [_named(schema, name) for _, schema, name in others]
+
+
+def _verify(copy: Path, rows: dict[str, int], private: Path) -> None:
+    """Raises PublishError where the copy has other rows, or a view of it does not answer."""
+    # Views name their tables by the database's name where dbt wrote them: the copy is checked under
+    # the name that it will be opened with.
+    with duckdb.connect(str(copy), read_only=True) as connection:
+        found = _row_counts(connection, copy.stem)
+        del found[PUBLICATION_TABLE]
+        if found != rows:
+            differing = sorted(set(found.items()) ^ set(rows.items()))
+            raise PublishError(
+                f"{private}: its copy has other rows ({differing}); publish again, and check the "
+                "disk if it happens twice"
+            )
+        views = connection.execute(
+            "SELECT schema_name, view_name FROM duckdb_views() "
+            "WHERE NOT internal AND database_name = current_database()"
+        ).fetchall()
+        for schema, view in views:
+            name = f'"{schema}"."{view}"'
+            try:
+                connection.execute(f"SELECT * FROM {name} LIMIT 1").fetchall()
+            except duckdb.Error as error:
+                raise PublishError(
+                    f"{private}: the view {name} does not answer in the published copy "
+                    f"({str(error).splitlines()[0]}); name tables in it without the database, or "
+                    "make it a table"
+                ) from error
 
 
 def _row_counts(connection: duckdb.DuckDBPyConnection, database: str) -> dict[str, int]:
@@ -153,10 +220,16 @@ def _row_counts(connection: duckdb.DuckDBPyConnection, database: str) -> dict[st
     counts = {}
     for schema, name in names:
         query = f'SELECT count(*) FROM "{database}"."{schema}"."{name}"'
-        counts[name if schema == "main" else f"{schema}.{name}"] = int(
-            connection.execute(query).fetchall()[0][0]
-        )
+        counts[_named(schema, name)] = int(connection.execute(query).fetchall()[0][0])
     return counts
+
+
+def _named(schema: str, name: str) -> str:
+    return name if schema == "main" else f"{schema}.{name}"
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"
 
 
 def _tell(
@@ -224,10 +297,9 @@ def _write_parquet(database: Path, folder: Path) -> None:
             "WHERE table_catalog = current_database() ORDER BY ALL"
         ).fetchall()
         for schema, name in names:
-            file = folder / (f"{name}.parquet" if schema == "main" else f"{schema}.{name}.parquet")
-            target = str(file).replace("'", "''")
+            file = folder / f"{_named(schema, name)}.parquet"
             connection.execute(
-                f"""COPY (FROM "{schema}"."{name}") TO '{target}' """
+                f'COPY (FROM "{schema}"."{name}") TO {_quoted(file)} '
                 "(FORMAT parquet, COMPRESSION zstd)"
             )
             _settle(file)

@@ -1,7 +1,8 @@
-"""The score warehouse: one DuckDB file that the pipeline writes, and a copy that analysts read.
+"""The score warehouse: one DuckDB file that the pipeline writes.
 
-What belongs here: the schema, opening and closing the file, adding rows, publishing the copy. What
-does not: computing scores (`metrics`), and reports over them (the dbt project).
+What belongs here: the schema, opening and closing the file, adding rows. What does not: computing
+scores (`metrics`), reports over them (the dbt project), and the copy that analysts read
+(`publication`).
 
 Tables (times are UTC; `run_id` names the Dagster run that wrote the row):
 
@@ -61,9 +62,6 @@ missing."""
 
 BUSY_SECONDS = 120.0
 """How long to wait for another process that has the file open."""
-
-STORAGE_VERSION = "v1.5.0"
-"""File format of the published copy: clients of DuckDB 1.5 and later read it."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS fct_image (
@@ -316,10 +314,6 @@ class WarehouseMissing(WarehouseError):
 
 class WarehouseBusy(WarehouseError):
     """Another process has the file open. The message says which, where DuckDB tells."""
-
-
-class PublishError(WarehouseError):
-    """The copy is not what it should be; the published file is left as it was."""
 
 
 @dataclass(frozen=True)
@@ -789,116 +783,6 @@ def _who_is_busy(path: Path, text: str, seconds: float) -> str:
     )
 
 
-def publish(
-    private: Path,
-    public: Path,
-    *,
-    busy_seconds: float = BUSY_SECONDS,
-    finish: Callable[[duckdb.DuckDBPyConnection, str], None] | None = None,
-) -> dict[str, int]:
-    """Replaces the analysts' file by a copy of the private one, at once and whole.
-
-    The copy is written beside `public`, checked against the original (tables, rows, and every view
-    answers), flushed to the disk, made read-only, and renamed. Who has the old file open keeps
-    reading it. On any error the old file stays. `finish` is called with a connection and the name
-    of the copy's database when all rows are there, and may add to it or take away. Returns the rows
-    of each table by `schema.name`. Raises WarehouseMissing, WarehouseBusy and PublishError.
-    """
-    private, public = Path(private), Path(public)
-    if not private.exists():
-        raise WarehouseMissing(
-            f"{private}: no scores have been written yet; materialize the asset `clip_scores` first"
-        )
-    public.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(public)
-    # Views name their tables by the database's name where dbt wrote them: the copy is made and
-    # checked under the name that it will be opened with.
-    folder = public.parent / f".{public.name}.{uuid.uuid4().hex[:12]}.tmp"
-    folder.mkdir()
-    copy = folder / public.name
-    try:
-        rows = retry_while_busy(lambda: _copy(private, copy, finish), private, busy_seconds)
-        _verify(copy, rows, private)
-        with open(copy, "rb+") as file:
-            os.fsync(file.fileno())
-        copy.chmod(0o444)
-        os.replace(copy, public)
-        fsync_folder(public.parent)
-        return rows
-    except (duckdb.Error, OSError) as error:
-        raise PublishError(
-            f"{public}: could not be published ({_first_line(error)}); the file of the last time "
-            "stays. Make room on the disk, make the folder writable, and publish again"
-        ) from error
-    finally:
-        _remove(folder)
-
-
-def _copy(
-    private: Path,
-    copy: Path,
-    finish: Callable[[duckdb.DuckDBPyConnection, str], None] | None,
-) -> dict[str, int]:
-    """Writes the copy; the rows that it must have by table."""
-    copy.unlink(missing_ok=True)
-    with duckdb.connect() as connection:
-        connection.execute(f"ATTACH {_quoted(private)} AS original (READ_ONLY)")
-        connection.execute(
-            f"ATTACH {_quoted(copy)} AS copied (STORAGE_VERSION '{STORAGE_VERSION}')"
-        )
-        connection.execute("COPY FROM DATABASE original TO copied")
-        rows = _row_counts(connection, "original")
-        if finish:
-            unfinished = _row_counts(connection, "copied")
-            finish(connection, "copied")
-            finished = _row_counts(connection, "copied")
-            gone, new = unfinished.keys() - finished.keys(), finished.keys() - unfinished.keys()
-            rows = {name: count for name, count in rows.items() if name not in gone}
-            rows |= {name: finished[name] for name in new}
-        connection.execute("CHECKPOINT copied")
-        connection.execute("DETACH copied")
-    return rows
-
-
-def _verify(copy: Path, rows: dict[str, int], private: Path) -> None:
-    with duckdb.connect(str(copy), read_only=True) as connection:
-        name = _single(connection, "SELECT current_database()")
-        found = _row_counts(connection, name)
-        if found != rows:
-            differing = sorted(set(found.items()) ^ set(rows.items()))
-            raise PublishError(
-                f"{private}: its copy has other rows ({differing}); publish again, and check the "
-                "disk if it happens twice"
-            )
-        views = connection.execute(
-            "SELECT schema_name, view_name FROM duckdb_views() "
-            "WHERE NOT internal AND database_name = current_database()"
-        ).fetchall()
-        for schema, view in views:
-            name = f'"{schema}"."{view}"'
-            try:
-                connection.execute(f"SELECT * FROM {name} LIMIT 1").fetchall()
-            except duckdb.Error as error:
-                raise PublishError(
-                    f"{private}: the view {name} does not answer in the published copy "
-                    f"({_first_line(error)}); name tables in it without the database, or "
-                    "make it a table"
-                ) from error
-
-
-def _row_counts(connection: duckdb.DuckDBPyConnection, database: str) -> dict[str, int]:
-    tables = connection.execute(
-        "SELECT schema_name, table_name FROM duckdb_tables() "
-        "WHERE NOT internal AND database_name = ?",
-        [database],
-    ).fetchall()
-    counts = {}
-    for schema, table in sorted(tables):
-        name = f'"{database}"."{schema}"."{table}"'
-        counts[f"{schema}.{table}"] = _single(connection, f"SELECT count(*) FROM {name}")
-    return counts
-
-
 def _key_frame(generation_keys: Iterable[str]) -> pd.DataFrame:
     # The type by name: an empty column would have none.
     return pd.DataFrame({"generation_key": pd.Series(list(generation_keys), dtype="object")})
@@ -914,22 +798,3 @@ def _single(
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "''") + "'"
-
-
-def _sweep(public: Path) -> None:
-    """Removes what a publication that was killed has left: those older than a day."""
-    for left in public.parent.glob(f".{public.name}.*.tmp"):
-        if time.time() - left.stat().st_mtime > 86_400:
-            _remove(left)
-
-
-def _remove(folder: Path) -> None:
-    for file in folder.glob("*"):
-        with contextlib.suppress(OSError):
-            file.unlink()
-    with contextlib.suppress(OSError):
-        folder.rmdir()

@@ -25,6 +25,7 @@ from posterpipe.core.provenance import (
     require_checkpoint,
     training_steps,
 )
+from posterpipe.core.publication import publish_scores
 from posterpipe.core.store import Store
 from posterpipe.core.trace import NotTraceable, as_tree, record_history, trace
 from posterpipe.core.training_set import build_training_set
@@ -32,7 +33,6 @@ from posterpipe.core.warehouse import (
     Warehouse,
     WarehouseMissing,
     insert,
-    publish,
     record_generations,
 )
 from posterpipe_tests.core.test_garbage import age
@@ -515,8 +515,7 @@ def test_the_published_copy_answers_while_the_warehouse_is_written(
 ) -> None:
     study.train(study.dataset(CAPTIONS))
     study.draw_and_score()
-    published = tmp_path / "scores.duckdb"
-    publish(study.warehouse.path, published)
+    published = publish_scores(study.warehouse.path, tmp_path / "public", run_id="run").database
     with study.warehouse.write():
         traced = trace(study.store, [study.warehouse, Warehouse(published)], KEY)
     assert traced.image.run_id == "run 3"

@@ -16,9 +16,9 @@ import duckdb
 import pandas as pd
 import pytest
 
-from posterpipe.core.publication import publish_scores
-from posterpipe.core.warehouse import SCHEMA_VERSION, TABLES, PublishError, Warehouse, publish
-from posterpipe_tests.core.test_warehouse import fill, generation, score
+from posterpipe.core.publication import PublishError, publish_scores
+from posterpipe.core.warehouse import SCHEMA_VERSION, TABLES, Warehouse, WarehouseMissing
+from posterpipe_tests.core.test_warehouse import fill, generation, hold, score
 
 
 @pytest.fixture
@@ -53,11 +53,14 @@ def test_a_publication_tells_what_it_is(warehouse: Warehouse, public: Path) -> N
         told = connection.execute(
             "SELECT comment FROM duckdb_columns() WHERE table_name = 'publication'"
         ).fetchall()
+        (tags,) = connection.execute(
+            "SELECT tags FROM duckdb_databases() WHERE database_name = 'scores'"
+        ).fetchall()
     assert row.publication_id == published.publication_id == published.snapshot.name
     assert (row.run_id, row.schema_version) == ("the run", SCHEMA_VERSION)
     assert abs(pd.Timestamp.now("UTC").tz_localize(None) - row.published_at).total_seconds() < 60
     assert row.duckdb == duckdb.__version__ and row.dbt.startswith("1.11")
-    assert row.posterpipe and row.storage_version == "v1.5.0"
+    assert row.posterpipe and row.storage_version == "v1.5.0" and "v1.5" in str(tags)
     assert row.row_counts == published.rows
     assert (row.row_counts["fct_score"], row.row_counts["mine"]) == (4, 1)
     assert tables == {*TABLES, "clip_scores", "mine", "publication"}
@@ -316,15 +319,45 @@ def test_readers_query_without_pause_through_many_publications(
     assert len(list((public / "snapshots").iterdir())) == 3
 
 
-def test_the_plain_copy_can_be_made_without_the_rest(warehouse: Warehouse, tmp_path: Path) -> None:
-    rows = publish(warehouse.path, tmp_path / "copy.duckdb")
-    assert rows["main.fct_score"] == 4
+def test_the_published_file_is_readable_while_the_private_one_is_written(
+    warehouse: Warehouse, public: Path
+) -> None:
+    publish_scores(warehouse.path, public, run_id="run")
+    process = hold(warehouse.path, 60)
+    try:
+        assert query(public / "scores.duckdb", "SELECT count(*) FROM clip_scores") == [(4,)]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_views_of_reports_are_published_too(public: Path, tmp_path: Path) -> None:
+    warehouse = Warehouse(tmp_path / "scores.duckdb")
+    fill(warehouse)
+    with duckdb.connect(str(warehouse.path)) as connection:
+        connection.execute("CREATE SCHEMA reports")
+        # As dbt writes it: with the name of the database.
+        connection.execute(
+            "CREATE VIEW reports.best AS SELECT * FROM scores.main.clip_scores WHERE seed > 0"
+        )
+        connection.execute("CREATE TABLE reports.numbers AS SELECT 42 AS answer")
+    published = publish_scores(warehouse.path, public, run_id="run")
+    assert query(published.database, "SELECT count(*) FROM reports.best") == [(4,)]
+    assert query(published.database, "SELECT answer FROM reports.numbers") == [(42,)]
+    assert published.rows["reports.numbers"] == 1
+
+
+def test_before_the_first_score_there_is_nothing_to_publish(public: Path, tmp_path: Path) -> None:
+    with pytest.raises(WarehouseMissing, match="clip_scores"):
+        publish_scores(tmp_path / "none.duckdb", public, run_id="run")
+    assert not public.exists()
 
 
 def test_what_a_killed_publication_left_is_swept(warehouse: Warehouse, public: Path) -> None:
-    left = public / "snapshots" / ".killed.tmp"
-    left.mkdir(parents=True)
-    (left / "scores.duckdb").write_bytes(b"half")
-    os.utime(left, (time.time() - 90_000,) * 2)
+    old, new = (public / "snapshots" / f".{name}.tmp" for name in ("old", "new"))
+    for left in (old, new):
+        left.mkdir(parents=True)
+        (left / "scores.duckdb").write_bytes(b"half")
+    os.utime(old, (time.time() - 90_000,) * 2)
     publish_scores(warehouse.path, public, run_id="run")
-    assert not left.exists()
+    assert not old.exists() and new.exists()

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import duckdb
@@ -17,16 +16,15 @@ import pandas as pd
 import pytest
 
 from posterpipe.core.decisions import read_decisions
+from posterpipe.core.publication import publish_scores
 from posterpipe.core.warehouse import (
     SCHEMA_VERSION,
-    PublishError,
     Warehouse,
     WarehouseBusy,
     WarehouseError,
     WarehouseMissing,
     fill_checkpoints,
     insert,
-    publish,
     record_generations,
     replace_current,
 )
@@ -241,9 +239,8 @@ def test_a_file_keeps_its_identity_and_another_one_has_another(
         assert warehouse.identity() == identity  # asked while another connection writes
     with warehouse.read():
         assert warehouse.prepare() == identity
-    published = tmp_path / "published.duckdb"
-    publish(warehouse.path, published)
-    assert Warehouse(published).identity() not in ("", identity)
+    published = publish_scores(warehouse.path, tmp_path / "public", run_id="run")
+    assert Warehouse(published.database).identity() not in ("", identity)
     warehouse.path.unlink()
     assert warehouse.identity() == ""
     fill(warehouse)
@@ -362,9 +359,8 @@ def test_a_file_of_the_first_schema_is_brought_up_to_date(warehouse: Warehouse) 
     assert drawn == [("pixels g1", None)]
     assert trained == [("base1", None, "run"), ("tuned1", "base1", "training")]
     assert version == [(SCHEMA_VERSION,)]
-    published = warehouse.path.with_name("published.duckdb")
-    publish(warehouse.path, published)
-    with duckdb.connect(str(published), read_only=True) as connection:
+    published = publish_scores(warehouse.path, warehouse.path.with_name("public"), run_id="run")
+    with duckdb.connect(str(published.database), read_only=True) as connection:
         assert connection.execute("SELECT count(*) FROM clip_scores").fetchall() == [(4,)]
 
 
@@ -419,7 +415,9 @@ def test_who_finds_it_locked_learns_who_has_it(warehouse: Warehouse) -> None:
             with pytest.raises(WarehouseBusy, match=rf"process {process.pid} .*wait for it"), use():
                 pass
         with pytest.raises(WarehouseBusy, match=f"process {process.pid}"):
-            publish(warehouse.path, warehouse.path.with_name("public.duckdb"), busy_seconds=0.2)
+            publish_scores(
+                warehouse.path, warehouse.path.with_name("public"), run_id="run", busy_seconds=0.2
+            )
     finally:
         process.kill()
         process.wait()
@@ -511,97 +509,3 @@ def test_a_killed_writer_leaves_nothing_half_done(warehouse: Warehouse) -> None:
     assert everything(warehouse) == before
     fill(warehouse)
     assert everything(warehouse) == before
-
-
-def count(path: Path) -> int:
-    with duckdb.connect(str(path), read_only=True) as connection:
-        return int(connection.execute("SELECT count(*) FROM clip_scores").fetchall()[0][0])
-
-
-def test_the_published_file_is_readable_while_the_private_one_is_written(
-    warehouse: Warehouse, tmp_path: Path
-) -> None:
-    public = tmp_path / "public" / "scores.duckdb"
-    fill(warehouse)
-    publish(warehouse.path, public)
-    process = hold(warehouse.path, 60)
-    try:
-        assert count(public) == 4
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_publishing_replaces_at_once_and_readers_keep_what_they_opened(
-    warehouse: Warehouse, tmp_path: Path
-) -> None:
-    public = tmp_path / "public" / "scores.duckdb"
-    fill(warehouse)
-    publish(warehouse.path, public)
-    script = (
-        "import duckdb, sys; c = duckdb.connect(sys.argv[1], read_only=True); print('open', "
-        "flush=True); sys.stdin.readline(); "
-        "print(c.execute('SELECT count(*) FROM clip_scores').fetchall()[0][0])"
-    )
-    reader = subprocess.Popen(
-        [sys.executable, "-c", script, str(public)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert reader.stdout is not None and reader.stdout.readline() == "open\n"
-    fill(warehouse, [generation("g8")], [score("g8", 0.2)])
-    publish(warehouse.path, public)
-    assert count(public) == 5
-    assert reader.communicate("go\n")[0] == "4\n"
-    assert os.stat(public).st_mode & 0o777 == 0o444
-    assert [path.name for path in public.parent.iterdir()] == ["scores.duckdb"]
-    with duckdb.connect(str(public), read_only=True) as connection:
-        (tags,) = connection.execute(
-            "SELECT tags FROM duckdb_databases() WHERE database_name = 'scores'"
-        ).fetchall()
-    assert "v1.5" in str(tags)
-
-
-def test_views_of_reports_are_published_too(warehouse: Warehouse, tmp_path: Path) -> None:
-    fill(warehouse)
-    with duckdb.connect(str(warehouse.path)) as connection:
-        connection.execute("CREATE SCHEMA reports")
-        # As dbt writes it: with the name of the database.
-        connection.execute(
-            "CREATE VIEW reports.best AS SELECT * FROM scores.main.clip_scores WHERE seed > 0"
-        )
-        connection.execute("CREATE TABLE reports.numbers AS SELECT 42 AS answer")
-    public = tmp_path / "scores.duckdb"
-    publish(warehouse.path, public)
-    with duckdb.connect(str(public), read_only=True) as connection:
-        assert connection.execute("SELECT count(*) FROM reports.best").fetchall() == [(4,)]
-        assert connection.execute("SELECT answer FROM reports.numbers").fetchall() == [(42,)]
-
-
-def test_a_failed_publication_leaves_the_file_of_the_last_time(
-    warehouse: Warehouse, tmp_path: Path
-) -> None:
-    public = tmp_path / "public" / "scores.duckdb"
-    fill(warehouse)
-    publish(warehouse.path, public)
-    before = public.read_bytes()
-    with duckdb.connect(str(warehouse.path)) as connection:
-        connection.execute("CREATE TABLE gone (a INTEGER)")
-        connection.execute("CREATE VIEW broken AS SELECT a FROM gone")
-        connection.execute("DROP TABLE gone")
-    with pytest.raises(PublishError):
-        publish(warehouse.path, public)
-    assert public.read_bytes() == before
-    assert [path.name for path in public.parent.iterdir()] == ["scores.duckdb"]
-    with pytest.raises(WarehouseMissing, match="clip_scores"):
-        publish(tmp_path / "none.duckdb", public)
-
-
-def test_what_a_killed_publication_left_is_swept(warehouse: Warehouse, tmp_path: Path) -> None:
-    fill(warehouse)
-    old, new = (tmp_path / f".scores.duckdb.{name}.tmp" for name in ("old", "new"))
-    for left in (old, new):
-        left.mkdir()
-        (left / "scores.duckdb").write_bytes(b"half")
-    os.utime(old, (time.time() - 90_000,) * 2)
-    publish(warehouse.path, tmp_path / "scores.duckdb")
-    assert not old.exists() and new.exists()

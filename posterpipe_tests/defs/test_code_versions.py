@@ -53,9 +53,9 @@ RAISED_FOR: dict[str, tuple[object, dict[str, int]]] = {
 raises one raises theirs, and notes all of them here."""
 
 DECIDE_NO_TABLE = {
+    "publication.STORAGE_VERSION",
     "quality.images.STATISTICS_VERSION",  # of numbers that checks look at
     "warehouse.SCHEMA_VERSION",
-    "warehouse.STORAGE_VERSION",
 }
 
 

@@ -9,13 +9,14 @@ import duckdb
 import pandas as pd
 import pytest
 
-from posterpipe.core.warehouse import Warehouse, publish
+from posterpipe.core.publication import publish_scores
+from posterpipe.core.warehouse import Warehouse
 from posterpipe.studio.published import Published, PublishedError
 
 
 def publication(folder: Path, cosine: float) -> Path:
     """A published database of one image with that score."""
-    private, public = folder / "warehouse.duckdb", folder / "public" / "scores.duckdb"
+    private = folder / "warehouse.duckdb"
     with Warehouse(private).write() as connection:
         for table in ("fct_image", "fct_score", "dim_prompt", "current_generation"):
             connection.execute(f"DELETE FROM {table}")
@@ -37,8 +38,7 @@ def publication(folder: Path, cosine: float) -> Path:
             "CREATE OR REPLACE TABLE leaderboard AS SELECT 'clip_t.crop.x' AS metric_id, "
             f"'sd' AS variant, {cosine} AS mean"
         )
-    publish(private, public)
-    return public
+    return publish_scores(private, folder / "public", run_id="run").database
 
 
 def test_before_the_first_publication_there_is_no_signature(tmp_path: Path) -> None:

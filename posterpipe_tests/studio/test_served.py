@@ -13,7 +13,8 @@ import pandas as pd
 
 from posterpipe.core.decisions import DECISION_COLUMNS, GATE, write_decisions
 from posterpipe.core.models import fingerprint
-from posterpipe.core.warehouse import Warehouse, publish
+from posterpipe.core.publication import publish_scores
+from posterpipe.core.warehouse import Warehouse
 from posterpipe.settings import ModelRef, Settings
 from posterpipe.studio.served import Models
 
@@ -87,7 +88,7 @@ def test_while_the_pipeline_writes_the_published_copy_tells_the_champion(
 ) -> None:
     checkpoint(deployment, GOOD)
     private = decided(deployment, (GOOD, "promote"))
-    publish(private, private.parent / "public" / "scores.duckdb")
+    publish_scores(private, private.parent / "public", run_id="run")
     hold = (
         "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('held', flush=True); "
         "sys.stdin.read()"

@@ -20,13 +20,14 @@ import duckdb
 import pytest
 
 from posterpipe.core.gate import RULE
+from posterpipe.core.publication import publish_scores
 from posterpipe.core.score_report import Written, results, write_report
 from posterpipe.core.score_report.data import Published, read_published
 from posterpipe.core.score_report.gallery_pages import IMAGES_A_PAGE, slug_of
 from posterpipe.core.score_report.headline import board_of, control_context
 from posterpipe.core.score_report.pages import PAGES
 from posterpipe.core.score_report.results import first_words
-from posterpipe.core.warehouse import Warehouse, WarehouseMissing, publish
+from posterpipe.core.warehouse import Warehouse, WarehouseMissing
 from posterpipe_tests import study
 from posterpipe_tests.report_world import (
     GONE,
@@ -533,7 +534,7 @@ def test_an_empty_warehouse_gives_readable_pages(tmp_path: Path) -> None:
     warehouse = Warehouse(tmp_path / "warehouse.duckdb")
     with warehouse.write():
         pass
-    publish(warehouse.path, tmp_path / "public" / "scores.duckdb")
+    publish_scores(warehouse.path, tmp_path / "public", run_id="run")
     written = write_report(
         tmp_path / "public" / "scores.duckdb", tmp_path, tmp_path / "public" / "report"
     )
