@@ -156,8 +156,8 @@ def measure(
     _record_nearest(warehouse, nearest, run_id=run_id)
     roles = {
         clip_t_id(settings.scorer, root): "clip",
-        fidelity.metrics[0].metric_id: "fidelity",
-        **{one.metrics[3].metric_id: "copies" for one in compared},
+        fidelity.similarity_id: "fidelity",
+        **{one.nearest_id: "copies" for one in compared},
         diversities[0]: "diversity",
     }
     # None of them for a suite of one text.
@@ -167,7 +167,7 @@ def measure(
     }
     if preference is not None:
         roles[preference[0].metric_id] = "preference"
-    lost = {one.metrics[3].metric_id: one.lost for one in compared}
+    lost = {one.nearest_id: one.lost for one in compared}
     table = _evidence_table(generations, [*metrics, *others], everything, nearest, roles, lost)
     return Measured(metrics, table, nearest, fidelity.calibrations)
 

@@ -168,6 +168,10 @@ class Fidelity:
     """By encoder id."""
     lost: int
     """Training posters that cannot be read, so that copies of them are not seen."""
+    similarity_id: str
+    """metric_id of the similarity to the holdout posters, by the first encoder."""
+    nearest_id: str
+    """metric_id of the similarity to the nearest training poster, by the first encoder."""
 
 
 def evidence_encoders(evidence: EvidenceSettings, scorer: ModelRef) -> list[ScorerSettings]:
@@ -234,9 +238,11 @@ def compare_with_posters(
     scores: list[pd.DataFrame] = []
     nearest: list[pd.DataFrame] = []
     calibrations: dict[str, CopyCalibration] = {}
+    measures: list[dict[str, Metric]] = []
     for settings in encoders:
         embeddings = kept_embeddings(store, settings, root, everything, progress)
         measured = _Measured(settings, root, embeddings, training, holdout, alarm)
+        measures.append(measured.measures)
         for key, metric in measured.measures.items():
             metrics.append(metric)
             values, failures = measured.values(key, drawn)
@@ -255,6 +261,8 @@ def compare_with_posters(
         pd.concat(nearest, ignore_index=True),
         calibrations,
         len(lost),
+        measures[0]["holdout"].metric_id,
+        measures[0]["nearest"].metric_id,
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from posterpipe.core.images import hash_distance, perceptual_hash, png_bytes
+from posterpipe.core.metrics import fidelity
 from posterpipe.core.metrics.encoders import image_encoder
 from posterpipe.core.metrics.fidelity import (
     CopyCalibration,
@@ -228,6 +229,23 @@ def test_an_encoder_of_each_kind_and_rows_for_what_cannot_be_compared(
         assert rows.value.notna().tolist() == [True, False, False, True, False]
         assert rows.reason.iloc[2] == "it is blocked" and "read" in rows.reason.iloc[1]
     assert len(result.nearest) == 4  # two images, two encoders
+
+
+def test_what_the_gate_reads_is_named_whatever_the_order_of_the_metrics(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measures = fidelity._measures
+    monkeypatch.setattr(
+        fidelity, "_measures", lambda *asked: dict(reversed(measures(*asked).items()))
+    )
+    table = generations(store, pictures(1, 45))
+    result = compared(
+        store, root, table, posters(store, "training", pictures(3, 46)),
+        posters(store, "holdout", pictures(3, 47)),
+    )  # fmt: skip
+    names = {metric.metric_id: metric.name for metric in result.metrics}
+    assert names[result.similarity_id] == "CLIP-I holdout"
+    assert names[result.nearest_id] == "CLIP-I nearest training poster"
 
 
 def test_without_holdout_posters_the_reason_says_so(store: Store, root: Path) -> None:
