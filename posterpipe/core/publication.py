@@ -99,14 +99,14 @@ def publish_scores(
     except OSError as error:
         raise _not_published(public, error) from error
     _sweep(public)
-
-    def copy() -> dict[str, int]:
-        return _copy(private, database, publication_id, now, run_id, reports)
-
     with _temporary(snapshots) as folder:
         database = folder / DATABASE
         try:
-            rows = retry_while_busy(copy, private, busy_seconds)
+            rows = retry_while_busy(
+                lambda: _copy(private, database, publication_id, now, run_id, reports),
+                private,
+                busy_seconds,
+            )
             _verify(database, rows, private)
             _settle(database)
             _write_parquet(database, folder / PARQUET)
