@@ -830,6 +830,16 @@ class Settings(BaseSettings):
         """An absolute path: `relative` below the root, or itself where it is absolute."""
         return self.root / relative
 
+    @property
+    def warehouse_path(self) -> Path:
+        """The database that only the pipeline opens."""
+        return self.path(self.store) / "warehouse.duckdb"
+
+    @property
+    def published_path(self) -> Path:
+        """The analysts' copy of the database."""
+        return self.path(self.store) / "public" / "scores.duckdb"
+
 
 def default_root() -> Path:
     """The checkout this package lies in, or the current directory for an installed package."""

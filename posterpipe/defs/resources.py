@@ -116,12 +116,12 @@ class Deployment:
     @property
     def warehouse_path(self) -> Path:
         """The database that only the pipeline opens."""
-        return self.store_root / "warehouse.duckdb"
+        return self.settings.warehouse_path
 
     @property
     def published_path(self) -> Path:
         """The analysts' copy of the database."""
-        return self.store_root / "public" / "scores.duckdb"
+        return self.settings.published_path
 
     @property
     def contact_sheet_path(self) -> Path:

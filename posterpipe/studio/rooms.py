@@ -47,7 +47,7 @@ def rooms() -> Rooms:
         engine=Engine(RemotePainter(settings)),
         models=Models(settings),
         captions=CaptionDesk(settings),
-        published=Published(settings.path(settings.store) / "public" / "scores.duckdb"),
+        published=Published(settings.published_path),
     )
 
 

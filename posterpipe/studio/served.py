@@ -15,7 +15,7 @@ from pathlib import Path
 import duckdb
 import pandas as pd
 
-from posterpipe.core.decisions import DECISION_COLUMNS, GATE, champion_of, read_decisions
+from posterpipe.core.decisions import DECISION_COLUMNS, champion_of, read_decisions, verdicts
 from posterpipe.core.models import fingerprint, is_on_hub, known_fingerprint, locate
 from posterpipe.core.provenance import RECORD_NAME
 from posterpipe.core.warehouse import Warehouse, WarehouseError
@@ -87,9 +87,7 @@ class Models:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        store = settings.path(settings.store)
-        self._checkpoints = store / "checkpoints"
-        self._databases = (store / "warehouse.duckdb", store / "public" / "scores.duckdb")
+        self._checkpoints = settings.path(settings.store) / "checkpoints"
         self._lock = threading.Lock()
         self._signature: object = None
         self._decisions = pd.DataFrame(columns=list(DECISION_COLUMNS))
@@ -100,12 +98,11 @@ class Models:
         base = Choice(_base_name(settings), "base", Path(settings.base_model.id))
         decisions = self._read()
         champion = champion_of(decisions, base.name)
-        own = decisions[decisions["decided_by"] == GATE].sort_values("decided_at", kind="stable")
-        verdicts = dict(zip(own["checkpoint_id"], own["decision"], strict=True))
+        judged = verdicts(decisions)
         tuned = [
             Choice(
                 record.parent.name, "tuned", record.parent, record.parent.name == champion,
-                str(verdicts.get(record.parent.name, "")), _trained(record),
+                judged.get(record.parent.name, ""), _trained(record),
             )
             for record in sorted(self._checkpoints.glob(f"*/{RECORD_NAME}"))
             if not record.parent.name.startswith(".")
@@ -127,7 +124,7 @@ class Models:
 
     def _read(self) -> pd.DataFrame:
         """The decisions: of the pipeline's database, or of its copy while that is locked."""
-        private, public = self._databases
+        private, public = self._settings.warehouse_path, self._settings.published_path
         signature = (_stat(private), _stat(Path(f"{private}.wal")), _stat(public))
         with self._lock:
             if signature == self._signature:
