@@ -1,8 +1,8 @@
 """Everything that one score goes back to: `posterpipe trace`.
 
-What belongs here: the history that the warehouse keeps beside its scores, reading it and the
-store's records for one image, and showing it as a tree. What does not: writing the records
-(`provenance`).
+What belongs here: reading the warehouse's history and the store's records for one image, and
+showing them as a tree. What does not: writing the store's records (`provenance`) and the history
+(`history`).
 
 Scores stay when `posterpipe gc` removes the files behind them, and so does their history: prompts,
 settings, runs and environments in the warehouse, the posters of every training set that was trained
@@ -20,26 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import pandas as pd
 from rich.text import Text
 from rich.tree import Tree
 
 from posterpipe.core.generations import GENERATION
-from posterpipe.core.provenance import (
-    CHECKPOINT,
-    ENVIRONMENT,
-    lineage,
-    record_environment,
-    training_steps,
-)
+from posterpipe.core.history import moment
+from posterpipe.core.provenance import CHECKPOINT, ENVIRONMENT, lineage, training_steps
 from posterpipe.core.store import Store
-from posterpipe.core.warehouse import (
-    Warehouse,
-    WarehouseBusy,
-    WarehouseMissing,
-    fill_checkpoints,
-    insert,
-)
+from posterpipe.core.warehouse import Warehouse, WarehouseBusy, WarehouseMissing
 
 SHOWN_POSTERS = 10
 
@@ -49,101 +37,6 @@ _UNKNOWN = "not recorded"
 
 class NotTraceable(Exception):
     """No score, or more than one, is meant. The message says what to give instead."""
-
-
-# -- into the warehouse --------------------------------------------------------------------------
-
-
-def record_history(
-    store: Store, warehouse: Warehouse, generations: pd.DataFrame, *, run_id: str
-) -> None:
-    """Adds to the warehouse what the store knows of some generations that it has scores of.
-
-    Who drew them, what their checkpoints were made from, and what code and packages were at work;
-    `run_id` is the run that scored them now. Adding it twice changes nothing. Raises WarehouseBusy.
-    """
-    pixel_keys = list(dict.fromkeys(generations["pixel_key"].astype(str)))
-    drawn = store.results(GENERATION, pixel_keys)
-    drawings = pd.DataFrame(
-        [
-            {
-                "pixel_key": key,
-                "run_id": row["run_id"],
-                "environment_id": row.get("environment"),
-                "drawn_at": _moment(row.get("drawn_at")),
-            }
-            for key, row in drawn.items()
-            if row.get("run_id")
-        ]
-    )
-    checkpoints = store.results(CHECKPOINT, generations["checkpoint_id"].astype(str))
-    facts = pd.DataFrame(
-        [
-            {
-                "checkpoint_id": checkpoint_id,
-                "base_model": row.get("base_model"),
-                "training_set_version": row.get("training_set"),
-                "settings": json.dumps(row.get("settings") or {}, sort_keys=True),
-                "trained_at": _moment(row.get("recorded_at")),
-                "run_id": row.get("run_id"),
-            }
-            for checkpoint_id, row in checkpoints.items()
-        ]
-    )
-    runs = [(run_id, record_environment(store))]
-    runs += [(row["run_id"], row["environment"]) for row in checkpoints.values()]
-    seen = [environment for _, environment in runs]
-    seen += [str(row["environment"]) for row in drawn.values() if row.get("environment")]
-    with warehouse.write() as connection:
-        insert(connection, "fct_drawing", drawings)
-        if not facts.empty:
-            fill_checkpoints(connection, facts)
-        _insert_runs(connection, runs)
-        insert(connection, "dim_environment", _environments(store, seen))
-
-
-def _insert_runs(connection: duckdb.DuckDBPyConnection, runs: Sequence[tuple[str, str]]) -> None:
-    """Only of runs that left rows: one that found everything done changes nothing."""
-    frame = pd.DataFrame(runs, columns=["run_id", "environment_id"]).drop_duplicates()
-    connection.register("candidates", frame)
-    connection.execute(
-        """
-        INSERT INTO run_environment BY NAME
-        SELECT run_id, environment_id
-        FROM candidates
-        WHERE run_id IN (
-            SELECT run_id FROM fct_score
-            UNION SELECT run_id FROM fct_image
-            UNION SELECT run_id FROM dim_checkpoint
-        )
-        ON CONFLICT DO NOTHING
-        """
-    )
-    connection.unregister("candidates")
-
-
-def _environments(store: Store, environment_ids: Sequence[str]) -> pd.DataFrame:
-    return pd.DataFrame(
-        [
-            {
-                "environment_id": environment_id,
-                "posterpipe": values["posterpipe"],
-                "source": values["source"],
-                "commit_id": values["commit"],
-                "python": values["python"],
-                "platform": values["platform"],
-                "packages": json.dumps(values["packages"], sort_keys=True),
-            }
-            for environment_id, values in store.results(ENVIRONMENT, environment_ids).items()
-        ]
-    )
-
-
-def _moment(text: object) -> dt.datetime | None:
-    return dt.datetime.fromisoformat(str(text)).replace(tzinfo=None) if text else None
-
-
-# -- out of it -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -205,7 +98,7 @@ class Poster:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What a checkpoint was trained on. `steps`: how it came about, as of `training_steps`."""
+    """What a checkpoint was trained on. `steps`: how it came about, see `provenance.steps_to`."""
 
     version: str
     steps: list[dict[str, Any]]
@@ -342,7 +235,7 @@ def _image(store: Store, connection: duckdb.DuckDBPyConnection, row: dict[str, A
         drawn = {
             "run_id": known.get("run_id"),
             "environment_id": known.get("environment"),
-            "drawn_at": _moment(known.get("drawn_at")),
+            "drawn_at": moment(known.get("drawn_at")),
         }
     path = row["image_path"]
     return Image(

@@ -54,11 +54,11 @@ def clip_scores(
     """
     import pandas as pd
 
+    from posterpipe.core.history import record_history
     from posterpipe.core.metrics.base import unread_count
     from posterpipe.core.metrics.clip import score_generations
     from posterpipe.core.models import fingerprint
     from posterpipe.core.provenance import environment
-    from posterpipe.core.trace import record_history
 
     settings = deployment.settings
     warehouse = deployment.warehouse.prepare()

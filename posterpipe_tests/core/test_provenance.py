@@ -13,6 +13,7 @@ from rich.console import Console
 
 from posterpipe.core import provenance
 from posterpipe.core.garbage import find_garbage, remove_garbage
+from posterpipe.core.history import record_history
 from posterpipe.core.provenance import (
     CheckpointMismatch,
     current_lineage,
@@ -27,7 +28,7 @@ from posterpipe.core.provenance import (
 )
 from posterpipe.core.publication import publish_scores
 from posterpipe.core.store import Store
-from posterpipe.core.trace import NotTraceable, as_tree, record_history, trace
+from posterpipe.core.trace import NotTraceable, as_tree, trace
 from posterpipe.core.training_set import build_training_set
 from posterpipe.core.warehouse import (
     Warehouse,
