@@ -126,7 +126,7 @@ def _obstacle(situation: Situation) -> str:
     if situation.unreadable:
         return situation.unreadable
     if situation.failed_checks:
-        return f"a blocking check did not pass: {', '.join(situation.failed_checks)}"
+        return f"a blocking check has not passed: {', '.join(situation.failed_checks)}"
     by_hand = "start the job `retrain` by hand"
     if situation.canceled_run:
         run = situation.canceled_run[:8]

@@ -189,10 +189,10 @@ class _Sweep:
                 return "", f"{upstream} was never made"
             for check in self._blocking.get(dep.asset_key, []):
                 if not self._passed(check):
-                    return "", f"the check {check.name} of {upstream} has not passed"
+                    return "", f"a blocking check has not passed: {check.name} of {upstream}"
         outcomes = self._outcomes(key, known.since)
         if any(outcome.status == DagsterRunStatus.CANCELED for outcome in outcomes):
-            return "", "its run was canceled: materialize it, or change an input"
+            return "", "its run was canceled: materialize it, or change something"
         failures = sum(outcome.status == DagsterRunStatus.FAILURE for outcome in outcomes)
         gone = [each.device_gone_at for each in outcomes if each.device_gone_at is not None]
         if failures - len(gone) >= ATTEMPTS:

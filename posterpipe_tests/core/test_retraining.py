@@ -54,7 +54,7 @@ ENOUGH = replace(FEW, changes=Changes(new=2, removed=1, recaptioned=2))
         (
             replace(ENOUGH, failed_checks=["every_row (2 without image)"]),
             False,
-            "but a blocking check did not pass: every_row (2 without image)",
+            "but a blocking check has not passed: every_row (2 without image)",
         ),
         (
             replace(ENOUGH, unreadable="no posters in landing: put some in"),

@@ -228,7 +228,10 @@ def test_a_failed_blocking_check_holds_the_training_back(nights: Nights) -> None
     nights.training_set("b", "train/3.png,three")
     nights.check(passed=False)
     assert nights.tick() is None
-    assert f"did not pass: {CHECK} of training_csv (2 rows without image)" in nights.said
+    assert (
+        f"a blocking check has not passed: {CHECK} of training_csv (2 rows without image)"
+        in nights.said
+    )
     nights.check(passed=True)
     assert nights.tick() is not None
 

@@ -335,7 +335,7 @@ def test_a_failed_blocking_check_holds_it_back_until_it_passes(make_world: MakeW
     world.failing.add("a")
     world.change("a", "2")
     assert world.settle_by_sweeps() == []
-    assert "b: a changed, but the check holds of a has not passed" in world.said
+    assert "b: a changed, but a blocking check has not passed: holds of a" in world.said
     world.failing.clear()
     world.check("a")
     assert world.settle_by_sweeps() == [["b"], ["c"]]
@@ -346,7 +346,7 @@ def test_what_it_requests_is_checked(make_world: MakeWorld) -> None:
     world = make_world(checked="a", a="", b="a")
     world.failing.add("a")
     assert world.settle_by_sweeps() == [["a"]]
-    assert "b: never materialized, but the check holds of a has not passed" in world.said
+    assert "b: never materialized, but a blocking check has not passed: holds of a" in world.said
 
 
 # ---- failures -----------------------------------------------------------------------------------
@@ -478,7 +478,7 @@ def test_a_run_that_a_person_canceled_is_not_requested_again(chain: World) -> No
     chain.sweep()
     chain.cancel(chain.queue[0])
     assert [chain.sweep() for _ in range(4)] == [[]] * 4
-    assert "was canceled" in chain.said
+    assert "its run was canceled: materialize it, or change something" in chain.said
     chain.change("a", "3")
     assert chain.settle_by_sweeps() == [["b"], ["c"]]
 
