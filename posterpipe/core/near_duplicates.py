@@ -11,8 +11,8 @@ further than the best that it has. Many posters that resemble each other, varian
 say, therefore cost little more than as many that do not: most find an early neighbour at once.
 
 Hashes may agree in three bands and still be far apart, many of them where pictures share a frame or
-where somebody means it. What has found nothing among the first MANY of such a group is compared no
-further there: the bits that are left are cut into bands again, and the same holds of them.
+where somebody means it. What has found nothing among the first `_MANY` of such a group is compared
+no further there: the bits that are left are cut into bands again, and the same holds of them.
 """
 
 from __future__ import annotations
