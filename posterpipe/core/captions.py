@@ -54,7 +54,7 @@ MAX_BYTES = 20_000
 """Text files above this are not read."""
 
 READ_VERSION = 2
-"""Raise it when sidecars are read otherwise: each is then read again."""
+"""Raise it when sidecars are read differently: each is then read again."""
 
 _SIDECARS = "sidecar"
 REHASHED_SIDECARS = "sidecars_rehashed"

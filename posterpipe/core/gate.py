@@ -291,9 +291,9 @@ def _faithful(evidence: Evidence, settings: GateSettings) -> Check:
     if outcome == "open":
         lower = fidelity.high < 0 and not _few(fidelity, settings)
         how = (
-            "lower than the champion's, not surely by more than the margin of"
+            "lower than the champion's, not clearly by more than the margin of"
             if lower
-            else "not surely higher than the champion's; the margin is"
+            else "not clearly higher than the champion's; the margin is"
         )
     how = f"{how} {settings.fidelity_margin:g}" if how else "higher than the champion's"
     reason = f"similarity to holdout posters {_interval(fidelity)}: {how}"
@@ -328,7 +328,7 @@ def _diversity(name: str, kept: Effect, other: str, settings: GateSettings) -> C
         + {
             "pass": "kept",
             "fail": "lost, the images of a prompt are too much alike",
-            "open": "not surely kept",
+            "open": "may not be kept",
         }[outcome]
         + _few(kept, settings)
     )

@@ -48,7 +48,7 @@ from posterpipe.core.store import Store, compute_missing, content_key
 from posterpipe.settings import ImageSettings
 
 INSPECT_VERSION = 3
-"""Raise it when `_judge` judges otherwise: every file is then read again."""
+"""Raise it when `_judge` judges differently: every file is then read again."""
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif")
 """The thesis's five and four more. They choose files; the format comes from the content."""

@@ -427,7 +427,7 @@ def describe_difference(store: Store, before: str, after: str) -> str:
             ],
         ),
         _named(
-            "resized otherwise",
+            "resized differently",
             [_name(new[name]) for name in both if old[name]["image"] != new[name]["image"]],
         ),
     ]

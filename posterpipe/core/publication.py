@@ -7,8 +7,8 @@ place of another. What does not: the database (`warehouse`), and when to publish
     public/parquet/<table>.parquet  its tables, a folder of the newest snapshot (a symbolic link)
     public/snapshots/<time>/        the newest publications, each whole: scores.duckdb and parquet/
 
-Everything is read-only and replaced by renaming, the database first. Who has a file open keeps
-reading it; who reads several Parquet files at once and wants them of one publication resolves
+Everything is read-only and replaced by renaming, the database first. Whoever has a file open keeps
+reading it; whoever reads several Parquet files at once and wants them of one publication resolves
 `parquet` first, or reads from a snapshot.
 """
 
@@ -84,7 +84,7 @@ def publish_scores(
 
     `reports` are the tables to publish beside the warehouse's own: one whose model was taken away
     is still in the private file and would be read for ever. None: all that are there. On any error
-    the publication of before stays. Raises WarehouseMissing, WarehouseBusy and PublishError.
+    the previous publication stays. Raises WarehouseMissing, WarehouseBusy and PublishError.
     """
     private, public = Path(private), Path(public)
     if not private.exists():
@@ -129,7 +129,7 @@ def publish_scores(
 
 def _not_published(public: Path, error: BaseException) -> PublishError:
     return PublishError(
-        f"{public}: could not be published ({error}); the publication of the last time stays. "
+        f"{public}: could not be published ({error}); the previous publication stays. "
         "Make room on the disk, make the folder writable, and publish again"
     )
 

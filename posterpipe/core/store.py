@@ -13,9 +13,9 @@ Layout below the root:
     leases/<name>.lease             one a process that works, locked while it does
 
 Every write is atomic: a temporary name in the same folder, fsync, rename. Several processes may use
-one store at the same time. Who counts on something that is there already says so with `keep` (as
-`has`, `put`, `read_table` and `compute_missing` do), and works inside a `lease`: `garbage` tells
-why that is enough.
+one store at the same time. Whoever counts on something that is there already says so with `keep`
+(as `has`, `put`, `read_table` and `compute_missing` do), and works inside a `lease`: `garbage`
+tells why that is enough.
 
 Blobs are sealed: their owner may not write to them, and their modification time is a whole second,
 which the system hardly ever gives a file that is written. So a blob that somebody saved over,
@@ -128,7 +128,7 @@ class Store:
         return Path(self._path(blob, suffix))
 
     def has(self, blob: str, suffix: str = "") -> bool:
-        """Whether the bytes of that sha256 are kept; who asks counts as a user of them."""
+        """Whether the bytes of that sha256 are kept; whoever asks counts as a user of them."""
         return self.keep(self._path(blob, suffix))
 
     def intact(self, blob: str, suffix: str = "") -> bool:
@@ -380,7 +380,7 @@ class Store:
                 write_atomic(file, buffer.getvalue())
         before = self.table_version(name)
         if before is not None:
-            # Who reads it now has asked for the current table a moment ago.
+            # Whoever reads it now has asked for the current table a moment ago.
             self.keep(folder / f"{before}.parquet")
         current = {"version": version, "rows": len(frame), "columns": list(map(str, frame.columns))}
         # Last, since it is what makes the new table visible.

@@ -330,7 +330,7 @@ class Warehouse:
     """The private file. `path` is the DuckDB file; its folder is created by the first write.
 
     DuckDB lets one process open a file for writing, and then no other, readers included: so it is
-    opened for as short as possible, and who finds it locked waits up to `busy_seconds`.
+    opened for as short as possible, and whoever finds it locked waits up to `busy_seconds`.
     """
 
     def __init__(self, path: Path, *, busy_seconds: float = BUSY_SECONDS) -> None:
@@ -344,7 +344,7 @@ class Warehouse:
 
         Whoever fills the warehouse keeps it, to know that what it wrote is there no more. How far
         the file had got is noted beside it (`warehouse.json` for `warehouse.duckdb`) by `write` and
-        `prepare`: a file that is behind that is a copy of before.
+        `prepare`: a file that is behind that is an earlier copy.
         """
         now = self._state(self._noted())
         return now.identity if now else ""

@@ -307,8 +307,8 @@ def _lost(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deploymen
     filled = made.metadata.get(WAREHOUSE)
     if filled is not None and filled.value != deployment.warehouse.identity():
         return (
-            f"{deployment.warehouse_path} is another file than the one that it filled, or a copy "
-            "of before"
+            f"{deployment.warehouse_path} is another file than the one that it filled, or an "
+            "earlier copy"
         )
     return ""
 

@@ -201,7 +201,7 @@ def test_a_checkpoint_that_is_lower_by_less_than_the_margin_is_held() -> None:
     decision = judged(fidelity=0.594)
     assert decision.evidence.fidelity.high < 0
     assert decision.verdict == "hold" and outcomes(decision)["fidelity"] == "open"
-    assert "not surely by more than the margin of 0.01" in decision.reason
+    assert "not clearly by more than the margin of 0.01" in decision.reason
     strict = judged(fidelity=0.594, settings=GateSettings(fidelity_margin=0.0))
     assert strict.verdict == "reject"
 
