@@ -765,7 +765,12 @@ class Settings(BaseSettings):
     """All settings of one deployment."""
 
     model_config = SettingsConfigDict(
-        env_prefix="POSTERPIPE_", env_nested_delimiter="__", extra="forbid", frozen=True
+        env_prefix="POSTERPIPE_",
+        env_nested_delimiter="__",
+        # What a compose file passes on of a variable that is not set.
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
     )
 
     profile: str = Field("starter", description="name of a shipped profile, or a TOML file")
@@ -813,6 +818,37 @@ class Settings(BaseSettings):
                 "machine, where a bucket can be mounted"
             )
         return path
+
+    @field_validator("root", "landing", "captions", "holdout", "prompt_suite", "store")
+    @classmethod
+    def _home(cls, path: Path | str) -> Path | str:
+        """No shell expands the ~ of a TOML file or of a service's environment."""
+        if isinstance(path, str) and "://" in path:
+            return path
+        return Path(path).expanduser()
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        """Images of the store would be taken for new posters, held-out posters be trained on."""
+        folders = {
+            name: self.path(place).resolve()
+            for name, place in (
+                ("landing", self.landing),
+                ("holdout", self.holdout),
+                ("store", self.store),
+            )
+            if "://" not in str(place)
+        }
+        clashes = [
+            f"`{one}` ({at}) and `{other}` ({there})"
+            for (one, at), (other, there) in itertools.combinations(folders.items(), 2)
+            if at.is_relative_to(there) or there.is_relative_to(at)
+        ]
+        if clashes:
+            raise ValueError(
+                f"{'; '.join(clashes)}: the same folder or one in the other; give each its own"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(

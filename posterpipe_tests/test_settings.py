@@ -297,3 +297,43 @@ def test_every_setting_is_described() -> None:
         return missing
 
     assert undescribed(Settings) == []
+
+
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = load_settings()
+    for name in ("LANDING", "STORE", "IMAGES", "CHECKS__MIN_POSTERS"):
+        monkeypatch.setenv(f"POSTERPIPE_{name}", "")
+    assert load_settings() == plain
+
+
+def test_a_tilde_is_the_home_folder_where_no_shell_expands_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("POSTERPIPE_LANDING", "~/posters")
+    settings = load_settings(store="~/store")
+    assert settings.path(settings.landing) == tmp_path / "posters"
+    assert settings.path(settings.store) == tmp_path / "store"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"landing": "data"}, "store"),
+        ({"landing": "data/store/blobs"}, "store"),
+        ({"holdout": "data/raw_posters"}, "landing"),
+        ({"holdout": "data/raw_posters/held_out"}, "landing"),
+        ({"holdout": "data/store"}, "store"),
+    ],
+)
+def test_folders_that_lie_in_each_other_are_refused_by_name(
+    one: dict[str, str], other: str
+) -> None:
+    with pytest.raises(SettingsError, match="the same folder or one in the other") as error:
+        load_settings(**one)
+    for name in (*one, other):
+        assert f"`{name}`" in str(error.value)
+
+
+def test_a_bucket_of_posters_lies_in_no_folder() -> None:
+    assert load_settings(landing="s3://bucket/data/store").landing == "s3://bucket/data/store"

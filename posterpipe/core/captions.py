@@ -53,8 +53,8 @@ MAX_CHARACTERS = 2_000
 MAX_BYTES = 20_000
 """Text files above this are not read."""
 
-READ_VERSION = 2
-"""Raise it when sidecars are read differently: each is then read again."""
+READ_VERSION = 3
+"""Raise it when sidecars or the CSV are read differently: each is then read again."""
 
 _SIDECARS = "sidecar"
 REHASHED_SIDECARS = "sidecars_rehashed"
@@ -388,6 +388,7 @@ class _Sheet:
 
     records: list[_Record]
     encoding: str
+    separator: str
     width: int
     name_column: int
     caption_column: int
@@ -474,33 +475,49 @@ def _parse(path: Path, data: bytes) -> _Sheet:
         text, encoding = _decode(data)
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise CaptionsFileError(f"{path}:{line}: not UTF-8; save it as CSV in UTF-8") from error
-    records = _records(path, text)
+        raise CaptionsFileError(
+            f"{path}:{line}: not UTF-8; save it as CSV in UTF-8 (Excel: CSV UTF-8)"
+        ) from error
+    separator = _separator(text)
+    records = _records(path, text, separator)
     heading = next((record for record in records if record.cells), None)
     wanted = "the first line must name the columns: file_name,caption"
     if heading is None:
         raise CaptionsFileError(f"{path}:1: empty; {wanted}")
     names = [cell.strip().casefold() for cell in heading.cells]
     if names.count("file_name") != 1 or names.count("caption") != 1:
-        separated = ", separated by commas" if any(mark in names[0] for mark in ";\t|") else ""
+        separated = ", separated by commas" if len(names) == 1 else ""
         raise CaptionsFileError(
             f"{path}:{heading.line}: its columns are {', '.join(heading.cells)}; "
             f"{wanted}{separated}"
         )
     columns = (names.index("file_name"), names.index("caption"))
-    return _Sheet(records, encoding, len(names), *columns)
+    return _Sheet(records, encoding, separator, len(names), *columns)
 
 
-def _records(path: Path, text: str) -> list[_Record]:
+_NAMED_SEPARATOR = re.compile(r"\s*sep=(.)\s*", re.IGNORECASE)
+"""The line with which Excel is told how a file is separated."""
+
+
+def _separator(text: str) -> str:
+    """Comma; or semicolon or tab, which Excel writes in many languages, where the heading has them
+    and no comma."""
+    heading = next((line for line in io.StringIO(text) if line.strip()), "")
+    if named := _NAMED_SEPARATOR.fullmatch(heading):
+        return named[1]
+    return next((mark for mark in ",;\t" if mark in heading), ",")
+
+
+def _records(path: Path, text: str, separator: str) -> list[_Record]:
     # Not str.splitlines: it also splits at characters that are no line ends in a CSV.
     lines = list(io.StringIO(text, newline=""))
-    reader = csv.reader(lines, strict=True)
+    reader = csv.reader(lines, strict=True, delimiter=separator)
     records = []
     start = 0
     try:
         for cells in reader:
-            blank = not any(cell.strip() for cell in cells)
             raw = "".join(lines[start : reader.line_num])
+            blank = not any(cell.strip() for cell in cells) or _NAMED_SEPARATOR.fullmatch(raw)
             records.append(_Record(start + 1, raw, [] if blank else cells))
             start = reader.line_num
     except csv.Error as error:
@@ -612,7 +629,7 @@ def _with_row(path: Path, data: bytes | None, names: _Names, name: str, caption:
     """The CSV with the caption of that poster in its first row for it, or in a row at the end."""
     if data is None or not data.strip():
         heading = _Record(1, "file_name,caption\n", ["file_name", "caption"])
-        sheet = _Sheet([heading], "utf-8", 2, 0, 1)
+        sheet = _Sheet([heading], "utf-8", ",", 2, 0, 1)
     else:
         sheet = _parse(path, data)
     line_end = "\r\n" if "\r\n" in sheet.records[0].raw else "\n"
@@ -639,7 +656,7 @@ def _line(sheet: _Sheet, cells: Sequence[str], name: str, caption: str, line_end
     filled[sheet.name_column] = filled[sheet.name_column] or name
     filled[sheet.caption_column] = caption
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator=line_end).writerow(filled)
+    csv.writer(buffer, delimiter=sheet.separator, lineterminator=line_end).writerow(filled)
     return buffer.getvalue()
 
 

@@ -11,12 +11,14 @@ import base64
 import bisect
 import io
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from posterpipe.core.images import open_image, upright
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
 
@@ -205,19 +207,19 @@ def _read(picture: Picture, enough: tuple[int, int] | None = None) -> Image.Imag
     then decoded at a fraction of their size, in a fraction of the time."""
     if isinstance(picture, Image.Image):
         return picture
-    with Image.open(picture) as image:
-        if enough:
-            # Twice as much, so that shrinking the rest is smooth; square, as it may be turned.
-            image.draft(None, (2 * max(enough), 2 * max(enough)))
-        image.load()
-        return ImageOps.exif_transpose(image)
+    image = open_image(picture.read_bytes(), max_pixels=sys.maxsize)  # it was let in before
+    if enough:
+        # Twice as much, so that shrinking the rest is smooth; square, as it may be turned.
+        image.draft(None, (2 * max(enough), 2 * max(enough)))
+    image.load()
+    return upright(image)
 
 
 def _thumbnail(picture: Picture | None, cell: tuple[int, int]) -> Image.Image | None:
     """A picture that fits into the cell; None for one that is not there or cannot be read."""
     try:
         image = None if picture is None else _read(picture, cell).convert("RGB")
-    except OSError:
+    except Exception:  # damaged files make Pillow raise nearly anything
         return None
     return image and ImageOps.contain(image, cell, Image.Resampling.LANCZOS)
 

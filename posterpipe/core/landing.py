@@ -47,8 +47,8 @@ from posterpipe.core.progress import NoProgress, Progress
 from posterpipe.core.store import Store, compute_missing, content_key
 from posterpipe.settings import ImageSettings
 
-INSPECT_VERSION = 3
-"""Raise it when `_judge` judges differently: every file is then read again."""
+INSPECT_VERSION = 4
+"""Raise it when `_judge` or `_inspect` judges differently: every file is then judged again."""
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif")
 """The thesis's five and four more. They choose files; the format comes from the content."""
@@ -301,6 +301,12 @@ def _file_key(place: Place, entry: Entry) -> str:
     return content_key(_FILES, place.key(entry), entry.size, entry.mtime_ns, entry.identity)
 
 
+def _refusals() -> str:
+    """Digest of what decides which files are refused by name and size. It is no part of the key of
+    a file: one whose bytes are known need not be read again when it changes."""
+    return content_key(INSPECT_VERSION, EXTENSIONS, MAX_BYTES)
+
+
 def _content_key(poster_id: str) -> str:
     return content_key(_CONTENTS, INSPECT_VERSION, poster_id)
 
@@ -316,7 +322,8 @@ _NOTHING_KNOWN: Mapping[str, Any] = {
     "decoded": True,
     "perceptual_hash": "",
 }
-"""Facts of a file (the first four) and of its content.
+"""Facts of a file (the first four) and of its content. A file that was refused by its name or size
+has `refusals` besides: by which rules.
 
 `problem`: why it can be no poster, whatever the limits on size are. `transient`: whether that may
 pass by itself, so that the file is looked at again. `decoded`: False where `max_pixels` forbade it.
@@ -397,7 +404,7 @@ def _holds(
     if file is None or file["transient"]:
         return False
     if file["problem"]:
-        return True
+        return bool(file.get("refusals") == _refusals())
     content = contents.get(_content_key(file["poster_id"]))
     if content is None:
         return False
@@ -422,7 +429,7 @@ def _inspect(
         file["problem"] = f"{entry.size} bytes are more than {MAX_BYTES}; export it smaller"
     try:
         if file["problem"]:
-            return {**file, "poster_id": place.sha256(entry)}, None
+            return {**file, "poster_id": place.sha256(entry), "refusals": _refusals()}, None
         data = place.read(entry)
     except SourceChanged:
         problem = f"{CHANGED}; materialize {place.role.asset} again"

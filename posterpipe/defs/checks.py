@@ -18,6 +18,7 @@ import dagster as dg
 
 from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs.resources import TABLE_VERSION, Deployment, Table, table_preview
+from posterpipe.defs.timing import cron_of
 from posterpipe.settings import Settings
 
 if TYPE_CHECKING:
@@ -720,11 +721,12 @@ def score_freshness_schedule(settings: Settings) -> dg.ScheduleDefinition:
         dg.AssetSelection.checks(key),
         description="Whether the scores are those of the current images, and how old they are.",
     )
-    return dg.ScheduleDefinition(
-        name="score_freshness",
-        job=job,
-        cron_schedule=settings.checks.freshness_cron,
-        execution_timezone="UTC",
-        default_status=dg.DefaultScheduleStatus.RUNNING,
-        description="Once a day: are the scores those of the current images?",
-    )
+    with cron_of("checks.freshness_cron", settings.checks.freshness_cron):
+        return dg.ScheduleDefinition(
+            name="score_freshness",
+            job=job,
+            cron_schedule=settings.checks.freshness_cron,
+            execution_timezone="UTC",
+            default_status=dg.DefaultScheduleStatus.RUNNING,
+            description="Once a day: are the scores those of the current images?",
+        )

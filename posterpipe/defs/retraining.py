@@ -25,7 +25,8 @@ from posterpipe.defs.staleness import (
     stale_assets,
     used_version,
 )
-from posterpipe.settings import Settings, SettingsError
+from posterpipe.defs.timing import cron_of
+from posterpipe.settings import Settings
 
 if TYPE_CHECKING:
     from posterpipe.core.retraining import Situation
@@ -60,13 +61,8 @@ def schedules(settings: Settings) -> tuple[dg.ScheduleDefinition, ...]:
         f"or got another caption, or the change is {automation.max_age_days:g} days old; also when "
         "there is no checkpoint, or its settings, code or base model changed. Else it says why.",
     )
-    try:
+    with cron_of("automation.training_cron", automation.training_cron):
         return (decorated(training),)
-    except dg.DagsterInvalidDefinitionError as error:
-        raise SettingsError(
-            f"automation.training_cron: {automation.training_cron!r} is no cron schedule; write "
-            "minute, hour, day, month and weekday, such as 0 2 * * *"
-        ) from error
 
 
 def consider_training(

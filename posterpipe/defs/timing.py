@@ -1,17 +1,19 @@
 """When each asset runs, said in its description.
 
-What belongs here: the sentence that follows from the graph and the settings. What does not: the
-rules themselves (`automation`, `arrivals`, `retraining`, `sweep`).
+What belongs here: the sentence that follows from the graph and the settings, and what is said of
+settings that give no time. What does not: the rules themselves (`automation`, `arrivals`,
+`retraining`, `sweep`).
 """
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import dagster as dg
 
 from posterpipe.defs.arrivals import ROOTS
 from posterpipe.defs.automation import ON_SCHEDULE, follows_its_inputs
-from posterpipe.settings import Settings
+from posterpipe.settings import Settings, SettingsError
 
 SOURCES = {
     "raw_posters": "the folder or bucket of posters",
@@ -20,6 +22,19 @@ SOURCES = {
     "prompt_suite": "the file of the prompt suite",
 }
 """What a change of makes each of ROOTS due."""
+
+
+@contextlib.contextmanager
+def cron_of(setting: str, cron: str) -> Iterator[None]:
+    """Around the making of a schedule. Raises SettingsError, naming the setting, where its value is
+    no cron schedule."""
+    try:
+        yield
+    except dg.DagsterInvalidDefinitionError as error:
+        raise SettingsError(
+            f"{setting}: {cron!r} is no cron schedule; write minute, hour, day, month and weekday, "
+            "such as 0 2 * * *"
+        ) from error
 
 
 def described(

@@ -290,7 +290,7 @@ def test_a_sidecar_without_a_poster_is_said(project: Project) -> None:
     [
         (b"", ":1: empty"),
         (b"name,caption\ncat.png,a cat\n", ":1: its columns are name, caption"),
-        (b"\nfile_name;caption\ncat.png;a cat\n", ":2: .*separated by commas"),
+        (b"\nfile_name|caption\ncat.png|a cat\n", ":2: .*separated by commas"),
         (b"file_name,caption,caption\n", ":1: "),
         (b"file_name,caption\ncat.png,caf\xe9\n", ":2: not UTF-8"),
         (b'file_name,caption\ncat.png,a cat\nrocket.png,"a rocket\n', ":3: .*double quotes"),
@@ -303,6 +303,20 @@ def test_a_csv_that_cannot_be_read_is_an_error_with_file_and_line(
     project.csv.write_bytes(data)
     with pytest.raises(CaptionsFileError, match=f"captions.csv{message}"):
         project.read()
+
+
+@pytest.mark.parametrize("beginning", ["", "sep={}\r\n"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_csv_as_spreadsheets_write_it_is_read_and_keeps_its_form(
+    project: Project, separator: str, beginning: str
+) -> None:
+    start = beginning.format(separator)
+    heading = f"file_name{separator}caption\r\n"
+    project.csv.write_text(f"{start}{heading}cat.png{separator}a cat\r\n", newline="")
+    assert project.accepted() == {"cat.png": "a cat"}
+    project.write("cat.png", "a cat, asleep; purring", "a cat")
+    assert project.accepted() == {"cat.png": "a cat, asleep; purring"}
+    assert project.csv.read_bytes().startswith(f"{start}{heading}cat.png{separator}".encode())
 
 
 def test_a_folder_in_the_place_of_the_csv_is_an_error(project: Project) -> None:

@@ -275,6 +275,15 @@ def test_lost_bytes_are_copied_into_the_store_again(folder: Path, store: Store) 
     assert store.has(poster_id)
 
 
+def test_a_file_that_another_version_refused_by_its_name_is_looked_at_again(
+    folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poster(folder / "a.png").rename(folder / "a.jfif")
+    assert scan(folder, LIMITS, store)["status"].tolist() == ["rejected"]
+    monkeypatch.setattr(landing, "EXTENSIONS", (*landing.EXTENSIONS, ".jfif"))
+    assert scan(folder, LIMITS, store)["status"].tolist() == ["ok"]
+
+
 def test_a_file_that_is_too_large_is_refused(
     folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

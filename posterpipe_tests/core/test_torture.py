@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from posterpipe.core.gallery import contact_sheet
 from posterpipe.core.images import resize_posters
 from posterpipe.core.landing import scan
 from posterpipe.core.store import Store
@@ -120,6 +121,15 @@ def test_the_tables_can_be_kept(batch: Batch) -> None:
     version = batch.store.write_table("raw_posters", batch.posters)
     kept = batch.store.read_table("raw_posters", version)
     assert list(kept["source_name"]) == list(batch.posters["source_name"])
+
+
+def test_what_is_usable_can_be_shown(batch: Batch, tmp_path: Path) -> None:
+    missing = contact_sheet([(tmp_path / "gone.png", "")])
+    usable = [case for case in CASES if case.status == "ok"]
+    for case in usable:
+        poster = batch.store.path(batch.rows[case.source_name]["poster_id"])
+        assert contact_sheet([(poster, "")]) != missing, case.kind
+    assert usable
 
 
 def test_a_second_scan_says_the_same(folder: Path, batch: Batch) -> None:

@@ -17,6 +17,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -617,6 +618,20 @@ def _damaged() -> Iterator[Case]:
         )
 
     yield _bytes("JPEG with broken EXIF", broken_exif, "ok", look=QUADRANTS, extension=".jpg")
+    for image_format in ("PNG", "WEBP"):
+        yield _bytes(
+            f"{image_format} whose EXIF is no EXIF",
+            partial(
+                encoded,
+                quadrants(),
+                image_format,
+                exif=b"Exif\0\0garbage!",
+                **FINE.get(image_format, {}),
+            ),
+            "ok",
+            look=QUADRANTS,
+            extension=f".{image_format.lower()}",
+        )
 
     def trailing() -> bytes:
         return encoded(quadrants(), "JPEG", **FINE["JPEG"]) + b"\0garbage" * 1000
