@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,34 @@ CHANGED, UNREADABLE = "changed while it was read", "cannot be read"
 _PASSING = (CHANGED, UNREADABLE, TOO_LITTLE_MEMORY)
 """How reasons begin that may pass by themselves."""
 
+MEMORY_BYTES = 2**30
+"""Of posters that are in memory, undecoded, at one moment. A larger one is there alone."""
+
+
+class _Allowance:
+    """So many bytes for all threads together."""
+
+    def __init__(self, total: int) -> None:
+        self._total = self._free = total
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, size: int) -> Iterator[None]:
+        """Waits until `size` bytes, or all of them, are free."""
+        size = min(size, self._total)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += size
+                self._changed.notify_all()
+
+
 # A bucket is read by many threads, and a decoded poster may take half a gigabyte.
+_reading = _Allowance(MEMORY_BYTES)
 _decoding = threading.BoundedSemaphore(cores())
 
 
@@ -340,12 +368,14 @@ def _facts(
     """Facts of each file, by its key: those that are known, and the others read now."""
     contents: dict[str, dict[str, Any]] = {}
 
+    def look(key: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        with _reading.of(files[key].size):
+            return _inspect(place, files[key], limits, store)
+
     def inspect(keys: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         unsaved: dict[str, dict[str, Any]] = {}
         with progress.task("read posters", len(keys), "files") as tick:
-            found = parallel_map(
-                lambda key: _inspect(place, files[key], limits, store), keys, place.threads
-            )
+            found = parallel_map(look, keys, place.threads)
             try:
                 for key, (file, content) in zip(keys, found, strict=True):
                     if content:

@@ -513,6 +513,36 @@ def test_objects_of_a_bucket_are_fetched_once_and_at_the_same_time(
     assert scan(Bucket("memory://posters"), LIMITS, store).equals(first)
 
 
+def test_objects_that_are_large_together_are_not_in_memory_together(
+    bucket: Bucket, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(6):
+        buffer = io.BytesIO()
+        drawing(number).save(buffer, "PNG")
+        upload(f"{number}.png", buffer.getvalue())
+    sizes = sorted(entry.size for entry in bucket.entries())
+    allowed = sizes[-1] + sizes[0]  # any two at most
+    monkeypatch.setattr(landing, "_reading", landing._Allowance(allowed))
+    held: list[int] = []
+    most = []
+    judge, read = landing._judge, Bucket.read
+
+    def reading(place: Bucket, entry: Entry) -> bytes:
+        held.append(entry.size)
+        most.append(sum(held))
+        return read(place, entry)
+
+    def judging(data: bytes, limits: ImageSettings) -> dict:
+        threading.Event().wait(0.02)  # for others to come in meanwhile
+        held.remove(len(data))
+        return judge(data, limits)
+
+    monkeypatch.setattr(Bucket, "read", reading)
+    monkeypatch.setattr(landing, "_judge", judging)
+    assert scan(bucket, LIMITS, store)["status"].tolist() == ["ok"] * 6
+    assert sizes[-1] < max(most) <= allowed
+
+
 def test_an_object_that_was_replaced_since_it_was_listed_is_read_later(
     bucket: Bucket, store: Store
 ) -> None:
