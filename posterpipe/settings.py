@@ -10,6 +10,7 @@ path. Environment variables win over the profile: `POSTERPIPE_TRAINING__MAX_TRAI
 
 from __future__ import annotations
 
+import itertools
 import os
 import tomllib
 from pathlib import Path

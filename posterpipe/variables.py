@@ -90,8 +90,12 @@ def _variable(place: tuple[int | str, ...]) -> str:
 
 
 def problem(settings: type[BaseModel], place: tuple[int | str, ...], message: str) -> str:
-    """What is wrong with a value, and the form of the variable that gave it, where it has one."""
-    told = f"{'.'.join(str(part) for part in place)}: {message}"
+    """What is wrong with a value, and the form of the variable that gave it, where it has one.
+
+    `place` as pydantic gives it; nothing where several settings do not go together.
+    """
+    said = message.removeprefix("Value error, ")  # pydantic's words for what a validator said
+    told = ": ".join(filter(None, [".".join(str(part) for part in place), said]))
     key = _variable(place)
     given = any(name.upper() == key for name in os.environ)
     kinds = _variables(settings)

@@ -79,7 +79,7 @@ def resized_posters(
     group_name="dataset",
     kinds={"python", "csv"},
     owners=["team:data"],
-    code_version="2",
+    code_version="3",
     io_manager_key=TABLES,
     metadata=columns(
         source_name="string: the poster, as in raw_posters; what the file says if there is none",

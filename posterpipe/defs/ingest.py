@@ -46,7 +46,7 @@ _COLUMNS = columns(**_DESCRIBED)
     group_name="ingest",
     kinds={"python", "pillow"},
     owners=["team:data"],
-    code_version="3",
+    code_version="4",
     io_manager_key=TABLES,
     metadata=_COLUMNS,
 )
@@ -91,7 +91,7 @@ def raw_posters(
     group_name="ingest",
     kinds={"python", "pillow"},
     owners=["team:data"],
-    code_version="3",
+    code_version="4",
     io_manager_key=TABLES,
     metadata=columns(**_DESCRIBED, caption="string: what the text file beside it says"),
 )

@@ -18,8 +18,8 @@ from posterpipe.settings import load_settings
 ROOT = Path(posterpipe.core.__file__).parent
 
 RAISED_FOR: dict[str, tuple[object, dict[str, int]]] = {
-    "landing.INSPECT_VERSION": (3, {"raw_posters": 3, "holdout_posters": 3}),
-    "captions.READ_VERSION": (2, {"human_captions": 2, "holdout_posters": 3}),
+    "landing.INSPECT_VERSION": (4, {"raw_posters": 4, "holdout_posters": 4}),
+    "captions.READ_VERSION": (3, {"human_captions": 3, "holdout_posters": 4}),
     "images.PREPARE_VERSION": (2, {"resized_posters": 2, "fidelity_scores": 3}),
     "captioner.CAPTION_VERSION": (2, {"poster_captions": 2}),
     "sampler.SAMPLER_VERSION": (
