@@ -21,7 +21,7 @@ from posterpipe.core import quality
 from posterpipe.core.images import hash_distance, perceptual_hash, png_bytes
 from posterpipe.core.landing import scan_holdout
 from posterpipe.core.quality import Finding
-from posterpipe.core.quality.training_set import _near_pairs
+from posterpipe.core.quality.training_set import _nearest
 from posterpipe.core.store import Store
 from posterpipe.settings import ImageSettings, default_root
 
@@ -523,22 +523,33 @@ def test_without_holdout_posters_nothing_is_compared_and_the_check_says_so(
 
 @UNTIMED
 @given(st.lists(HASHES, max_size=12), st.lists(HASHES, max_size=12), st.integers(-1, 40))
-def test_all_pairs_of_hashes_within_the_distance_are_found(
+def test_the_nearest_hash_within_the_distance_is_found_for_each(
     ours: list[str], theirs: list[str], distance: int
 ) -> None:
-    expected = [
-        (place, other, hash_distance(a, b))
-        for place, a in enumerate(ours)
-        for other, b in enumerate(theirs)
-        if hash_distance(a, b) <= distance
+    nearest = [
+        min((hash_distance(a, b), other) for other, b in enumerate(theirs)) for a in ours if theirs
     ]
-    assert _near_pairs(ours, theirs, distance) == expected
+    expected = [
+        (place, other, bits) for place, (bits, other) in enumerate(nearest) if bits <= distance
+    ]
+    assert _nearest(ours, theirs, distance) == expected
 
 
-def test_pairs_are_found_in_every_part_of_a_large_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_ones_are_found_in_every_part_of_a_large_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(quality.training_set, "_PAIRS_AT_ONCE", 7)
     ours = [f"{place:016x}" for place in range(10)]
-    assert _near_pairs(ours, ours[:3], 0) == [(0, 0, 0), (1, 1, 0), (2, 2, 0)]
+    assert _nearest(ours, ours[:3], 0) == [(0, 0, 0), (1, 1, 0), (2, 2, 0)]
+
+
+def test_posters_of_one_template_in_both_sets_are_a_row_each(tmp_path: Path) -> None:
+    count = 40
+    table = training_set(tmp_path, *[f"a cat {place}" for place in range(count)])
+    posters = raw_posters(*[f"{place}.png" for place in range(count)], hashes=["1f" * 8] * count)
+    held = holdout(**{f"held{place}": "1f" * 8 for place in range(count)})
+    finding = quality.holdout_overlap(table, posters, held, 4)
+    assert (finding.actual, len(finding.offenders)) == (count, count)
 
 
 def test_the_starter_posters_and_their_holdout_set_are_apart(tmp_path: Path, store: Store) -> None:
