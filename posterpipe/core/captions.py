@@ -1,8 +1,8 @@
 """Captions by people: sidecars beside the posters, and `captions.csv`.
 
 What belongs here: reading them, saying which of several counts, giving them to posters, and writing
-one from a page. What does not: captions by the model (`captioner`) and how captions are worded for
-training (`training_set`).
+one from a page or taking it back. What does not: captions by the model (`captioner`) and how
+captions are worded for training (`training_set`).
 
 A sidecar is a text file beside its poster: `rocket.png.txt`, or `rocket.txt` for every poster of
 that stem. `captions.csv` has the columns file_name (path inside the landing folder) and caption;
@@ -193,6 +193,8 @@ class _Claim:
     where: str
     caption: str
     problem: str = ""
+    line: int = 0
+    """Of the CSV."""
 
 
 def _rows(name: str, claims: Sequence[_Claim]) -> list[dict[str, str]]:
@@ -429,7 +431,7 @@ def _csv_claims(given: CaptionsCsv, posters: Sequence[str]) -> Iterator[tuple[st
                 problem = str(error)
         if poster is None and not problem:
             problem = f"no poster of that name{names.hint(written)}"
-        yield poster or written.strip(), _Claim(CSV, where, caption, problem)
+        yield poster or written.strip(), _Claim(CSV, where, caption, problem, record.line)
 
 
 class _Names:
@@ -576,7 +578,6 @@ def write_human_caption(
     """
     caption = clean_caption(caption)
     csv_path = csv_path.resolve()
-    csv_path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(csv_path.parent):
         for _ in range(_ATTEMPTS):
             path = _try_write(place, csv_path, name, caption, seen)
@@ -585,44 +586,120 @@ def write_human_caption(
     raise CaptionsFileError(f"{csv_path}: another program keeps writing it; close it there")
 
 
-def _try_write(
-    place: Place, csv_path: Path, name: str, caption: str, seen: str | None
-) -> Path | None:
-    """The file written; None where it was changed between reading and writing."""
+def remove_human_caption(place: Place, csv_path: Path, name: str, *, seen: str) -> str | None:
+    """Take back the caption that people gave the poster `name`; the one by a person that counts
+    from then on, None where there is none.
+
+    `seen`: as for `write_human_caption`, whose care for other writers this has too. The poster's
+    text file goes, and so do the rows of the CSV that say the same; what says something else stays.
+
+    Raises CaptionRejected (unknown poster, a text file of several posters or one in a bucket),
+    CaptionConflict, CaptionsFileError and PlaceMissing.
+    """
+    csv_path = csv_path.resolve()
+    removed = False
+    with _locked(csv_path.parent):
+        for _ in range(_ATTEMPTS):
+            now = _standing(place, csv_path, name)
+            if now.caption != seen:
+                if not removed:
+                    raise CaptionConflict(name, now.caption)
+                return now.caption
+            removed = _try_remove(place, csv_path, name, now) or removed
+    raise CaptionsFileError(f"{csv_path}: another program keeps writing it; close it there")
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """The caption by a person that counts for a poster at one moment, and where it stands."""
+
+    caption: str | None
+    sidecar: Entry | None
+    """None where it stands in the CSV, or nowhere."""
+    sharing: tuple[str, ...]
+    """Other posters that the sidecar speaks for."""
+    posters: list[str]
+    sheet: bytes | None
+    """The CSV."""
+    lines: frozenset[int]
+    """Of the rows that give this poster this caption."""
+
+
+def _standing(place: Place, csv_path: Path, name: str) -> _Standing:
     posters, texts = _split(place.entries())
     if name not in posters:
         raise CaptionRejected(f"{name}: no poster of that name in {place.location}")
     sidecars = _candidates(name, texts)
     facts = _read_sidecars(place, sidecars, None, NoProgress())
     sidecar = next((e for e in sidecars if not facts[source_name(e)]["problem"]), None)
-    before = _read_bytes(csv_path)
-    if sidecar is None:
-        claims = _csv_claims(CaptionsCsv(csv_path, before), posters)
-        row = _winner(claim for poster, claim in claims if poster == name)
-        current = row.caption if row else None
-    else:
-        current = facts[source_name(sidecar)]["caption"]
-    if current != seen:
-        raise CaptionConflict(name, current)
-    if sidecar is None:
-        after = _with_row(csv_path, before, _Names(posters), name, caption)
-        return csv_path if _replace(csv_path, before, after) else None
+    sheet = _read_bytes(csv_path)
+    if sidecar is not None:
+        caption = facts[source_name(sidecar)]["caption"]
+        owners = [poster for poster in posters if sidecar in _candidates(poster, texts)]
+        sharing = tuple(poster for poster in owners if poster != name)
+        return _Standing(caption, sidecar, sharing, posters, sheet, frozenset())
+    rows = [
+        claim
+        for poster, claim in _csv_claims(CaptionsCsv(csv_path, sheet), posters)
+        if poster == name and not claim.problem
+    ]
+    caption = rows[0].caption if rows else None
+    lines = frozenset(row.line for row in rows if row.caption == caption)
+    return _Standing(caption, None, (), posters, sheet, lines)
+
+
+def _folder(place: Place, name: str, sidecar: Entry) -> Path:
+    """Where the sidecars lie that are written here. Raises CaptionRejected for a bucket."""
     if not isinstance(place, Folder):
         raise CaptionRejected(
             f"{name}: its caption lies beside it in {place.location}; change {sidecar.name} there"
         )
-    owners = [poster for poster in posters if sidecar in _candidates(poster, texts)]
-    if len(owners) > 1:
+    return Path(place.location)
+
+
+def _try_write(
+    place: Place, csv_path: Path, name: str, caption: str, seen: str | None
+) -> Path | None:
+    """The file written; None where it was changed between reading and writing."""
+    now = _standing(place, csv_path, name)
+    if now.caption != seen:
+        raise CaptionConflict(name, now.caption)
+    if now.sidecar is None:
+        after = _with_row(csv_path, now.sheet, _Names(now.posters), name, caption)
+        return csv_path if _replace(csv_path, now.sheet, after) else None
+    folder = _folder(place, name, now.sidecar)
+    if now.sharing:
         # The shorter name speaks for other posters as well; they keep it.
-        path = Path(place.location) / f"{name}.txt"
+        path = folder / f"{name}.txt"
         return path if _replace(path, _read_bytes(path), f"{caption}\n".encode()) else None
-    path = Path(place.location) / sidecar.name
+    path = folder / now.sidecar.name
     try:
-        old = place.read(sidecar)
+        old = place.read(now.sidecar)
     except SourceChanged:
         return None
     _, encoding = _decode(old)
     return path if _replace(path, old, f"{caption}\n".encode(encoding)) else None
+
+
+def _try_remove(place: Place, csv_path: Path, name: str, now: _Standing) -> bool:
+    """Whether the caption was removed from where it counts; not so where that was changed between
+    reading and writing."""
+    if now.sidecar is None:
+        assert now.sheet is not None
+        sheet = _parse(csv_path, now.sheet)
+        kept = "".join(record.raw for record in sheet.records if record.line not in now.lines)
+        return _replace(csv_path, now.sheet, kept.encode(sheet.encoding))
+    folder = _folder(place, name, now.sidecar)
+    if now.sharing:
+        raise CaptionRejected(
+            f"{name}: its caption lies in {now.sidecar.name}, which speaks for "
+            f"{', '.join(now.sharing)} too; change that file, or write a caption for this poster"
+        )
+    try:
+        old = place.read(now.sidecar)
+    except SourceChanged:
+        return False
+    return _replace(folder / now.sidecar.name, old, None)
 
 
 def _with_row(path: Path, data: bytes | None, names: _Names, name: str, caption: str) -> bytes:
@@ -660,12 +737,15 @@ def _line(sheet: _Sheet, cells: Sequence[str], name: str, caption: str, line_end
     return buffer.getvalue()
 
 
-def _replace(path: Path, before: bytes | None, after: bytes) -> bool:
-    """Write the file unless it is not any more what was read."""
+def _replace(path: Path, before: bytes | None, after: bytes | None) -> bool:
+    """Write the file, or remove it for None, unless it is not any more what was read."""
     try:
         now = path.read_bytes() if path.exists() else None
         if now != before:
             return False
+        if after is None:
+            path.unlink(missing_ok=True)
+            return True
         mode = path.stat().st_mode & 0o777 if now is not None else None
         write_atomic(path, after)
         if mode is not None:
@@ -680,6 +760,7 @@ def _replace(path: Path, before: bytes | None, after: bytes) -> bool:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One writer at a time, among processes and threads; the lock ends with its holder."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:  # Windows: `_replace` still notices most of what another one wrote

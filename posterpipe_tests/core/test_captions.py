@@ -18,6 +18,7 @@ from posterpipe.core.captions import (
     CaptionsFileError,
     captions_by_poster,
     read_human_captions,
+    remove_human_caption,
     unread_count,
     write_human_caption,
 )
@@ -65,6 +66,9 @@ class Project:
 
     def write(self, name: str, caption: str, seen: str | None) -> Path:
         return write_human_caption(self.place, self.csv, name, caption, seen=seen)
+
+    def remove(self, name: str, seen: str) -> str | None:
+        return remove_human_caption(self.place, self.csv, name, seen=seen)
 
 
 @pytest.fixture
@@ -494,7 +498,7 @@ def test_a_row_that_an_editor_saves_in_the_same_instant_is_kept(
     replace = module._replace
     saved: list[Path] = []
 
-    def editor_first(path: Path, before: bytes | None, after: bytes) -> bool:
+    def editor_first(path: Path, before: bytes | None, after: bytes | None) -> bool:
         if not saved:
             saved.append(path)
             project.csv.write_text("file_name,caption\ntree.jpg,by editor\n", "utf-8")
@@ -546,3 +550,42 @@ def test_writers_at_the_same_time_lose_no_row(project: Project, tmp_path: Path) 
         worker.join()
     assert project.accepted() == {name: f"caption of {name}" for name in names}
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_caption_taken_back_leaves_all_else_in_the_csv_byte_for_byte(project: Project) -> None:
+    kept = ["\ufefffile_name,caption,by\r\n", "rocket.png,a rocket,me\r\n", "\r\n"]
+    gone = [" cat.png ,a cat,you\r\n", "cat.png,a  cat,them"]
+    project.csv.write_bytes("".join([*kept[:2], gone[0], kept[2], gone[1]]).encode())
+    assert project.remove("cat.png", "a cat") is None
+    assert project.csv.read_bytes().decode() == "".join(kept)
+    assert project.accepted() == {"rocket.png": "a rocket"}
+    assert project.remove("rocket.png", "a rocket") is None
+    assert project.accepted() == {} and project.rejected() == {}
+
+
+def test_a_caption_taken_back_goes_from_the_text_file_and_from_the_csv(project: Project) -> None:
+    project.sidecar("cat.png.txt", "a cat\n")
+    project.csv.write_text("file_name,caption\ncat.png,a cat\n", "utf-8")
+    assert project.remove("cat.png", "a cat") is None
+    assert not (project.landing / "cat.png.txt").exists()
+    assert project.csv.read_text("utf-8") == "file_name,caption\n"
+
+
+def test_other_words_than_those_taken_back_stay_and_are_told(project: Project) -> None:
+    project.sidecar("cat.txt", "a cat")
+    project.csv.write_text("file_name,caption\ncat.png,a tomcat\n", "utf-8")
+    assert project.remove("cat.png", "a cat") == "a tomcat"
+    assert project.accepted() == {"cat.png": "a tomcat"}
+
+
+def test_what_was_changed_meanwhile_or_is_shared_is_not_taken_back(project: Project) -> None:
+    project.poster("cat.jpg")
+    project.sidecar("cat.txt", "both")
+    with pytest.raises(CaptionConflict) as caught:
+        project.remove("cat.png", "older")
+    assert caught.value.current == "both"
+    with pytest.raises(CaptionRejected, match="which speaks for"):
+        project.remove("cat.png", "both")
+    assert project.accepted() == {"cat.jpg": "both", "cat.png": "both"}
+    project.write("cat.png", "only this", "both")
+    assert project.remove("cat.png", "only this") == "both"
