@@ -22,7 +22,11 @@ from typing import Literal
 import pandas as pd
 from PIL import Image, ImageOps
 
-from posterpipe.core.captions import read_human_captions, write_human_caption
+from posterpipe.core.captions import (
+    read_human_captions,
+    remove_human_caption,
+    write_human_caption,
+)
 from posterpipe.core.files import file_signature
 from posterpipe.core.landing import EXTENSIONS
 from posterpipe.core.listing import Entry, SourceChanged, listing_digest, open_place, source_name
@@ -32,6 +36,8 @@ from posterpipe.core.store import Store, TableMissing
 from posterpipe.settings import Settings
 
 Source = Literal["human", "machine", "none"]
+
+TAKEN_BACK = "Its caption was taken back; the captioner describes it when the pipeline runs."
 
 LOOKED_SECONDS = 2.0
 """How long a listing of the folder holds: pages ask at every click."""
@@ -100,9 +106,18 @@ class CaptionDesk:
         CaptionConflict, CaptionRejected, CaptionsFileError and PlaceMissing.
         """
         path = write_human_caption(self._place, self._csv, name, caption, seen=seen)
-        with self._lock:
-            self._looked, self._signature = -LOOKED_SECONDS, None
+        self._look_anew()
         return path
+
+    def take_back(self, name: str, *, seen: str) -> str | None:
+        """Removes a poster's caption by a person, so that the captioner's counts; the one by a
+        person that counts all the same, where another file gives it one.
+
+        `seen` and what is raised: as for `save`.
+        """
+        left = remove_human_caption(self._place, self._csv, name, seen=seen)
+        self._look_anew()
+        return left
 
     def picture(self, name: str) -> bytes | None:
         """A small picture of a poster as PNG, None where it cannot be read."""
@@ -120,6 +135,10 @@ class CaptionDesk:
         """What changes when the poster's file does."""
         entry = self._entries.get(name)
         return (entry.size, entry.mtime_ns, entry.identity) if entry else (0, 0, "")
+
+    def _look_anew(self) -> None:
+        with self._lock:
+            self._looked, self._signature = -LOOKED_SECONDS, None
 
     def _versions(self) -> tuple[str | None, ...]:
         if not self._store_root.exists():
@@ -142,7 +161,7 @@ class CaptionDesk:
         flags: dict[str, list[str]] = {}
         for row in human[human["status"] != "ok"].itertuples(index=False):
             flags.setdefault(str(row.source_name), []).append(f"Not used: {row.reason}.")
-        captions = self._pipeline(flags)
+        captions = self._pipeline(flags, set(written))
         names = [
             source_name(entry)
             for entry in entries
@@ -174,9 +193,14 @@ class CaptionDesk:
             )
         return rows
 
-    def _pipeline(self, flags: dict[str, list[str]]) -> dict[str, tuple[str, str]]:
-        """Caption and source by source_name, as of the last run; what it says of posters goes to
-        `flags`."""
+    def _pipeline(
+        self, flags: dict[str, list[str]], described: set[str]
+    ) -> dict[str, tuple[str, str]]:
+        """Caption and source by source_name, as of the last run, but for captions by people that
+        were taken back since; what it says of posters goes to `flags`.
+
+        `described`: the posters to which people give a caption now.
+        """
         posters, captions = self._table("raw_posters"), self._table("poster_captions")
         if posters is None:
             return {}
@@ -186,6 +210,8 @@ class CaptionDesk:
             for row in captions.itertuples(index=False):
                 by_poster[str(row.poster_id)] = (str(row.caption or ""), str(row.source or ""))
                 reasons[str(row.poster_id)] = str(row.reason or "")
+        # A person's caption counts for every name of the same poster.
+        by_people = set(posters.loc[posters["source_name"].isin(described), "poster_id"])
         found = {}
         for row in posters.itertuples(index=False):
             name, poster_id = str(row.source_name), str(row.poster_id)
@@ -196,7 +222,11 @@ class CaptionDesk:
                 flags.setdefault(name, []).append(f"Looks nearly like {near}.")
             if reasons.get(poster_id):
                 flags.setdefault(name, []).append(_capital(f"{reasons[poster_id]}."))
-            if poster_id in by_poster:
+            if poster_id not in by_poster:
+                continue
+            if by_poster[poster_id][1] == "human" and poster_id not in by_people:
+                flags.setdefault(name, []).append(TAKEN_BACK)
+            else:
                 found[name] = by_poster[poster_id]
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,13 @@ def looks_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caption_desk, "LOOKED_SECONDS", 0.0)
 
 
-def captioned(settings: Settings, **captions: str) -> None:
+def captioned(settings: Settings, source: str = "model", **captions: str) -> None:
     """What the pipeline leaves: the tables of posters and captions."""
     store = Store(settings.path(settings.store))
     posters = scan(settings.landing, settings.images, store, NoProgress())
     store.write_table("raw_posters", posters)
     rows = [
-        {"poster_id": poster_id, "caption": captions[Path(name).stem], "source": "model",
+        {"poster_id": poster_id, "caption": captions[Path(name).stem], "source": source,
          "model": "blip", "revision": "x", "status": "ok", "reason": ""}
         for name, poster_id in zip(posters["source_name"], posters["poster_id"], strict=True)
         if Path(name).stem in captions
@@ -70,6 +71,33 @@ def test_a_persons_caption_stands_before_the_machines_and_what_is_odd_is_flagged
     assert any("repeats itself" in flag for flag in rows["two.png"].flags)
     assert any("longer than" in flag for flag in rows["four.png"].flags)
     assert "1 other poster has the same caption." in rows["one.png"].flags
+
+
+def test_a_caption_taken_back_is_the_captioners_again(deployment: Settings) -> None:
+    captioned(deployment, one="a red sheet")
+    desk = CaptionDesk(deployment)
+    desk.save("one.png", "mine", seen=None)
+    assert desk.take_back("one.png", seen="mine") is None
+    row = by_name(desk)["one.png"]
+    assert (row.caption, row.source, row.written) == ("a red sheet", "machine", None)
+
+
+def test_a_caption_that_the_pipeline_had_taken_up_is_gone_when_it_is_taken_back(
+    deployment: Settings,
+) -> None:
+    landing = Path(str(deployment.landing))
+    shutil.copy(landing / "one.png", landing / "copy.png")
+    captioned(deployment, source="human", one="mine", copy="mine", two="mine too")
+    desk = CaptionDesk(deployment)
+    desk.save("one.png", "mine", seen=None)
+    desk.save("two.png", "mine too", seen=None)
+    assert {by_name(desk)[name].source for name in ("one.png", "copy.png", "two.png")} == {"human"}
+    desk.take_back("two.png", seen="mine too")
+    rows = by_name(desk)
+    assert (rows["two.png"].caption, rows["two.png"].source) == ("", "none")
+    assert caption_desk.TAKEN_BACK in rows["two.png"].flags
+    # The same poster under another name has its caption still.
+    assert (rows["copy.png"].caption, rows["copy.png"].source) == ("mine", "human")
 
 
 def test_a_sidecar_beside_the_poster_is_where_its_caption_goes(deployment: Settings) -> None:

@@ -105,6 +105,28 @@ class Editor:
                 f"Saved in {path.name}. What follows from it is rebuilt when the pipeline runs."
             )
 
+    def take_back(self) -> None:
+        """Removes the caption by a person, unless it is not any more the one that was seen."""
+        state: Any = st.session_state
+        written, _ = state[self._seen]
+        state[self._said] = ""
+        try:
+            left = rooms().captions.take_back(self.name, seen=written)
+        except CaptionConflict:
+            state[self._said] = (
+                "Not taken back: someone else changed it meanwhile. Look at it, and press again."
+            )
+        except (CaptionRejected, CaptionsFileError, PlaceMissing) as error:
+            sentence = str(error)
+            state[self._said] = f"Not taken back: {sentence}."
+        else:
+            del state[self.key], state[self._seen]  # the field opens anew
+            state[self._said] = (
+                "Taken back. The captioner's words count from the pipeline's next run on."
+                if left is None
+                else "Taken back. Another text by a person is there too, which counts now."
+            )
+
     def save_over(self) -> None:
         """Saves the field although someone else wrote meanwhile, having seen what."""
         state: Any = st.session_state
@@ -145,9 +167,30 @@ def show(row: Captioned) -> None:
         if editor.theirs is not None:
             conflict(editor, editor.theirs[0])
         else:
-            st.button("Save", key=f"do-save-{editor.id}", on_click=editor.save)
+            show_buttons(editor, row)
         if editor.said:
             look.faint(editor.said, f"said-{editor.id}")
+
+
+def show_buttons(editor: Editor, row: Captioned) -> None:
+    """What can be done with a caption that nobody else is changing."""
+    untouched = st.session_state[editor.key] == row.caption
+    confirms = row.source == "machine" and untouched
+    with st.container(horizontal=True):
+        # The same button by another name: one that is closed while nothing is typed would lose the
+        # click that ends the typing.
+        st.button(
+            "Confirm" if confirms else "Save",
+            key=f"do-save-{editor.id}",
+            on_click=editor.save,
+        )
+        if row.written is not None:
+            st.button(
+                "Use the captioner's again",
+                key=f"do-back-{editor.id}",
+                on_click=editor.take_back,
+                type="tertiary",
+            )
 
 
 def conflict(editor: Editor, theirs: str | None) -> None:
@@ -178,7 +221,10 @@ def first_page() -> None:
 def main() -> None:
     """The page."""
     st.title("Captions", anchor=False)
-    st.text("Each poster is learnt under its caption. What you write wins over the captioner.")
+    st.text(
+        "Each poster is learnt under its caption. What you write wins over the captioner; Confirm "
+        "makes its words yours, so that it is not asked about that poster again."
+    )
     try:
         rows = rooms().captions.rows()
     except (PlaceMissing, CaptionsFileError) as error:
