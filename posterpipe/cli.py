@@ -103,11 +103,18 @@ def studio(
             "without a login."
         ),
     ] = "127.0.0.1",
+    public_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Name under which a proxy serves it, such as studio.example.org; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Serve the web page on which posters are made, captions mended and scores looked at."""
     from posterpipe.studio.serve import run_studio
 
-    run_studio(host, port)
+    run_studio(host, port, public_host or ())
 
 
 champion = typer.Typer(

@@ -11,8 +11,10 @@ from __future__ import annotations
 import errno
 import ipaddress
 import logging
+import re
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,20 @@ DARK = {
 }
 
 
+_HOST = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", re.IGNORECASE)
+
+
 class StudioError(RuntimeError):
     """The studio cannot be served. The message says what to do."""
 
 
-def run_studio(host: str, port: int) -> None:
-    """Serve the studio until it is stopped. Raises SettingsError and StudioError."""
+def run_studio(host: str, port: int, public_hosts: Sequence[str] = ()) -> None:
+    """Serve the studio until it is stopped. Raises SettingsError and StudioError.
+
+    `public_hosts`: names by which browsers reach it through a proxy.
+    """
     load_settings()  # a wrong setting is told here, and not to every visitor
+    names = [_host_name(name) for name in public_hosts]
     _require_free(host, port)
     try:
         from streamlit.web import bootstrap
@@ -60,13 +69,17 @@ def run_studio(host: str, port: int) -> None:
         )
     # Its notes on every visit are of no use to who runs a studio.
     logging.getLogger("streamlit").setLevel(logging.WARNING)
-    options = server_options(host, port)
+    options = server_options(host, port, names)
     bootstrap.load_config_options(flag_options=options)
     bootstrap.run(str(APP), False, [], options)
 
 
-def server_options(host: str, port: int) -> dict[str, Any]:
-    """Streamlit's options by the names of its command line, dots as underscores."""
+def server_options(host: str, port: int, public_hosts: Sequence[str] = ()) -> dict[str, Any]:
+    """Streamlit's options by the names of its command line, dots as underscores.
+
+    `public_hosts` come in as this machine does: named as the host that is asked, where the proxy
+    hands that on, or as the origin of the page, where it does not.
+    """
     options: dict[str, Any] = {
         "server_address": host,
         "server_port": port,
@@ -74,6 +87,7 @@ def server_options(host: str, port: int) -> dict[str, Any]:
         "server_showEmailPrompt": False,
         "server_enableXsrfProtection": True,
         "server_enableCORS": True,
+        "server_corsAllowedOrigins": [f"https://{name}" for name in public_hosts],
         "server_enableStaticServing": False,
         "server_fileWatcherType": "none",
         "server_runOnSave": False,
@@ -93,7 +107,7 @@ def server_options(host: str, port: int) -> dict[str, Any]:
     }
     if is_loopback(host):
         # A page elsewhere that points a name of its own at this machine gets nothing.
-        options["server_allowedHosts"] = ["localhost", "127.0.0.1", "::1"]
+        options["server_allowedHosts"] = ["localhost", "127.0.0.1", "::1", *public_hosts]
     for name, colours in (("light", LIGHT), ("dark", DARK)):
         options |= {f"theme_{name}_{key}": value for key, value in colours.items()}
     return options
@@ -105,6 +119,20 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _host_name(name: str) -> str:
+    """The name as browsers send it. Raises StudioError for what is more than a host's name."""
+    try:
+        plain = name.encode("idna").decode()
+    except UnicodeError:
+        plain = ""
+    if not _HOST.fullmatch(plain):
+        raise StudioError(
+            f"--public-host {name!r} is no host's name; write it without https://, port and path, "
+            "as studio.example.org"
+        )
+    return plain
 
 
 def _require_free(host: str, port: int) -> None:

@@ -5,10 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +16,7 @@ from PIL import Image
 
 from posterpipe.settings import default_root
 from posterpipe_tests.browser.conftest import Violations
+from posterpipe_tests.studio.serving import served
 from posterpipe_tests.studio.test_published import publication
 
 if TYPE_CHECKING:
@@ -73,31 +70,11 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
     publication(folder / "store", 0.25)
     (folder / "store" / "blobs").mkdir()
     Image.new("RGB", (64, 96), "teal").save(folder / "store" / "blobs" / "i.png")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     places = {"LANDING": "posters", "CAPTIONS": "captions.csv", "STORE": "store"}
     own = {f"POSTERPIPE_{name}": str(folder / value) for name, value in places.items()}
     own["POSTERPIPE_SAMPLER__NUM_INFERENCE_STEPS"] = "8"
-    log = folder / "log.txt"
-    with log.open("wb") as out:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "posterpipe.cli", "studio", "--port", str(port)],
-            env={**os.environ, **own, "PYTHONPATH": os.pathsep.join(sys.path)},
-            cwd=folder, stdout=out, stderr=out,
-        )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield Studio(f"http://127.0.0.1:{port}", folder, server.pid)
-    finally:
-        server.terminate()
-        server.wait(30)
+    with served(folder, env=own) as (port, server):
+        yield Studio(f"http://127.0.0.1:{port}", folder, server)
 
 
 def describe(page: Page, words: str) -> None:

@@ -6,10 +6,19 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from posterpipe.studio.serve import DARK, LIGHT, is_loopback, server_options
+from posterpipe.studio.serve import (
+    DARK,
+    LIGHT,
+    StudioError,
+    is_loopback,
+    run_studio,
+    server_options,
+)
+from posterpipe_tests.studio.serving import served
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -53,6 +62,42 @@ def test_only_this_machine_comes_in_by_default(host: str, own: bool) -> None:
     options = server_options(host, 8501)
     assert ("server_allowedHosts" in options) is own
     assert options["server_address"] == host
+
+
+def handshake(port: int, host: str, origin: str) -> int:
+    """The status with which the page's WebSocket is answered: 101 where it is opened."""
+    lines = (
+        "GET /_stcore/stream HTTP/1.1", f"Host: {host}", f"Origin: {origin}",
+        "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "", "",
+    )  # fmt: skip
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall("\r\n".join(lines).encode())
+        return int(connection.recv(100).split()[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "answer"), [((), 403), (("--public-host", "studio.example.org"), 101)]
+)
+def test_behind_a_proxy_the_studio_works_under_the_names_that_were_given_alone(
+    tmp_path: Path, options: tuple[str, ...], answer: int
+) -> None:
+    with served(tmp_path, *options) as (port, _):
+        own = f"127.0.0.1:{port}"
+        assert handshake(port, own, f"http://{own}") == 101
+        # Proxies hand on the name that was asked for, or write that of the studio in its place.
+        for host in ("studio.example.org", own):
+            assert handshake(port, host, "https://studio.example.org") == answer
+            assert handshake(port, host, "https://evil.example.com") == 403
+        assert handshake(port, "evil.example.com", "https://evil.example.com") == 403
+
+
+@pytest.mark.parametrize(
+    "name", ["https://studio.example.org", "a.org:443", "*", "a/b", "", "é" * 90]
+)
+def test_what_is_no_name_of_a_host_is_one_sentence(name: str) -> None:
+    with pytest.raises(StudioError, match="without https://"):
+        run_studio("127.0.0.1", 8501, [name])
 
 
 def test_nothing_is_told_to_others_and_nothing_is_taken_from_them() -> None:
