@@ -48,6 +48,9 @@ MOST_WAITING = 50
 ABANDONED_AFTER = 60.0
 """Seconds without its page after which a job is dropped: a phone may lock for a moment."""
 
+IDLE_SECONDS = 600.0
+"""After so long without a request the models' memory is given back, to a training for one."""
+
 State = Literal["waiting", "loading", "drawing", "done", "cancelled", "failed"]
 
 FINISHED: frozenset[State] = frozenset({"done", "cancelled", "failed"})
@@ -151,7 +154,7 @@ class Paints(Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing more is asked for."""
+        """Give memory back; what is asked for later loads its model anew."""
         ...
 
 
@@ -247,7 +250,7 @@ class Engine:
     def warm(self, choice: Choice) -> None:
         """Has a model loaded while nothing is asked for, so that the first poster comes soon.
 
-        Once each: later, what people ask for decides which models stay in memory.
+        Once each, until memory is given back: what people ask for decides which models stay there.
         """
         with self._changed:
             idle = self._current is None and not self._waiting
@@ -318,10 +321,13 @@ class Engine:
         self._changed.notify_all()
 
     def _work(self) -> None:
+        loaded = False
         while True:
             with self._changed:
-                while not (self._waiting or self._wanted or self._closed):
-                    self._changed.wait()
+                asked = self._changed.wait_for(
+                    lambda: bool(self._waiting or self._wanted or self._closed),
+                    IDLE_SECONDS if loaded else None,
+                )
                 if self._closed:
                     for left in self._waiting:
                         left.state = "cancelled"
@@ -330,7 +336,13 @@ class Engine:
                     return
                 wanted, self._wanted = self._wanted, None
                 self._current = job = self._waiting.popleft() if self._waiting else None
-                self._loading_ahead = job is None
+                self._loading_ahead = wanted is not None and job is None
+                if not asked:
+                    self._warmed.clear()
+            loaded = asked
+            if not asked:
+                self._painter.close()
+                continue
             if job is None:
                 if wanted is not None:
                     self._load_ahead(wanted)
@@ -416,8 +428,8 @@ def sentence(error: BaseException) -> str:
         return text if text.endswith((".", "!", "?")) else f"{text}."
     if is_out_of_memory(error):
         return (
-            "The machine has not enough memory for this poster; wait until other work is done, "
-            "choose the base model, or set POSTERPIPE_SAMPLER__WIDTH and __HEIGHT lower."
+            "The machine has not enough memory for this poster now; wait a minute and try again, "
+            "or ask whoever runs the studio."
         )
     return (
         f"The model failed ({type(error).__name__}: {text[:200]}); try again, and choose another "

@@ -159,6 +159,23 @@ def test_a_model_is_loaded_ahead_once_and_a_failure_of_that_stops_nothing(
     assert engine.wait(engine.submit(order(base), "ann"), PATIENCE).state == "done"
 
 
+def test_the_memory_is_given_back_when_nobody_asks_for_a_while(
+    engine: Engine, painter: HandPainter, base: Choice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "IDLE_SECONDS", 0.1)
+    for _ in range(2):  # who opens the page again has the model loaded again
+        engine.warm(base)
+        until(lambda: base.name in painter.loaded)
+        until(lambda: not painter.loaded)
+    job = engine.submit(order(base), "ann")
+    until(drawing(engine, job))
+    time.sleep(0.3)  # drawing is not idle, however long a step takes
+    assert painter.loaded
+    painter.steps.release(2)
+    assert engine.wait(job, PATIENCE).state == "done"
+    until(lambda: not painter.loaded)
+
+
 def test_a_second_request_of_the_same_visit_waits_for_the_first(
     engine: Engine, painter: HandPainter, base: Choice
 ) -> None:
@@ -185,7 +202,10 @@ def test_a_full_queue_refuses_with_a_sentence(
     ("error", "told"),
     [
         (RuntimeError("shapes do not match"), "The model failed (RuntimeError"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "ask whoever runs the studio",
+        ),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "not enough memory"),
         (MemoryError(), "not enough memory"),
         (ModelMissing("the model directory x is not there: restore it"), "The model directory x"),

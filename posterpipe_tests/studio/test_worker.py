@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from posterpipe.core.provenance import CheckpointMismatch
 from posterpipe.settings import Settings
+from posterpipe.studio import engine as engines
 from posterpipe.studio.engine import Cancelled, Engine, Order, take_order
 from posterpipe.studio.painter import Painter, Poster
 from posterpipe.studio.served import Choice, Models
@@ -39,7 +41,7 @@ def paint(painter: RemotePainter | Painter, asked: Order, on_step: OnStep | None
 
 
 def test_the_process_paints_as_this_one_does_and_can_be_stopped(
-    deployment: Settings, remote: RemotePainter
+    deployment: Settings, remote: RemotePainter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One test for all, since each process loads torch anew.
     asked = order(deployment)
@@ -64,6 +66,15 @@ def test_the_process_paints_as_this_one_does_and_can_be_stopped(
     gone = Choice("feedfacefeed", "tuned", deployment.root / "nowhere")
     with pytest.raises(CheckpointMismatch, match="no finished checkpoint"):
         remote.prepare(gone)
+
+    monkeypatch.setattr(engines, "IDLE_SECONDS", 0.1)
+    engine = Engine(remote)
+    engine.warm(base)
+    deadline = time.monotonic() + 30
+    while remote.pid is not None:
+        assert time.monotonic() < deadline, "the process of an idle studio does not end"
+        time.sleep(0.05)
+    engine.close()
 
 
 @pytest.mark.slow
