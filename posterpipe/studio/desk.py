@@ -7,18 +7,24 @@ for (`screens`), and the queue itself (`engine`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.progress import duration
+from posterpipe.core.prompts import Prompt, PromptSuiteError, load_suite
+from posterpipe.core.training_set import training_caption
+from posterpipe.settings import CaptionerSettings, Settings
 from posterpipe.studio import look
-from posterpipe.studio.engine import Job, Order, OrderRejected, QueueFull, View
+from posterpipe.studio.engine import Job, Order, OrderRejected, QueueFull, View, one_line
 from posterpipe.studio.painter import Poster
 from posterpipe.studio.rooms import presence, rooms, visitor
 from posterpipe.studio.served import Served
+
+CHAMPION = "champion"
+"""The choice of whichever model is the champion when the poster is drawn."""
 
 POLL_SECONDS = 0.3
 """How often a page shows how far its request is."""
@@ -34,6 +40,63 @@ def served() -> Served | None:
     except ModelMissing as error:
         look.note(f"Nothing can be drawn. {error}.", "no-model")
         return None
+
+
+@st.cache_data(show_spinner=False, ttl=60)
+def suite(settings: Settings) -> list[Prompt]:
+    """The prompts of the suite, which serve as examples; none where it cannot be read."""
+    try:
+        return load_suite(settings.path(settings.prompt_suite))
+    except PromptSuiteError:
+        return []
+
+
+def make_defaults() -> dict[str, Any]:
+    """What the fields of the page Make hold before anything is typed, by their keys."""
+    prompts = suite(rooms().settings)
+    return {
+        "make.description": "",
+        "make.negative": prompts[0].negative if prompts else "",
+        "make.title": "",
+        "make.style": "auto",
+        "make.count": 1,
+        "make.seed": None,
+        "make.model": CHAMPION,
+    }
+
+
+def show_trigger(field: str) -> None:
+    """By which phrase the tuned look is called, where there is one, with a button that puts it
+    into the description. `field`: the description's key."""
+    captioner = rooms().settings.captioner
+    trigger = one_line(captioner.trigger)
+    if not trigger:
+        return
+    with st.container(horizontal=True, vertical_alignment="center"):
+        look.faint(f"The tuned look is called by: {trigger}", f"trigger-{field}")
+        st.button(
+            "Insert it",
+            key=f"do-trigger-{field}",
+            on_click=_insert_trigger,
+            args=(field, captioner),
+            type="tertiary",
+            disabled=_has_trigger(field, trigger),
+        )
+
+
+def _has_trigger(field: str, trigger: str) -> bool:
+    # Where the phrase stands at the end, nobody types its comma.
+    return trigger.casefold().strip(" ,;:.") in one_line(st.session_state[field]).casefold()
+
+
+def _insert_trigger(field: str, captioner: CaptionerSettings) -> None:
+    """Words the description as captions are worded for training."""
+    trigger = one_line(captioner.trigger)
+    if _has_trigger(field, trigger):  # typed just now, with the click that left the field
+        return
+    words = one_line(st.session_state[field])
+    template = captioner.template
+    st.session_state[field] = training_caption(words, template, trigger) if words else trigger
 
 
 def history() -> list[Poster]:

@@ -10,7 +10,6 @@ LaTeX and emoji codes in nearly every other text, labels and captions included.
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from functools import lru_cache
 
@@ -78,17 +77,20 @@ def empty(heading: str, text: str, key: str) -> None:
 
 
 def file_name(poster: Poster) -> str:
-    """What a saved poster is called: letters and digits of its title or description."""
-    text = unicodedata.normalize("NFKD", poster.title or poster.description)
-    plain = text.encode("ascii", "ignore").decode().lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:48].strip("-")
-    return f"{slug or 'poster'}-{poster.seed}.png"
+    """What a saved poster is called: its title or description, letters of every script and digits,
+    then who drew it, and the seed."""
+    text = unicodedata.normalize("NFKC", poster.title or poster.order.description).lower()
+    # Letters, digits, and the marks without which letters of many scripts are others.
+    kept = "".join(sign if unicodedata.category(sign)[0] in "LNM" else " " for sign in text)
+    slug = "-".join(kept.split())[:48].strip("-")
+    model = "base" if poster.choice.kind == "base" else poster.choice.name[:8]
+    return f"{slug or 'poster'}-{model}-{poster.seed}.png"
 
 
 def alt_text(poster: Poster) -> str:
     """What a poster shows, for who cannot see it."""
     title = f", titled {poster.title}" if poster.title else ""
-    return f"Poster drawn from: {poster.description}{title}"
+    return f"Poster drawn from: {poster.order.description}{title}"
 
 
 def told(poster: Poster) -> str:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from posterpipe.core.generations import blocked_reason, parameters_text, png_bytes
+from posterpipe.core.memory import is_out_of_memory
 from posterpipe.core.metrics.clip import ClipTextSimilarity
 from posterpipe.core.models import ModelMissing, fingerprint
 from posterpipe.core.provenance import require_checkpoint
@@ -50,8 +51,10 @@ class Poster:
     """Large, with its title, and how it was made as a text chunk."""
     preview: bytes
     """The same small, as WebP."""
-    description: str
+    order: Order
+    """What was asked for; it may have asked for other seeds and models as well."""
     title: str
+    """As it was set, "" where there is none or it could not be set."""
     seed: int
     choice: Choice
     score: float | None
@@ -120,7 +123,13 @@ class Painter:
         start = self.sampling.negative_from if order.negative else 0.0
         request = ImageRequest(order.description, order.negative, seed, start)
         sampler = self._samplers[choice.name]
-        image = sampler([request], on_step)[0]
+        try:
+            image = sampler([request], on_step)[0]
+        except RuntimeError as error:
+            # The sampler's own error names settings, for who runs the studio: they go to the log.
+            if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+                raise MemoryError(str(error)) from error
+            raise
         notes = self._unread(choice, order)
         blocked = blocked_reason(image)
         score: float | None = None
@@ -136,7 +145,7 @@ class Painter:
             image=image,
             png=png_bytes(shown, f"{about}, {lettered}" if lettered else about),
             preview=_preview(shown),
-            description=order.description,
+            order=order,
             title=order.title if lettered else "",
             seed=seed,
             choice=choice,

@@ -81,6 +81,12 @@ class Served:
         """The choice of that name, or the champion where there is none any more."""
         return next((choice for choice in self.choices if choice.name == name), self.champion)
 
+    def now(self, choice: Choice) -> Choice | None:
+        """A choice of another moment as it is in this one; None where its model is gone."""
+        if choice.kind == "base":
+            return self.base  # its name changes when it is downloaded
+        return next((each for each in self.choices if each.name == choice.name), None)
+
 
 class Models:
     """Looks up which models there are; asks the database only when it changed."""

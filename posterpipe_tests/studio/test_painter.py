@@ -14,6 +14,7 @@ from posterpipe.core.metrics.clip import ClipTextSimilarity
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.prompts import load_suite
+from posterpipe.core.sampler import Sampler
 from posterpipe.core.store import Store
 from posterpipe.settings import Settings
 from posterpipe.studio.engine import Engine, Order, take_order
@@ -98,6 +99,19 @@ def test_without_a_scorer_there_is_a_poster_and_a_note(
     poster = paint(deployment.model_copy(update={"scorer": scorer}), order(deployment))
     assert poster.score is None
     assert any(note.startswith("No scores: ") for note in poster.notes)
+
+
+def test_where_memory_ran_out_who_draws_is_told_no_settings(
+    deployment: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(Sampler, "_draw", no_room)
+    engine = Engine(Painter(deployment))
+    (told,) = engine.wait(engine.submit(order(deployment), "ann"), 60).problems
+    assert "not enough memory" in told and "POSTERPIPE" not in told
+    engine.close()
 
 
 def test_a_checkpoint_that_is_gone_is_told_and_the_base_model_still_draws(

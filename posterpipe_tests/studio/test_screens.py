@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from streamlit import config
 from streamlit.testing.v1 import AppTest
 
 from posterpipe.core.variants import LABELS
@@ -17,6 +19,7 @@ from posterpipe.settings import Settings
 from posterpipe.studio import caption_desk, rooms
 from posterpipe.studio.caption_desk import CaptionDesk
 from posterpipe.studio.painter import Painter
+from posterpipe_tests.studio.test_caption_desk import captioned
 from posterpipe_tests.studio.test_published import publication
 from posterpipe_tests.studio.test_served import BAD, GOOD, checkpoint, decided
 
@@ -27,6 +30,9 @@ HOSTILE = "<script>alert(1)</script> **bold** $x^2$ :smile: `id` [a](http://b)"
 @pytest.fixture(autouse=True)
 def anew(deployment: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Rooms of this test's deployment, the model in this process: it has torch loaded already."""
+    # As in the server. With it Python 3.11's parser works on pages, which fails now and then beside
+    # a thread that parses too, as logging a traceback does.
+    config.set_option("runner.magicEnabled", False)
     monkeypatch.setattr(rooms, "RemotePainter", Painter)
     monkeypatch.setattr(caption_desk, "LOOKED_SECONDS", 0.0)
     rooms.rooms.clear()
@@ -120,6 +126,86 @@ def test_the_same_seed_stays_for_other_words_until_it_is_given_up() -> None:
     assert at.number_input(key="make.seed").value is None
 
 
+@pytest.fixture
+def tuned(deployment: Settings, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A champion that draws as the base model does."""
+    monkeypatch.setattr("posterpipe.studio.painter.require_checkpoint", lambda *a, **k: None)
+    monkeypatch.setattr(
+        "posterpipe.studio.painter.model_folder",
+        lambda choice, settings: Path(settings.base_model.id),
+    )
+    checkpoint(deployment, GOOD)
+    decided(deployment, (GOOD, "promote"))
+    return GOOD
+
+
+def test_again_gives_the_same_poster_whatever_stood_in_the_fields_meanwhile(tuned: str) -> None:
+    at = page("make")
+    at.text_area(key="make.description").set_value("a red rocket")
+    at.text_area(key="make.negative").set_value("a dog")
+    at.selectbox(key="make.style").set_value("bold")
+    base = next(name for name in at.selectbox(key="make.model").options if "Base" in name)
+    at.selectbox(key="make.model").select(base)
+    press(at, "Generate")
+    until(at, lambda: len(made(at)) == 1 and "Cancel" not in labels(at))
+    at.text_area(key="make.description").set_value("a blue cat")
+    at.text_area(key="make.negative").set_value("")
+    at.text_input(key="make.title").set_value("Red One")
+    at.selectbox(key="make.style").set_value("auto")
+    at.selectbox(key="make.model").set_value("champion").run()
+    press(at, "Again")
+    press(at, "Generate")
+    until(at, lambda: len(made(at)) == 2 and "Cancel" not in labels(at))
+    second, first = made(at)
+    assert (second.png, second.choice) == (first.png, first.choice)
+    assert second.order.negative == "a dog" and second.order.style == "bold"
+
+
+def test_again_says_that_the_model_of_a_poster_is_gone(deployment: Settings, tuned: str) -> None:
+    at = page("make")
+    at.text_area(key="make.description").set_value("a red rocket")
+    press(at, "Generate")
+    until(at, lambda: len(made(at)) == 1 and "Cancel" not in labels(at))
+    press(at, "Again")
+    assert not any("not in the store any more" in text for text in texts(at))
+    shutil.rmtree(deployment.path(deployment.store) / "checkpoints" / tuned)
+    at.run()
+    press(at, "Again")
+    assert any(f"{tuned[:8]}, which drew that poster" in text for text in texts(at))
+    press(at, "Any seed")
+    assert not any("which drew that poster" in text for text in texts(at))
+
+
+def test_an_example_brings_its_own_negative_prompt() -> None:
+    at = page("make")
+    at.text_area(key="make.negative").set_value("a dog")
+    press(at, "Red rocket")
+    assert (
+        at.text_area(key="make.description").value == "a minimalist film poster with a red rocket"
+    )
+    assert at.text_area(key="make.negative").value == "a cat"
+    assert at.text_input(key="make.title").value == "Red One"
+
+
+@pytest.mark.parametrize("name", ["make", "compare"])
+def test_the_phrase_of_the_tuned_look_is_told_and_put_in_as_in_training(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = page(name)
+    assert "Insert it" not in labels(at)
+    monkeypatch.setenv("POSTERPIPE_CAPTIONER__TRIGGER", "in studio $x$ style")
+    monkeypatch.setenv("POSTERPIPE_CAPTIONER__TEMPLATE", "{caption}, {trigger}")
+    rooms.rooms.clear()
+    at = page(name)
+    assert "The tuned look is called by: in studio $x$ style" in texts(at)
+    press(at, "Insert it")
+    assert at.text_area(key=f"{name}.description").value == "in studio $x$ style"
+    at.text_area(key=f"{name}.description").set_value("a red rocket").run()
+    press(at, "Insert it")
+    assert at.text_area(key=f"{name}.description").value == "a red rocket, in studio $x$ style"
+    assert next(button for button in at.button if button.label == "Insert it").disabled
+
+
 def test_a_rejected_checkpoint_is_marked_and_not_the_default(deployment: Settings) -> None:
     for name in (GOOD, BAD):
         checkpoint(deployment, name)
@@ -140,22 +226,31 @@ def test_compare_says_what_it_waits_for_and_draws_the_base_model_alone() -> None
     until(at, lambda: len(made(at)) == 1)
 
 
-def test_compare_draws_both_from_the_same_seed(
-    deployment: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("posterpipe.studio.painter.require_checkpoint", lambda *a, **k: None)
-    monkeypatch.setattr(
-        "posterpipe.studio.painter.model_folder",
-        lambda choice, settings: Path(settings.base_model.id),
-    )
-    checkpoint(deployment, GOOD)
-    decided(deployment, (GOOD, "promote"))
+def test_compare_begins_with_what_stands_on_make_and_keeps_what_was_typed() -> None:
+    at = page("compare")
+    assert at.text_area(key="compare.negative").value == "a cat"
+    at.session_state["make.description"] = "a blue boat"
+    at.session_state["make.negative"] = "a dog"
+    at.session_state["make.seed"] = 7
+    at.run()
+    assert at.text_area(key="compare.description").value == "a blue boat"
+    assert at.text_area(key="compare.negative").value == "a dog"
+    assert at.number_input(key="compare.seed").value == 7
+    at.text_area(key="compare.description").set_value("a green boat").run()
+    at.session_state["make.description"] = "a white boat"
+    at.session_state["make.negative"] = ""
+    at.run()
+    assert at.text_area(key="compare.description").value == "a green boat"
+    assert at.text_area(key="compare.negative").value == ""
+
+
+def test_compare_draws_both_from_the_same_seed(tuned: str) -> None:
     at = page("compare")
     at.text_area(key="compare.description").set_value("a red rocket")
     press(at, "Draw both")
     until(at, lambda: len(made(at)) == 2 and "Cancel" not in labels(at))
     champions, bases = made(at)
-    assert (champions.choice.name, bases.choice.kind) == (GOOD, "base")
+    assert (champions.choice.name, bases.choice.kind) == (tuned, "base")
     assert champions.seed == bases.seed
     assert any("against the base model" in text for text in texts(at))
 
@@ -170,6 +265,45 @@ def test_a_caption_is_saved_as_a_persons(deployment: Settings) -> None:
     at.run()
     at.radio(key="captions.filter").set_value("By people").run()
     assert "four.png" in texts(at) and "one.png" not in texts(at)
+
+
+def test_the_captioners_words_become_a_persons_only_where_they_are_confirmed(
+    deployment: Settings,
+) -> None:
+    captioned(deployment, four="a white sheet", one="a red sheet")
+    at = page("captions")
+    assert "Save" not in labels(at)[:2] and labels(at)[0] == "Confirm"
+    at.text_area[0].set_value("a sheet").run()
+    assert labels(at)[0] == "Save"
+    at.text_area[0].set_value("a white sheet").run()
+    press(at, "Confirm")
+    rows = {row.name: row for row in CaptionDesk(deployment).rows()}
+    assert (rows["four.png"].written, rows["one.png"].written) == ("a white sheet", None)
+    assert labels(at)[0] == "Save"
+
+
+def test_a_persons_caption_gives_way_to_the_captioners_again(deployment: Settings) -> None:
+    captioned(deployment, four="a white sheet")
+    at = page("captions")
+    assert "Use the captioner's again" not in labels(at)
+    at.text_area[0].set_value("mine")
+    press(at, "Confirm")
+    press(at, "Use the captioner's again")
+    assert at.text_area[0].value == "a white sheet"
+    assert any("by the captioner" in text for text in texts(at))
+    assert any(text.startswith("Taken back.") for text in texts(at))
+    assert CaptionDesk(deployment).rows()[0].written is None
+
+
+def test_a_caption_that_someone_changed_meanwhile_is_not_taken_back(deployment: Settings) -> None:
+    at = page("captions")
+    at.text_area[0].set_value("mine")
+    press(at, "Save")
+    CaptionDesk(deployment).save("four.png", "theirs", seen="mine")
+    press(at, "Use the captioner's again")
+    assert any(text.startswith("Not taken back") for text in texts(at))
+    assert at.text_area[0].value == "theirs"
+    assert CaptionDesk(deployment).rows()[0].written == "theirs"
 
 
 def test_an_empty_caption_is_refused_with_a_sentence(deployment: Settings) -> None:

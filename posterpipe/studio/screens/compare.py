@@ -12,12 +12,11 @@ from streamlit.delta_generator import DeltaGenerator
 
 from posterpipe.core.prompts import MAX_SEED
 from posterpipe.studio import desk, look
+from posterpipe.studio.desk import CHAMPION
 from posterpipe.studio.engine import MAX_DESCRIPTION, Order, take_order
 from posterpipe.studio.painter import Poster
 from posterpipe.studio.rooms import rooms
 from posterpipe.studio.served import Choice, Served
-
-CHAMPION = "champion"
 
 request = desk.Request("compared")
 
@@ -45,9 +44,22 @@ def draw() -> None:
     request.ask(lambda: typed(rooms().models.served()))
 
 
-def keep_seed(seed: int) -> None:
+def keep_seed(order: Order) -> None:
     """The same noise for the next words."""
-    st.session_state["compare.seed"] = seed
+    state: Any = st.session_state
+    state["compare.description"] = order.description
+    state["compare.negative"] = order.negative
+    state["compare.seed"] = order.seeds[0]
+
+
+def take_over() -> None:
+    """What stands in the fields of the page Make comes along, but for what was typed here."""
+    state: Any = st.session_state
+    defaults = desk.make_defaults()
+    for field in ("description", "negative", "seed"):
+        made, here, taken = f"make.{field}", f"compare.{field}", f"compare-taken-{field}"
+        if here not in state or state[here] == state[taken]:
+            state[here] = state[taken] = state.get(made, defaults[made])
 
 
 def who(choice: Choice) -> str:
@@ -97,7 +109,7 @@ class Pair:
             "Same seed, other words",
             key="do-compare-keep",
             on_click=keep_seed,
-            args=(posters[0].seed,),
+            args=(posters[0].order,),
             icon=":material/repeat:",
         )
 
@@ -108,9 +120,7 @@ def main() -> None:
     models = desk.served()
     if models is None:
         return
-    st.session_state.setdefault("compare.description", st.session_state.get("make.description", ""))
-    st.session_state.setdefault("compare.negative", "")
-    st.session_state.setdefault("compare.seed", None)
+    take_over()
     others = rivals(models)
     if not others:
         look.note(
@@ -123,6 +133,7 @@ def main() -> None:
         st.text_area(
             "Describe the poster", key="compare.description", max_chars=MAX_DESCRIPTION, height=120
         )
+        desk.show_trigger("compare.description")
         st.button(
             "Draw both" if others else "Draw",
             key="do-compare",

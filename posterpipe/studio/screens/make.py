@@ -10,10 +10,10 @@ from typing import Any
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from posterpipe.core.prompts import MAX_SEED, Prompt, PromptSuiteError, load_suite
+from posterpipe.core.prompts import MAX_SEED, Prompt
 from posterpipe.core.typography import STYLES
-from posterpipe.settings import Settings
 from posterpipe.studio import desk, look
+from posterpipe.studio.desk import CHAMPION
 from posterpipe.studio.engine import (
     MAX_DESCRIPTION,
     MAX_POSTERS,
@@ -25,24 +25,12 @@ from posterpipe.studio.painter import Poster
 from posterpipe.studio.rooms import rooms
 from posterpipe.studio.served import Served
 
-CHAMPION = "champion"
-"""The choice of whichever model is the champion when the poster is drawn."""
-
 EXAMPLES = 4
 
 SINGLE_WIDTH = 380
 """Pixels of a poster alone: with its buttons it then fits on a screen."""
 
 request = desk.Request("made")
-
-
-@st.cache_data(show_spinner=False, ttl=60)
-def suite(settings: Settings) -> list[Prompt]:
-    """The prompts of the suite, which serve as examples; none where it cannot be read."""
-    try:
-        return load_suite(settings.path(settings.prompt_suite))
-    except PromptSuiteError:
-        return []
 
 
 def examples(prompts: list[Prompt]) -> list[Prompt]:
@@ -53,17 +41,26 @@ def examples(prompts: list[Prompt]) -> list[Prompt]:
 
 def use_example(prompt: Prompt) -> None:
     """Puts an example into the fields."""
-    st.session_state["make.description"] = prompt.prompt
-    st.session_state["make.title"] = prompt.title
+    state: Any = st.session_state
+    state["make.description"] = prompt.prompt
+    state["make.negative"] = prompt.negative
+    state["make.title"] = prompt.title
 
 
-def keep_seed(poster: Poster) -> None:
-    """Same seed, other words."""
-    st.session_state["make.seed"] = poster.seed
-    st.session_state["make.count"] = 1
-    st.session_state["make.description"] = poster.description
-    if poster.title:
-        st.session_state["make.title"] = poster.title
+def keep_seed(poster: Poster, models: Served) -> None:
+    """Puts what a poster was made from into the fields, so that it comes again, or with other
+    words."""
+    order = poster.order
+    state: Any = st.session_state
+    state["make.description"] = order.description
+    state["make.negative"] = order.negative
+    state["make.title"] = order.title
+    state["make.style"] = order.style
+    state["make.count"] = 1
+    state["make.seed"] = poster.seed
+    model = models.now(poster.choice)
+    state["make.model"] = CHAMPION if model is None or model.champion else model.name
+    state["gone"] = "" if model else poster.choice.name
 
 
 def any_seed() -> None:
@@ -101,6 +98,7 @@ def show_fields(models: Served, prompts: list[Prompt]) -> None:
         max_chars=MAX_DESCRIPTION,
         height=120,
     )
+    desk.show_trigger("make.description")
     if prompts:
         with st.container(horizontal=True, key="examples", gap="xsmall"):
             for index, prompt in enumerate(examples(prompts)):
@@ -120,6 +118,13 @@ def show_fields(models: Served, prompts: list[Prompt]) -> None:
         with st.container(horizontal=True, vertical_alignment="center"):
             look.faint(f"Seed {st.session_state['make.seed']} is kept: change the words.", "seed")
             st.button("Any seed", key="do-any-seed", on_click=any_seed, type="tertiary")
+        gone = st.session_state.get("gone")
+        if gone and st.session_state["make.model"] == CHAMPION:
+            look.note(
+                f"The checkpoint {gone[:8]}, which drew that poster, is not in the store any more: "
+                "the champion draws another one.",
+                "gone",
+            )
     with st.expander("Title, lettering, seed, model", icon=":material/tune:"):
         st.text_input(
             "Title, set in type on the poster", key="make.title", max_chars=MAX_TITLE,
@@ -189,7 +194,7 @@ class Result:
                     "Same seed, other words",
                     key=f"do-keep-{index}",
                     on_click=keep_seed,
-                    args=(poster,),
+                    args=(poster, self._models),
                     icon=":material/repeat:",
                     width="stretch",
                 )
@@ -206,7 +211,7 @@ class Result:
         """See `desk.Layout`."""
 
 
-def show_history() -> None:
+def show_history(models: Served) -> None:
     """What was made in this visit."""
     posters = desk.history()
     if not posters:
@@ -219,7 +224,7 @@ def show_history() -> None:
                 look.faint(look.told(poster), f"past-{index}")
                 desk.save_button(poster, f"past-{index}", label="Save", primary=False)
                 st.button(
-                    "Again", key=f"do-again-{index}", on_click=keep_seed, args=(poster,),
+                    "Again", key=f"do-again-{index}", on_click=keep_seed, args=(poster, models),
                     icon=":material/repeat:", width="stretch",
                 )  # fmt: skip
 
@@ -231,26 +236,16 @@ def main() -> None:
     if models is None:
         return
     rooms().engine.warm(models.champion)
-    prompts = suite(rooms().settings)
-    defaults = {
-        "make.description": "",
-        "make.negative": prompts[0].negative if prompts else "",
-        "make.title": "",
-        "make.style": "auto",
-        "make.count": 1,
-        "make.seed": None,
-        "make.model": CHAMPION,
-    }
-    for key, value in defaults.items():
+    for key, value in desk.make_defaults().items():
         st.session_state.setdefault(key, value)
     for index, text in enumerate(models.notes):
         look.note(text, f"models-{index}")
     left, right = st.columns([5, 6], gap="large")
     with left:
-        show_fields(models, prompts)
+        show_fields(models, desk.suite(rooms().settings))
     with right:
         result = st.container()
-    show_history()
+    show_history(models)
     with result:
         request.show(Result(models))
 
