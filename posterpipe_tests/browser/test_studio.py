@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import pandas as pd
 import pytest
 from PIL import Image
 
+from posterpipe.core.store import Store
 from posterpipe.settings import default_root
 from posterpipe_tests.browser.conftest import Violations
 from posterpipe_tests.studio.serving import served
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 PAGES = ("", "compare", "captions", "scores")
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 HOSTILE = "<img src=x onerror='window.hacked=1'> **bold** $x^2$ :smile: [a](http://b)"
+MACHINES = "a poster of a thing"
+TRIGGER = "in the style of our studio,"
 SERVER_MS = 60_000
 """For what a click does: the page is made anew by a server that shares two busy cores."""
 
@@ -62,17 +66,25 @@ class Studio:
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
-    """Served by the command, with the starter models, three posters and published scores."""
+    """Served by the command, with the starter models, three posters, the last of them captioned by
+    the machine, and published scores."""
     folder = tmp_path_factory.mktemp("studio")
     (folder / "posters").mkdir()
     for path in sorted((default_root() / "data" / "raw_posters").iterdir())[:3]:
         shutil.copy(path, folder / "posters")
     publication(folder / "store", 0.25)
-    (folder / "store" / "blobs").mkdir()
+    last = max(path.name for path in (folder / "posters").iterdir())
+    poster = {"source_name": last, "poster_id": "p", "status": "ok", "reason": ""}
+    caption = {"poster_id": "p", "caption": MACHINES, "source": "model", "reason": ""}
+    store = Store(folder / "store")
+    store.write_table("raw_posters", pd.DataFrame([{**poster, "near_duplicate_of": ""}]))
+    store.write_table("poster_captions", pd.DataFrame([caption]))
+    (folder / "store" / "blobs").mkdir(exist_ok=True)
     Image.new("RGB", (64, 96), "teal").save(folder / "store" / "blobs" / "i.png")
     places = {"LANDING": "posters", "CAPTIONS": "captions.csv", "STORE": "store"}
     own = {f"POSTERPIPE_{name}": str(folder / value) for name, value in places.items()}
     own["POSTERPIPE_SAMPLER__NUM_INFERENCE_STEPS"] = "8"
+    own["POSTERPIPE_CAPTIONER__TRIGGER"] = TRIGGER
     with served(folder, env=own) as (port, server):
         yield Studio(f"http://127.0.0.1:{port}", folder, server)
 
@@ -172,6 +184,37 @@ def test_two_people_edit_one_caption_and_the_second_is_shown_both_texts(
     second.get_by_text("Saved in captions.csv").wait_for()
     written = (studio.folder / "captions.csv").read_text(encoding="utf-8")
     assert "the second's words" in written and "onerror" not in written
+
+
+def test_words_typed_over_the_captioners_are_saved_with_one_click_and_can_be_taken_back(
+    studio: Studio, page: Page
+) -> None:
+    studio.open(page, "captions")
+    field = page.get_by_label("Caption", exact=True).last
+    assert field.input_value() == MACHINES
+    field.press("End")
+    page.keyboard.type(", and a star")
+    # The click ends the typing, which gives the button its other name.
+    page.get_by_role("button", name="Confirm").click()
+    page.get_by_text("Saved in captions.csv").wait_for()
+    words = f"{MACHINES}, and a star"
+    assert words in (studio.folder / "captions.csv").read_text(encoding="utf-8")
+    page.get_by_role("button", name="Use the captioner's again").last.click()
+    page.get_by_text("Taken back.").wait_for()
+    page.get_by_role("button", name="Confirm").wait_for()
+    assert field.input_value() == MACHINES
+    assert words not in (studio.folder / "captions.csv").read_text(encoding="utf-8")
+
+
+def test_what_was_just_typed_is_called_by_the_phrase_of_the_tuned_look(
+    studio: Studio, page: Page
+) -> None:
+    studio.open(page)
+    field = page.get_by_label("Describe the poster")
+    field.fill("a red rocket")
+    page.get_by_role("button", name="Insert it").click()
+    page.get_by_role("button", name="Insert it", disabled=True).wait_for()
+    assert field.input_value() == f"{TRIGGER} a red rocket"
 
 
 def test_what_is_typed_is_never_run_or_rendered(studio: Studio, page: Page) -> None:
