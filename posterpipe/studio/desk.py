@@ -80,6 +80,7 @@ def show_trigger(field: str) -> None:
             on_click=_insert_trigger,
             args=(field, captioner),
             type="tertiary",
+            icon=":material/add:",
             disabled=_has_trigger(field, trigger),
         )
 

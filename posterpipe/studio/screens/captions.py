@@ -190,6 +190,7 @@ def show_buttons(editor: Editor, row: Captioned) -> None:
                 key=f"do-back-{editor.id}",
                 on_click=editor.take_back,
                 type="tertiary",
+                icon=":material/undo:",
             )
 
 
