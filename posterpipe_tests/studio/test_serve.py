@@ -93,7 +93,7 @@ def test_behind_a_proxy_the_studio_works_under_the_names_that_were_given_alone(
 
 
 @pytest.mark.parametrize(
-    "name", ["https://studio.example.org", "a.org:443", "*", "a/b", "", "é" * 90]
+    "name", ["https://studio.example.org", "a.org:443", "*", "a/b", "", "a..b"]
 )
 def test_what_is_no_name_of_a_host_is_one_sentence(name: str) -> None:
     with pytest.raises(StudioError, match="without https://"):
