@@ -106,7 +106,7 @@ def measure(
     challenger: str,
     run_id: str,
 ) -> Measured:
-    """Every metric but legibility for a table of generations (`sampler.COLUMNS`), into the
+    """Every metric but legibility for a table of generations (`generations.COLUMNS`), into the
     warehouse.
 
     CLIP-T with crop and with pad, the same against the other prompts (`specificity`), similarity to
@@ -295,8 +295,8 @@ def judge(
 ) -> Decision:
     """The gate's decision about a challenger, written into the warehouse.
 
-    `generations` (`sampler.COLUMNS`) and `evidence` (EVIDENCE_COLUMNS) cover both checkpoints and
-    the base model. The same decision as last time is no new row. Raises WarehouseBusy, and
+    `generations` (`generations.COLUMNS`) and `evidence` (EVIDENCE_COLUMNS) cover both checkpoints
+    and the base model. The same decision as last time is no new row. Raises WarehouseBusy, and
     GateError where `champion` is not the one to beat any more: nothing is decided then.
     """
     # A table that an older posterpipe made lacks a column until it is made again.

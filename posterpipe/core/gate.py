@@ -406,7 +406,7 @@ def gather(
     """The evidence about a challenger.
 
     `generations`: rows of both checkpoints, and of the base model `base` where that is another, of
-    one suite and one setting of the sampler, as of `sampler.COLUMNS` (generation_key, variant,
+    one suite and one setting of the sampler, as of `generations.COLUMNS` (generation_key, variant,
     prompt_id, negative_prompt, seed, checkpoint_id, status).
     `scores`: long, as of `metrics.base.SCORE_COLUMNS`; `clip`, `fidelity`, `diversity`,
     `preference` and `specific` are the metric_ids to read, and `nearest` the one whose reasons say

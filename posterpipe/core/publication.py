@@ -28,6 +28,7 @@ from pathlib import Path
 
 import duckdb
 
+from posterpipe.core.errors import first_line
 from posterpipe.core.store import fsync_folder
 from posterpipe.core.warehouse import (
     BUSY_SECONDS,
@@ -129,7 +130,7 @@ def publish_scores(
 
 def _not_published(public: Path, error: BaseException) -> PublishError:
     return PublishError(
-        f"{public}: could not be published ({error}); the previous publication stays. "
+        f"{public}: could not be published ({first_line(error)}); the previous publication stays. "
         "Make room on the disk, make the folder writable, and publish again"
     )
 
@@ -206,7 +207,7 @@ def _verify(copy: Path, rows: dict[str, int], private: Path) -> None:
             except duckdb.Error as error:
                 raise PublishError(
                     f"{private}: the view {name} does not answer in the published copy "
-                    f"({str(error).splitlines()[0]}); name tables in it without the database, or "
+                    f"({first_line(error)}); name tables in it without the database, or "
                     "make it a table"
                 ) from error
 

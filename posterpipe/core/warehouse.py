@@ -52,7 +52,9 @@ from typing import Any, TypeVar
 import duckdb
 import pandas as pd
 
+from posterpipe.core.errors import first_line
 from posterpipe.core.store import content_key, fsync_folder, write_atomic, writing
+from posterpipe.core.variants import is_tuned
 
 SCHEMA_VERSION = 4
 """2 added fct_drawing, dim_environment and run_environment; 3 added fct_nearest, fct_title,
@@ -379,7 +381,7 @@ class Warehouse:
                         connection.rollback()
                     if _of_the_disk(error):
                         raise WarehouseError(
-                            f"{self.path}: could not be written ({_first_line(error)}); make room "
+                            f"{self.path}: could not be written ({first_line(error)}); make room "
                             "on the disk, and materialize the asset again: nothing of it was "
                             "written"
                         ) from error
@@ -426,7 +428,7 @@ class Warehouse:
                 _link(new, self.path)
         except (duckdb.Error, OSError) as error:
             raise WarehouseError(
-                f"{self.path}: cannot be created ({_first_line(error)}); make room on the disk and "
+                f"{self.path}: cannot be created ({first_line(error)}); make room on the disk and "
                 "the folder writable, and materialize the asset again"
             ) from error
         finally:
@@ -514,7 +516,7 @@ class Warehouse:
         except duckdb.Error as error:
             log = f"take {self.path.name}.wal away if it is of a file that lay here before; else "
             raise WarehouseError(
-                f"{self.path}: cannot be opened ({_first_line(error)}); "
+                f"{self.path}: cannot be opened ({first_line(error)}); "
                 f"{log if 'WAL' in str(error) else ''}make it readable and writable, or, if it is "
                 "damaged, move it away and materialize `clip_scores` again"
             ) from error
@@ -618,13 +620,13 @@ def record_generations(
     run_id: str,
     recorded_at: dt.datetime,
 ) -> None:
-    """Adds a table of generations (`sampler.COLUMNS`) with its prompts and checkpoints."""
+    """Adds a table of generations (`generations.COLUMNS`) with its prompts and checkpoints."""
     if generations.empty:
         return
     texts = generations[["prompt_id", "prompt", "score_text", "title"]]
     keys = [prompt_key(*map(str, row)) for row in texts.itertuples(index=False)]
     prompts = texts.assign(prompt_key=keys, first_seen_at=recorded_at).drop_duplicates("prompt_key")
-    tuned = generations["variant"].str.startswith("dreambooth")
+    tuned = is_tuned(generations["variant"])
     checkpoints = pd.DataFrame(
         {
             "checkpoint_id": generations["checkpoint_id"],
@@ -794,7 +796,3 @@ def _single(
     """The one value of a query. All rows are fetched: DuckDB 2 refuses further statements on a
     connection while a result is not read to its end, as `fetchone` leaves it."""
     return connection.execute(query, list(values)).fetchall()[0][0]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

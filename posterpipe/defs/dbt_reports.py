@@ -40,7 +40,7 @@ def dbt_project(settings: Settings) -> DbtProject:
 
     `make install` writes the manifest. Where it is missing or behind, as after a pull or while a
     report is edited, it is written here, which takes some seconds. A mistake in a report must not
-    keep the rest of the pipeline from loading: then the manifest of before stays, and the next run
+    keep the rest of the pipeline from loading: then the previous manifest stays, and the next run
     of the reports fails with dbt's message.
     """
     project = DbtProject(project_dir=settings.path(PROJECT))
@@ -231,7 +231,7 @@ def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
                     yield event
             for file in Path(target, "compiled").rglob("models/**/*.sql"):
                 queries[file.stem] = file.read_text("utf-8")
-        deployment.warehouse.prepare()  # notes what dbt wrote: a copy of before lacks it
+        deployment.warehouse.prepare()  # notes what dbt wrote: an earlier copy lacks it
         for output in outputs:
             query = queries.get(output.output_name, "")
             yield _with_content(output, deployment, asset_of, query)

@@ -16,6 +16,7 @@ import duckdb
 import pandas as pd
 
 from posterpipe.core.decisions import DECISION_COLUMNS, champion_of, read_decisions, verdicts
+from posterpipe.core.files import file_signature
 from posterpipe.core.models import fingerprint, is_on_hub, known_fingerprint, locate
 from posterpipe.core.provenance import RECORD_NAME
 from posterpipe.core.warehouse import Warehouse, WarehouseError
@@ -131,7 +132,11 @@ class Models:
     def _read(self) -> pd.DataFrame:
         """The decisions: of the pipeline's database, or of its copy while that is locked."""
         private, public = self._settings.warehouse_path, self._settings.published_path
-        signature = (_stat(private), _stat(Path(f"{private}.wal")), _stat(public))
+        signature = (
+            file_signature(private),
+            file_signature(Path(f"{private}.wal")),
+            file_signature(public),
+        )
         with self._lock:
             if signature == self._signature:
                 return self._decisions
@@ -155,14 +160,6 @@ def _base_name(settings: Settings) -> str:
     if is_on_hub(ref, settings.root):
         return known_fingerprint(ref, settings.root) or ref.id
     return fingerprint(ref, settings.root)
-
-
-def _stat(path: Path) -> tuple[int, int, int] | None:
-    try:
-        stats = path.stat()
-    except OSError:
-        return None
-    return stats.st_mtime_ns, stats.st_size, stats.st_ino
 
 
 def _trained(record: Path) -> str:
