@@ -22,7 +22,6 @@ from posterpipe.commands.demo import (
     Watch,
     champion_line,
     control_line,
-    end_dead_runs,
     leaderboard_table,
     materialize,
 )
@@ -403,22 +402,6 @@ def test_what_was_lost_is_stale(pipeline: Pipeline) -> None:
         hidden.rename(sheet)
     assert list(stale) == [dg.AssetKey("contact_sheet")]
     assert "is gone" in stale[dg.AssetKey("contact_sheet")]
-
-
-def test_a_run_whose_process_died_is_ended(pipeline: Pipeline) -> None:
-    from posterpipe.commands import demo
-
-    job = build_defs(pipeline.settings).resolve_job_def("everything")
-    run = pipeline.instance.create_run_for_job(
-        job,
-        status=dg.DagsterRunStatus.STARTED,
-        # No process has such a number: Linux stops at 4,194,304.
-        tags={demo.PID_TAG: "99999999", demo.HOST_TAG: demo.socket.gethostname()},
-    )
-    end_dead_runs(pipeline.instance)
-    ended = pipeline.instance.get_run_by_id(run.run_id)
-    assert ended is not None
-    assert ended.status == dg.DagsterRunStatus.FAILURE
 
 
 def test_a_score_is_traced_to_the_runs_and_the_posters(pipeline: Pipeline) -> None:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import pkgutil
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import time
@@ -35,15 +37,19 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+from dagster._core.launcher import WorkerStatus
 from PIL import Image
+from rich.console import Console
 
-from posterpipe.core import images, landing, warehouse
+from posterpipe import demo
+from posterpipe.core import captioner, images, landing, warehouse
 from posterpipe.core.store import Store, StoreError, table_version
 from posterpipe.definitions import build_defs
 from posterpipe.defs import resources, training
 from posterpipe.defs.alerts import reason_of
+from posterpipe.defs.launcher import end_dead_runs
 from posterpipe.defs.resources import Deployment
-from posterpipe.settings import ImageSettings, load_settings
+from posterpipe.settings import ImageSettings, default_root, load_settings
 from posterpipe_tests.core.metrics.test_clip import build_tiny_clip
 from posterpipe_tests.core.tiny_blip import build_tiny_blip
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
@@ -544,6 +550,51 @@ def test_killed_while_training_a_run_goes_on_and_no_second_training_runs_beside(
     (ours,), (theirs,) = ((at / "checkpoints").glob("*/unet/*.safetensors")
                           for at in (root, world.whole))  # fmt: skip
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def run_demo(settings: dict[str, Any], home: Path) -> None:
+    """What `posterpipe demo` does, until it captions: there it stays."""
+    describe = captioner.Captioner.describe
+
+    def stays(self: Any, *arguments: Any) -> Any:
+        signal.pause()
+        return describe(self, *arguments)
+
+    captioner.Captioner.describe = stays  # type: ignore[assignment, method-assign]
+    deployment = Deployment(load_settings("starter", **settings), Counted())
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        demo.materialize(deployment, instance, Console(file=io.StringIO()), demo.Watch())
+
+
+def test_a_demo_that_was_killed_leaves_no_run_behind_that_the_services_wait_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = world.store("demo killed")
+    home = world.folder / "home of the demo"
+    home.mkdir()
+    shutil.copyfile(default_root() / "deploy" / "dagster.yaml", home / "dagster.yaml")
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        storage = instance.event_log_storage
+        process = in_process(run_demo, world.settings(root), home)
+        deadline = time.monotonic() + PATIENCE
+        while not storage.get_concurrency_run_ids():
+            assert process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.1)
+        (run,) = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
+        check = instance.run_launcher.check_run_worker_health
+        # The services may run in another container than the demo, or in a new one.
+        monkeypatch.setattr(socket, "gethostname", lambda: "another")
+        assert check(run).status == WorkerStatus.RUNNING
+        end_dead_runs(instance)
+        assert storage.get_concurrency_run_ids() == {run.run_id}
+        process.kill()
+        process.join()
+        assert check(run).status == WorkerStatus.FAILED
+        end_dead_runs(instance)
+        ended = instance.get_run_by_id(run.run_id)
+        assert ended is not None and ended.status == dg.DagsterRunStatus.FAILURE
+        assert not storage.get_concurrency_run_ids()
+        assert not list((home / "leases").iterdir())
 
 
 @pytest.mark.slow

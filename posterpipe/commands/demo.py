@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import platform
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 LOGGER = "demo"
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
-PID_TAG, HOST_TAG = "posterpipe/pid", "posterpipe/host"
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -125,6 +123,7 @@ def materialize(
 
     from posterpipe.definitions import build_defs
     from posterpipe.defs.arrivals import ROOTS
+    from posterpipe.defs.launcher import end_dead_runs, executing_runs
     from posterpipe.defs.staleness import stale_assets
 
     end_dead_runs(instance)
@@ -139,13 +138,14 @@ def materialize(
     watch.groups["dbt_models"] = "reports"
 
     def run(keys: Sequence[dg.AssetKey]) -> bool:
-        result = job.execute_in_process(
-            instance=instance,
-            asset_selection=list(keys),
-            run_config={"loggers": {LOGGER: {}}},
-            tags={PID_TAG: str(os.getpid()), HOST_TAG: socket.gethostname()},
-            raise_on_error=False,
-        )
+        with executing_runs(instance) as tags:
+            result = job.execute_in_process(
+                instance=instance,
+                asset_selection=list(keys),
+                run_config={"loggers": {LOGGER: {}}},
+                tags=tags,
+                raise_on_error=False,
+            )
         return bool(result.success)
 
     stale = stale_assets(specs, instance, deployment)
@@ -162,32 +162,6 @@ def materialize(
         for key in [key for key in names if key in stale]:
             console.print(f"  {key.to_user_string()}: {stale[key]}", style="dim")
     return run([key for key in names if key in chosen])
-
-
-def end_dead_runs(instance: dg.DagsterInstance) -> None:
-    """Runs of demos that were killed are marked as failed, and give back their places in pools.
-
-    The daemon of `make dev` does so for the runs that it started.
-    """
-    import dagster as dg
-
-    statuses = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING]
-    for run in instance.get_runs(dg.RunsFilter(statuses=statuses)):
-        here = run.tags.get(HOST_TAG) == socket.gethostname()
-        pid = run.tags.get(PID_TAG, "")
-        if here and pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
-            instance.report_run_failed(run, "its process is gone")
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _with_downstream(specs: Sequence[dg.AssetSpec], stale: set[dg.AssetKey]) -> set[dg.AssetKey]:

@@ -44,6 +44,8 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel
 
+from posterpipe.core.leases import Leases, open_lock
+
 try:
     import fcntl
 except ImportError:  # Windows, where only the grace time of `garbage` protects what is in use
@@ -179,7 +181,7 @@ class Store:
         if _inside.roots.get(self.root):
             yield
             return
-        handle = self._open_lock(self.root / "garbage.lock")
+        handle = open_lock(self.root / "garbage.lock")
         if handle is None or fcntl is None:
             yield
             return
@@ -193,64 +195,24 @@ class Store:
 
     @contextmanager
     def lease(self) -> Iterator[None]:
-        """While inside, what this process uses of the store from now on is no garbage.
-
-        The lease is a locked file, which the system lets go when the process ends, however it ends.
-        """
-        taken = self._take_lease()
+        """While inside, what this process uses of the store from now on is no garbage."""
+        taken = self._leases.take()
         try:
             yield
         finally:
             if taken is not None:
-                handle, path = taken
-                with suppress(OSError):
-                    path.unlink(missing_ok=True)
-                os.close(handle)
+                taken.give_back()
 
     def live_leases(self) -> list[float]:
         """When the leases began that processes hold now, in seconds since 1970.
 
         Those of processes that ended without giving theirs back are removed.
         """
-        begun: list[float] = []
-        if fcntl is None:
-            return begun
-        for path in (self.root / "leases").glob("*.lease"):
-            try:
-                handle = os.open(path, os.O_RDWR)
-            except OSError:
-                continue  # given back meanwhile
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink(missing_ok=True)
-            except OSError:  # locked: its process works
-                begun.append(os.fstat(handle).st_mtime)
-            finally:
-                os.close(handle)
-        return begun
+        return self._leases.live()
 
-    def _take_lease(self) -> tuple[int, Path] | None:
-        while True:
-            try:
-                path = self.folder("leases") / f"{uuid.uuid4().hex}.lease"
-            except OSError:
-                return None
-            handle = self._open_lock(path)
-            if handle is None:
-                return None  # a store that is not writable is not cleared either
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            # Between opening and locking it, it looked like that of a dead process.
-            if path.exists():
-                return handle, path
-            os.close(handle)
-
-    @staticmethod
-    def _open_lock(path: Path) -> int | None:
-        try:
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError:
-            return None
+    @property
+    def _leases(self) -> Leases:
+        return Leases(self.root / "leases")
 
     # -- results ----------------------------------------------------------------------------------
 

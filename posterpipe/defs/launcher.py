@@ -1,17 +1,21 @@
 """How runs are started on one machine, and how it is noticed that one died.
 
-What belongs here: Dagster's own launcher with the health check that it lacks. What does not: when
-runs start (`automation`, `arrivals`, `retraining`) and what they do.
+What belongs here: Dagster's own launcher with the health check that it lacks, and the lease of a
+process that executes runs itself. What does not: when runs start (`automation`, `arrivals`,
+`retraining`) and what they do.
 
 The code server notices when a run's process dies, but not when it dies itself together with its
-runs: after a power cut or `kill -9` they would count as running for ever, hold their places in the
-pools, and keep the schedule from training. `run_monitoring` in dagster.yaml asks the launcher.
+runs, and runs of `posterpipe demo` have none: after a power cut or `kill -9` they would count as
+running for ever, hold their places in the pools, and keep the schedule from training.
+`run_monitoring` in dagster.yaml asks the launcher.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
@@ -19,16 +23,25 @@ from dagster import DagsterEventType
 from dagster._core.launcher import CheckRunHealthResult, DefaultRunLauncher, WorkerStatus
 from dagster._core.storage.tags import GRPC_INFO_TAG
 
+from posterpipe.core.leases import Leases
+from posterpipe.defs.arrivals import UNFINISHED
+
+LEASE_TAG = "posterpipe/lease"
+"""Tag of runs that no code server executes: the lease of the process that does."""
+
 _HERE = ("localhost", "127.0.0.1", "::1")
 
 _CLOCKS_DIFFER = 60.0
 """Seconds by which the system's clock may have been set since."""
 
+_GONE = "its process is gone"
+
 
 class LocalRunLauncher(DefaultRunLauncher):
     """Dagster's default launcher; a run whose process is gone is found to have failed.
 
-    Judges only runs that a code server on this machine started, and only on Linux.
+    Judges runs whose process holds a lease, and those that a code server on this machine started;
+    the latter only on Linux.
     """
 
     @property
@@ -39,6 +52,8 @@ class LocalRunLauncher(DefaultRunLauncher):
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
         """Whether the process that executes a run is there."""
         running = CheckRunHealthResult(WorkerStatus.RUNNING)
+        if _is_abandoned(self._instance, run):
+            return CheckRunHealthResult(WorkerStatus.FAILED, _GONE)
         server = json.loads(run.tags.get(GRPC_INFO_TAG, "{}"))
         if server.get("host") not in _HERE or not Path("/proc/stat").exists():
             return running
@@ -55,6 +70,42 @@ class LocalRunLauncher(DefaultRunLauncher):
         if began is not None and began < at + _CLOCKS_DIFFER:
             return running
         return CheckRunHealthResult(WorkerStatus.FAILED, f"its process (pid {pid}) is gone")
+
+
+@contextmanager
+def executing_runs(instance: dg.DagsterInstance) -> Iterator[dict[str, str]]:
+    """The tags of runs that this process executes itself while inside: by them it is noticed when
+    it dies."""
+    lease = _leases(instance).take()
+    try:
+        yield {LEASE_TAG: lease.name} if lease else {}
+    except BaseException:
+        if lease:
+            lease.abandon()  # its run may not have come to an end
+        raise
+    if lease:
+        lease.give_back()
+
+
+def end_dead_runs(instance: dg.DagsterInstance) -> None:
+    """Runs under a lease whose process is gone are marked as failed, and give back their places in
+    pools.
+
+    The daemon of `make dev` does so too, with these and with those that it started.
+    """
+    for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)):
+        if _is_abandoned(instance, run):
+            instance.report_run_failed(run, _GONE)
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+            _leases(instance).remove(run.tags[LEASE_TAG])
+
+
+def _is_abandoned(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    return LEASE_TAG in run.tags and _leases(instance).is_abandoned(run.tags[LEASE_TAG])
+
+
+def _leases(instance: dg.DagsterInstance) -> Leases:
+    return Leases(Path(instance.root_directory) / "leases")
 
 
 def _began(pid: str) -> float | None:

@@ -18,7 +18,7 @@ from dagster._core.launcher import WorkerStatus
 from dagster._core.storage.tags import GRPC_INFO_TAG
 
 from posterpipe.defs import launcher
-from posterpipe.defs.launcher import LocalRunLauncher
+from posterpipe.defs.launcher import LEASE_TAG, LocalRunLauncher, executing_runs
 from posterpipe.settings import default_root
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
@@ -85,3 +85,26 @@ def test_runs_of_others_are_not_judged(deployed: dg.DagsterInstance) -> None:
     by_hand = deployed.create_run_for_job(nothing, status=dg.DagsterRunStatus.STARTED)
     status = deployed.run_launcher.check_run_worker_health(by_hand).status
     assert status == WorkerStatus.RUNNING
+
+
+def test_a_run_under_a_lease_is_dead_when_its_process_gave_nothing_back(
+    deployed: dg.DagsterInstance,
+) -> None:
+    def health_of(run: dg.DagsterRun) -> WorkerStatus:
+        status: WorkerStatus = deployed.run_launcher.check_run_worker_health(run).status
+        return status
+
+    def started(tags: dict[str, str]) -> dg.DagsterRun:
+        status = dg.DagsterRunStatus.STARTED
+        return deployed.create_run_for_job(nothing, status=status, tags=tags)
+
+    with executing_runs(deployed) as tags:
+        run = started(tags)
+        assert health_of(run) == WorkerStatus.RUNNING
+    assert not list(Path(deployed.root_directory).glob("leases/*"))
+    with pytest.raises(KeyboardInterrupt), executing_runs(deployed) as tags:
+        run = started(tags)
+        raise KeyboardInterrupt
+    assert health_of(run) == WorkerStatus.FAILED
+    # As of another machine, whose leases lie elsewhere.
+    assert health_of(started({LEASE_TAG: "elsewhere.lease"})) == WorkerStatus.RUNNING
