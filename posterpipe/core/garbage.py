@@ -75,7 +75,7 @@ from posterpipe.core.provenance import (
     TRAINING_SET,
     images_trained_on,
 )
-from posterpipe.core.store import REFRESH_SECONDS, Store
+from posterpipe.core.store import DAMAGED, REFRESH_SECONDS, Store, StoreError
 from posterpipe.core.warehouse import Warehouse
 
 KEEP_VERSIONS = 3
@@ -292,7 +292,8 @@ def _tables(store: Store, keep_versions: int, cutoff: float) -> tuple[list[Path]
                 files[file] = file.stat().st_mtime
         ranked = sorted(files, key=lambda file: (file.stem == current, files[file]), reverse=True)
         for place, file in enumerate(ranked):
-            if place < keep_versions or files[file] >= cutoff:
+            # Where the pointer is damaged, any of them may be the current one.
+            if place < keep_versions or files[file] >= cutoff or current is None:
                 kept.append(file)
             else:
                 old.append(_item("tables", file, f"{folder.name}/{file.stem}"))
@@ -308,6 +309,11 @@ def _named(tables: Iterable[Path]) -> set[str]:
             table = pq.read_table(file)
         except FileNotFoundError:
             continue  # removed meanwhile by another process that tidies
+        except DAMAGED as error:
+            raise StoreError(
+                f"{file}: cannot be read ({error}), so nobody knows what it needs; materialize the "
+                f"asset `{file.parent.name}`, or remove the file where it is an older version"
+            ) from error
         for column in table.columns:
             for text in _texts(column):
                 named.update(_NAME.findall(text))

@@ -1,7 +1,8 @@
 """Whether the store still holds what its current tables name.
 
 What belongs here: finding what was lost. What does not: what is made again because of it
-(`defs.staleness`), what nobody needs any more (`garbage`), and damage inside files.
+(`defs.staleness`), what nobody needs any more (`garbage`), and damage inside files, but for tables
+that cannot be read.
 
 It is asked every minute, so nothing is opened but the table, and nothing is marked as used: of the
 files that it names the folders are listed, at most 256 of blobs. 10,000 posters take about 50 ms.
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from posterpipe.core.store import Store
+from posterpipe.core.store import DAMAGED, Store
 from posterpipe.core.training_set import CSV_NAME
 
 _BLOBS: Mapping[str, tuple[str, str]] = {
@@ -40,17 +41,19 @@ _UNKEPT = "rejected"
 def lost_part(store: Store, name: str) -> str:
     """What of the current table `name` is gone, in words; "" where all of it is there.
 
-    That is the table itself, the blobs that it names, or its folder of images.
+    That is the table itself, which also counts as gone where it cannot be read, the blobs that it
+    names, or its folder of images. Of a table that names no files only the footer is read.
     """
     version = store.table_version(name)
     path = store.root / "tables" / name / f"{version}.parquet"
     if version is None or not path.exists():
         return f"the table {name} is gone" if version is None else f"{path} is gone"
-    if name not in _BLOBS and name not in _SETS:
-        return ""
     try:
+        if name not in _BLOBS and name not in _SETS:
+            pq.read_metadata(path)
+            return ""
         table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
+    except DAMAGED as error:
         return f"{path} cannot be read ({error})"
     files = _blobs(store, name, table) if name in _BLOBS else _images(store, name, table)
     gone = _gone(files)

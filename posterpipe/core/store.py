@@ -42,6 +42,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from pydantic import BaseModel
 
 from posterpipe.core.leases import Leases, open_lock
@@ -60,6 +61,10 @@ KEYS_A_QUERY = 900
 # What was used less long ago than this is not marked as used again, in seconds: a store of 100,000
 # blobs is then touched a few times an hour at most, and `garbage` allows for it.
 REFRESH_SECONDS = 600.0
+
+# What reading a Parquet file raises whose bytes are not those that were written. Too little memory is
+# another kind of ArrowException.
+DAMAGED = (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError)
 
 _SECOND = 1_000_000_000  # in nanoseconds
 
@@ -90,7 +95,7 @@ class StoreError(Exception):
 
 
 class TableMissing(StoreError):
-    """A table has not been written yet. The message names the asset to materialize."""
+    """A table has not been written yet, or is damaged. The message names the asset to materialize."""
 
 
 class Store:
@@ -329,13 +334,14 @@ class Store:
         """Keep a table and make it the current one; its version.
 
         The index of the frame is not kept. Columns hold text, numbers, booleans, times or nothing.
-        `version`: its `table_version`, where that was computed before.
+        `version`: its `table_version`, where that was computed before. A file of that version that
+        is damaged is written anew.
         """
         version = version or table_version(frame)
         with writing(self.root / "tables" / name):
             folder = self.folder("tables", name)
         file = folder / f"{version}.parquet"
-        if not self.keep(file):
+        if not (self.keep(file) and _is_whole(file)):
             buffer = io.BytesIO()
             frame.reset_index(drop=True).to_parquet(buffer, index=False)
             with writing(file):
@@ -361,15 +367,24 @@ class Store:
                 f"{self.root / 'tables' / name}: {which} is not there; "
                 f"materialize the asset `{name}` first"
             )
-        return pd.read_parquet(file)
+        try:
+            return pd.read_parquet(file)
+        except DAMAGED as error:
+            raise TableMissing(
+                f"{file}: cannot be read ({error}); materialize the asset `{name}`, which writes "
+                "it anew"
+            ) from error
 
     def table_version(self, name: str) -> str | None:
-        """The version of the current table, or None before the first one is written."""
+        """The version of the current table, or None before the first one is written, and where the
+        file that names it is damaged."""
+        pointer = self.root / "tables" / name / "current.json"
         try:
-            current = json.loads((self.root / "tables" / name / "current.json").read_text("utf-8"))
+            return str(json.loads(pointer.read_text("utf-8"))["version"])
         except FileNotFoundError:
             return None
-        return str(current["version"])
+        except (ValueError, KeyError, TypeError):
+            return None  # writing the table names it again
 
     def folder(self, *parts: str) -> Path:
         """A folder below the root, created."""
@@ -592,6 +607,15 @@ def _plain(value: object) -> object:
 _ENCODER = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain
 )
+
+
+def _is_whole(table: Path) -> bool:
+    """Whether a file holds a table that can be read."""
+    try:
+        pd.read_parquet(table)
+    except DAMAGED:
+        return False
+    return True
 
 
 @contextmanager

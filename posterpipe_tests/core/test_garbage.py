@@ -38,7 +38,7 @@ from posterpipe.core.holdout_set import build_holdout_set
 from posterpipe.core.landing import scan_holdout
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.provenance import CHECKPOINT, TABLE, TRAINING_SET, lineage_path
-from posterpipe.core.store import Store, compute_missing
+from posterpipe.core.store import Store, StoreError, compute_missing
 from posterpipe.core.warehouse import Warehouse
 from posterpipe_tests.core.test_holdout_set import settings_for as holdout_settings
 from posterpipe_tests.core.tiny_blip import build_tiny_blip
@@ -140,6 +140,20 @@ def test_the_current_version_stays_however_old_its_file(store: Store) -> None:
     remove_garbage(store, garbage)
     assert store.table_version("t") == first
     assert store.has(old, ".png") and not store.has(new, ".png")
+
+
+def test_nothing_goes_by_a_damaged_table_or_pointer(store: Store) -> None:
+    old, new = images(store, "old", "new")
+    folder = store.root / "tables" / "t"
+    for blob in (new, old):
+        version = store.write_table("t", table_of(blob))
+    (folder / "current.json").write_bytes(b"")
+    age(store.root)
+    assert not find_garbage(store, keep_versions=1).items
+    (folder / f"{version}.parquet").write_bytes(b"PAR1")
+    age(store.root)
+    with pytest.raises(StoreError, match=rf"{version}.parquet: .* materialize the asset `t`"):
+        find_garbage(store, keep_versions=1)
 
 
 def test_rows_go_with_the_blob_that_they_name(store: Store) -> None:

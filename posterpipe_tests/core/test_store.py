@@ -416,6 +416,31 @@ def test_a_missing_table_names_the_asset_to_materialize(store: Store) -> None:
         store.read_table("raw_posters", "abc")
 
 
+@pytest.mark.parametrize("left", [0, 4, 300, -1])
+def test_a_damaged_table_is_told_by_name_and_written_anew(store: Store, left: int) -> None:
+    version = store.write_table("posters", FRAME)
+    file = store.root / "tables" / "posters" / f"{version}.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:left])
+    with pytest.raises(TableMissing, match=rf"{version}.parquet: cannot .* asset `posters`"):
+        store.read_table("posters")
+    assert store.write_table("posters", FRAME) == version
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"{}", b"\xff"])
+def test_a_table_whose_pointer_is_damaged_counts_as_not_there_and_is_named_anew(
+    store: Store, content: bytes
+) -> None:
+    version = store.write_table("posters", FRAME)
+    (store.root / "tables" / "posters" / "current.json").write_bytes(content)
+    assert store.table_version("posters") is None
+    with pytest.raises(TableMissing, match="materialize the asset `posters`"):
+        store.read_table("posters")
+    store.write_table("posters", FRAME)
+    assert store.table_version("posters") == version
+
+
 def test_the_version_of_a_table_is_known_by_heart() -> None:
     # Written down, so that a new pandas cannot change the versions of existing tables unseen.
     assert table_version(FRAME).startswith("0e8219333c2479a7")

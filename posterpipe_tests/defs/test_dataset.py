@@ -161,6 +161,19 @@ def test_what_was_lost_of_the_store_is_stale_and_comes_back(dataset: Dataset) ->
         assert dataset.stale() == set()
 
 
+@pytest.mark.parametrize("asset", ["raw_posters", "human_captions"])
+def test_a_table_that_was_damaged_is_stale_and_comes_back(dataset: Dataset, asset: str) -> None:
+    folder = dataset.settings.store / "tables" / asset
+    version = Deployment(dataset.settings).store.table_version(asset)
+    for path in (folder / f"{version}.parquet", folder / "current.json"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        assert dataset.stale() == {asset}
+        dataset.run(asset)
+        assert path.read_bytes() == whole
+        assert dataset.stale() == set()
+
+
 def test_a_rejected_caption_is_shown_with_its_reason(dataset: Dataset) -> None:
     sidecar = Path(dataset.settings.landing) / "poster 9.txt"
     sidecar.write_text("a poster that is not there", "utf-8")
