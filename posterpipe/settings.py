@@ -665,6 +665,11 @@ class CheckSettings(Group):
         description="training captions with more tokens than the text encoder reads; with more of "
         "them nothing is trained",
     )
+    max_lost_share: Share = Field(
+        0.4,
+        description="by which share of the posters last trained on there may be fewer now; with "
+        "fewer still nothing is trained",
+    )
     holdout_distance: int = Field(
         4,
         ge=-1,

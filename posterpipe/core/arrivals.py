@@ -22,6 +22,7 @@ from posterpipe.core.files import sha256_of
 from posterpipe.core.landing import landing_digest, poster_entries, rehashed
 from posterpipe.core.listing import (
     HOLDOUT,
+    UNLISTED,
     Entry,
     Folder,
     PlaceMissing,
@@ -57,6 +58,9 @@ class Source:
     """Files that changed so lately that they may still be being written."""
     problem: str = ""
     """Why there is nothing to read, and what to do; "" when there is."""
+    gap: str = ""
+    """What of it cannot be seen now, and what to do; "" for nothing. The rest is read all the same,
+    but not trained on."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,18 @@ def posters_source(
         f"{_count(len(posters), 'poster')} in {location}",
         landing_digest(entries, store, portable=True),
         young,
+        gap=_gap(entries, location),
+    )
+
+
+def _gap(entries: Iterable[Entry], location: Path | str) -> str:
+    unlisted = [entry for entry in entries if entry.problem.startswith(UNLISTED)]
+    if not unlisted:
+        return ""
+    more = f", and {len(unlisted) - 1} more like it" if len(unlisted) > 1 else ""
+    return (
+        f"{source_name(unlisted[0])} in {location}: {unlisted[0].problem}, or move it out of "
+        f"there{more}"
     )
 
 
@@ -199,6 +215,7 @@ def holdout_source(folder: Path, store: Store, settings: AutomationSettings, now
         seen,
         holdout_digest(entries, store, portable=True),
         young,
+        gap=_gap(entries, folder),
     )
 
 

@@ -36,6 +36,12 @@ _AT_THE_DISK = 4
 DEEPEST = 100
 """Nested folders that are entered, one in another; what lies deeper is a problem's entry."""
 
+UNLISTED = "this folder cannot be listed"
+"""How the problem begins of a nested folder of which nobody knows what lies in it."""
+
+_OF_THE_DISK = "lost+found"
+"""Lies at the root of a disk, and may be entered by nobody but its administrator."""
+
 _ETAGS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "version_id")
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
 
@@ -195,7 +201,7 @@ class Folder(Place):
             except FileNotFoundError:
                 continue  # taken away since it was listed
             except OSError as error:
-                reason = f"this folder cannot be listed ({error.strerror}); make it readable"
+                reason = f"{UNLISTED} ({error.strerror}); make it readable"
                 found.append(Entry(name, 0, 0, "", problem=reason))
         found.sort(key=lambda entry: entry.name)
         return found
@@ -206,7 +212,11 @@ class Folder(Place):
         """Adds a folder's files to `found`; the folders in it: name, path and depth. Raises
         OSError where the folder cannot be listed, and adds nothing then."""
         with os.scandir(folder) as items:
-            listed = [item for item in items if not item.name.startswith(".")]
+            listed = [
+                item
+                for item in items
+                if not item.name.startswith(".") and item.name != _OF_THE_DISK
+            ]
         files: list[Entry] = []
         nested: list[tuple[str, str, int]] = []
         for item in listed:

@@ -66,7 +66,7 @@ class Situation:
     failed_checks: Sequence[str] = ()
     """Blocking checks of the training set, and of what it is made from, that did not pass."""
     unreadable: str = ""
-    """Why there are no posters to read now, and what to do; "" when there are."""
+    """Why posters or captions cannot be read now, or not all, and what to do; "" when they can."""
     running: str = ""
     """The run that is training; "" for none."""
     failed_runs: Sequence[str] = ()
@@ -155,7 +155,7 @@ def differing_since(
 
 def compare(trained: Path, current: Path) -> Changes | None:
     """What differs between the training sets in two folders; None where one cannot be read."""
-    before, after = _captions(trained), _captions(current)
+    before, after = captions_in(trained), captions_in(current)
     if before is None or after is None:
         return None
     shared = before.keys() & after.keys()
@@ -166,10 +166,10 @@ def compare(trained: Path, current: Path) -> Changes | None:
     )
 
 
-def _captions(folder: Path) -> dict[str, str] | None:
-    """Captions by file name, which holds the hash of the image."""
+def captions_in(training_set: Path) -> dict[str, str] | None:
+    """Captions by file name, which holds the hash of the image; None where they cannot be read."""
     try:
-        with open(folder / CSV_NAME, encoding="utf-8", newline="") as file:
+        with open(training_set / CSV_NAME, encoding="utf-8", newline="") as file:
             return {row["file_name"]: row["caption"] for row in csv.DictReader(file)}
     except (OSError, KeyError, UnicodeDecodeError, csv.Error):
         return None

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 ROOTS = ("raw_posters", "holdout_posters", "human_captions", "prompt_suite")
 """Assets that read the outside world: only running them tells whether it changed."""
 
+TRAINED_FROM = ("raw_posters", "holdout_posters", "human_captions")
+"""Those of them that decide what is trained on."""
+
 ROOT_TAG = "posterpipe/arrived"
 """Tag of the runs that the sensor requests: for which asset."""
 
@@ -118,10 +121,17 @@ def look(context: dg.SensorEvaluationContext, deployment: Deployment) -> dg.Sens
     )
 
 
-def posters_problem(deployment: Deployment) -> str:
-    """Why there are no posters to read now, and what to do; "" when there are."""
-    source = _Listing(deployment, time.time()).source("raw_posters")
-    return _unforeseen(source) if isinstance(source, Exception) else source.problem
+def reading_problem(deployment: Deployment) -> str:
+    """Why what a training is made from cannot be read now, or not all of it, and what to do; ""
+    when it can."""
+    listing = _Listing(deployment, time.time())
+    for name in TRAINED_FROM:
+        source = listing.source(name)
+        if isinstance(source, Exception):
+            return _unforeseen(source)
+        if found := source.problem or source.gap:
+            return found
+    return ""
 
 
 def _unforeseen(error: Exception) -> str:

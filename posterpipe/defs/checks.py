@@ -18,6 +18,8 @@ import dagster as dg
 
 from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs.resources import TABLE_VERSION, Deployment, Table, table_preview
+from posterpipe.defs.retraining import CHECKPOINT, TRAINING_SET
+from posterpipe.defs.staleness import used_version
 from posterpipe.defs.timing import cron_of
 from posterpipe.settings import Settings
 
@@ -304,6 +306,17 @@ TRAINING_CSV = [
     ),
     _spec(
         "training_csv",
+        "few_posters_lost",
+        "A disk that is not mounted or a delivery that broke off looks like posters that people "
+        "removed, and a night would be spent on the rest. Compared with the set that was trained "
+        "on last, where its posters came from the same place. When this fails, see whether all "
+        "posters are there; if they were removed on purpose, raise the limit until the next "
+        "training. Limit: `checks.max_lost_share`.",
+        severity=ERROR,
+        blocking=True,
+    ),
+    _spec(
+        "training_csv",
         "every_row_has_image_and_caption",
         "The trainer stops at a row without its image or caption, which is better known before a "
         "GPU is taken. When this fails, someone changed the folder: materialize training_csv "
@@ -365,6 +378,9 @@ def training_csv_checks(
             "enough_training_rows": lambda: quality.enough_rows(
                 training_csv, raw_posters, limits.min_posters
             ),
+            "few_posters_lost": lambda: quality.shrinkage(
+                training_csv, _trained_on(context.instance, deployment), limits.max_lost_share
+            ),
             "every_row_has_image_and_caption": lambda: quality.incomplete_rows(
                 training_csv, deployment.store_root / "training_sets"
             ),
@@ -374,6 +390,32 @@ def training_csv_checks(
             ),
         },
     )
+
+
+def _trained_on(instance: dg.DagsterInstance, deployment: Deployment) -> Mapping[str, str] | None:
+    """The training set of the latest checkpoint, captions by file name; None where it is not there
+    any more, and where its posters came from another place than those of now."""
+    from posterpipe.core.retraining import captions_in
+
+    records = instance.fetch_materializations(CHECKPOINT, limit=1).records
+    made = records[0].asset_materialization if records else None
+    version = used_version(made, TRAINING_SET) if made else None
+    then = _landing_before(instance, records[0].storage_id) if records else None
+    now = _landing_before(instance)
+    if not version or (then and now and then != now):
+        return None
+    return captions_in(deployment.store_root / "training_sets" / version)
+
+
+def _landing_before(instance: dg.DagsterInstance, storage_id: int | None = None) -> str | None:
+    """Where the posters lay that were read last before an event of the log; None if not on
+    record."""
+    posters = dg.AssetRecordsFilter(dg.AssetKey("raw_posters"), before_storage_id=storage_id)
+    for record in instance.fetch_materializations(posters, limit=1).records:
+        made = record.asset_materialization
+        folder = made.metadata.get("folder") if made else None
+        return str(folder.value) if folder else None
+    return None
 
 
 # -- generations -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from dagster._core.storage.asset_check_execution_record import (
     AssetCheckExecutionRecordStatus as Status,
 )
 
-from posterpipe.defs.arrivals import REASON_TAG, UNFINISHED, posters_problem
+from posterpipe.defs.arrivals import REASON_TAG, UNFINISHED, reading_problem
 from posterpipe.defs.automation import retrain
 from posterpipe.defs.resources import DATA_VERSION, Deployment
 from posterpipe.defs.staleness import (
@@ -119,7 +119,7 @@ def _facts(
         changes=compare(folders / trained, folders / current) if trained and current else None,
         changed_at=differing_since(versions, trained),
         failed_checks=_failed_checks(context),
-        unreadable=posters_problem(deployment),
+        unreadable=reading_problem(deployment),
         running=_running(instance),
         failed_runs=[run.run_id for run in tried if run.status == DagsterRunStatus.FAILURE],
         canceled_run=next(

@@ -81,7 +81,7 @@ _LIMITS: Mapping[str, tuple[str, ...]] = {
         "min_distinct_captions",
         "max_failed_share",
     ),
-    "training_csv": ("min_posters", "holdout_distance", "max_long_captions"),
+    "training_csv": ("min_posters", "holdout_distance", "max_long_captions", "max_lost_share"),
     "base_generations": ("max_blocked_share",),
     "tuned_generations": ("max_blocked_share",),
     "clip_scores": ("max_scoring_delay_hours", "max_score_age_days"),

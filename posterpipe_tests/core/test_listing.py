@@ -55,6 +55,12 @@ def remove(place: Place, name: str) -> None:
         fsspec.filesystem("memory").rm(f"/listing/{name}")
 
 
+def test_the_folder_that_every_disk_has_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "lost+found" / "#1234.png").write_bytes(b"a")
+    assert Folder(tmp_path).entries() == []
+
+
 def test_nested_files_are_listed_by_name_and_hidden_ones_are_not(place: Place) -> None:
     for name in ("b.png", "a/z.png", "a b.png", ".hidden", ".folder/c.png", "a/.tmp", "ä.txt"):
         put(place, name, name.encode())

@@ -423,6 +423,26 @@ def test_a_row_without_its_image_or_caption_is_named(
     assert str(row["problem"]).startswith(problem)
 
 
+def test_a_training_set_that_shrank_names_what_it_lost_and_other_posters_are_no_loss() -> None:
+    trained = {f"train/{number}.png": f"poster {number}" for number in range(10)}
+
+    def of(*numbers: int) -> quality.Finding:
+        table = pd.DataFrame({"file_name": [f"train/{number}.png" for number in numbers]})
+        return quality.shrinkage(table, trained, 0.4)
+
+    assert of(*range(4, 10)).passed
+    finding = of(*range(5, 10), 33)
+    assert finding.passed and finding.actual == 0.4
+    finding = of(*range(5, 10))
+    assert not finding.passed
+    assert "5 posters to train on, and 10 were trained on last (50.0% fewer" in finding.description
+    assert "raise checks.max_lost_share to 1 until" in finding.description
+    assert list(finding.offenders["caption"]) == [f"poster {number}" for number in range(5)]
+    finding = of(*range(100, 110))
+    assert finding.passed and finding.offenders.empty
+    assert quality.shrinkage(pd.DataFrame({"file_name": []}), None, 0.4).passed
+
+
 def test_captions_longer_than_the_text_encoder_reads_are_named(tmp_path: Path) -> None:
     table = training_set(tmp_path, "one two three", "one two", "one two three four")
 

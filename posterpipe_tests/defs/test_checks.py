@@ -21,6 +21,7 @@ from posterpipe.core.training_set import build_training_set
 from posterpipe.core.variants import BASE_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs import checks, dataset, evidence, generation, ingest, scoring
 from posterpipe.defs.resources import TABLES, Deployment, store_tables
+from posterpipe.defs.staleness import INPUT_DATA_VERSION
 from posterpipe.settings import CheckSettings, Settings, default_root, load_settings
 
 POSTERS = (
@@ -97,6 +98,22 @@ class World:
         limits = self.settings.images
         held = scan_holdout(self.settings.holdout, limits, self.store)
         self.store.write_table("holdout_posters", held)
+
+    def train(self) -> None:
+        """What the instance knows after a training on the present posters of the landing folder."""
+        self.read_posters(self.landing)
+        version = self.table("training_csv")["training_set"].iloc[0]
+        tags = {f"{INPUT_DATA_VERSION}training_csv": version}
+        self.instance.report_runless_asset_event(
+            dg.AssetMaterialization("dreambooth_checkpoint", tags=tags)
+        )
+
+    def read_posters(self, folder: Path) -> None:
+        """The same after posters were read from a folder."""
+        metadata = {"folder": dg.MetadataValue.path(folder)}
+        self.instance.report_runless_asset_event(
+            dg.AssetMaterialization("raw_posters", metadata=metadata)
+        )
 
     def draw(self) -> None:
         """What the assets from the prompts to the scores do, with one picture for all."""
@@ -245,6 +262,7 @@ def test_what_blocks_fails_as_an_error() -> None:
         "few_images_failed",
         "few_captions_failed",
         "enough_training_rows",
+        "few_posters_lost",
         "every_row_has_image_and_caption",
         "captions_fit_the_text_encoder",
         "no_poster_is_held_out",
@@ -313,6 +331,11 @@ def one_caption_for_all(world: World) -> None:
 
 def lost_rows(world: World) -> None:
     world.store.write_table("training_csv", world.table("training_csv")[:2])
+
+
+def half_of_what_was_trained_on(world: World) -> None:
+    world.train()
+    world.store.write_table("training_csv", world.table("training_csv")[3:])
 
 
 def a_missing_file(world: World) -> None:
@@ -425,6 +448,7 @@ def a_rejected_champion(world: World) -> None:
         (one_caption_for_all, "captions_do_not_repeat", "18 posters have it"),
         (one_caption_for_all, "captions_are_diverse", "a poster | 18"),
         (lost_rows, "enough_training_rows", ".png"),
+        (half_of_what_was_trained_on, "few_posters_lost", "train/"),
         (a_missing_file, "every_row_has_image_and_caption", "no image"),
         (a_missing_caption, "every_row_has_image_and_caption", "no caption"),
         (a_long_caption, "captions_fit_the_text_encoder", "a rocket and"),
@@ -480,6 +504,32 @@ def test_a_held_out_poster_stops_the_training_until_it_is_removed(world: World) 
     result = world.run(selection, costly_step)
     assert result.success
     assert materialized(result) == {"holdout_posters", "training_csv", "costly_step"}
+
+
+def test_half_of_the_posters_gone_stops_the_training_until_a_person_says_that_it_is_meant(
+    world: World, tmp_path: Path
+) -> None:
+    world.train()
+    for path in sorted(world.landing.iterdir())[:3]:
+        path.unlink()
+    world.settings = world.settings.model_copy(
+        update={"checks": CheckSettings(min_posters=3)}
+    )  # else too few stop it
+    world.ingest()
+    selection = dg.AssetSelection.assets("training_csv", "costly_step")
+    result = world.run(selection, costly_step)
+    assert not result.success and materialized(result) == {"training_csv"}
+    (failed,) = (e for e in result.get_asset_check_evaluations() if not e.passed)
+    assert failed.check_name == "few_posters_lost"
+    # Posters of another place are other posters.
+    world.read_posters(tmp_path / "elsewhere")
+    assert world.run(selection, costly_step).success
+    world.read_posters(world.landing)
+    assert not world.run(selection, costly_step).success
+    world.settings = world.settings.model_copy(
+        update={"checks": CheckSettings(min_posters=3, max_lost_share=1)}
+    )
+    assert world.run(selection, costly_step).success
 
 
 def test_a_missing_holdout_folder_is_warned_of_and_stops_nothing(world: World) -> None:

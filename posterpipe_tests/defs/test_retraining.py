@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -314,6 +315,31 @@ def test_the_run_begins_at_the_posters_so_that_what_was_deleted_is_not_trained_o
         path.unlink()
     assert nights.tick() is None
     assert f"but no posters in {landing}: put some in" in nights.said
+
+
+def test_a_folder_that_cannot_be_listed_holds_the_training_back(
+    tmp_path: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    landing = tmp_path / "landing"
+    for name in ("2024/a.png", "b.png"):
+        (landing / name).parent.mkdir(exist_ok=True, parents=True)
+        (landing / name).write_bytes(b"a poster")
+    nights = Nights(tmp_path, instance, landing=landing)
+    nights.training_set("a", "train/1.png,one")
+    assert nights.tick() is not None
+    scandir = os.scandir
+
+    def stale(folder: str) -> Any:
+        if folder.endswith("2024"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), folder)
+        return scandir(folder)
+
+    monkeypatch.setattr("posterpipe.core.listing.os.scandir", stale)
+    assert nights.tick() is None
+    assert f"but 2024 in {landing}: this folder cannot be listed (Stale file" in nights.said
+    assert "make it readable" in nights.said
+    monkeypatch.undo()
+    assert nights.tick() is not None
 
 
 def test_there_is_one_training_at_a_time(nights: Nights) -> None:

@@ -53,6 +53,7 @@ from posterpipe.core.quality.training_set import (
     holdout_overlap,
     incomplete_rows,
     long_captions,
+    shrinkage,
 )
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "repeated_captions",
     "repeated_share",
     "score_freshness",
+    "shrinkage",
     "some_held_out",
     "source_names",
     "stored_statistics",

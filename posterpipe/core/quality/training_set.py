@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,38 @@ def enough_rows(training: pd.DataFrame, posters: pd.DataFrame, min_posters: int)
         actual=len(training),
         offenders=lost[["source_name"]],
         numbers={"left_out": len(lost)},
+    )
+
+
+def shrinkage(
+    training: pd.DataFrame, trained: Mapping[str, str] | None, max_share: float
+) -> Finding:
+    """By which share `training_csv` is smaller than the set that was trained on last.
+
+    `trained`: captions of that one by file name; None where there is nothing to compare with.
+    Posters in the place of others are no loss, and other images of the same posters neither.
+    """
+    before = trained or {}
+    fewer = max(0, len(before) - len(training))
+    share = share_of(fewer, len(before))
+    gone = sorted(before.keys() - set(training["file_name"])) if fewer else []
+    compared = (
+        f"{len(before)} were trained on last ({share:.1%} fewer; at most {max_share:.1%} may be)"
+        if before
+        else "nothing to compare with was trained on"
+    )
+    return Finding(
+        passed=share <= max_share,
+        summary=f"{len(training)} posters to train on, and {compared}",
+        remedy="see whether all posters are there: perhaps a disk is not mounted, or a delivery "
+        "broke off. If they were removed on purpose, raise checks.max_lost_share to 1 until the "
+        "next training",
+        expected=f"at most {max_share:g}",
+        actual=share,
+        offenders=pd.DataFrame(
+            [(name, before[name]) for name in gone], columns=["file_name", "caption"]
+        ),
+        numbers={"fewer": fewer},
     )
 
 
