@@ -29,7 +29,7 @@ from posterpipe.core.listing import (
     listing_digest,
     source_name,
 )
-from posterpipe.core.store import Store, content_key
+from posterpipe.core.store import Store, TableMissing, content_key
 from posterpipe.settings import AutomationSettings
 
 NAMED = 5
@@ -204,9 +204,35 @@ def holdout_entries(folder: Path) -> list[Entry]:
         ) from error
 
 
+def missing_holdout(folder: Path, entries: Sequence[Entry], store: Store) -> str:
+    """Why held-out posters that are gone are not taken for removed, and what to do; "" where they
+    are, and where there were none.
+
+    `entries`: the listing of the folder. A folder that is not there, or that holds nothing at all,
+    may not be mounted, or its setting be mistyped.
+    """
+    if entries:
+        return ""
+    try:
+        table = store.read_table("holdout_posters")
+    except TableMissing:
+        return ""
+    held = int((table["status"] == "ok").sum())
+    if not held:
+        return ""
+    return (
+        f"no posters in {folder}, and {_count(held, 'poster')} of before held out: mount it, or set "
+        f"{HOLDOUT.setting} to where they lie; to hold none out any more, put a note into it, such "
+        "as README.md"
+    )
+
+
 def holdout_source(folder: Path, store: Store, settings: AutomationSettings, now: float) -> Source:
-    """The source of `holdout_posters`: a folder that may be empty or missing. Raises OSError."""
+    """The source of `holdout_posters`: a folder that may be empty or missing as long as no poster
+    is held out (see `missing_holdout`). Raises OSError."""
     entries = holdout_entries(folder)
+    if missing := missing_holdout(folder, entries, store):
+        return Source("", "", problem=missing)
     posters = poster_entries(entries)
     seen = f"{_count(len(posters), 'poster')} in {folder}" if posters else f"no posters in {folder}"
     young = _young([*posters, *_sidecars(entries)], settings, now)

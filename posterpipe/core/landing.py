@@ -112,7 +112,8 @@ _decoding = threading.BoundedSemaphore(cores())
 
 
 class LandingEmpty(Exception):
-    """There is nothing to train on. The message names the folder and says what to do."""
+    """There is nothing to train on, or to hold out. The message names the folder and says what to
+    do."""
 
 
 def scan(

@@ -104,12 +104,13 @@ def holdout_posters(
     `data/holdout_posters/` (the setting `holdout`); the sensor `arrivals` notices when that folder
     changes. A text file beside a poster, `moon.txt` for `moon.png`, is its caption where the loss
     on held-out posters is measured; `captions.csv` is about the landing folder alone. Without any
-    poster the table is empty, and so are the scores against them.
+    poster the table is empty, and so are the scores against them. Where there were some, a folder
+    that is missing or holds nothing is an error: nothing may be mounted there.
     """
-    from posterpipe.core.arrivals import holdout_digest, holdout_entries
+    from posterpipe.core.arrivals import holdout_digest, holdout_entries, missing_holdout
     from posterpipe.core.captions import unread_count
     from posterpipe.core.holdout_set import with_captions
-    from posterpipe.core.landing import scan_holdout
+    from posterpipe.core.landing import LandingEmpty, scan_holdout
     from posterpipe.core.listing import HOLDOUT, open_place
 
     settings = deployment.settings
@@ -117,6 +118,8 @@ def holdout_posters(
     folder = settings.path(settings.holdout)
     progress = deployment.progress(context)
     entries = holdout_entries(folder)
+    if missing := missing_holdout(folder, entries, store):
+        raise LandingEmpty(missing)
     digests = {
         SOURCE_DIGEST: holdout_digest(entries, store),
         SOURCE_PORTABLE: holdout_digest(entries, store, portable=True),

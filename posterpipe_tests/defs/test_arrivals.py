@@ -199,11 +199,44 @@ def test_held_out_posters_are_looked_for_whether_or_not_there_is_a_folder(place:
     place.written(held, age=1)
     assert place.look() == []
     assert "waiting for held.png" in place.said
-    shutil.rmtree(place.holdout)
+    held.unlink()
+    (place.holdout / "README.md").write_text("none any more")
     assert place.settle() == [["holdout_posters"]]
+    shutil.rmtree(place.holdout)
+    assert place.settle() == []
     place.holdout.write_text("no folder")
     assert place.settle() == []
     assert f"{place.holdout}: cannot be read (not a folder" in place.said
+
+
+@pytest.mark.parametrize("missing", [True, False], ids=["missing", "empty"])
+def test_held_out_posters_stay_while_nothing_is_mounted_where_they_lie(
+    place: Place, tmp_path: Path, missing: bool
+) -> None:
+    held = place.put("held.png")
+    place.holdout.mkdir()
+    held.rename(place.holdout / held.name)
+    assert place.settle() == [["holdout_posters"]]
+    store = Deployment(place.settings).store
+    assert len(store.read_table("holdout_posters")) == 1
+    place.holdout.rename(tmp_path / "unmounted")
+    if not missing:
+        place.holdout.mkdir()
+    assert place.settle() == []
+    assert f"no posters in {place.holdout}, and 1 poster of before held out" in place.said
+    assert "POSTERPIPE_HOLDOUT" in place.said
+    # Nor when somebody asks for the asset.
+    assert not place.daemon.run("holdout_posters")
+    assert len(store.read_table("holdout_posters")) == 1
+    # What the message says works.
+    place.holdout.mkdir(exist_ok=True)
+    (place.holdout / "README.md").write_text("none any more")
+    assert place.settle() == [["holdout_posters"]]
+    assert store.read_table("holdout_posters").empty
+    shutil.rmtree(place.holdout)
+    (tmp_path / "unmounted").rename(place.holdout)
+    assert place.settle() == [["holdout_posters"]]
+    assert len(store.read_table("holdout_posters")) == 1
 
 
 def test_a_file_that_is_being_written_is_waited_for_by_name(place: Place) -> None:

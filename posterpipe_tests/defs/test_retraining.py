@@ -342,6 +342,18 @@ def test_a_folder_that_cannot_be_listed_holds_the_training_back(
     assert nights.tick() is not None
 
 
+def test_a_holdout_folder_that_is_not_mounted_holds_the_training_back(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    nights = Nights(tmp_path, instance, holdout=tmp_path / "not mounted")
+    nights.training_set("a", "train/1.png,one")
+    assert nights.tick() is not None
+    held = pd.DataFrame({"poster_id": ["one"], "status": ["ok"]})
+    Store(nights.settings.store).write_table("holdout_posters", held)
+    assert nights.tick() is None
+    assert f"but no posters in {tmp_path / 'not mounted'}, and 1 poster of before" in nights.said
+
+
 def test_there_is_one_training_at_a_time(nights: Nights) -> None:
     nights.training_set("b", "train/3.png,three")
     request = nights.tick()
