@@ -62,8 +62,8 @@ KEYS_A_QUERY = 900
 # blobs is then touched a few times an hour at most, and `garbage` allows for it.
 REFRESH_SECONDS = 600.0
 
-# What reading a Parquet file raises whose bytes are not those that were written. Too little memory is
-# another kind of ArrowException.
+# What reading a Parquet file raises whose bytes are not those that were written; for want of memory
+# Arrow raises something else.
 DAMAGED = (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError)
 
 _SECOND = 1_000_000_000  # in nanoseconds
@@ -95,7 +95,8 @@ class StoreError(Exception):
 
 
 class TableMissing(StoreError):
-    """A table has not been written yet, or is damaged. The message names the asset to materialize."""
+    """A table has not been written yet, or is damaged. The message names the asset to
+    materialize."""
 
 
 class Store:

@@ -8,6 +8,7 @@ decision (`core.retraining`) and the training (`training`). Other assets follow 
 import datetime as dt
 import hashlib
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -110,7 +111,10 @@ def _facts(
     state = _digest(
         current, trained, other_reason, spec.code_version, checkpoint and checkpoint.storage_id
     )
-    tried = instance.get_runs(dg.RunsFilter(tags={STATE_TAG: state}))
+    tried = instance.get_run_records(dg.RunsFilter(tags={STATE_TAG: state}))
+    graph = context.repository_def.asset_graph
+    upstream = dg.AssetSelection.assets(TRAINING_SET).upstream().resolve(graph)
+    latest = latest_materializations(instance, upstream)
     folders = deployment.store_root / "training_sets"
     situation = Situation(
         current=current,
@@ -118,13 +122,11 @@ def _facts(
         other_reason=other_reason,
         changes=compare(folders / trained, folders / current) if trained and current else None,
         changed_at=differing_since(versions, trained),
-        failed_checks=_failed_checks(context),
+        failed_checks=_failed_checks(context, latest),
         unreadable=reading_problem(deployment),
         running=_running(instance),
-        failed_runs=[run.run_id for run in tried if run.status == DagsterRunStatus.FAILURE],
-        canceled_run=next(
-            (run.run_id for run in tried if run.status == DagsterRunStatus.CANCELED), ""
-        ),
+        failed_runs=_failed_runs(instance, tried, latest),
+        canceled_run=next(iter(_with_status(tried, DagsterRunStatus.CANCELED)), ""),
     )
     return situation, state
 
@@ -149,17 +151,54 @@ def _other_reason(
     return spec, f"the checkpoint does not hold: {reason}" if reason else ""
 
 
-def _failed_checks(context: dg.ScheduleEvaluationContext) -> list[str]:
+def _with_status(runs: Iterable[dg.RunRecord], status: DagsterRunStatus) -> list[str]:
+    return [run.dagster_run.run_id for run in runs if run.dagster_run.status == status]
+
+
+def _failed_runs(
+    instance: dg.DagsterInstance,
+    tried: Sequence[dg.RunRecord],
+    latest: Mapping[dg.AssetKey, dg.EventLogRecord | None],
+) -> list[str]:
+    """Those of the runs that the schedule started whose failure still counts.
+
+    That of a training does. A run that failed before, when posters or captions were read, does not
+    once another run has made one of these since: what was wrong was mended, and what comes out may
+    be the same training set. `latest`: the materializations of that set, and of what it is made
+    from.
+    """
+    began = {
+        run.dagster_run.run_id: run.start_time or run.create_timestamp.timestamp() for run in tried
+    }
+    made_at = max(
+        (record.timestamp for record in latest.values() if record and record.run_id not in began),
+        default=0.0,
+    )
+    return [
+        run_id
+        for run_id in _with_status(tried, DagsterRunStatus.FAILURE)
+        if made_at < began[run_id] or _trained(instance, run_id)
+    ]
+
+
+def _trained(instance: dg.DagsterInstance, run_id: str) -> bool:
+    """Whether a run came as far as the training."""
+    log = instance.all_logs(run_id, of_type=DagsterEventType.STEP_START)
+    return any(entry.get_dagster_event().step_key == CHECKPOINT.path[-1] for entry in log)
+
+
+def _failed_checks(
+    context: dg.ScheduleEvaluationContext,
+    latest: Mapping[dg.AssetKey, dg.EventLogRecord | None],
+) -> list[str]:
     """Blocking checks of the training set, and of what it is made from, that did not pass.
 
     Those of an earlier materialization, and those that never ran, do not count: the run makes
     these assets again, and stops where a check does not pass.
     """
     graph = context.repository_def.asset_graph
-    keys = dg.AssetSelection.assets(TRAINING_SET).upstream().resolve(graph)
-    checks = [key for key in graph.asset_check_keys if key.asset_key in keys]
+    checks = [key for key in graph.asset_check_keys if key.asset_key in latest]
     blocking = [key for key in checks if graph.get_check_spec(key).blocking]
-    latest = latest_materializations(context.instance, keys)
     found = context.instance.event_log_storage.get_latest_asset_check_execution_by_key(blocking)
     failed = []
     for check, record in found.items():

@@ -378,6 +378,59 @@ def test_a_failed_training_is_tried_once_more_until_something_changes(nights: Ni
     assert nights.tick() is not None
 
 
+def test_captions_that_were_mended_are_trained_on_though_the_training_set_stays_the_same(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    landing, captions = tmp_path / "landing", tmp_path / "captions.csv"
+    landing.mkdir()
+    for number in range(5):
+        pixels = random.Random(number).randbytes(80 * 120 * 3)
+        Image.frombytes("RGB", (80, 120), pixels).save(landing / f"{number}.png")
+        (landing / f"{number}.txt").write_text(f"poster number {number}")
+    nights = Nights(
+        tmp_path,
+        instance,
+        landing=landing,
+        holdout=tmp_path / "none",
+        captions=captions,
+        images={"width": 32, "height": 48},
+    )
+    daemon = Daemon(nights.definitions, instance)
+    key = dg.AssetSelection.assets(TRAINING_SET).upstream()
+    before_training = key.resolve(nights.repository.asset_graph)
+    names = [key.to_user_string() for key in before_training]
+    assert daemon.run(*names)
+    before = Store(nights.settings.store).table_version("training_csv")
+    captions.write_text('file_name,caption\n0.png,"a stray quote\n')
+    for _ in range(2):
+        request = nights.tick()
+        assert request is not None
+        daemon.enqueue(names, request.tags)
+        assert daemon.work() == [False]
+    assert nights.tick() is None
+    assert "it failed 2 times" in nights.said
+    captions.unlink()
+    assert daemon.run("human_captions")
+    assert Store(nights.settings.store).table_version("training_csv") == before
+    assert nights.tick() is not None
+
+
+def test_a_training_that_failed_is_not_started_again_because_posters_were_read_again(
+    nights: Nights,
+) -> None:
+    nights.training_set("b", "train/3.png,three")
+    for _ in range(2):
+        request = nights.tick()
+        assert request is not None
+        run_id = nights.started(request, DagsterRunStatus.STARTED)
+        began = dg.DagsterEvent("STEP_START", "retrain", step_key="dreambooth_checkpoint")
+        nights.instance.report_dagster_event(began, run_id)
+        nights.ended(run_id)
+    nights.instance.report_runless_asset_event(dg.AssetMaterialization("raw_posters"))
+    assert nights.tick() is None
+    assert "it failed 2 times" in nights.said
+
+
 def test_a_canceled_training_is_not_started_again_by_itself(nights: Nights) -> None:
     nights.training_set("b", "train/3.png,three")
     request = nights.tick()
