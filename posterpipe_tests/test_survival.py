@@ -41,7 +41,7 @@ from dagster._core.launcher import WorkerStatus
 from PIL import Image
 from rich.console import Console
 
-from posterpipe import demo
+from posterpipe.commands import demo
 from posterpipe.core import captioner, images, landing, warehouse
 from posterpipe.core.store import Store, StoreError, table_version
 from posterpipe.definitions import build_defs
