@@ -301,6 +301,20 @@ def test_queries_find_something_in_a_published_database(page: Path) -> None:
                 assert result.description and result.fetchall(), f"{block}: {statement.query}"
 
 
+def test_the_query_of_the_readme_gives_every_image_once_by_the_metric_of_the_leaderboard() -> None:
+    (block,) = (block for block in blocks("sql") if block.page == ROOT / "README.md")
+    database = published_world() / "public" / "scores.duckdb"
+    with duckdb.connect(str(database), read_only=True) as connection:
+        shown = connection.sql(block.text.rstrip().rstrip(";")).df()
+        images = connection.sql("select count(*) from prompt_drilldown").fetchall()
+        means = connection.sql("select variant, mean from leaderboard where is_headline").fetchall()
+    assert not shown.duplicated(["variant", "prompt_id", "seed"]).any()
+    assert [(len(shown),)] == images
+    # Seeds are averaged within a prompt first, as the leaderboard does.
+    by_prompt = shown.groupby(["variant", "prompt_id"])["clip_cosine"].mean()
+    assert by_prompt.groupby("variant").mean().to_dict() == pytest.approx(dict(means), abs=1e-5)
+
+
 def test_toml_is_made_of_settings() -> None:
     for block in blocks("toml"):
         values = tomllib.loads(block.text)
