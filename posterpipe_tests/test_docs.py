@@ -315,6 +315,22 @@ def test_the_query_of_the_readme_gives_every_image_once_by_the_metric_of_the_lea
     assert by_prompt.groupby("variant").mean().to_dict() == pytest.approx(dict(means), abs=1e-5)
 
 
+def test_every_table_and_column_is_described_in_the_database_itself() -> None:
+    database = published_world() / "public" / "scores.duckdb"
+    with duckdb.connect(str(database), read_only=True) as connection:
+        undescribed = connection.execute(
+            """
+            SELECT table_name, column_name FROM duckdb_columns()
+            WHERE NOT internal AND comment IS NULL
+            UNION ALL
+            SELECT table_name, '' FROM duckdb_tables() WHERE NOT internal AND comment IS NULL
+            UNION ALL
+            SELECT view_name, '' FROM duckdb_views() WHERE NOT internal AND comment IS NULL
+            """
+        ).fetchall()
+    assert undescribed == []
+
+
 def test_toml_is_made_of_settings() -> None:
     for block in blocks("toml"):
         values = tomllib.loads(block.text)

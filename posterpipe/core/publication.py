@@ -39,6 +39,7 @@ from posterpipe.core.warehouse import (
     WarehouseMissing,
     retry_while_busy,
 )
+from posterpipe.core.warehouse_comments import TABLE, comment_on, describe_warehouse
 
 SNAPSHOTS_KEPT = 5
 """Publications that stay, the newest included; each takes as much room as the database."""
@@ -50,6 +51,19 @@ PUBLICATION_TABLE = "publication"
 
 STORAGE_VERSION = "v1.5.0"
 """File format of the published copy: clients of DuckDB 1.5 and later read it."""
+
+_COMMENTS = {
+    TABLE: "Which publication this is: one row.",
+    "publication_id": "Its name, and that of its snapshot.",
+    "published_at": "When it was published (UTC).",
+    "run_id": "The Dagster run that published it.",
+    "posterpipe": "Version of posterpipe.",
+    "schema_version": "Version of the schema of the warehouse.",
+    "dbt": "Version of dbt-core that made the reports.",
+    "duckdb": "Version of DuckDB that wrote the file.",
+    "storage_version": "File format: DuckDB of this version and later reads it.",
+    "row_counts": "Rows by table.",
+}
 
 _FORMAT = "%Y-%m-%dT%H-%M-%S.%fZ"
 _LEFT_OVER_SECONDS = 86_400
@@ -155,6 +169,7 @@ def _copy(
         if reports is not None:
             for name in _drop_others(connection, "copied", {*TABLES, *VIEWS, *reports}):
                 rows.pop(name, None)
+        describe_warehouse(connection, "copied")
         _tell(connection, "copied", publication_id, now, run_id, rows)
         connection.execute("CHECKPOINT copied")
         connection.execute("DETACH copied")
@@ -273,20 +288,7 @@ def _tell(
             list(rows.values()),
         ],
     )
-    for name, comment in {
-        "": "Which publication this is: one row.",
-        "publication_id": "Its name, and that of its snapshot.",
-        "published_at": "When it was published (UTC).",
-        "run_id": "The Dagster run that published it.",
-        "posterpipe": "Version of posterpipe.",
-        "schema_version": "Version of the schema of the warehouse.",
-        "dbt": "Version of dbt-core that made the reports.",
-        "duckdb": "Version of DuckDB that wrote the file.",
-        "storage_version": "File format: DuckDB of this version and later reads it.",
-        "row_counts": "Rows by table.",
-    }.items():
-        what = f"COLUMN {table}.{name}" if name else f"TABLE {table}"
-        connection.execute(f"COMMENT ON {what} IS '{comment}'")
+    comment_on(connection, database, PUBLICATION_TABLE, _COMMENTS)
 
 
 def _write_parquet(database: Path, folder: Path) -> None:

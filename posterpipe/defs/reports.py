@@ -54,7 +54,7 @@ def publication(
         group_name="reports",
         kinds={"python", "duckdb"},
         owners=["team:analytics"],
-        code_version="2",
+        code_version="3",
         deps=[*WRITERS, *reports],
         pool="warehouse",
     )

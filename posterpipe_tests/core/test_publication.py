@@ -17,7 +17,8 @@ import pandas as pd
 import pytest
 
 from posterpipe.core.publication import PublishError, publish_scores
-from posterpipe.core.warehouse import SCHEMA_VERSION, TABLES, Warehouse, WarehouseMissing
+from posterpipe.core.warehouse import SCHEMA_VERSION, TABLES, VIEWS, Warehouse, WarehouseMissing
+from posterpipe.core.warehouse_comments import COMMENTS
 from posterpipe_tests.core.test_warehouse import fill, generation, hold, score
 
 
@@ -65,6 +66,37 @@ def test_a_publication_tells_what_it_is(warehouse: Warehouse, public: Path) -> N
     assert (row.row_counts["fct_score"], row.row_counts["mine"]) == (4, 1)
     assert tables == {*TABLES, "clip_scores", "mine", "publication"}
     assert all(len(comment) > 5 for (comment,) in told)
+
+
+def test_everything_that_is_published_is_described(warehouse: Warehouse, public: Path) -> None:
+    publish_scores(warehouse.path, public, run_id="run")
+    database = public / "scores.duckdb"
+    columns = query(
+        database,
+        "SELECT table_name, column_name, comment FROM duckdb_columns() WHERE NOT internal",
+    )
+    whole = query(
+        database,
+        "SELECT table_name, comment FROM duckdb_tables() WHERE NOT internal "
+        "UNION ALL SELECT view_name, comment FROM duckdb_views() WHERE NOT internal",
+    )
+    assert {name for name, _ in whole} == {*TABLES, *VIEWS, "publication"}
+    assert not [row for row in (*columns, *whole) if not row[-1]]
+    there = {(table, column) for table, column, _ in columns}
+    told = {(table, name) for table, texts in COMMENTS.items() for name in texts if name}
+    assert told <= there
+
+
+def test_what_an_older_schema_lacks_is_not_described(warehouse: Warehouse, public: Path) -> None:
+    with warehouse.write() as connection:
+        connection.execute("ALTER TABLE fct_promotion DROP COLUMN base_model")
+        connection.execute("DROP TABLE fct_reading")
+    publish_scores(warehouse.path, public, run_id="run")
+    told = query(
+        public / "scores.duckdb",
+        "SELECT count(comment), count(*) FROM duckdb_columns() WHERE NOT internal",
+    )
+    assert told[0][0] == told[0][1]
 
 
 READ_BY_AN_OLDER_CLIENT = """
