@@ -233,7 +233,9 @@ def draw_curves(path: Path, journal: Journal) -> None:
     rate.set_ylabel("learning rate")
     rate.set_ylim(bottom=0)
     lines = [*loss.get_lines(), *rate.get_lines()]
-    loss.legend(lines, [str(line.get_label()) for line in lines], loc="upper right")
+    # Of the axes on top: the rate would be drawn across a legend of the others.
+    names = [str(line.get_label()) for line in lines]
+    rate.legend(lines, names, loc="upper right", framealpha=1)
     for axes in (loss, rate):
         axes.spines["top"].set_visible(False)
     figure.savefig(path)
