@@ -13,6 +13,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,16 +49,18 @@ def contact_sheet(
     columns: int = 8,
     cell: tuple[int, int] = (120, 180),
     labels: bool = True,
+    label_lines: int = 1,
     title: str | None = None,
 ) -> Image.Image:
     """Images with their labels in rows of `columns`.
 
-    `cell`: width and height in pixels into which each image is fitted, aspect kept. A file that
-    cannot be read shows as missing. With no images, a sheet that says so.
+    `cell`: width and height in pixels into which each image is fitted, aspect kept. `label_lines`:
+    lines that a label wraps to at most. A file that cannot be read shows as missing. With no
+    images, a sheet that says so.
     """
     columns = max(1, min(columns, len(images)))
     rows = -(-len(images) // columns)
-    label_height = _line_height(LABEL_SIZE) if labels else 0
+    label_height = label_lines * _line_height(LABEL_SIZE) if labels else 0
     title_height = _title_height(title)
     step = (cell[0] + GAP, cell[1] + label_height + GAP)
     sheet = _canvas(columns * step[0] + GAP, title_height + max(rows, 1) * step[1] + GAP)
@@ -72,8 +75,27 @@ def contact_sheet(
         top = GAP + title_height + index // columns * step[1]
         _place(sheet, thumbnail, (left, top), cell)
         if labels:
-            _write(draw, (left, top + cell[1] + 2), label, LABEL_SIZE, cell[0])
+            _write(draw, (left, top + cell[1] + 2), label, LABEL_SIZE, cell[0], label_lines)
     return sheet
+
+
+def without_shared_ends(texts: Sequence[str]) -> list[str]:
+    """Texts with an ellipsis for the words that all of them begin or end with, which would leave no
+    room in a small cell for what tells them apart. Texts that are all the same stay as they are."""
+    if len(set(texts)) < 2:
+        return list(texts)
+    words = [text.split() for text in texts]
+    start = _shared(words)
+    words = [each[start:] for each in words]
+    end = _shared([each[::-1] for each in words])
+    before, after = ["…"] * bool(start), ["…"] * bool(end)
+    return [" ".join([*before, *each[: len(each) - end], *after]) for each in words]
+
+
+def _shared(texts: Sequence[Sequence[str]]) -> int:
+    """How many words all of these begin with."""
+    places = zip(*texts, strict=False)
+    return sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, places))
 
 
 def grid(

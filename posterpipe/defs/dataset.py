@@ -16,6 +16,7 @@ from posterpipe.defs.resources import (
     UNREAD,
     Deployment,
     Table,
+    captioned_thumbnails,
     columns,
     counts,
     naming_the_asset,
@@ -192,7 +193,7 @@ def poster_captions(
     return table_output(
         captions,
         {
-            "contact_sheet": thumbnails(
+            "contact_sheet": captioned_thumbnails(
                 [
                     (store.path(images[row.poster_id], ".png"), row.caption)
                     for row in rows(captioned.head(THUMBNAILS))
@@ -245,7 +246,7 @@ def training_csv(
     return table_output(
         table.assign(training_set=version),
         {
-            "contact_sheet": thumbnails(
+            "contact_sheet": captioned_thumbnails(
                 [(folder / row.file_name, row.caption) for row in rows(table.head(THUMBNAILS))],
                 total=len(table),
             ),

@@ -84,6 +84,10 @@ posters, "" before there was one."""
 THUMBNAILS = 32
 """Images of a contact sheet in the UI."""
 
+_CAPTIONED, _CAPTION_LINES = 16, 5
+"""Images that are shown with their captions, and lines of these, of about twelve letters: more
+images would have to be made smaller for the event log, and their captions illegible."""
+
 _VERSIONS = 50
 """Materializations of a table looked at to find the one whose table was read."""
 
@@ -318,19 +322,38 @@ def thumbnails(
     total: int | None = None,
     shown: int = THUMBNAILS,
     column_count: int = 8,
+    label_lines: int = 1,
 ) -> dg.MarkdownMetadataValue:
     """Some images with their labels as one small picture that fits into the event log.
 
-    `total`: how many there are, where `images` are only the first ones.
+    `total`: how many there are, where `images` are only the first ones. `label_lines`: lines that
+    a label wraps to at most.
     """
     from posterpipe.core.gallery import contact_sheet, markdown_image
 
     if not images:
         return dg.MetadataValue.md("no images")
-    sheet = contact_sheet(images[:shown], columns=min(column_count, len(images)), cell=(72, 108))
+    sheet = contact_sheet(
+        images[:shown],
+        columns=min(column_count, len(images)),
+        cell=(72, 108),
+        label_lines=label_lines,
+    )
     total = total or len(images)
     alt = f"{total} images" if total <= shown else f"{shown} of {total} images"
     return dg.MetadataValue.md(markdown_image(sheet, alt))
+
+
+def captioned_thumbnails(
+    images: Sequence[tuple[Path | Image, str]], *, total: int
+) -> dg.MarkdownMetadataValue:
+    """The same of images with captions: these begin alike as a rule, and their ends differ."""
+    from posterpipe.core.gallery import without_shared_ends
+
+    images = images[:_CAPTIONED]
+    captions = without_shared_ends([caption for _, caption in images])
+    labelled = [(image, caption) for (image, _), caption in zip(images, captions, strict=True)]
+    return thumbnails(labelled, total=total, shown=_CAPTIONED, label_lines=_CAPTION_LINES)
 
 
 def _cell(value: Any) -> str | int | float | bool | None:

@@ -23,6 +23,7 @@ from posterpipe.core.gallery import (
     markdown_image,
     of_first_seed,
     suite_sheet,
+    without_shared_ends,
 )
 
 
@@ -164,6 +165,35 @@ def test_a_large_jpeg_stands_upright_and_looks_as_if_decoded_whole(
     drawn = _cell_of(contact_sheet([(tmp_path / "poster.jpg", "")], cell=size), size)
     error = np.mean((drawn - np.asarray(expected, dtype=np.float64)) ** 2)
     assert 10 * np.log10(255**2 / error) > 38
+
+
+def test_a_label_wraps_to_as_many_lines_as_it_is_given() -> None:
+    picture = Image.new("RGB", (20, 30), "teal")
+    images = [(picture, "one word below another")]
+    low, high = (contact_sheet(images, cell=(60, 30), label_lines=lines) for lines in (1, 4))
+
+    def inked_rows(sheet: Image.Image) -> int:
+        below = np.asarray(sheet.crop((0, GAP + 32, sheet.width, sheet.height)))
+        return int((below != BACKGROUND).any(axis=(1, 2)).sum())
+
+    assert high.height > low.height + 40
+    assert inked_rows(high) > 2 * inked_rows(low)
+
+
+@pytest.mark.parametrize(
+    ("texts", "shown"),
+    [
+        (["a film of a cat on teal", "a film of an owl on teal"], ["… a cat …", "… an owl …"]),
+        (["one cat", "two owls"], ["one cat", "two owls"]),
+        (["a cat", "a cat"], ["a cat", "a cat"]),
+        (["a cat", "a cat that sleeps"], ["…", "… that sleeps"]),
+        (["cat cat", "cat"], ["… cat", "…"]),
+        (["only one"], ["only one"]),
+        ([], []),
+    ],
+)
+def test_of_texts_what_tells_them_apart_is_left(texts: list[str], shown: list[str]) -> None:
+    assert without_shared_ends(texts) == shown
 
 
 @given(label=st.text(max_size=300), cell_width=st.integers(30, 120))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pandas as pd
@@ -127,6 +128,30 @@ def test_a_caption_by_a_person_changes_one_row_of_training_csv(dataset: Dataset)
         dataset.settings.captions.unlink()
         dataset.run("human_captions", "poster_captions", "training_csv")
     assert dataset.table("training_csv").equals(before)
+
+
+def test_the_ui_shows_captions_with_what_tells_them_apart(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[list[str], int]] = []
+
+    def recorded(images: Sequence[tuple[object, str]], **options: Any) -> Image.Image:
+        shown.append((sorted(label for _, label in images), options["label_lines"]))
+        return Image.new("RGB", (8, 8))
+
+    dataset.settings.captions.write_text(
+        "file_name,caption\n"
+        + "".join(f"poster {n}.png,a minimalist film poster of {n} owls\n" for n in range(3)),
+        "utf-8",
+    )
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("posterpipe.core.gallery.contact_sheet", recorded)
+            dataset.run("human_captions", "poster_captions", "training_csv")
+    finally:
+        dataset.settings.captions.unlink()
+        dataset.run("human_captions", "poster_captions", "training_csv")
+    assert shown == [(["… 0 …", "… 1 …", "… 2 …"], 5)] * 2
 
 
 def test_another_wording_makes_training_csv_stale_and_no_caption(dataset: Dataset) -> None:
