@@ -11,9 +11,7 @@ can be made in several short ones: `--part unet.batch1.plain` first, since the o
 are compared with it.
 
 One run of each side is one sample. With `--rounds 3` the parts `peer` measure both sides anew, in
-turn, and give the medians. A run should take half a minute on an H100, most of it for loading, and
-one with `compile` two or three (estimates): all runs once are some 16 minutes, three rounds of one
-comparison (`--part unet.batch1.peer --rounds 3`) 3, of all four 12.
+turn, and give the medians.
 
 `--rehearse` runs every line of it on a tiny model and whatever device there is, so that the command
 is known to work before a GPU is paid for; its figures mean nothing and are not filed.
