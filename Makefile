@@ -69,8 +69,8 @@ format: install-dev  ## put the formatting right
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# With FILE=1 the figures take the place of this machine's in benchmarks/results and README.md.
-bench: install-dev  ## benchmarks: ONLY=name PEER_SCRIPT=path STRICT=1 FILE=1; see README, Benchmarks
+# With FILE=1 the figures take the place of this machine's in benchmarks/results and the pages.
+bench: install-dev  ## benchmarks: ONLY=name PEER_SCRIPT=path STRICT=1 FILE=1; see docs/benchmarks.md
 	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) \
 	  $(if $(PEER_SCRIPT),--peer-script '$(PEER_SCRIPT)') $(if $(STRICT),--strict) $(if $(FILE),--file)
 
@@ -79,7 +79,7 @@ docs: install-dev  ## the reference, from docstrings, and the blocks of the page
 	$(BIN)/python -m docs.tools.pages
 	$(BIN)/python -m posterpipe.settings_table
 	$(BIN)/python -m posterpipe.starter.cards
-	$(BIN)/python -c 'from benchmarks.__main__ import update_readme; update_readme()'
+	$(BIN)/python -c 'from benchmarks.__main__ import update_pages; update_pages()'
 	$(BIN)/python -m docs.tools.reference
 
 screenshots: install-dev  ## the pictures of README and docs, of the real thing; needs a finished make demo

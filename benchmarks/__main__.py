@@ -1,7 +1,7 @@
 """`python -m benchmarks [--only NAME] [--file]`: runs benchmarks and prints a table.
 
 Nothing else is written, unless `--file` asks for it: then the figures take the place of this
-machine's in `benchmarks/results` and in the README.
+machine's in `benchmarks/results`, in `docs/benchmarks.md` and in the README.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rows import RESULTS, Row, figure, is_met, markdown, merge
+from benchmarks.rows import RESULTS, Row, figure, has_requirement, is_met, markdown, merge
 from benchmarks.training_runs import PEER_SCRIPT, peer_script
 
 BENCHMARKS = (
@@ -42,6 +42,9 @@ AGAINST_THE_SCRIPT = ("train_unet", "train_unet_text_encoder")
 """Those that are measured against diffusers' script, which is no part of this project."""
 
 README = Path(__file__).parents[1] / "README.md"
+"""Has the rows of which something is required."""
+PAGE = README.parent / "docs" / "benchmarks.md"
+"""Has all rows."""
 MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
 
@@ -58,25 +61,33 @@ def show(rows: list[Row]) -> None:
     Console().print(table)
 
 
-def update_readme() -> None:
-    """Writes every machine's results between the README's marks."""
-    parts = []
-    for path in sorted(RESULTS.glob("*.json")):
-        parts.append(f"`{path.stem}`\n\n{markdown(json.loads(path.read_text(encoding='utf-8')))}")
-    text = README.read_text(encoding="utf-8")
-    between = f"{MARKS[0]}\n{chr(10).join(parts)}\n{MARKS[1]}"
+def update_pages() -> None:
+    """Writes every machine's results between the marks of the pages."""
+    machines = {
+        path.stem: [Row(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
+        for path in sorted(RESULTS.glob("*.json"))
+    }
+    _fill(PAGE, machines)
+    required = {name: [*filter(has_requirement, rows)] for name, rows in machines.items()}
+    _fill(README, required)
+
+
+def _fill(page: Path, machines: dict[str, list[Row]]) -> None:
+    tables = [f"`{name}`\n\n{markdown(rows)}" for name, rows in machines.items() if rows]
+    between = f"{MARKS[0]}\n{chr(10).join(tables)}\n{MARKS[1]}"
     pattern = f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}"
-    README.write_text(re.sub(pattern, lambda _: between, text, flags=re.S), encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    page.write_text(re.sub(pattern, lambda _: between, text, flags=re.S), encoding="utf-8")
 
 
 def file(rows: list[Row], *, in_parts: bool = False) -> None:
-    """Writes the rows into this machine's results and into the README, and says so."""
+    """Writes the rows into this machine's results and into the pages, and says so."""
     path = merge(rows, in_parts=in_parts)
-    update_readme()
+    update_pages()
     here = Path.cwd()
     written = [name.relative_to(here) if name.is_relative_to(here) else name
-               for name in (path, README)]  # fmt: skip
-    print(f"written to {written[0]} and {written[1]}", flush=True)
+               for name in (path, PAGE, README)]  # fmt: skip
+    print(f"written to {', '.join(map(str, written))}", flush=True)
 
 
 def main() -> None:
@@ -85,7 +96,7 @@ def main() -> None:
     parser.add_argument(
         "--file",
         action="store_true",
-        help="write the figures into benchmarks/results and the README, in place of this machine's",
+        help="write the figures into benchmarks/results and the pages, in place of this machine's",
     )
     parser.add_argument(
         "--peer-script",
@@ -155,7 +166,7 @@ def main() -> None:
                 file(measured)
     show(rows)
     if not arguments.file:
-        print("nothing is filed: --file writes these figures into benchmarks/results and README")
+        print("nothing is filed: --file writes these figures into benchmarks/results and the pages")
     missed = [row.name for row in rows if is_met(row) is False]
     if missed:
         print(f"missed what is required: {', '.join(missed)}")

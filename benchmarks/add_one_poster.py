@@ -167,6 +167,7 @@ def _one_more(work: Path, instance: dg.DagsterInstance, posters: int, drawn: _Po
             f"cold run with {posters:,}",
             round(total / before, 4),
             "ours / peer at most 0.02",
+            lower_is_better=True,
         ),
         Row(
             "add_one_poster.cpu",
@@ -175,6 +176,7 @@ def _one_more(work: Path, instance: dg.DagsterInstance, posters: int, drawn: _Po
             round(cold_cpu, 1),
             f"cold run with {posters:,}",
             round(deployment.cpu_seconds / cold_cpu, 4),
+            lower_is_better=True,
         ),
     ]
     rows += [
@@ -228,6 +230,7 @@ def run(posters: int = POSTERS, sizes: tuple[int, ...] = SIZES) -> list[Row]:
                 f"at {small:,}",
                 round(ours / peer, 2),
                 "ours / peer at most 1.3" if name == "all" else "",
+                lower_is_better=True,
             )
         )
     return rows

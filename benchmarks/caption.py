@@ -289,7 +289,9 @@ def main() -> None:
     parser.add_argument("--posters", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument(
-        "--file", action="store_true", help="write the figures into benchmarks/results and README"
+        "--file",
+        action="store_true",
+        help="write the figures into benchmarks/results and the pages",
     )
     options = parser.parse_args()
     gpu = options.device == "cuda"

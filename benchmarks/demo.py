@@ -33,5 +33,5 @@ def run() -> list[Row]:
             stages = stages or json.loads(timings.read_text(encoding="utf-8"))["stages"]
     rows = [Row(f"demo.{stage}", "s", round(value, 1)) for stage, value in stages.items()]
     rows.append(Row("demo.total", "s", round(seconds[0], 1), required="at most 480 s"))
-    rows.append(Row("demo.unchanged", "s", round(seconds[1], 1), required="seconds"))
+    rows.append(Row("demo.unchanged", "s", round(seconds[1], 1)))
     return rows

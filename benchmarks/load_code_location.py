@@ -39,7 +39,7 @@ def run() -> list[Row]:
         rows.append(
             Row(
                 name, "s", round(ours, 3), round(peer, 3), SIDES["peer"], round(ours / peer, 3),
-                "ours / peer at most 1.2",
+                "ours / peer at most 1.2", lower_is_better=True,
             )
         )  # fmt: skip
     return rows

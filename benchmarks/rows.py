@@ -15,7 +15,8 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """`ratio` is peer / ours for times (above 1: we are faster) or as `required` says in words.
+    """`ratio` is how many times as fast ours is as the peer (or as small); where `lower_is_better`,
+    what ours takes of what the peer takes.
 
     Where `required` says "at least" or "at most" and a number, that is asked of the ratio, or of
     `ours` in a row without one; other words are for people. Without `ours`, `unit` says why there
@@ -29,11 +30,18 @@ class Row:
     peer_name: str = ""
     ratio: float | None = None
     required: str = ""
+    lower_is_better: bool = False
+    """Of the ratio."""
 
 
 _FAILED = ("failed (", "the script failed: ")
 
 _LIMIT = re.compile(r"\bat (least|most) (\d[\d.,]*(?:e-?\d+)?)")
+
+
+def has_requirement(row: Row) -> bool:
+    """Whether anything is required of a row, in words or by a number, or it failed."""
+    return bool(row.required) or is_met(row) is False
 
 
 def is_met(row: Row) -> bool | None:
@@ -113,17 +121,17 @@ def figure(ours: float | None, unit: str) -> str:
     return unit if ours is None else f"{ours:g} {unit}"
 
 
-def markdown(records: list[dict]) -> str:
-    """The README's table."""
+def markdown(rows: list[Row]) -> str:
+    """The table of the pages."""
     lines = [
         "| benchmark | ours | peer | ratio | required |",
         "|---|---:|---:|---:|---|",
     ]
-    for record in records:
-        peer = "" if record["peer"] is None else f"{record['peer']:g} ({record['peer_name']})"
-        ratio = "" if record["ratio"] is None else f"{record['ratio']:.2f}"
+    for row in rows:
+        peer = "" if row.peer is None else f"{row.peer:g} ({row.peer_name})"
+        better = "lower" if row.lower_is_better else "higher"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}, {better} is better"
         lines.append(
-            f"| `{record['name']}` | {figure(record['ours'], record['unit'])} | {peer} | {ratio} "
-            f"| {record['required']} |"
+            f"| `{row.name}` | {figure(row.ours, row.unit)} | {peer} | {ratio} | {row.required} |"
         )
     return "\n".join(lines)

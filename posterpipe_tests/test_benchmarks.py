@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,10 @@ def test_a_missed_figure_is_told_and_fails_where_that_is_asked_for(
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (rows, command):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(command, "README", tmp_path / "README.md")
-    command.README.write_text("\n".join(("before", *command.MARKS, "after")), "utf-8")
+    for name in ("README", "PAGE"):
+        page = tmp_path / f"{name.lower()}.md"
+        page.write_text("\n".join(("before", *command.MARKS, "after")), "utf-8")
+        monkeypatch.setattr(command, name, page)
     return tmp_path / "results" / f"{rows.machine()}.json"
 
 
@@ -78,15 +81,58 @@ def test_figures_are_only_printed_unless_they_are_to_be_filed(
 ) -> None:
     measured = [Row("load_code_location", "s", 3.0)]
     monkeypatch.setattr(load_code_location, "run", lambda: measured)
-    readme = command.README.read_text("utf-8")
+    before = command.PAGE.read_text("utf-8")
     run(monkeypatch, "--only", "load_code_location")
-    assert not results.exists() and command.README.read_text("utf-8") == readme
+    assert not results.exists() and command.PAGE.read_text("utf-8") == before
     assert "nothing is filed" in capsys.readouterr().out
     run(monkeypatch, "--only", "load_code_location", "--file")
     assert names(results) == ["load_code_location"]
-    assert "`load_code_location` | 3 s |" in command.README.read_text("utf-8")
+    assert "`load_code_location` | 3 s |" in command.PAGE.read_text("utf-8")
     told = capsys.readouterr().out
-    assert str(results) in told and str(command.README) in told
+    assert all(str(path) in told for path in (results, command.PAGE, command.README))
+
+
+def test_the_readme_shows_what_has_a_requirement_and_the_page_everything(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = [
+        Row("load_code_location", "s", 3.0, 2.9, "peer", 1.03, "ours / peer at most 1.2"),
+        Row("load_code_location.words", "MB", 3.0, required="does not grow"),
+        Row("load_code_location.failed", "failed (no memory)", None),
+        Row("load_code_location.more", "s", 1.0),
+    ]
+    monkeypatch.setattr(load_code_location, "run", lambda: measured)
+    run(monkeypatch, "--only", "load_code_location", "--file")
+    shown = {
+        page: [row.name for row in measured if f"`{row.name}`" in page.read_text("utf-8")]
+        for page in (command.README, command.PAGE)
+    }
+    assert shown[command.PAGE] == [row.name for row in measured]
+    assert shown[command.README] == [row.name for row in measured[:3]]
+
+
+def test_the_pages_are_as_the_results_that_are_filed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where this fails: make docs"""
+    pages = {name: getattr(command, name) for name in ("README", "PAGE")}
+    for name, page in pages.items():
+        monkeypatch.setattr(command, name, Path(shutil.copy(page, tmp_path / page.name)))
+    command.update_pages()
+    for page in pages.values():
+        assert (tmp_path / page.name).read_text("utf-8") == page.read_text("utf-8")
+
+
+def test_every_ratio_says_which_way_is_better() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in RESULTS.glob("*.json")]
+    compared = [row for text in texts for row in (Row(**each) for each in json.loads(text))
+                if row.ratio is not None]  # fmt: skip
+    for row in compared:
+        way = "lower" if row.lower_is_better else "higher"
+        assert f"| {row.ratio:.2f}, {way} is better |" in markdown([row])
+        if limit := re.search("at (most|least)", row.required):
+            assert limit[1] == ("most" if row.lower_is_better else "least"), row.name
+    assert {row.lower_is_better for row in compared} == {True, False}
 
 
 def test_parts_are_filed_one_by_one_where_that_is_asked_for(
@@ -138,8 +184,8 @@ def test_make_hands_on_what_it_is_given() -> None:
 
 
 def test_what_does_not_run_is_said_without_a_figure() -> None:
-    record = asdict(Row("clip_scoring.torchmetrics", "does not run (AttributeError)", None))
-    assert "| `clip_scoring.torchmetrics` | does not run (AttributeError) |" in markdown([record])
+    row = Row("clip_scoring.torchmetrics", "does not run (AttributeError)", None)
+    assert "| `clip_scoring.torchmetrics` | does not run (AttributeError) |" in markdown([row])
 
 
 def names(path: Path) -> list[str]:
