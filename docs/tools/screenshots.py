@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from posterpipe.defs.resources import Deployment
 from posterpipe.settings import load_settings
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, FloatRect, Page
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = ROOT / "docs" / "pictures"
@@ -45,7 +46,6 @@ OPENED = ("ingest", "dataset", "training", "generation", "scoring")
 
 PAPER = "#f6f4f0"
 PATIENCE_MS = 120_000
-PROMPT = "a minimalist film poster of an orange rocket on a blue background"
 
 Take = Callable[["Browser", Deployment], "Iterator[tuple[str, bytes]]"]
 
@@ -107,15 +107,23 @@ def dagster(browser: Browser, deployment: Deployment) -> Iterator[tuple[str, byt
         str(ROOT / "workspace.yaml"),
     ]
     with served([*command, "--host", "127.0.0.1", "--port"]) as url:
-        page = window(browser, 1500, 1080)
+        page = window(browser, 1500, 1420)
+        # From top to bottom it is half as wide, so that names are twice as large.
+        page.add_init_script("localStorage.setItem('asset-graph-direction', '\"vertical\"')")
         expanded = ",".join(f"global@global:{group}" for group in OPENED)
         page.goto(f"{url}/asset-groups")
         page.locator("foreignObject", has_text="ingest").first.wait_for()
         page.get_by_text("Hide navigation").click()  # which the UI remembers
         page.goto(f"{url}/asset-groups?expanded={expanded}")
-        page.locator("foreignObject", has_text="raw_posters").first.wait_for()
+        page.locator("foreignObject", has_text="training_csv").first.wait_for()
+        # The button has no name: it stands beside the field of the list that it closes.
+        page.locator("button:right-of([placeholder^='Jump to'])").first.click()
+        canvas = page.locator("[data-svg-viewport]").bounding_box()
+        assert canvas is not None
+        # In an empty corner, which lets the graph fill the place.
+        page.mouse.dblclick(canvas["x"] + 20, canvas["y"] + canvas["height"] - 20)
         page.wait_for_timeout(6000)  # the graph moves into its place, and its states come in
-        yield "dagster-graph", page.screenshot()
+        yield "dagster-graph", page.screenshot(clip=around(page, "foreignObject"))
         page.close()
 
         page = window(browser, 1400, 1000)
@@ -188,12 +196,15 @@ def report(browser: Browser, deployment: Deployment) -> Iterator[tuple[str, byte
 
 
 def studio(browser: Browser, deployment: Deployment) -> Iterator[tuple[str, bytes]]:
-    """A poster as it is made, and the desk of captions."""
+    """The first example as the tuned model draws it, with its title, and the desk of captions."""
     with served([sys.executable, "-m", "posterpipe.cli", "studio", "--port"]) as url:
         page = window(browser, 1200, 1080)
         page.goto(url)
         page.get_by_role("heading", level=1).wait_for()
-        page.get_by_label("Describe the poster").fill(PROMPT)
+        page.locator(".st-key-do-example-0 button").click()  # puts in words and title
+        page.get_by_text("Title, lettering, seed, model").click()
+        page.get_by_label("Model", exact=True).click()
+        page.get_by_role("option", name=re.compile("^(Champion|Checkpoint) ")).first.click()
         page.get_by_role("button", name="Generate").click()
         page.get_by_role("button", name="Save Poster").first.wait_for()
         page.get_by_role("button", name="Cancel").wait_for(state="detached")
@@ -224,6 +235,16 @@ def window(browser: Browser, width: int, height: int, scheme: str = "light") -> 
     )
     context.set_default_timeout(PATIENCE_MS)
     return context.new_page()
+
+
+def around(page: Page, selector: str, margin: int = 12) -> FloatRect:
+    """The part of a page that shows all these elements."""
+    boxes = [box for each in page.locator(selector).all() if (box := each.bounding_box())]
+    left = min(box["x"] for box in boxes) - margin
+    top = min(box["y"] for box in boxes) - margin
+    right = max(box["x"] + box["width"] for box in boxes) + margin
+    bottom = max(box["y"] + box["height"] for box in boxes) + margin
+    return {"x": left, "y": top, "width": right - left, "height": bottom - top}
 
 
 @contextmanager
