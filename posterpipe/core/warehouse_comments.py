@@ -206,12 +206,14 @@ def describe_warehouse(connection: duckdb.DuckDBPyConnection, database: str) -> 
         "WHERE database_name = ? AND schema_name = 'main' GROUP BY table_name",
         [database],
     ).fetchall()
+    # One transaction: otherwise each text would wait for the disk.
+    connection.begin()
     for table, names in columns:
         if own := COMMENTS.get(table):
-            texts = _OFTEN | own
-            comment_on(
-                connection, database, table, {n: texts[n] for n in (TABLE, *names) if n in texts}
-            )
+            known = _OFTEN | own
+            texts = {name: known[name] for name in (TABLE, *names) if name in known}
+            comment_on(connection, database, table, texts)
+    connection.commit()
 
 
 def comment_on(
