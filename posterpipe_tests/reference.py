@@ -11,6 +11,7 @@ import pandas as pd
 from posterpipe.core.statistics import (
     CONFIDENCE,
     Estimate,
+    Scale,
     has_spread,
     mean_interval,
     paired_difference,
@@ -25,6 +26,7 @@ def leaderboard(
     baseline: str = "sd",
     value: str = "clip_cosine",
     order: Sequence[str] = VARIANTS,
+    scale: Scale = "difference",
 ) -> pd.DataFrame:
     """One row a variant: how it did, and its difference to `baseline`.
 
@@ -38,10 +40,10 @@ def leaderboard(
     rows = []
     for name in ranked:
         own = frame[frame["variant"] == name]
-        mean = mean_interval(own, value)
+        mean = mean_interval(own, value, scale=scale)
         difference = Estimate(math.nan, math.nan, math.nan, 0, 0)
         if name != baseline and baseline in names:
-            difference = paired_difference(frame, name, baseline, value)
+            difference = paired_difference(frame, name, baseline, value, scale=scale)
         rows.append(
             {
                 "variant": name,

@@ -32,6 +32,7 @@ GAP = "overfit_gap.g1.scorer.abc.v1"
 NEAREST = "nearest.training.t1.scorer.abc.v1"
 SPECIFIC = "clip_specific.s1.crop.scorer.abc.v1"
 CONTROL = "clip_control.s1.crop.scorer.abc.v1"
+DIVERSITY = "diversity.d1.crop.scorer.abc.v1"
 RANK = "clip_rank.s1.crop.scorer.abc.v1"
 EFFECTS = {"sd": 0.0, "sd_negative": 0.004, "dreambooth": 0.02, "dreambooth_negative": 0.03}
 
@@ -96,6 +97,12 @@ def values(
     return pd.DataFrame(rows, columns=names).astype({"value": "float64"})
 
 
+def diversities(images: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
+    """SCORE_COLUMNS: prompts differ by orders of magnitude."""
+    table = values(images, DIVERSITY, rng, mean=-4, spread=1.5)
+    return table.assign(value=np.exp(table["value"]))
+
+
 def posters() -> pd.DataFrame:
     """Columns of current_poster."""
     rows = []
@@ -153,6 +160,8 @@ def fill(
         metric(CONTROL, "CLIP-T control"),
         metric(RANK, "CLIP-T rank"),
     ]
+    diversity = metric(DIVERSITY, "diversity")
+    diversity_rng = np.random.default_rng(seed + 2)
     apart_rng = np.random.default_rng(seed + 1)  # what comes after keeps its numbers
     for tuned in (old, new):
         current = pd.concat([base, tuned], ignore_index=True)
@@ -165,8 +174,9 @@ def fill(
             values(current, m.metric_id, rng, mean=0.5, spread=0.05) for m in [pad, *fidelity]
         ]
         judged += [values(current, m.metric_id, apart_rng, mean=0.1, spread=0.01) for m in apart]
+        judged.append(diversities(current, diversity_rng))
         record_scores(
-            warehouse, current, [headline, pad, *fidelity, *apart], pd.concat(judged),
+            warehouse, current, [headline, pad, *fidelity, *apart, diversity], pd.concat(judged),
             run_id="run", step="fidelity_scores",
         )  # fmt: skip
         drawn = current[current["status"] == "ok"]

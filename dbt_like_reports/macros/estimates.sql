@@ -5,6 +5,33 @@
 {% macro no_spread() -%} 1e-9 {%- endmacro %}
 
 {#
+  Means of diversity below it count as this one: 0 has no logarithm, and below it images are one
+  picture for all that an encoder tells.
+#}
+{% macro ratio_floor() -%} 1e-4 {%- endmacro %}
+
+{#
+  A prompt's mean as it is averaged and compared. Where the metric's scale is `ratio`, prompts differ
+  by orders of magnitude: then its logarithm, so that not one prompt decides (core/statistics.py).
+#}
+{% macro as_averaged(mean, scale) -%}
+    case
+        when {{ scale }} <> 'ratio' or {{ mean }} is null then {{ mean }}
+        else ln(greatest({{ mean }}, {{ ratio_floor() }}))
+    end
+{%- endmacro %}
+
+{# A mean over prompts of `as_averaged`, in the metric's own unit: the geometric one of a `ratio`. #}
+{% macro as_mean(mean, scale) -%}
+    case when {{ scale }} = 'ratio' then exp({{ mean }}) else {{ mean }} end
+{%- endmacro %}
+
+{# A difference of `as_averaged`, or one to be added to it: of a `ratio` that less 1. #}
+{% macro as_difference(difference, scale) -%}
+    case when {{ scale }} = 'ratio' then exp({{ difference }}) - 1 else {{ difference }} end
+{%- endmacro %}
+
+{#
   An end of an interval of a metric, which does not leave the metric's range: a share or a distance
   of titles, and a rank among texts, lie between 0 and 1. (greatest() and least() pass over NULL,
   which has to stay.)

@@ -321,7 +321,6 @@ def judge(
             nearest=str(own["metric_id"].iloc[0]) if len(own) else None,
             calibrated=bool(compared["copy_threshold"].notna().any()),
             lost=int(own["lost_posters"].fillna(0).max()) if len(own) else 0,
-            settings=settings,
         ),
         settings,
     )

@@ -26,7 +26,7 @@ from typing import Literal
 
 import pandas as pd
 
-from posterpipe.core.statistics import NO_SPREAD, Effect, effect_of, without_negative
+from posterpipe.core.statistics import NO_SPREAD, Effect, Scale, effect_between, without_negative
 from posterpipe.settings import GateSettings
 
 Verdict = Literal["promote", "hold", "reject"]
@@ -65,7 +65,9 @@ class Check:
 class Evidence:
     """What is known about a challenger, beside the champion it would replace.
 
-    Differences are challenger minus champion, on the same prompts and seeds.
+    Differences are challenger minus champion, on the same prompts and seeds. Diversity is compared
+    by its ratio: prompts that leave much open have a hundred times as much of it as others, and
+    would decide a difference alone.
     """
 
     challenger: str
@@ -97,7 +99,7 @@ class Evidence:
     fidelity: Effect
     """Difference of the similarity to the holdout posters."""
     diversity: Effect
-    """Challenger minus the share of the champion's diversity that must remain."""
+    """Ratio of the challenger's diversity to the champion's, geometric means, less 1."""
     preference: Effect | None = None
     """Difference of PickScore, where it is measured."""
     specific: Effect | None = None
@@ -107,7 +109,7 @@ class Evidence:
     clip_to_base: Effect | None = None
     """Difference of CLIP-T to the base model; None where that is the champion."""
     diversity_to_base: Effect | None = None
-    """Challenger minus the share of the base model's diversity that must remain; None as well."""
+    """Ratio of its diversity to the base model's, less 1; None as well."""
     lost: int = 0
     """Posters that the challenger was trained on and that cannot be read: copies of them are not
     seen."""
@@ -321,18 +323,15 @@ def _diverse(evidence: Evidence, settings: GateSettings) -> Check:
 
 
 def _diversity(name: str, kept: Effect, other: str, settings: GateSettings) -> Check:
-    outcome = _against(kept, 0.0, settings)
-    share = f"{settings.diversity_kept:.0%} of the {other}'s diversity"
-    reason = (
-        f"difference to {share} {_interval(kept)}: "
-        + {
-            "pass": "kept",
-            "fail": "lost, the images of a prompt are too much alike",
-            "open": "may not be kept",
-        }[outcome]
-        + _few(kept, settings)
-    )
-    return Check(name, outcome, kept.estimate, kept.low, kept.high, 0.0, reason)
+    limit = settings.diversity_kept
+    outcome = _against(kept, limit - 1, settings)
+    said = {
+        "pass": f"at least {limit:.0%} of it are kept",
+        "fail": f"less than {limit:.0%} of it are left, the images of a prompt are too much alike",
+        "open": f"not surely {limit:.0%} of it are kept",
+    }[outcome]
+    reason = f"{_ratio(kept, other)}: {said}{_few(kept, settings)}"
+    return Check(name, outcome, 1 + kept.estimate, 1 + kept.low, 1 + kept.high, limit, reason)
 
 
 def _since_base(evidence: Evidence, settings: GateSettings) -> list[Check]:
@@ -382,6 +381,17 @@ def _interval(effect: Effect) -> str:
     )
 
 
+def _ratio(effect: Effect, other: str) -> str:
+    if math.isnan(effect.estimate):
+        return f"ratio to the {other}'s unknown"
+    if _equal(effect):
+        return f"the {other}'s on each of {effect.prompts} prompts"
+    means = f"{1 + effect.estimate:.2f} of the {other}'s, by geometric means"
+    if math.isnan(effect.low):
+        return f"{means} (no interval, {effect.prompts} prompts)"
+    return f"{means} ({1 + effect.low:.2f} to {1 + effect.high:.2f}, {effect.prompts} prompts)"
+
+
 # --- evidence from tables -----------------------------------------------------------------------
 
 
@@ -401,7 +411,6 @@ def gather(
     nearest: str | None = None,
     calibrated: bool,
     lost: int = 0,
-    settings: GateSettings,
 ) -> Evidence:
     """The evidence about a challenger.
 
@@ -453,11 +462,11 @@ def gather(
             scored &= has | _alone(asked) if name == diversity else has
         return int((~(scored & (asked["status"] == "ok")) & (asked["status"] != "blocked")).sum())
 
-    def difference(name: str, share: float = 1.0, than: pd.DataFrame = other) -> Effect:
-        ours = own["generation_key"].map(values[name]).astype(float)
-        theirs = than["generation_key"].map(values[name]).astype(float)
-        cells = (ours - share * theirs).dropna().rename("difference")
-        return effect_of(name, cells.reset_index())
+    def compared(name: str, *, than: pd.DataFrame = other, scale: Scale = "difference") -> Effect:
+        sides = {"own": own, "other": than}
+        cells = {side: part["generation_key"].map(values[name]) for side, part in sides.items()}
+        weights = {"own": 1.0, "other": -1.0}
+        return effect_between(name, pd.DataFrame(cells).astype(float), weights, scale=scale)
 
     return Evidence(
         challenger=challenger,
@@ -471,15 +480,15 @@ def gather(
         copies=sum(known),
         compared=len(known),
         calibrated=calibrated,
-        clip=difference(clip),
-        fidelity=difference(fidelity),
-        diversity=difference(diversity, settings.diversity_kept),
-        preference=difference(preference) if preference else None,
-        specific=difference(specific) if specific else None,
+        clip=compared(clip),
+        fidelity=compared(fidelity),
+        diversity=compared(diversity, scale="ratio"),
+        preference=compared(preference) if preference else None,
+        specific=compared(specific) if specific else None,
         missing_of_base=0 if first is None else missing(first),
-        clip_to_base=None if first is None else difference(clip, than=first),
+        clip_to_base=None if first is None else compared(clip, than=first),
         diversity_to_base=(
-            None if first is None else difference(diversity, settings.diversity_kept, than=first)
+            None if first is None else compared(diversity, than=first, scale="ratio")
         ),
         lost=lost,
         unmeasured=unmeasured,

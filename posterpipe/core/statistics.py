@@ -8,7 +8,11 @@ asked, which the report `paired_effects` knows.
 All variants answer the same prompts with the same seeds, so differences are taken image by image.
 Seeds of one prompt are not independent answers, therefore they are averaged, and the prompts are
 what the bootstrap draws: an interval says how the number would vary with other prompts of this
-kind. That prompts are independent takes seeds of their own: noise that several prompts share is a
+kind. Some metrics differ between prompts by orders of magnitude, so that one prompt decides their
+mean and a bootstrap of a few dozen misses the truth four times of ten: these are averaged as
+logarithms, which makes means geometric and differences ratios (`Scale`).
+
+That prompts are independent takes seeds of their own: noise that several prompts share is a
 second random effect, which a bootstrap over prompts leaves out (Owen 2007, Annals of Applied
 Statistics 1:386).
 """
@@ -17,9 +21,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
+from typing import Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -45,6 +50,15 @@ weights of the variants' values. The two main effects, the simple effects, the s
 how much the negative prompt does more for the tuned model; and, where the suite holds it, what
 delaying the negative prompt changes."""
 
+Scale = Literal["difference", "ratio"]
+"""How values of a metric are compared. `difference`: one less the other, means are arithmetic.
+`ratio`: by logarithms of each prompt's mean over seeds, so that means are geometric. A ratio is
+told less 1, since then 0 is no difference here as well: -0.2 is a fifth less."""
+
+RATIO_FLOOR = 1e-4
+"""Lower means count as this one: 0 has no logarithm, and below it a metric is 0 for all that it
+tells. The macros have it too."""
+
 _CELL = ["prompt_id", "seed"]
 _FEW_PROMPTS = 12
 """Below it an interval is the wider of Student's t and the bootstrap."""
@@ -69,18 +83,29 @@ class Estimate:
     """Images, or pairs of images, behind the mean."""
 
 
-def mean_interval(frame: pd.DataFrame, value: str = "clip_cosine") -> Estimate:
-    """Mean of `value`: seeds averaged within each prompt_id, then prompts. Missing ones are left
-    out."""
+def mean_interval(
+    frame: pd.DataFrame, value: str = "clip_cosine", *, scale: Scale = "difference"
+) -> Estimate:
+    """Mean of `value`: seeds averaged within each prompt_id, then prompts, geometrically by
+    `ratio`. Missing ones are left out."""
     present = frame.dropna(subset=[value])
     by_prompt = present.groupby("prompt_id", sort=True)[value].mean().to_numpy(dtype=float)
+    if scale == "ratio":
+        by_prompt = logarithms(by_prompt)
     low, high = bootstrap_interval(by_prompt)
     mean = float(by_prompt.mean()) if len(by_prompt) else math.nan
+    if scale == "ratio":
+        mean, low, high = math.exp(mean), math.exp(low), math.exp(high)
     return Estimate(mean, low, high, prompts=len(by_prompt), images=len(present))
 
 
 def paired_difference(
-    frame: pd.DataFrame, variant: str, baseline: str, value: str = "clip_cosine"
+    frame: pd.DataFrame,
+    variant: str,
+    baseline: str,
+    value: str = "clip_cosine",
+    *,
+    scale: Scale = "difference",
 ) -> Estimate:
     """`variant` minus `baseline`, paired by (prompt_id, seed), seeds averaged, prompts drawn.
 
@@ -88,14 +113,14 @@ def paired_difference(
     (a blocked image) is left out; so are negative variants without a negative prompt (`answers`).
     Raises ValueError where a (variant, prompt, seed) is there twice.
     """
-    frame = answers(frame)
-    pairs = _values(frame, variant, value) - _values(frame, baseline, value)
-    return mean_interval(pairs.rename("difference").reset_index(), "difference")
+    weights = {variant: 1.0, baseline: -1.0}
+    found = effect(answers(frame), variant, weights, value=value, scale=scale)
+    return Estimate(found.estimate, found.low, found.high, found.prompts, images=found.pairs)
 
 
 @dataclass(frozen=True)
 class Effect:
-    """One contrast of variants, in the unit of the metric."""
+    """One contrast of variants: in the unit of the metric, or a ratio less 1 (`Scale`)."""
 
     contrast: str
     estimate: float
@@ -105,7 +130,8 @@ class Effect:
     """Interval over prompts (`bootstrap_interval`); NaN with fewer than two, or where all differ by
     the same."""
     effect_size: float
-    """Cohen's d of the prompts' differences, with Hedges' correction for few (`hedges_g`)."""
+    """Cohen's d of the prompts' differences, of logarithms where ratios are told, with Hedges'
+    correction for few (`hedges_g`)."""
     win_rate: float
     """Share of prompts on the better side, ties half; 0.5 is no preference. NaN where neither side
     is the better one."""
@@ -123,6 +149,7 @@ def effects(
     value: str = "clip_cosine",
     contrasts: Mapping[str, Mapping[str, float]] = CONTRASTS,
     better: str = "higher",
+    scale: Scale = "difference",
 ) -> pd.DataFrame:
     """One row a contrast whose variants `frame` has, with the fields of `Effect` as columns.
 
@@ -135,7 +162,7 @@ def effects(
     frame = answers(frame)
     present = set(frame["variant"].unique())
     rows = [
-        asdict(effect(frame, name, weights, value=value, better=better))
+        asdict(effect(frame, name, weights, value=value, better=better, scale=scale))
         for name, weights in contrasts.items()
         if set(weights) <= present
     ]
@@ -161,15 +188,47 @@ def effect(
     *,
     value: str = "clip_cosine",
     better: str = "higher",
+    scale: Scale = "difference",
 ) -> Effect:
     """One contrast: `weights` by variant, adding up to 0. See `effects`."""
-    cells = sum(
-        (weight * _values(frame, variant, value) for variant, weight in weights.items()),
-        start=0.0,
+    cells = pd.DataFrame({variant: _values(frame, variant, value) for variant in weights})
+    return effect_between(contrast, cells, weights, better=better, scale=scale)
+
+
+def effect_between(
+    contrast: str,
+    cells: pd.DataFrame,
+    weights: Mapping[str, float],
+    *,
+    better: str = "higher",
+    scale: Scale = "difference",
+) -> Effect:
+    """One contrast of the columns of `cells`, which is indexed by prompt_id and seed, and whatever
+    else tells two answers to a prompt apart. Cells that lack a value are left out."""
+    complete = cells.dropna()
+    compared = complete
+    if scale == "ratio":
+        answer = [name for name in cells.index.names if name != "seed"]
+        compared = logarithms(complete.groupby(level=answer, sort=True).mean())
+    differences = (compared * pd.Series(weights)).sum(axis=1).rename("difference")
+    found = effect_of(contrast, differences.reset_index(), better=better)
+    if scale == "difference":
+        return found
+    return replace(
+        found,
+        estimate=math.expm1(found.estimate),
+        low=math.expm1(found.low),
+        high=math.expm1(found.high),
+        pairs=len(complete),
     )
-    assert isinstance(cells, pd.Series), "a contrast names at least one variant"
-    cells = cells.dropna()
-    return effect_of(contrast, cells.rename("difference").reset_index(), better=better)
+
+
+_Means = TypeVar("_Means", np.ndarray, pd.DataFrame)
+
+
+def logarithms(means: _Means) -> _Means:
+    """Of means over seeds, none of them below `RATIO_FLOOR`; NaN stay."""
+    return np.log(np.maximum(means, RATIO_FLOOR))
 
 
 def effect_of(contrast: str, cells: pd.DataFrame, *, better: str = "higher") -> Effect:

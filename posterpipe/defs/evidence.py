@@ -344,7 +344,7 @@ def legibility_scores(
     group_name="scoring",
     kinds={"python", "duckdb"},
     owners=["team:ml"],
-    code_version="4",
+    code_version="5",
     io_manager_key=TABLES,
     pool="warehouse",
     metadata=columns(

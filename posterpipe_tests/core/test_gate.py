@@ -23,7 +23,7 @@ from posterpipe.core.decisions import (
     unpin,
 )
 from posterpipe.core.gate import RULE, Decision, decide, gather
-from posterpipe.core.statistics import effect_of
+from posterpipe.core.statistics import CONTRASTS, effect_of, effects
 from posterpipe.core.warehouse import Warehouse, insert
 from posterpipe.settings import GateSettings
 
@@ -60,7 +60,7 @@ def measured(
     for metric, mean, spread in (
         ("clip", clip, 0.01), ("fidelity", fidelity, 0.01), ("diversity", diversity, 0.02),
     ):  # fmt: skip
-        own = table["prompt_id"].str[1:].astype(int).map(dict(enumerate(levels)))
+        own = table["prompt_id"].str[1:].astype(int).map(dict(enumerate(levels, strict=True)))
         values = mean + own + rng.normal(0, spread, len(table))
         parts.append(
             pd.DataFrame(
@@ -112,7 +112,6 @@ def judged(
         diversity="diversity",
         specific=None if specific is None else "specific",
         calibrated=calibrated,
-        settings=settings,
     )
     return decide(evidence, settings)
 
@@ -179,7 +178,7 @@ def equal_models(prompts: int, spread: float, count: int) -> list[Decision]:
         cells = pd.DataFrame(rows)
         clip, fidelity, diversity = (
             effect_of(name, cells.assign(difference=shift + rng.normal(0, spread, prompts)))
-            for name, shift in (("clip", 0.0), ("fidelity", 0.0), ("diversity", 0.06))
+            for name, shift in (("clip", 0.0), ("fidelity", 0.0), ("diversity", 0.0))
         )
         evidence = dataclasses.replace(good, clip=clip, fidelity=fidelity, diversity=diversity)
         decisions.append(decide(evidence, SETTINGS))
@@ -226,7 +225,7 @@ def chain(clip: float, diversity: float, steps: int = 8) -> list[Decision]:
             ),
             dict.fromkeys(own["generation_key"], False),
             challenger=f"new {step}", champion=served, base="base", clip="clip",
-            fidelity="fidelity", diversity="diversity", calibrated=True, settings=SETTINGS,
+            fidelity="fidelity", diversity="diversity", calibrated=True,
         )  # fmt: skip
         decisions.append(decide(evidence, SETTINGS))
         if decisions[-1].verdict == "promote":
@@ -254,7 +253,7 @@ def test_a_chain_of_promotions_loses_the_margin_once(
     clip_to_base, diversity_to_base = last.evidence.clip_to_base, last.evidence.diversity_to_base
     assert clip_to_base is not None and diversity_to_base is not None
     assert told["CLIP-T since base"]["value"] == pytest.approx(clip_to_base.estimate)
-    assert told["diversity since base"]["value"] == pytest.approx(diversity_to_base.estimate)
+    assert told["diversity since base"]["value"] == pytest.approx(1 + diversity_to_base.estimate)
 
 
 def test_where_the_base_model_is_the_champion_it_is_compared_with_once() -> None:
@@ -273,7 +272,6 @@ def test_nothing_is_promoted_over_missing_cells_of_the_base_model() -> None:
             pd.concat([BASE, champion, own]), pd.concat(scores),
             dict.fromkeys(own["generation_key"], False), challenger="new", champion="old",
             base="base", clip="clip", fidelity="fidelity", diversity="diversity", calibrated=True,
-            settings=SETTINGS,
         ),
         SETTINGS,
     )  # fmt: skip
@@ -314,6 +312,83 @@ def test_a_collapsed_checkpoint_is_rejected() -> None:
     assert [name for name, how in outcomes(decision).items() if how == "fail"] == ["diversity"]
 
 
+OPEN = "p0"
+"""The prompt whose text leaves most open: its images differ forty times as much as others do."""
+
+
+def skewed_scores(share: float, of_open: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A checkpoint that keeps `share` of the base model's diversity, `of_open` on the open prompt,
+    each prompt and arm give or take a tenth; and the scores of both."""
+    own = images("new", tuned=True)
+    levels = np.random.default_rng(98).lognormal(np.log(0.016), 0.75, PROMPTS)
+    levels[int(OPEN[1:])] = 0.7
+    rng = np.random.default_rng(97)
+    parts = []
+    for table, factors in ((BASE, (1.0, 1.0)), (own, (share, of_open))):
+        where = table["prompt_id"].map(
+            dict(zip([f"p{n}" for n in range(PROMPTS)], levels, strict=True))
+        )
+        where *= np.where(table["prompt_id"] == OPEN, factors[1], factors[0])
+        where *= np.repeat(rng.lognormal(0, 0.1, len(table) // SEEDS), SEEDS)
+        rows = table[["generation_key"]].assign(metric_id="diversity", value=where, reason="")
+        parts.append(rows)
+    scores = pd.concat([BASE_SCORES, better(own)])
+    return own, pd.concat([scores[scores["metric_id"] != "diversity"], *parts])
+
+
+def skewed(share: float, of_open: float = 1.0) -> Decision:
+    """What the gate says of the checkpoint of `skewed_scores`."""
+    own, scores = skewed_scores(share, of_open)
+    return between(BASE, own, scores)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.7])
+def test_a_checkpoint_that_is_diverse_on_the_most_open_prompt_only_is_rejected(
+    share: float,
+) -> None:
+    decision = skewed(share)
+    assert decision.verdict == "reject"
+    assert [name for name, how in outcomes(decision).items() if how == "fail"] == ["diversity"]
+
+
+def test_a_checkpoint_that_loses_diversity_on_the_most_open_prompt_only_is_promoted() -> None:
+    assert skewed(1.0, of_open=0.5).verdict == "promote"
+
+
+def test_diversity_is_told_as_the_share_of_the_champions_that_is_left() -> None:
+    (check,) = [check for check in skewed(0.5, of_open=0.5).checks if check.name == "diversity"]
+    assert check.limit == SETTINGS.diversity_kept
+    assert check.low < check.value < check.high < check.limit
+    assert check.value == pytest.approx(0.5, abs=0.03)
+    ratio = f"{check.value:.2f} of the champion's, by geometric means ({check.low:.2f} to "
+    assert check.reason.startswith(ratio) and "less than 80% of it are left" in check.reason
+
+
+def test_the_gate_tells_the_ratio_that_the_report_on_paired_effects_tells() -> None:
+    own, scores = skewed_scores(0.6, of_open=0.2)
+    found = between(BASE, own, scores).evidence.diversity
+    rows = pd.concat([BASE, own]).merge(
+        scores[scores["metric_id"] == "diversity"], on="generation_key"
+    )
+    (tuned,) = effects(
+        rows, value="value", contrasts={"tuned": CONTRASTS["tuned"]}, scale="ratio"
+    ).itertuples()
+    assert (found.estimate, found.low, found.high) == pytest.approx(
+        (tuned.estimate, tuned.low, tuned.high)
+    )
+
+
+def test_models_that_draw_one_picture_again_and_again_are_as_diverse() -> None:
+    own = images("new", tuned=True)
+    scores = pd.concat([BASE_SCORES, better(own)])
+    # What is left of 0 by rounding is no diversity of which a share could be lost.
+    tiny = np.random.default_rng(96).uniform(0, 1e-7, len(scores))
+    scores["value"] = scores["value"].where(scores["metric_id"] != "diversity", tiny)
+    decision = between(BASE, own, scores)
+    assert outcomes(decision)["diversity"] == "pass"
+    assert "the champion's on each of 24 prompts" in decision.checks[-1].reason
+
+
 def test_a_checkpoint_that_draws_black_images_is_rejected() -> None:
     decision = judged(blocked=12)
     assert decision.verdict == "reject" and decision.evidence.blocked == 12
@@ -352,7 +427,6 @@ def between(
         diversity="diversity",
         preference="fidelity" if preference else None,
         calibrated=True,
-        settings=SETTINGS,
     )
     return decide(evidence, SETTINGS)
 
@@ -445,7 +519,7 @@ def test_a_base_model_that_draws_black_only_is_the_reason() -> None:
         gather(
             pd.concat([black, old, own]), scores, dict.fromkeys(own["generation_key"], False),
             challenger="new", champion="old", base="base", clip="clip", fidelity="fidelity",
-            diversity="diversity", calibrated=True, settings=SETTINGS,
+            diversity="diversity", calibrated=True,
         ),
         SETTINGS,
     )  # fmt: skip
@@ -511,7 +585,7 @@ def test_the_very_same_model_is_neither_better_nor_worse() -> None:
     evidence = gather(
         pd.concat([BASE, own]), pd.concat([BASE_SCORES, same]), {},
         challenger="new", champion="base", clip="clip", fidelity="fidelity",
-        diversity="diversity", calibrated=True, settings=SETTINGS,
+        diversity="diversity", calibrated=True,
     )  # fmt: skip
     decision = decide(evidence, SETTINGS)
     assert decision.verdict == "hold"
@@ -537,7 +611,7 @@ def test_prompts_that_all_differ_by_the_same_pass_and_fail_nothing() -> None:
 def test_without_any_image_the_gate_holds() -> None:
     evidence = gather(
         BASE.iloc[:0], BASE_SCORES.iloc[:0], {}, challenger="new", champion="base", clip="clip",
-        fidelity="fidelity", diversity="diversity", calibrated=True, settings=SETTINGS,
+        fidelity="fidelity", diversity="diversity", calibrated=True,
     )  # fmt: skip
     decision = decide(evidence, SETTINGS)
     assert decision.verdict == "hold" and set(outcomes(decision).values()) == {"open"}
@@ -548,7 +622,6 @@ def test_a_cell_that_is_there_twice_is_refused() -> None:
         gather(
             pd.concat([BASE, BASE.iloc[:1]]), BASE_SCORES, {}, challenger="new", champion="base",
             clip="clip", fidelity="fidelity", diversity="diversity", calibrated=True,
-            settings=SETTINGS,
         )  # fmt: skip
 
 

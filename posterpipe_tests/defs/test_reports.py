@@ -241,13 +241,19 @@ def test_every_column_of_staging_and_marts_is_described_and_contracts_are_enforc
                 assert all(comment for _, comment in rows), node["name"]
 
 
+def scale_of(metric_id: object) -> statistics.Scale:
+    return "ratio" if metric_id == study.DIVERSITY else "difference"
+
+
 def test_the_leaderboard_is_what_python_computes(world: World) -> None:
     board = world.query("from leaderboard")
     rows = current_scores(world)
     assert len(board) == board.groupby("metric_id").size().sum() == 4 * rows["metric_id"].nunique()
     for metric_id, own in board.groupby("metric_id"):
         scores = rows[rows["metric_id"] == metric_id]
-        expected = leaderboard(scores, value="value").set_index("variant")
+        expected = leaderboard(scores, value="value", scale=scale_of(metric_id)).set_index(
+            "variant"
+        )
         got = own.set_index("variant").loc[expected.index]
         for column, name in (
             ("prompts", "prompts"), ("images", "images"), ("mean", "mean"),
@@ -345,8 +351,9 @@ def test_the_paired_effects_are_what_python_computes(world: World) -> None:
     assert set(effects["comparison"]) == asked and len(asked) == 8
     for metric_id, own in effects.groupby("metric_id"):
         expected = statistics.effects(
-            rows[rows["metric_id"] == metric_id], value="value", better=str(own["better"].iloc[0])
-        ).set_index("contrast")
+            rows[rows["metric_id"] == metric_id], value="value",
+            better=str(own["better"].iloc[0]), scale=scale_of(metric_id),
+        ).set_index("contrast")  # fmt: skip
         got = own.set_index("comparison").loc[expected.index]
         for column, name in (
             ("mean_difference", "estimate"), ("effect_size", "effect_size"),
@@ -361,6 +368,18 @@ def test_the_paired_effects_are_what_python_computes(world: World) -> None:
     assert {"neither", "lower"} < set(effects["better"])
 
 
+def by_prompt(rows: pd.DataFrame, effect: Any) -> pd.Series:
+    """The differences behind a row of paired_effects, on the scale on which it averages them."""
+    weights = statistics.CONTRASTS[str(effect.comparison)]
+    cells = rows[rows["metric_id"] == effect.metric_id].pivot_table(
+        index=["prompt_id", "seed"], columns="variant", values="value"
+    )
+    means = cells[list(weights)].dropna().groupby("prompt_id").mean()
+    if effect.scale == "ratio":
+        means = statistics.logarithms(means)
+    return (means * pd.Series(weights)).sum(axis=1)
+
+
 def test_what_is_detectable_counts_the_questions_of_its_family(world: World) -> None:
     effects = world.query("from paired_effects")
     rows = statistics.answers(current_scores(world))
@@ -370,13 +389,12 @@ def test_what_is_detectable_counts_the_questions_of_its_family(world: World) -> 
     assert questions[True] == 8 < questions[False]
     row: Any
     for row in effects.itertuples():
-        own = rows[rows["metric_id"] == row.metric_id].set_index(["prompt_id", "seed"])
-        weights = statistics.CONTRASTS[str(row.comparison)]
-        cells = sum(w * own.loc[own["variant"] == v, "value"] for v, w in weights.items()).dropna()
         expected = smallest_detectable(
-            cells.groupby("prompt_id").mean().to_numpy(),
+            by_prompt(rows, row).to_numpy(),
             tests=1 if row.is_primary else int(questions[row.is_headline]),
         )
+        if row.scale == "ratio":
+            expected = math.expm1(expected)
         assert row.detectable_difference == pytest.approx(expected, abs=3e-6, nan_ok=True)
 
 
@@ -388,17 +406,7 @@ def test_p_values_of_effects_are_students_and_corrected_by_holm(
     assert effects["metric_id"].nunique() > 3
     row: Any
     for row in effects.itertuples():
-        cells = rows[rows["metric_id"] == row.metric_id].pivot_table(
-            index=["prompt_id", "seed"], columns="variant", values="value"
-        )
-        weights = statistics.CONTRASTS[str(row.comparison)]
-        by_prompt = (
-            sum(weight * cells[variant] for variant, weight in weights.items())
-            .groupby("prompt_id")
-            .mean()
-            .dropna()
-        )
-        assert row.p_value == pytest.approx(t_p_value(by_prompt), abs=2e-6)
+        assert row.p_value == pytest.approx(t_p_value(by_prompt(rows, row)), abs=2e-6)
     for _, asked in effects.groupby("is_headline"):
         expected = holm(asked["p_value"].to_numpy(dtype=float))
         np.testing.assert_allclose(asked["p_adjusted"], expected, atol=1e-9)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 from PIL import Image
 from streamlit import config
@@ -360,6 +361,19 @@ def test_scores_are_fresh_after_each_publication(deployment: Settings) -> None:
     publication(store, 0.5)
     at.run()
     assert at.dataframe[0].value["mean"].astype(float).tolist() == [0.5]
+
+
+def test_scores_show_a_ratio_for_what_is_compared_by_ratio(deployment: Settings) -> None:
+    public = publication(deployment.path(deployment.store), 0.25)
+    with duckdb.connect(str(public)) as connection:
+        connection.execute(
+            "CREATE OR REPLACE TABLE leaderboard AS SELECT 'clip_t.crop.x' AS metric_id, 'ratio' "
+            "AS scale, 'sd' AS variant, 0.25 AS mean, -0.25 AS diff_to_sd, -0.5 AS diff_low_95, "
+            "0.5 AS diff_high_95"
+        )
+    at = page("scores")
+    told = at.dataframe[0].value[["diff_to_sd", "diff_low_95", "diff_high_95"]]
+    assert told.astype(float).to_numpy().tolist() == [[0.75, 0.5, 1.5]]
 
 
 def test_the_frame_shows_the_first_page() -> None:

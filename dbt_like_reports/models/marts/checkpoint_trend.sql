@@ -36,7 +36,7 @@ prompt_means as (
         drawn.prompt_id,
         -- A blocked image is an answer, one that was not drawn or not judged is not.
         count(*) filter (where score.status <> 'failed') as images,
-        avg(score.value) as mean,
+        {{ as_averaged('avg(score.value)', 'any_value(metrics.scale)') }} as mean,
         bool_or(drawn.is_current) as is_current
     from {{ source('warehouse', 'fct_score') }} as score
     inner join drawn on drawn.generation_key = score.generation_key
@@ -97,14 +97,17 @@ select
     estimates.metric_id,
     metrics.metric,
     metrics.better,
+    metrics.scale,
     metrics.is_headline,
     estimates.prompts,
     estimates.images,
     expected.images as expected_images,
     estimates.images = expected.images as is_complete,
-    round(estimates.mean, 6) as mean,
-    {{ within_range('estimates.ends.low', 'estimates.metric_id') }} as low_95,
-    {{ within_range('estimates.ends.high', 'estimates.metric_id') }} as high_95,
+    round({{ as_mean('estimates.mean', 'metrics.scale') }}, 6) as mean,
+    {{ within_range(as_mean('estimates.ends.low', 'metrics.scale'), 'estimates.metric_id') }}
+        as low_95,
+    {{ within_range(as_mean('estimates.ends.high', 'metrics.scale'), 'estimates.metric_id') }}
+        as high_95,
     verdicts.decision,
     verdicts.decided_at,
     coalesce(verdicts.was_promoted, false) as was_promoted,

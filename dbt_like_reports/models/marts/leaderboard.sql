@@ -78,7 +78,8 @@ prompts as (
         sums.images,
         sums.scored,
         sums.blocked,
-        sums.mean,
+        metrics.scale,
+        {{ as_averaged('sums.mean', 'metrics.scale') }} as mean,
         -- 2.5 x max(cosine, 0) of each image, then the mean (Hessel et al. 2021).
         case
             when sums.metric_id like 'clip\_t.%' escape '\'
@@ -87,6 +88,7 @@ prompts as (
         sums.seeds
     from sums
     inner join answers on answers.answer = sums.answer
+    inner join metrics on metrics.metric_id = sums.metric_id
 ),
 
 beside_sd as (
@@ -96,6 +98,7 @@ beside_sd as (
         prompts.prompt_id,
         prompts.answer,
         base.answer as base_answer,
+        prompts.scale,
         prompts.scored as pairs,
         prompts.mean - base.mean as difference,
         prompts.seeds = base.seeds and prompts.scored = base.scored as is_complete
@@ -112,7 +115,8 @@ incomplete as (
     select
         metric_id,
         answer,
-        base_answer
+        base_answer,
+        scale
     from beside_sd
     where is_complete is not true
 ),
@@ -133,8 +137,10 @@ pairs_looked_up as (
     select
         incomplete.metric_id,
         incomplete.answer,
-        count(other.value - base.value) as pairs,
-        avg(other.value - base.value) as difference
+        incomplete.scale,
+        count(*) as pairs,
+        avg(other.value) as other,
+        avg(base.value) as base
     from incomplete
     inner join incomplete_scores as other
         on other.metric_id = incomplete.metric_id and other.answer = incomplete.answer
@@ -143,7 +149,8 @@ pairs_looked_up as (
             base.metric_id = incomplete.metric_id
             and base.answer = incomplete.base_answer
             and base.seed = other.seed
-    group by incomplete.metric_id, incomplete.answer
+    where other.value is not null and base.value is not null
+    group by incomplete.metric_id, incomplete.answer, incomplete.scale
 ),
 
 prompt_differences as (
@@ -152,8 +159,12 @@ prompt_differences as (
         beside_sd.variant,
         beside_sd.prompt_id,
         case when beside_sd.is_complete then beside_sd.pairs else looked_up.pairs end as pairs,
-        case when beside_sd.is_complete then beside_sd.difference else looked_up.difference end
-            as difference
+        case
+            when beside_sd.is_complete then beside_sd.difference
+            else
+                {{ as_averaged('looked_up.other', 'looked_up.scale') }}
+                - {{ as_averaged('looked_up.base', 'looked_up.scale') }}
+        end as difference
     from beside_sd
     left join pairs_looked_up as looked_up
         on looked_up.metric_id = beside_sd.metric_id and looked_up.answer = beside_sd.answer
@@ -192,6 +203,7 @@ select
     means.metric_id,
     metrics.metric,
     metrics.better,
+    metrics.scale,
     metrics.is_headline,
     means.variant,
     means.checkpoint_id,
@@ -199,14 +211,15 @@ select
     means.images,
     means.blocked,
     means.failed,
-    round(means.mean, 6) as mean,
-    {{ within_range('means.ends.low', 'means.metric_id') }} as low_95,
-    {{ within_range('means.ends.high', 'means.metric_id') }} as high_95,
+    round({{ as_mean('means.mean', 'metrics.scale') }}, 6) as mean,
+    {{ within_range(as_mean('means.ends.low', 'metrics.scale'), 'means.metric_id') }} as low_95,
+    {{ within_range(as_mean('means.ends.high', 'metrics.scale'), 'means.metric_id') }}
+        as high_95,
     coalesce(differences.prompts, 0) as diff_prompts,
     coalesce(differences.pairs, 0) as pairs,
-    round(differences.mean, 6) as diff_to_sd,
-    round(differences.ends.low, 6) as diff_low_95,
-    round(differences.ends.high, 6) as diff_high_95,
+    round({{ as_difference('differences.mean', 'metrics.scale') }}, 6) as diff_to_sd,
+    round({{ as_difference('differences.ends.low', 'metrics.scale') }}, 6) as diff_low_95,
+    round({{ as_difference('differences.ends.high', 'metrics.scale') }}, 6) as diff_high_95,
     round(means.clip_score, 6) as clip_score,
     case when means.clip_score_ends is not null then round(greatest(0, means.clip_score_ends.low), 6)
     end as clip_score_low_95,

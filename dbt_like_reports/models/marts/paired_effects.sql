@@ -50,31 +50,53 @@ cells as (
     group by metric_id, prompt_id, seed
 ),
 
-cell_differences as (
+complete_cells as (
     select
-        cells.metric_id,
-        comparisons.comparison,
-        cells.prompt_id,
-        {%- for variant in variants %}
-        case
-            when comparisons.{{ variant }} = 0 then 0
-            else comparisons.{{ variant }} * cells.{{ variant }}
-        end{{ ' +' if not loop.last else ' as difference' }}
-        {%- endfor %}
+        cells.*,
+        comparisons.comparison
     from cells
-    cross join comparisons
+    inner join comparisons
+        on
+            true
+            {%- for variant in variants %}
+            and (comparisons.{{ variant }} = 0 or cells.{{ variant }} is not null)
+            {%- endfor %}
 ),
 
-prompt_differences as (
+prompt_means as (
     select
         metric_id,
         comparison,
         prompt_id,
-        avg(difference) as difference,
-        count(difference) as pairs
-    from cell_differences
+        count(*) as pairs,
+        {%- for variant in variants %}
+        avg({{ variant }}) as {{ variant }}{{ ',' if not loop.last }}
+        {%- endfor %}
+    from complete_cells
     group by metric_id, comparison, prompt_id
-    having count(difference) > 0
+),
+
+metrics as (
+    select * from {{ ref('stg_metrics') }}
+),
+
+prompt_differences as (
+    select
+        prompt_means.metric_id,
+        prompt_means.comparison,
+        prompt_means.prompt_id,
+        prompt_means.pairs,
+        {%- for variant in variants %}
+        case
+            when comparisons.{{ variant }} = 0 then 0
+            else
+                comparisons.{{ variant }}
+                * {{ as_averaged('prompt_means.' ~ variant, 'metrics.scale') }}
+        end{{ ' +' if not loop.last else ' as difference' }}
+        {%- endfor %}
+    from prompt_means
+    inner join comparisons on comparisons.comparison = prompt_means.comparison
+    inner join metrics on metrics.metric_id = prompt_means.metric_id
 ),
 
 estimates as (
@@ -89,10 +111,6 @@ estimates as (
         (count(*) + sum(sign(difference))) / 2 as positives
     from prompt_differences
     group by metric_id, comparison
-),
-
-metrics as (
-    select * from {{ ref('stg_metrics') }}
 ),
 
 -- Which side is the better one, the metric says; of some, neither is.
@@ -112,14 +130,15 @@ measured as (
         estimates.metric_id,
         metrics.metric,
         metrics.better,
+        metrics.scale,
         metrics.is_headline,
         estimates.comparison,
         comparisons.question,
         estimates.prompts,
         cast(estimates.pairs as bigint) as pairs,
-        round(estimates.mean, 6) as mean_difference,
-        round(estimates.ends.low, 6) as low_95,
-        round(estimates.ends.high, 6) as high_95,
+        round({{ as_difference('estimates.mean', 'metrics.scale') }}, 6) as mean_difference,
+        round({{ as_difference('estimates.ends.low', 'metrics.scale') }}, 6) as low_95,
+        round({{ as_difference('estimates.ends.high', 'metrics.scale') }}, 6) as high_95,
         {{ t_p_value('estimates.mean', 'estimates.deviation', 'estimates.prompts') }} as p_value,
         -- Hedges' g: the mean over the deviation, corrected for few prompts.
         case
@@ -181,6 +200,7 @@ select
     metric_id,
     metric,
     better,
+    scale,
     is_headline,
     is_primary,
     comparison,
@@ -210,14 +230,11 @@ select
     -- What a study of this size finds with a power of 80 % (Bloom 1995), where the p-value has to
     -- pass the correction of the smallest one.
     case
-        when deviation > {{ no_spread() }} then
-            round(
-                (
-                    student_quantile(1 - 0.025 / counted, prompts - 1)
-                    + student_quantile(0.8, prompts - 1)
-                ) * deviation / sqrt(prompts),
-                6
-            )
+        when deviation > {{ no_spread() }} then round({{ as_difference(
+            "(student_quantile(1 - 0.025 / counted, prompts - 1)"
+            ~ " + student_quantile(0.8, prompts - 1)) * deviation / sqrt(prompts)",
+            'scale'
+        ) }}, 6)
     end as detectable_difference
 from corrected
 order by

@@ -54,6 +54,7 @@ select
         when metric_id like 'nearest.%' or metric_id like 'title_distance.%' then 'lower'
         else 'higher'
     end as better,
+    case when metric_id like 'diversity.%' then 'ratio' else 'difference' end as scale,
     is_headline,
     is_current,
     place,

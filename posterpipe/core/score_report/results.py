@@ -36,6 +36,7 @@ from posterpipe.core.score_report.words import (
     BETTER,
     DASH,
     DECIDED,
+    change,
     count,
     cut,
     day,
@@ -210,11 +211,18 @@ def _effects(published: Published) -> list[dict[str, Any]]:
 
 
 def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
-    numbers = [number(row[n]) for row in rows for n in ("mean_difference", "low_95", "high_95")]
-    scale = charts.row_scale(numbers, include=(0.0,))
+    by = text(rows[0]["scale"])
+    same = 1.0 if by == "ratio" else 0.0
+
+    def places(row: Row) -> list[float | None]:
+        """Of mean and interval on the axis, where `same` is no difference."""
+        values = [number(row[name]) for name in ("mean_difference", "low_95", "high_95")]
+        return [None if value is None else value + same for value in values]
+
+    scale = charts.row_scale((n for row in rows for n in places(row)), include=(same,))
     shown = []
     for row in rows:
-        mean, low, high = (number(row[n]) for n in ("mean_difference", "low_95", "high_95"))
+        mean, low, high = places(row)
         question = text(row["question"])
         variant = BASELINE if text(row["comparison"]).startswith("negative on base") else TUNED
         win = share(row["win_rate"])
@@ -225,15 +233,21 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
             {
                 "name": question[:1].upper() + question[1:],
                 "primary": bool(row["is_primary"]),
-                "difference": charts.signed(mean) if mean is not None else DASH,
-                "interval": interval(row, "low_95", "high_95", sign=True, of="mean_difference"),
-                "plot": charts.interval_row(mean, low, high, scale, variant=variant, zero=0.0),
+                "difference": change(row["mean_difference"], by),
+                "interval": interval(
+                    row, "low_95", "high_95", sign=True, of="mean_difference", scale=by
+                ),
+                "plot": charts.interval_row(mean, low, high, scale, variant=variant, zero=same),
                 "finding": text(row["finding"]),
                 "p": f"{_p_value(row['p_value'])} · {_p_value(row['p_adjusted'])}",
                 "css": verdict(row),
                 "size": rounded(row["effect_size"], 2),
                 "win": win,
-                "detectable": rounded(row["detectable_difference"]),
+                "detectable": (
+                    change(row["detectable_difference"], by)
+                    if by == "ratio"
+                    else rounded(row["detectable_difference"])
+                ),
                 "n": f"{count(row, 'prompts')} · {count(row, 'pairs')}",
             }
         )
@@ -242,12 +256,19 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
     ]
     first = rows[0]
     note = ""
+    if by == "ratio":
+        note = (
+            "Told as ratios of geometric means over prompts: × 1 is no difference, × 0.80 a fifth "
+            "less. Prompts differ so much by this metric that one of them would decide an "
+            "arithmetic mean. "
+        )
     if detectable:
         most = max(count(row, "prompts") for row in rows)
-        note = (
-            f"With {most} prompts this suite finds differences from "
-            f"{charts.plain(min(detectable))} to {charts.plain(max(detectable))} on, depending on "
-            "the question, four times of five, the correction counted. Smaller ones may be there "
+        ends = min(detectable), max(detectable)
+        least, largest = (change(n, by) if by == "ratio" else charts.plain(n) for n in ends)
+        note += (
+            f"With {most} prompts this suite finds {by}s from {least} to {largest} on, depending "
+            "on the question, four times of five, the correction counted. Smaller ones may be there "
             "unseen. "
         )
     if any(cells["interval"] == ALIKE for cells in shown):
@@ -260,7 +281,7 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
         "name": text(first["metric"]),
         "better": BETTER.get(text(first["better"]), ""),
         "rows": shown,
-        "axis": charts.axis_row(scale, sign=True),
+        "axis": charts.axis_row(scale, sign=by != "ratio"),
         "note": note.strip(),
     }
 
@@ -337,6 +358,8 @@ def _trend(index: int, rows: Sequence[Row]) -> dict[str, Any] | None:
     caption = f"{metric} of the fine-tuned model without negative prompt" + (
         f"; {better}. " if better else ". "
     )
+    if rows[0]["scale"] == "ratio":
+        caption += "Geometric means over prompts. "
     caption += "Dashed: the base model. "
     caption += "Only answers to the present suite and sampler are compared."
     if incomplete:

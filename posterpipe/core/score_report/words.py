@@ -49,12 +49,24 @@ def rounded(value: Any, digits: int = 3) -> str:
     return charts.plain(known, 0 if known == int(known) and abs(known) < 1e6 else digits)
 
 
-def interval(row: Row, low: str, high: str, *, sign: bool = False, of: str = "") -> str:
+def change(value: Any, scale: Any) -> str:
+    """A difference, or a ratio (`scale`), which marts tell less 1."""
+    known = number(value)
+    if known is None:
+        return DASH
+    return f"× {charts.plain(1 + known, 2)}" if scale == "ratio" else charts.signed(known)
+
+
+def interval(
+    row: Row, low: str, high: str, *, sign: bool = False, of: str = "", scale: Any = "difference"
+) -> str:
     """The interval in words; `of` is the mean that it belongs to, over `prompts` of the row."""
     bounds = number(row.get(low)), number(row.get(high))
     if bounds[0] is None or bounds[1] is None:
         has_mean = of != "" and number(row.get(of)) is not None
         return ALIKE if has_mean and count(row, "prompts") > 1 else DASH
+    if scale == "ratio":
+        return f"{change(bounds[0], scale)} to {charts.plain(1 + bounds[1], 2)}"
     show: Callable[[float], str] = charts.signed if sign else charts.plain
     return f"{show(bounds[0])} to {show(bounds[1])}"
 

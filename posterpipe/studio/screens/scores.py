@@ -36,6 +36,10 @@ COLUMNS = {
 }
 
 
+RATIO_COLUMNS = {**COLUMNS, "mean": "Geometric mean", "diff_to_sd": "Ratio to base"}
+"""Of metrics that are compared by ratio."""
+
+
 def watch(shown: Signature | None) -> None:
     """Waits for a publication that the page does not show, and runs the page again.
 
@@ -97,12 +101,16 @@ def show_leaderboard(table: pd.DataFrame | None, metric: str) -> None:
         return
     if "metric_id" in table:
         table = table[table["metric_id"] == metric]
-    table = table[[name for name in COLUMNS if name in table]].copy()
+    by_ratio = "scale" in table and table["scale"].eq("ratio").any()
+    labels = RATIO_COLUMNS if by_ratio else COLUMNS
+    table = table[[name for name in labels if name in table]].copy()
+    if by_ratio:  # the report tells ratios less 1
+        table[["diff_to_sd", "diff_low_95", "diff_high_95"]] += 1
     table["variant"] = table["variant"].map(lambda name: LABELS.get(name, name))
     if "checkpoint_id" in table:
         table["checkpoint_id"] = table["checkpoint_id"].str[:8]
     columns: dict[str, ColumnConfig] = {}
-    for name, label in COLUMNS.items():
+    for name, label in labels.items():
         if name in table and table[name].dtype.kind == "f":
             columns[name] = st.column_config.NumberColumn(label, format="%.3f")
         elif name in table:

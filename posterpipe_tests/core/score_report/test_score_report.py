@@ -320,6 +320,18 @@ def test_numbers_are_those_of_the_marts(world: Path, pages: dict[str, Parsed]) -
         assert f"{difference:+.3f}".replace("-", "−") in text
 
 
+def test_what_is_compared_by_ratio_is_told_as_one(world: Path, pages: dict[str, Parsed]) -> None:
+    with duckdb.connect(str(world / "public" / "scores.duckdb"), read_only=True) as connection:
+        rows = connection.execute(
+            "SELECT mean_difference, low_95, high_95 FROM paired_effects WHERE scale = 'ratio'"
+        ).fetchall()
+    text = pages["index.html"].text
+    assert len(rows) == 8 and text.count("Told as ratios of geometric means over prompts") == 1
+    for mean, low, high in rows:
+        assert f"× {1 + mean:.2f} × {1 + low:.2f} to {1 + high:.2f}" in text
+    assert "finds ratios from × " in text and "Geometric means over prompts." in text
+
+
 def test_prompts_without_spread_are_told_in_words_and_not_as_an_interval(
     world: Path, pages: dict[str, Parsed], tmp_path: Path
 ) -> None:
