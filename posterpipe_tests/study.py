@@ -187,6 +187,7 @@ def fill(
                 "nearest_poster": "resized1",
                 "similarity": rng.uniform(0.4, 0.9, len(drawn)),
                 "similarity_threshold": 0.85,
+                "copy_sensitivity": 0.72,
                 "hash_poster": "resized2",
                 "hash_distance": rng.integers(5, 40, len(drawn)),
                 "hash_threshold": 9,

@@ -43,14 +43,15 @@ from posterpipe.settings import GateSettings, ScorerSettings, Settings
 EVIDENCE_COLUMNS = (
     "generation_key", "variant", "prompt_id", "seed", "checkpoint_id", "metric_id", "metric",
     "role", "value", "status", "reason", "nearest_poster", "copied", "copy_threshold",
-    "lost_posters",
+    "copy_sensitivity", "lost_posters",
 )  # fmt: skip
 """Columns of the table of evidence: one row a generation and metric. `role` is what it is read for,
 or "": clip, specific, fidelity, diversity, preference and copies by the gate, control and rank by
 the growth chart. In rows with the role copies, `nearest_poster` is the content hash of the nearest
 training image, `copied` says whether similarity by the first image encoder, or the perceptual hash,
 is that of a copy (what other encoders say is in fct_nearest, for reports), `copy_threshold` is the
-cosine above which it is, NaN with too few holdout posters to tell, and `lost_posters` counts those
+cosine above which it is, NaN with too few holdout posters to tell, `copy_sensitivity` the share of
+altered training posters that lie above it, and `lost_posters` counts those
 that the checkpoint was trained on and that cannot be read, so that copies of them are not seen."""
 
 
@@ -219,6 +220,7 @@ def _evidence_table(
     table["nearest_poster"] = keys.map(first["nearest_poster"]).fillna("")
     table["copied"] = keys.map(first["copied"]).astype("boolean")
     table["copy_threshold"] = keys.map(first["similarity_threshold"]).astype(float)
+    table["copy_sensitivity"] = keys.map(first["copy_sensitivity"]).astype(float)
     table["lost_posters"] = table["metric_id"].map(dict(lost)).astype("Int64")
     order = {metric.metric_id: place for place, metric in enumerate(metrics)}
     table = table.sort_values("metric_id", key=lambda ids: ids.map(order), kind="stable")
@@ -319,7 +321,7 @@ def judge(
             preference=metric_of.get("preference"),
             specific=metric_of.get("specific"),
             nearest=str(own["metric_id"].iloc[0]) if len(own) else None,
-            calibrated=bool(compared["copy_threshold"].notna().any()),
+            sensitivity=float(compared["copy_sensitivity"].astype(float).max()),
             lost=int(own["lost_posters"].fillna(0).max()) if len(own) else 0,
         ),
         settings,

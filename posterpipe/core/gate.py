@@ -42,6 +42,10 @@ RULE = (
 )
 """What `decide` asks, for people; the shares are the defaults of `GateSettings`."""
 
+LEAST_SENSITIVITY = 0.5
+"""Share of altered training posters that have to count as copies, before few copies among the
+images say that few are there."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -91,9 +95,10 @@ class Evidence:
     """Images that count as copies of a training poster."""
     compared: int
     """Images that were compared with the training posters."""
-    calibrated: bool
-    """Whether there were holdout posters enough to say from which similarity on an image is a
-    copy; else only those that equal a training poster, or have its perceptual hash, are known."""
+    sensitivity: float
+    """Share of training posters, altered a little, that similarity tells to be copies. NaN where
+    holdout posters are too few to say from which similarity on an image is one; then only those
+    that equal a training poster, or have its perceptual hash, are known."""
     clip: Effect
     """Difference of CLIP-T."""
     fidelity: Effect
@@ -216,13 +221,23 @@ def _copying(evidence: Evidence, settings: GateSettings) -> Check:
         f"{evidence.copies} of {evidence.compared} images are nearer to a training poster than "
         f"nearly all new posters are, at most {limit:.0%} may be"
     )
-    if outcome == "pass" and not evidence.calibrated:
+    if outcome == "pass" and math.isnan(evidence.sensitivity):
         outcome = "open"
         reason = (
             f"{evidence.copies} of {evidence.compared} images equal a training poster; how near is "
             "too near is not known, since it takes three holdout posters or more that are no "
             "copies of training posters themselves: add some to the folder `holdout`"
         )
+    elif outcome == "pass":
+        found = f"{evidence.sensitivity:.0%} of training posters that were cut and compressed a bit"
+        if evidence.sensitivity < LEAST_SENSITIVITY:
+            outcome = "open"
+            reason += (
+                f"; but only {found} would be found, too few to rule copies out: add posters to "
+                "the folder `holdout`, so that they tell better how near new ones come"
+            )
+        else:
+            reason += f"; {found} would be found"
     if outcome != "fail" and evidence.lost:
         outcome = "open"
         reason += (
@@ -409,7 +424,7 @@ def gather(
     preference: str | None = None,
     specific: str | None = None,
     nearest: str | None = None,
-    calibrated: bool,
+    sensitivity: float,
     lost: int = 0,
 ) -> Evidence:
     """The evidence about a challenger.
@@ -420,7 +435,7 @@ def gather(
     `scores`: long, as of `metrics.base.SCORE_COLUMNS`; `clip`, `fidelity`, `diversity`,
     `preference` and `specific` are the metric_ids to read, and `nearest` the one whose reasons say
     why images were not compared with training posters. `copied`: whether an image counts as a
-    copy, by generation_key; images that are not in it were not compared; `calibrated` and `lost`:
+    copy, by generation_key; images that are not in it were not compared; `sensitivity` and `lost`:
     see `Evidence`. Raises ValueError where a cell of a checkpoint is there twice.
     """
     own = _cells(generations, challenger)
@@ -479,7 +494,7 @@ def gather(
         alone=sum(int(_alone(cells.reindex(expected)).sum()) for cells in (own, other)),
         copies=sum(known),
         compared=len(known),
-        calibrated=calibrated,
+        sensitivity=sensitivity,
         clip=compared(clip),
         fidelity=compared(fidelity),
         diversity=compared(diversity, scale="ratio"),

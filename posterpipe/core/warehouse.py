@@ -56,11 +56,11 @@ from posterpipe.core.errors import first_line
 from posterpipe.core.store import content_key, fsync_folder, write_atomic, writing
 from posterpipe.core.variants import is_tuned
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """2 added fct_drawing, dim_environment and run_environment; 3 added fct_nearest, fct_title,
-fct_reading, current_metric and current_poster; 4 added fct_promotion.base_model. Every version so
-far only added tables and columns: files of an older one are brought up to date by creating what is
-missing."""
+fct_reading, current_metric and current_poster; 4 added fct_promotion.base_model; 5 added
+fct_nearest.copy_sensitivity. Every version so far only added tables and columns: files of an older
+one are brought up to date by creating what is missing."""
 
 BUSY_SECONDS = 120.0
 """How long to wait for another process that has the file open."""
@@ -164,6 +164,7 @@ CREATE TABLE IF NOT EXISTS fct_nearest (
     nearest_poster       VARCHAR NOT NULL,
     similarity           DOUBLE NOT NULL,
     similarity_threshold DOUBLE,
+    copy_sensitivity     DOUBLE,
     hash_poster          VARCHAR NOT NULL,
     hash_distance        INTEGER,
     hash_threshold       INTEGER,
@@ -227,6 +228,7 @@ CREATE TABLE IF NOT EXISTS current_poster (
 """
 
 _COLUMNS = """
+ALTER TABLE fct_nearest ADD COLUMN IF NOT EXISTS copy_sensitivity DOUBLE;
 ALTER TABLE fct_promotion ADD COLUMN IF NOT EXISTS base_model VARCHAR;
 UPDATE fct_promotion SET base_model = known.base_model
 FROM (

@@ -166,7 +166,7 @@ def titled_posters(
     group_name="scoring",
     kinds={"python", "huggingface", "duckdb"},
     owners=["team:ml"],
-    code_version="4",
+    code_version="5",
     io_manager_key=TABLES,
     pool="warehouse",
     deps=["clip_scores"],
@@ -181,6 +181,7 @@ def titled_posters(
         nearest_poster="string: sha256 of the nearest training image",
         copied="bool: whether it counts as a copy of it, by the first encoder or the hash",
         copy_threshold="float: cosine from which it does; empty with too few holdout posters",
+        copy_sensitivity="float: share of altered training posters that it finds",
         lost_posters="int: posters that the checkpoint was trained on and that cannot be read",
     ),
 )
@@ -245,12 +246,19 @@ def fidelity_scores(
                         (
                             name,
                             one.threshold,
+                            one.sensitivity,
                             len(one.similarities),
                             len(holdout.files) - len(one.similarities),
                         )
                         for name, one in evidence.calibrations.items()
                     ],
-                    columns=["encoder", "copy_from_cosine", "holdout_posters", "left_out"],
+                    columns=[
+                        "encoder",
+                        "copy_from_cosine",
+                        "altered_found",
+                        "holdout_posters",
+                        "left_out",
+                    ],
                 )
             ),
             **counts(table, "status"),

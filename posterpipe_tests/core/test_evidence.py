@@ -210,6 +210,10 @@ def test_with_two_holdout_posters_the_gate_does_not_say_that_nothing_is_copied(
         assert not finding.passed and "how near is too near is not known" in finding.summary
         assert finding.expected == "at most 0.05, by a threshold from the holdout posters"
         assert finding.actual == "0, without a threshold"
+    # With a threshold that copies do not reach, none found says no more.
+    finding = copied_posters(evidence.assign(copy_threshold=0.999, copy_sensitivity=0.2), 0.05)
+    assert not finding.passed and "only 20% would be found" in finding.summary
+    assert copied_posters(evidence.assign(copy_threshold=0.9, copy_sensitivity=0.6), 0.05).passed
 
 
 def test_decisions_are_told_while_the_warehouse_is_locked(

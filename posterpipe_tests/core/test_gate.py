@@ -60,7 +60,7 @@ def measured(
     for metric, mean, spread in (
         ("clip", clip, 0.01), ("fidelity", fidelity, 0.01), ("diversity", diversity, 0.02),
     ):  # fmt: skip
-        own = table["prompt_id"].str[1:].astype(int).map(dict(enumerate(levels, strict=True)))
+        own = table["prompt_id"].str[1:].astype(int).map(dict(enumerate(levels)))
         values = mean + own + rng.normal(0, spread, len(table))
         parts.append(
             pd.DataFrame(
@@ -90,7 +90,7 @@ def judged(
     unscored: int = 0,
     specific: float | None = None,
     settings: GateSettings = SETTINGS,
-    calibrated: bool = True,
+    sensitivity: float = 0.9,
 ) -> Decision:
     own = images("new", tuned=True, blocked=blocked, without=without)
     scores = measured(own, clip=clip, fidelity=fidelity, diversity=diversity, seed=1)
@@ -111,7 +111,7 @@ def judged(
         fidelity="fidelity",
         diversity="diversity",
         specific=None if specific is None else "specific",
-        calibrated=calibrated,
+        sensitivity=sensitivity,
     )
     return decide(evidence, settings)
 
@@ -225,7 +225,7 @@ def chain(clip: float, diversity: float, steps: int = 8) -> list[Decision]:
             ),
             dict.fromkeys(own["generation_key"], False),
             challenger=f"new {step}", champion=served, base="base", clip="clip",
-            fidelity="fidelity", diversity="diversity", calibrated=True,
+            fidelity="fidelity", diversity="diversity", sensitivity=0.9,
         )  # fmt: skip
         decisions.append(decide(evidence, SETTINGS))
         if decisions[-1].verdict == "promote":
@@ -271,7 +271,7 @@ def test_nothing_is_promoted_over_missing_cells_of_the_base_model() -> None:
         gather(
             pd.concat([BASE, champion, own]), pd.concat(scores),
             dict.fromkeys(own["generation_key"], False), challenger="new", champion="old",
-            base="base", clip="clip", fidelity="fidelity", diversity="diversity", calibrated=True,
+            base="base", clip="clip", fidelity="fidelity", diversity="diversity", sensitivity=0.9,
         ),
         SETTINGS,
     )  # fmt: skip
@@ -426,7 +426,7 @@ def between(
         fidelity="fidelity",
         diversity="diversity",
         preference="fidelity" if preference else None,
-        calibrated=True,
+        sensitivity=0.9,
     )
     return decide(evidence, SETTINGS)
 
@@ -519,7 +519,7 @@ def test_a_base_model_that_draws_black_only_is_the_reason() -> None:
         gather(
             pd.concat([black, old, own]), scores, dict.fromkeys(own["generation_key"], False),
             challenger="new", champion="old", base="base", clip="clip", fidelity="fidelity",
-            diversity="diversity", calibrated=True,
+            diversity="diversity", sensitivity=0.9,
         ),
         SETTINGS,
     )  # fmt: skip
@@ -552,12 +552,23 @@ def test_an_image_beside_a_blocked_one_misses_no_diversity_and_one_beside_a_fail
 
 
 def test_without_a_calibration_copies_are_not_ruled_out() -> None:
-    decision = judged(calibrated=False)
+    decision = judged(sensitivity=math.nan)
     assert decision.verdict == "hold"
     assert [name for name, how in outcomes(decision).items() if how == "open"] == ["copies"]
     assert "0 of 192 images equal a training poster" in decision.reason
     assert "three holdout posters" in decision.reason
-    assert judged(calibrated=False, copies=60).verdict == "reject"
+    assert judged(sensitivity=math.nan, copies=60).verdict == "reject"
+
+
+def test_where_copies_would_not_be_found_none_found_says_nothing() -> None:
+    decision = judged(sensitivity=0.3)
+    assert decision.verdict == "hold"
+    assert [name for name, how in outcomes(decision).items() if how == "open"] == ["copies"]
+    assert "only 30% of training posters that were cut and compressed" in decision.reason
+    assert "add posters to the folder `holdout`" in decision.reason
+    assert judged(sensitivity=0.3, copies=60).verdict == "reject"
+    (check,) = [check for check in judged(sensitivity=0.6).checks if check.name == "copies"]
+    assert check.outcome == "pass" and "60% of training posters" in check.reason
 
 
 def test_a_difference_that_chance_explains_is_held() -> None:
@@ -585,7 +596,7 @@ def test_the_very_same_model_is_neither_better_nor_worse() -> None:
     evidence = gather(
         pd.concat([BASE, own]), pd.concat([BASE_SCORES, same]), {},
         challenger="new", champion="base", clip="clip", fidelity="fidelity",
-        diversity="diversity", calibrated=True,
+        diversity="diversity", sensitivity=0.9,
     )  # fmt: skip
     decision = decide(evidence, SETTINGS)
     assert decision.verdict == "hold"
@@ -611,7 +622,7 @@ def test_prompts_that_all_differ_by_the_same_pass_and_fail_nothing() -> None:
 def test_without_any_image_the_gate_holds() -> None:
     evidence = gather(
         BASE.iloc[:0], BASE_SCORES.iloc[:0], {}, challenger="new", champion="base", clip="clip",
-        fidelity="fidelity", diversity="diversity", calibrated=True,
+        fidelity="fidelity", diversity="diversity", sensitivity=0.9,
     )  # fmt: skip
     decision = decide(evidence, SETTINGS)
     assert decision.verdict == "hold" and set(outcomes(decision).values()) == {"open"}
@@ -621,7 +632,7 @@ def test_a_cell_that_is_there_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="prompt p0 with seed 0 twice"):
         gather(
             pd.concat([BASE, BASE.iloc[:1]]), BASE_SCORES, {}, challenger="new", champion="base",
-            clip="clip", fidelity="fidelity", diversity="diversity", calibrated=True,
+            clip="clip", fidelity="fidelity", diversity="diversity", sensitivity=0.9,
         )  # fmt: skip
 
 

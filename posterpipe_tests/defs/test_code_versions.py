@@ -44,6 +44,7 @@ RAISED_FOR: dict[str, tuple[object, dict[str, int]]] = {
     "metrics.specificity.SPECIFICITY_VERSION": (1, {"fidelity_scores": 3}),
     "metrics.fidelity.FIDELITY_VERSION": (1, {"fidelity_scores": 3}),
     "metrics.fidelity.HASH_VERSION": (1, {"fidelity_scores": 3}),
+    "metrics.fidelity.CONTROL_VERSION": (1, {"fidelity_scores": 5}),
     "metrics.diversity.DIVERSITY_VERSION": (1, {"fidelity_scores": 3}),
     "metrics.pickscore.PICKSCORE_VERSION": (1, {"fidelity_scores": 3}),
     "metrics.legibility.LEGIBILITY_VERSION": (2, {"legibility_scores": 3}),

@@ -108,6 +108,7 @@ copies as (
         nearest.metric_id,
         count(*) filter (where nearest.copied) as copies,
         max(nearest.similarity_threshold) as copy_threshold,
+        max(nearest.copy_sensitivity) as copy_sensitivity,
         min(nearest.hash_distance) as least_hash_distance
     from {{ source('warehouse', 'fct_nearest') }} as nearest
     inner join images on images.generation_key = nearest.generation_key
@@ -136,6 +137,7 @@ select
     round(found.nearest, 6) as nearest_mean,
     round(found.nearest_highest, 6) as nearest_highest,
     round(copies.copy_threshold, 6) as copy_threshold,
+    round(copies.copy_sensitivity, 6) as copy_sensitivity,
     copies.copies,
     round(copies.copies / nullif(found.compared, 0), 6) as copy_share,
     copies.least_hash_distance

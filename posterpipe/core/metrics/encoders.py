@@ -15,7 +15,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -314,6 +314,15 @@ class Embeddings:
         return np.stack([self.vectors[key] for key in keys]) if keys else np.zeros((0, 0), "f4")
 
 
+@dataclass(frozen=True)
+class Alteration:
+    """What is done to images before an encoder sees them."""
+
+    name: str
+    """Names what it does: embeddings of what it made are kept under it."""
+    alter: Callable[[Image.Image], Image.Image]
+
+
 def kept_embeddings(
     store: Store,
     settings: ScorerSettings,
@@ -322,8 +331,10 @@ def kept_embeddings(
     progress: Progress,
     *,
     encoder: ImageEncoder | None = None,
+    alteration: Alteration | None = None,
 ) -> Embeddings:
-    """Embeddings of `images` (content hash to file): those the store has, the others made now.
+    """Embeddings of `images` (content hash to file), or of what `alteration` makes of them: those
+    the store has, the others made now.
 
     The model is loaded only if something is missing; give `encoder` where one is loaded already.
     Embeddings are kept as they come, so that a kill loses little. An image that cannot be read, or
@@ -331,12 +342,14 @@ def kept_embeddings(
     """
     encoded_by = encoder.encoder_id if encoder else encoder_id(settings, root)
     kind = f"embedding.{encoded_by}.v{ENCODER_VERSION}"
+    if alteration is not None:
+        kind = f"{kind}.{alteration.name}"
     unreadable: dict[str, str] = {}
 
     def compute(missing: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         worker = encoder or image_encoder(settings, root)
         with progress.task(f"Encoding {len(missing)} images", len(missing), "images") as tick:
-            for batch in _encoded(worker, images, missing, settings.batch_size):
+            for batch in _encoded(worker, images, missing, settings.batch_size, alteration):
                 for key, found in batch:
                     if isinstance(found, str):
                         unreadable[key] = found
@@ -379,7 +392,11 @@ Found = tuple[str, np.ndarray | str]
 
 
 def _encoded(
-    encoder: ImageEncoder, images: Mapping[str, Path], keys: Sequence[str], size: int
+    encoder: ImageEncoder,
+    images: Mapping[str, Path],
+    keys: Sequence[str],
+    size: int,
+    alteration: Alteration | None,
 ) -> Iterator[list[Found]]:
     """Embeddings, float32 (dimension,), batch by batch in the order of `keys`.
 
@@ -387,7 +404,7 @@ def _encoded(
     batches of its own from file to embedding, which is a quarter faster than all of them working on
     each matrix together: none waits for another.
     """
-    opened = partial(_opened, encoder, images)
+    opened = partial(_opened, encoder, images, alteration)
     if best_device().type == "cpu":
         size = min(size, _CPU_BATCH)
         parts = (keys[start : start + size] for start in range(0, len(keys), size))
@@ -415,11 +432,13 @@ def _features(encoder: ImageEncoder, batch: Sequence[Found]) -> list[Found]:
     return [(key, found if isinstance(found, str) else next(vectors)) for key, found in batch]
 
 
-def _opened(encoder: ImageEncoder, images: Mapping[str, Path], key: str) -> Found:
+def _opened(
+    encoder: ImageEncoder, images: Mapping[str, Path], alteration: Alteration | None, key: str
+) -> Found:
     """An image as the encoder sees it, or why it cannot be read."""
     try:
         with Image.open(images[key]) as image:
-            return key, encoder.prepare(image)
+            return key, encoder.prepare(alteration.alter(image) if alteration else image)
     except (OSError, SyntaxError) as error:  # Pillow's word for a broken PNG
         return key, (
             f"{images[key]}: {UNREADABLE} ({error}); materialize the assets that make it again"

@@ -8,7 +8,9 @@ As in DreamBooth's evaluation (Ruiz et al. 2023), similarity to a set of posters
 between the embeddings of an image and of each poster. A model that has learnt the style comes as
 near to posters it has never seen (holdout) as to those it was trained on; the difference is the
 overfit gap. How near is too near to one training poster is not guessed: posters of the holdout set
-are no copies, and how near they come to the training posters is the yardstick.
+are no copies, and how near they come to the training posters is the yardstick. Whether it would
+tell a copy is measured, too, on training posters that were altered a little: where holdout posters
+are few, or lie far apart, it tells none.
 
 A checkpoint is held against the posters that it was trained on, whatever lies in the folders by
 now, and holdout posters are only those that none of the compared checkpoints was trained on
@@ -17,6 +19,7 @@ now, and holdout posters are only those that none of the compared checkpoints wa
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +32,12 @@ from PIL import Image
 
 from posterpipe.core.images import UNREADABLE, hash_distance, perceptual_hash
 from posterpipe.core.metrics.base import Metric, digest, encoder_metric, score_rows
-from posterpipe.core.metrics.encoders import Embeddings, encoder_id, kept_embeddings
+from posterpipe.core.metrics.encoders import (
+    Alteration,
+    Embeddings,
+    encoder_id,
+    kept_embeddings,
+)
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import Progress
 from posterpipe.core.statistics import student_quantile
@@ -40,6 +48,12 @@ FIDELITY_VERSION = 1
 """Raised when the same embeddings would give other numbers."""
 
 HASH_VERSION = 1
+
+CONTROL_VERSION = 1
+"""Raised when training posters are altered in another way."""
+
+CONTROL_POSTERS = 64
+"""Training posters that are altered at most, to see whether they are found."""
 
 UNRELATED_BITS = 10
 """Perceptual hashes that differ in more of their 64 bits say that pictures are different ones
@@ -57,6 +71,12 @@ NO_TRAINING = (
     "more; run the job `retrain`"
 )
 """Why nothing could be compared, and what to do."""
+
+_CUT = 0.02
+"""Share of a poster's width and height that `altered` cuts off at each side."""
+
+_QUALITY = 75
+"""Of the JPEG that `altered` makes."""
 
 _SHORTFALL = 1e-7
 """Keeps a cosine of 1 from an infinite place on the scale of calibration: float32 rounding."""
@@ -114,23 +134,28 @@ class CopyCalibration:
 
     Similarities are brought to a scale without bounds, -log(1 - cosine), on which they are roughly
     normal, and the bound is that of a prediction interval: of posters that are no copies, a share
-    of `alarm` at most lies above it. With fewer than three posters nothing can be said.
+    of `alarm` at most lies above it. With fewer than three posters nothing can be said, and with
+    few the bound lies so high that no copy reaches it: `sensitivity` says so.
     """
 
     similarities: tuple[float, ...]
     """Cosines of each holdout poster that is no copy with its nearest training poster."""
     alarm: float
+    control: tuple[float, ...] = ()
+    """Cosines of `altered` training posters with their nearest training poster."""
 
     @property
     def threshold(self) -> float:
         """The cosine from which an image counts as a copy; 1 is never exceeded, NaN: not known."""
         places = _open_scale(np.asarray(self.similarities, dtype=float))
-        n = len(places)
-        if n < 3:
+        return math.nan if len(places) < 3 else float(1 - math.exp(-_bound(places, self.alarm)))
+
+    @property
+    def sensitivity(self) -> float:
+        """Share of `control` that counts as copies; NaN where the threshold is not known."""
+        if math.isnan(self.threshold) or not self.control:
             return math.nan
-        spread = places.std(ddof=1) * math.sqrt(1 + 1 / n)
-        bound = places.mean() + student_quantile(1 - self.alarm, n - 1) * spread
-        return float(1 - math.exp(-bound))
+        return float(self.is_copy(np.asarray(self.control)).mean())
 
     def is_copy(self, similarities: np.ndarray) -> np.ndarray:
         """bool (batch,): above the threshold."""
@@ -138,6 +163,46 @@ class CopyCalibration:
         same = np.asarray(similarities) >= SAME_COSINE
         threshold = self.threshold
         return same if math.isnan(threshold) else same | (np.asarray(similarities) > threshold)
+
+
+def are_strangers(cosines: np.ndarray, alarm: float) -> np.ndarray:
+    """Which posters are no copies themselves, by their `cosines` with the nearest training poster:
+    bool (n,).
+
+    One that was altered a little passes for no copy by its bytes and its hash, and alone would lift
+    the bound beyond all copies of its kind. So the nearest poster is left out while it lies beyond
+    the bound of the others, at `alarm` by their number: of sets without a copy, a share of `alarm`
+    loses one.
+    """
+    order = np.argsort(cosines)
+    places = _open_scale(cosines[order])
+    count = int((cosines < SAME_COSINE).sum())
+    while count > 3 and places[count - 1] > _bound(places[: count - 1], alarm / count):
+        count -= 1
+    strangers = np.zeros(len(cosines), dtype=bool)
+    strangers[order[:count]] = True
+    return strangers
+
+
+def altered(image: Image.Image) -> Image.Image:
+    """A copy that differs about as much as one does that comes out of the VAE: a fiftieth is cut
+    off at each side, the rest brought back to size and compressed."""
+    width, height = image.size
+    across, down = max(1, round(_CUT * width)), max(1, round(_CUT * height))
+    inside = image.convert("RGB").crop((across, down, width - across, height - down))
+    buffer = io.BytesIO()
+    inside.resize(image.size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=_QUALITY)
+    return Image.open(buffer)
+
+
+ALTERED = Alteration(f"altered.v{CONTROL_VERSION}", altered)
+
+
+def _bound(places: np.ndarray, alarm: float) -> float:
+    """Upper end of the one-sided prediction interval of one more place, Student's t."""
+    n = len(places)
+    spread = float(places.std(ddof=1)) * math.sqrt(1 + 1 / n)
+    return float(places.mean()) + student_quantile(1 - alarm, n - 1) * spread
 
 
 def _open_scale(cosines: np.ndarray) -> np.ndarray:
@@ -162,8 +227,8 @@ class Fidelity:
     nearest: pd.DataFrame
     """One row a generation that is ok and an encoder: generation_key, metric_id (of the
     similarity), nearest_poster (content hash of the training image), similarity,
-    similarity_threshold, hash_poster, hash_distance (bits), hash_threshold, copied (either says
-    so)."""
+    similarity_threshold, copy_sensitivity (`CopyCalibration.sensitivity`), hash_poster,
+    hash_distance (bits), hash_threshold, copied (either says so)."""
     calibrations: dict[str, CopyCalibration]
     """By encoder id."""
     lost: int
@@ -230,6 +295,7 @@ def compare_with_posters(
     either set, every row has failed with the reason. Raises ModelMissing.
     """
     drawn = generations[generations["status"] == "ok"]
+    control = dict(sorted(training.files.items())[:CONTROL_POSTERS])
     files = {str(r.image): store.root / str(r.image_path) for r in drawn.itertuples(index=False)}
     everything = {**files, **training.files, **holdout.files}
     hashes = _hashes(store, everything, progress)
@@ -241,7 +307,8 @@ def compare_with_posters(
     measures: list[dict[str, Metric]] = []
     for settings in encoders:
         embeddings = kept_embeddings(store, settings, root, everything, progress)
-        measured = _Measured(settings, root, embeddings, training, holdout, alarm)
+        again = kept_embeddings(store, settings, root, control, progress, alteration=ALTERED)
+        measured = _Measured(settings, root, embeddings, again, training, holdout, alarm)
         measures.append(measured.measures)
         for key, metric in measured.measures.items():
             metrics.append(metric)
@@ -274,10 +341,12 @@ class _Measured:
         settings: ScorerSettings,
         root: Path,
         embeddings: Embeddings,
+        control: Embeddings,
         training: Posters,
         holdout: Posters,
         alarm: float,
     ) -> None:
+        """`control`: embeddings of `altered` training posters."""
         self.embeddings = embeddings
         self.encoder = encoder_id(settings, root)
         self.training = training
@@ -286,12 +355,16 @@ class _Measured:
         self.unseen = [key for key in holdout.files if key in embeddings.vectors]
         self.measures = _measures(settings, root, training, holdout)
         self.calibration = CopyCalibration((), alarm)
+        self.strangers = list(holdout.files)
         if self.seen and self.unseen:
             similarities, _ = self._nearest(embeddings.rows(self.unseen))
-            told = tuple(
-                float(similarity) for similarity in similarities if similarity < SAME_COSINE
+            told = are_strangers(similarities, alarm)
+            copies = {key for key, is_told in zip(self.unseen, told, strict=True) if not is_told}
+            self.strangers = [key for key in holdout.files if key not in copies]
+            found = self._nearest(control.rows(list(control.vectors)))[0] if control.vectors else []
+            self.calibration = CopyCalibration(
+                tuple(similarities[told].tolist()), alarm, tuple(map(float, found))
             )
-            self.calibration = CopyCalibration(told, alarm)
 
     def values(self, metric: str, drawn: pd.DataFrame) -> tuple[dict[str, float], dict[str, str]]:
         """Values and reasons of failure by generation_key, of a key of `measures`."""
@@ -317,8 +390,8 @@ class _Measured:
     def nearest(self, drawn: pd.DataFrame, hashes: Mapping[str, str]) -> pd.DataFrame:
         """See `Fidelity.nearest`."""
         columns = ["generation_key", "metric_id", "nearest_poster", "similarity",
-                   "similarity_threshold", "hash_poster", "hash_distance", "hash_threshold",
-                   "copied"]  # fmt: skip
+                   "similarity_threshold", "copy_sensitivity", "hash_poster", "hash_distance",
+                   "hash_threshold", "copied"]  # fmt: skip
         ready, _ = self._ready(drawn)
         if ready.empty or not self.seen:
             return pd.DataFrame(columns=columns)
@@ -326,7 +399,8 @@ class _Measured:
             self.embeddings.rows(ready["image"].astype(str).tolist())
         )
         copied = self.calibration.is_copy(similarities)
-        hash_bound = hash_threshold(_poster_distances(self.training, self.holdout, hashes))
+        hash_bound = hash_threshold(_poster_distances(self.training, self.strangers, hashes))
+        sensitivity = self.calibration.sensitivity
         metric_id = self.measures["nearest"].metric_id
         rows = []
         for row, similarity, index, near in zip(
@@ -336,7 +410,8 @@ class _Measured:
             rows.append(
                 (
                     str(row.generation_key), metric_id, self.seen[int(index)],
-                    float(similarity), self.calibration.threshold, twin, bits, hash_bound,
+                    float(similarity), self.calibration.threshold, sensitivity, twin, bits,
+                    hash_bound,
                     bool(near or (bits is not None and bits <= hash_bound)),
                 )
             )  # fmt: skip
@@ -452,9 +527,11 @@ def _is_seen(key: str, training: Posters, hashes: Mapping[str, str], same_bits: 
     return key in training.files or (bits is not None and bits <= same_bits)
 
 
-def _poster_distances(training: Posters, holdout: Posters, hashes: Mapping[str, str]) -> list[int]:
-    """Bits between each holdout poster and its nearest training poster."""
-    found = [_nearest_hash(hashes.get(key), training, hashes)[1] for key in holdout.files]
+def _poster_distances(
+    training: Posters, others: Iterable[str], hashes: Mapping[str, str]
+) -> list[int]:
+    """Bits between each of the other posters and its nearest training poster."""
+    found = [_nearest_hash(hashes.get(key), training, hashes)[1] for key in others]
     return [bits for bits in found if bits is not None]
 
 

@@ -44,8 +44,8 @@ MARTS: Mapping[str, tuple[str, ...]] = {
     ),
     "paired_effects": (
         "metric_id", "metric", "better", "scale", "is_headline", "is_primary", "comparison",
-        "question", "prompts", "pairs", "mean_difference", "low_95", "high_95", "finding", "p_value",
-        "p_adjusted", "effect_size", "win_rate", "win_low_95", "win_high_95",
+        "question", "prompts", "pairs", "mean_difference", "low_95", "high_95", "finding",
+        "p_value", "p_adjusted", "effect_size", "win_rate", "win_low_95", "win_high_95",
         "detectable_difference",
     ),
     "checkpoint_trend": (
@@ -63,7 +63,7 @@ MARTS: Mapping[str, tuple[str, ...]] = {
     "overfit_and_copy": (
         "checkpoint_id", "variant", "encoder", "preprocessing", "is_current", "compared",
         "holdout_similarity", "training_similarity", "overfit_gap", "gap_low_95", "gap_high_95",
-        "nearest_mean", "nearest_highest", "copy_threshold", "copies",
+        "nearest_mean", "nearest_highest", "copy_threshold", "copy_sensitivity", "copies",
     ),
     "legibility": (
         "lettering", "variant", "reader", "prompts", "images", "readable", "exact", "exact_share",

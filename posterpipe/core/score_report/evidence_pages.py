@@ -130,6 +130,7 @@ def _nearness_tables(published: Published) -> list[dict[str, Any]]:
                         ),
                         "nearest": rounded(row["nearest_highest"]),
                         "threshold": rounded(row["copy_threshold"]),
+                        "sensitivity": share(row["copy_sensitivity"]),
                         "copies": f"{count(row, 'copies')} of {count(row, 'compared')}",
                         "copied": count(row, "copies") > 0,
                     }

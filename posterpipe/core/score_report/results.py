@@ -268,8 +268,8 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
         least, largest = (change(n, by) if by == "ratio" else charts.plain(n) for n in ends)
         note += (
             f"With {most} prompts this suite finds {by}s from {least} to {largest} on, depending "
-            "on the question, four times of five, the correction counted. Smaller ones may be there "
-            "unseen. "
+            "on the question, four times of five, the correction counted. Smaller ones may be "
+            "there unseen. "
         )
     if any(cells["interval"] == ALIKE for cells in shown):
         note += (

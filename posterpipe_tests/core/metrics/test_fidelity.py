@@ -20,6 +20,8 @@ from posterpipe.core.metrics.fidelity import (
     NearestPoster,
     Posters,
     SetSimilarity,
+    altered,
+    are_strangers,
     compare_with_posters,
     evidence_encoders,
     hash_threshold,
@@ -84,6 +86,57 @@ def test_the_threshold_lets_one_new_poster_in_a_hundred_through() -> None:
         calibration = CopyCalibration(tuple(cosines[:16]), alarm=0.01)
         alarms.append(calibration.is_copy(cosines[16:]).mean())
     assert 0.005 <= np.mean(alarms) <= 0.015
+
+
+def test_a_training_poster_left_among_the_holdout_posters_does_not_lift_the_bound() -> None:
+    rng = np.random.default_rng(3)
+    cosines = 1 - np.exp(-rng.normal(2.5, 0.8, 16))
+    clean = CopyCalibration(tuple(cosines), alarm=0.01).threshold
+    for copy in (0.9995, 0.9999, 1.0):
+        mixed = np.append(cosines, copy)
+        told = are_strangers(mixed, 0.01)
+        assert told.tolist() == [True] * 16 + [False]
+        assert CopyCalibration(tuple(mixed[told]), alarm=0.01).threshold == clean
+    assert CopyCalibration((*cosines, 0.9999), alarm=0.01).threshold > clean + 0.003
+
+
+@pytest.mark.parametrize("posters", [5, 16])
+def test_few_holdout_sets_without_a_copy_lose_a_poster_and_alarms_stay_few(posters: int) -> None:
+    rng = np.random.default_rng(posters)
+    lost, alarms = [], []
+    for _ in range(1000):
+        cosines = 1 - np.exp(-rng.normal(1.5, 0.4, posters + 50))
+        told = are_strangers(cosines[:posters], 0.01)
+        calibration = CopyCalibration(tuple(cosines[:posters][told]), alarm=0.01)
+        lost.append(not told.all())
+        alarms.append(calibration.is_copy(cosines[posters:]).mean())
+    assert np.mean(lost) <= 0.02 and np.mean(alarms) <= 0.016
+
+
+def test_whether_copies_would_be_found_is_measured_on_copies() -> None:
+    control = (0.98, 0.995, 0.999, 0.9995)
+    assert CopyCalibration((0.5, 0.6, 0.7, 0.8, 0.6), 0.01, control).sensitivity == 1
+    # Three that lie apart allow everything.
+    apart = CopyCalibration((0.2, 0.9, 0.97), 0.01, control)
+    assert apart.threshold > 0.9995 and apart.sensitivity == 0
+    assert math.isnan(CopyCalibration((0.5, 0.6), 0.01, control).sensitivity)
+    assert math.isnan(CopyCalibration((0.5, 0.6, 0.7), 0.01).sensitivity)
+
+
+def test_training_posters_are_altered_and_looked_for(store: Store, root: Path) -> None:
+    seen, unseen = pictures(6, 80), pictures(5, 81)
+    training, holdout = posters(store, "training", seen), posters(store, "holdout", unseen)
+    result = compared(store, root, generations(store, pictures(2, 82)), training, holdout)
+    settings = ScorerSettings(model=ModelRef(id="models/clip", revision=None), preprocessing="pad")
+    encode = image_encoder(settings, root).image_features
+    expected = (encode([altered(poster) for poster in seen]) @ encode(seen).T).max(axis=1)
+    (calibration,) = result.calibrations.values()
+    np.testing.assert_allclose(sorted(calibration.control), sorted(expected), atol=1e-5)
+    share = np.mean(expected > calibration.threshold)
+    assert (result.nearest.copy_sensitivity == share).all() and calibration.sensitivity == share
+    one = altered(seen[0])
+    assert one.size == seen[0].size and one.mode == "RGB"
+    assert np.abs(np.asarray(one, float) - np.asarray(seen[0], float)).mean() > 1
 
 
 def test_a_copy_is_one_whatever_the_calibration() -> None:

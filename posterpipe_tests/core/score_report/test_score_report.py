@@ -332,6 +332,13 @@ def test_what_is_compared_by_ratio_is_told_as_one(world: Path, pages: dict[str, 
     assert "finds ratios from × " in text and "Geometric means over prompts." in text
 
 
+def test_the_copying_page_tells_which_share_of_copies_would_be_found(
+    pages: dict[str, Parsed],
+) -> None:
+    text = pages["copying.html"].text
+    assert "Copy from Would find Copies" in text and "0.850 72 %" in text
+
+
 def test_prompts_without_spread_are_told_in_words_and_not_as_an_interval(
     world: Path, pages: dict[str, Parsed], tmp_path: Path
 ) -> None:
