@@ -51,7 +51,7 @@
   Two-sided p-value of no mean difference over prompts by Student's t: the distribution has a closed
   form for whole degrees of freedom (Abramowitz & Stegun 26.7.3 and 26.7.4). Where all prompts differ
   by the same, there is no t; then that of their signs, which chance gives all alike 2 times of 2^n.
-  NULL with fewer than two prompts.
+  NULL with fewer than two prompts, and where none differs: that asks no question.
 #}
 {% macro t_p_value(mean, deviation, count) -%}
     {%- set degrees = "(" ~ count ~ " - 1)" -%}
@@ -60,7 +60,7 @@
     {%- set cosine_squared = "(" ~ degrees ~ " / (" ~ degrees ~ " + " ~ t_squared ~ "))" -%}
     case
         when {{ count }} < 2 then null
-        when {{ deviation }} <= {{ no_spread() }} and abs({{ mean }}) <= {{ no_spread() }} then 1
+        when {{ deviation }} <= {{ no_spread() }} and abs({{ mean }}) <= {{ no_spread() }} then null
         when {{ deviation }} <= {{ no_spread() }} then pow(2.0, 1 - {{ count }})
         when {{ mean }} = 0 then 1
         when {{ degrees }} % 2 = 0 then

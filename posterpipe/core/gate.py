@@ -343,7 +343,7 @@ def _diversity(name: str, kept: Effect, other: str, settings: GateSettings) -> C
     said = {
         "pass": f"at least {limit:.0%} of it are kept",
         "fail": f"less than {limit:.0%} of it are left, the images of a prompt are too much alike",
-        "open": f"not surely {limit:.0%} of it are kept",
+        "open": f"not sure that {limit:.0%} of it are kept",
     }[outcome]
     reason = f"{_ratio(kept, other)}: {said}{_few(kept, settings)}"
     return Check(name, outcome, 1 + kept.estimate, 1 + kept.low, 1 + kept.high, limit, reason)

@@ -385,13 +385,13 @@ def test_what_is_detectable_counts_the_questions_of_its_family(world: World) -> 
     rows = statistics.answers(current_scores(world))
     (primary,) = effects.loc[effects["is_primary"], ["metric_id", "comparison"]].to_numpy().tolist()
     assert primary == [study.HEADLINE, "tuned without negative"]
-    questions = effects.groupby("is_headline")["p_value"].count()
-    assert questions[True] == 8 < questions[False]
+    questions = effects.groupby("family")["p_value"].count()
+    assert questions["headline"] == 8 < questions["guard"] < questions["other"]
     row: Any
     for row in effects.itertuples():
         expected = smallest_detectable(
             by_prompt(rows, row).to_numpy(),
-            tests=1 if row.is_primary else int(questions[row.is_headline]),
+            tests=1 if row.is_primary else int(questions[row.family]),
         )
         if row.scale == "ratio":
             expected = math.expm1(expected)
@@ -406,11 +406,14 @@ def test_p_values_of_effects_are_students_and_corrected_by_holm(
     assert effects["metric_id"].nunique() > 3
     row: Any
     for row in effects.itertuples():
-        assert row.p_value == pytest.approx(t_p_value(by_prompt(rows, row)), abs=2e-6)
-    for _, asked in effects.groupby("is_headline"):
+        expected = t_p_value(by_prompt(rows, row))
+        assert row.p_value == pytest.approx(expected, abs=2e-6, nan_ok=True)
+    for _, asked in effects.groupby("family"):
         expected = holm(asked["p_value"].to_numpy(dtype=float))
         np.testing.assert_allclose(asked["p_adjusted"], expected, atol=1e-9)
     assert (effects["p_adjusted"] > effects["p_value"]).any()
+    guards = {study.GAP, study.NEAREST, study.DIVERSITY}
+    assert set(effects.loc[effects["family"] == "guard", "metric_id"]) == guards
 
 
 def test_nothing_but_the_primary_question_is_called_higher_or_lower_without_the_correction(
@@ -521,10 +524,10 @@ def current_scores(world: World) -> pd.DataFrame:
 
 
 def t_p_value(values: pd.Series) -> float:
-    """Two-sided, of no mean difference: 1 where all are 0."""
+    """Two-sided, of no mean difference: NaN where all are 0."""
     n, mean, deviation = len(values), values.mean(), values.std(ddof=1)
     if mean == 0:
-        return 1.0
+        return 1.0 if deviation > 0 else math.nan
     t, area = t_areas(n - 1)
     return 2 * (1 - float(np.interp(abs(mean) / deviation * math.sqrt(n), t, area)))
 
@@ -572,8 +575,8 @@ def test_the_p_value_of_prompts_that_all_differ_by_the_same_is_that_of_their_sig
     cases = [(0.0, 0.0, 5), (0.2, 0.0, 5), (-0.2, 1e-17, 2), (1e-17, 1e-17, 9), (0.2, 0.0, 24)]
     values = ", ".join(f"({m}, {s}, {n})" for m, s, n in cases)
     found = duckdb.execute(f"select {sql} from (values {values}) as t(m, s, n)").fetchall()
-    # Of 2^n patterns of signs, two are all alike.
-    assert [p for (p,) in found] == pytest.approx([1.0, 2 / 2**5, 2 / 2**2, 1.0, 2 / 2**24])
+    # Of 2^n patterns of signs, two are all alike; where nothing differs, there is no sign.
+    assert [p for (p,) in found] == [None, 2 / 2**5, 2 / 2**2, None, 2 / 2**24]
 
 
 @pytest.mark.slow

@@ -132,6 +132,13 @@ measured as (
         metrics.better,
         metrics.scale,
         metrics.is_headline,
+        -- Guards watch for harm: whoever asks about many other things should not find less of it.
+        case
+            when metrics.is_headline then 'headline'
+            when regexp_matches(metrics.metric_id, '^(overfit_gap|nearest|phash|diversity)[.]')
+                then 'guard'
+            else 'other'
+        end as family,
         estimates.comparison,
         comparisons.question,
         estimates.prompts,
@@ -164,15 +171,15 @@ measured as (
 
 -- Many questions have many chances of a false alarm. Holm (1979): the smallest p-value of a family
 -- counts as often as it has questions, the next once less, and so on. The comparisons of the
--- headline metric are one family, all comparisons of all other metrics another.
+-- headline metric are one family, those of all guards another, those of all other metrics a third.
 ranked as (
     select
         *,
-        count(p_value) over (partition by is_headline) as questions,
+        count(p_value) over (partition by family) as questions,
         p_value * (
-            count(p_value) over (partition by is_headline)
+            count(p_value) over (partition by family)
             - row_number() over (
-                partition by is_headline
+                partition by family
                 order by p_value nulls last, metric_id, comparison_place
             )
             + 1
@@ -186,7 +193,7 @@ corrected as (
         case
             when p_value is not null then
                 least(1, max(p_counted) over (
-                    partition by is_headline
+                    partition by family
                     order by p_value nulls last, metric_id, comparison_place
                     rows between unbounded preceding and current row
                 ))
@@ -203,6 +210,7 @@ select
     scale,
     is_headline,
     is_primary,
+    family,
     comparison,
     question,
     prompts,
@@ -213,7 +221,8 @@ select
     -- Of all but the question that was named beforehand, one in twenty would find something by
     -- chance. Without an interval all prompts differ by the same.
     case
-        when p_value is null then 'too few prompts'
+        when prompts < 2 then 'too few prompts'
+        when p_value is null then 'all alike'
         when not is_primary and p_adjusted >= 0.05 then 'not told apart'
         when low_95 > 0 or (low_95 is null and p_value < 0.05 and mean_difference > 0)
             then 'higher'

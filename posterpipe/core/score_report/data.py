@@ -43,10 +43,10 @@ MARTS: Mapping[str, tuple[str, ...]] = {
         "diff_low_95", "diff_high_95", "clip_score", "clip_score_low_95", "clip_score_high_95",
     ),
     "paired_effects": (
-        "metric_id", "metric", "better", "scale", "is_headline", "is_primary", "comparison",
-        "question", "prompts", "pairs", "mean_difference", "low_95", "high_95", "finding",
-        "p_value", "p_adjusted", "effect_size", "win_rate", "win_low_95", "win_high_95",
-        "detectable_difference",
+        "metric_id", "metric", "better", "scale", "is_headline", "is_primary", "family",
+        "comparison", "question", "prompts", "pairs", "mean_difference", "low_95", "high_95",
+        "finding", "p_value", "p_adjusted", "effect_size", "win_rate", "win_low_95",
+        "win_high_95", "detectable_difference",
     ),
     "checkpoint_trend": (
         "checkpoint_id", "kind", "trained_at", "variant", "metric_id", "metric", "better",

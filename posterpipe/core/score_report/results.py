@@ -271,6 +271,11 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
             "on the question, four times of five, the correction counted. Smaller ones may be "
             "there unseen. "
         )
+    if first["family"] == "guard":
+        note += (
+            "This metric watches for harm: “not told apart” does not say that there is none, nor "
+            "that it is safe. Read the interval. "
+        )
     if any(cells["interval"] == ALIKE for cells in shown):
         note += (
             "Where all prompts differ by the same there is no interval: such a sample does not say "

@@ -383,7 +383,7 @@ def test_the_report_says_which_question_was_named_beforehand_and_what_is_correct
     text = pages["index.html"].text
     assert text.count("Tuned vs base, no negative prompt *") == 1
     assert "the correction counted" in text
-    assert "all comparisons of all these metrics together" in text
+    assert "those of the guards (overfit gap, nearness to training posters, diversity)" in text
     glossary = pages["glossary.html"].text
     assert "decides by its own interval, uncorrected" in glossary
     assert "however many were looked at" not in text + glossary
