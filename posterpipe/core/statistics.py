@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -228,7 +228,8 @@ _Means = TypeVar("_Means", np.ndarray, pd.DataFrame)
 
 def logarithms(means: _Means) -> _Means:
     """Of means over seeds, none of them below `RATIO_FLOOR`; NaN stay."""
-    return np.log(np.maximum(means, RATIO_FLOOR))
+    with_floor: Any = np.maximum(means, RATIO_FLOOR)
+    return np.log(with_floor)
 
 
 def effect_of(contrast: str, cells: pd.DataFrame, *, better: str = "higher") -> Effect:

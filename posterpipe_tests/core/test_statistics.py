@@ -192,7 +192,7 @@ def test_a_ratio_by_hand() -> None:
         ("dreambooth", "a", 1, 0.1), ("dreambooth", "a", 2, 0.3),
         ("dreambooth", "b", 1, 0.4), ("dreambooth", "b", 2, None),
     ]  # fmt: skip
-    (found,) = effects(table(rows), scale="ratio").itertuples()
+    found = effect(table(rows), "tuned", {"sd": -1, "dreambooth": 1}, scale="ratio")
     assert found.estimate == pytest.approx(0) and (found.prompts, found.pairs) == (2, 3)
     assert found.win_rate == 0.5 and found.low == pytest.approx(1 / (1 + found.high) - 1)
     twice = table([(name, p, s, None if v is None else v * (1 + (name != "sd")))

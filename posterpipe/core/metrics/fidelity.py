@@ -171,8 +171,8 @@ def are_strangers(cosines: np.ndarray, alarm: float) -> np.ndarray:
 
     One that was altered a little passes for no copy by its bytes and its hash, and alone would lift
     the bound beyond all copies of its kind. So the nearest poster is left out while it lies beyond
-    the bound of the others, at `alarm` by their number: of sets without a copy, a share of `alarm`
-    loses one.
+    the bound of the others, at `alarm` divided by their number: of sets without a copy, a share of
+    `alarm` loses one.
     """
     order = np.argsort(cosines)
     places = _open_scale(cosines[order])
@@ -361,9 +361,11 @@ class _Measured:
             told = are_strangers(similarities, alarm)
             copies = {key for key, is_told in zip(self.unseen, told, strict=True) if not is_told}
             self.strangers = [key for key in holdout.files if key not in copies]
-            found = self._nearest(control.rows(list(control.vectors)))[0] if control.vectors else []
+            found = np.zeros(0)
+            if control.vectors:
+                found, _ = self._nearest(control.rows(list(control.vectors)))
             self.calibration = CopyCalibration(
-                tuple(similarities[told].tolist()), alarm, tuple(map(float, found))
+                tuple(similarities[told].tolist()), alarm, tuple(found.tolist())
             )
 
     def values(self, metric: str, drawn: pd.DataFrame) -> tuple[dict[str, float], dict[str, str]]:
