@@ -736,7 +736,7 @@ class AutomationSettings(Group):
 
 
 class AlertSettings(Group):
-    """Who is told when a run failed. Without `webhook_url` and `email_to`, nobody."""
+    """Who is told when a run or a check failed. Without `webhook_url` and `email_to`, nobody."""
 
     webhook_url: SecretStr | None = Field(
         None, description="gets JSON by POST; `text` and `content` are what chats show"

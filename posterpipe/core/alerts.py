@@ -1,7 +1,7 @@
-"""Telling people that a run failed: a message, sent to a webhook and by e-mail.
+"""Telling people that a run or a check failed: a message, sent to a webhook and by e-mail.
 
 What belongs here: how the message reads, and how it is sent so that a slow or broken receiver
-delays little and breaks nothing. What does not: which runs failed and who was told (`defs.alerts`).
+delays little and breaks nothing. What does not: what failed and who was told (`defs.alerts`).
 
 Addresses of webhooks are secrets, since whoever knows one can write there: no message of an error
 names more of it than the host.
@@ -13,7 +13,7 @@ import smtplib
 import socket
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.message import EmailMessage
 from email.utils import formatdate, make_msgid
@@ -57,11 +57,26 @@ class FailedRun:
     """Seconds since 1970."""
     retried: bool = False
     """Whether another run was started in its place already."""
+    checks: Sequence[tuple[str, str]] = ()
+    """Checks that failed in it, each with what it found and what to do."""
+
+
+@dataclass(frozen=True)
+class FailedCheck:
+    """What is known of a check that failed in a run that did not."""
+
+    asset: str
+    check: str
+    found: str
+    """What it found and what to do."""
+    run_id: str
+    ended_at: float = 0.0
+    """When it was looked at, in seconds since 1970."""
 
 
 @dataclass(frozen=True)
 class Alert:
-    """A message about one run."""
+    """A message."""
 
     subject: str
     text: str
@@ -75,7 +90,6 @@ def compose(run: FailedRun, settings: AlertSettings) -> Alert:
     steps = [step for step, _ in run.reasons if step]
     where = f" at {steps[0]}" if steps else ""
     subject = _one_line(f"posterpipe: {run.job} failed{where}")
-    url = f"{settings.ui_url.rstrip('/')}/runs/{run.run_id}"
     lines = [subject, ""]
     for step, reason in run.reasons[:_STEPS]:
         reason = _shortened(reason.strip() or "no reason given", _REASON)
@@ -84,25 +98,52 @@ def compose(run: FailedRun, settings: AlertSettings) -> Alert:
         lines.append(f"and {len(run.reasons) - _STEPS} more steps")
     if not run.reasons:
         lines.append("Dagster names no reason; its log may.")
+    lines += [f"{check}: {_shortened(found, _REASON)}" for check, found in run.checks[:_STEPS]]
+    if len(run.checks) > _STEPS:
+        lines.append(f"and {len(run.checks) - _STEPS} more checks")
     lines.append("")
     if run.started_by:
         lines.append(f"Started by {run.started_by}" + (f": {run.why}" if run.why else ""))
     if run.retried:
         lines.append("It was started once more by itself.")
-    closing = f"Run {run.run_id[:8]}: {url}"
-    text = _shortened("\n".join(lines), _TEXT - len(closing) - 1) + "\n" + closing
-    payload = {
-        "text": text,
-        "content": text,
+    details = {
         "event": "run_failed",
         "run_id": run.run_id,
         "job": run.job,
         "steps": steps,
+        "checks": [check for check, _ in run.checks],
         "started_by": run.started_by,
         "ended_at": run.ended_at,
-        "url": url,
     }
-    return Alert(subject, text, payload)
+    return _alert(subject, lines, run.run_id, details, settings)
+
+
+def compose_check(check: FailedCheck, settings: AlertSettings) -> Alert:
+    """The message about a failed check: what it found, what to do, and where to look."""
+    subject = _one_line(f"posterpipe: check {check.check} of {check.asset} failed")
+    lines = [subject, "", _shortened(check.found, _REASON), "", "Its run went on."]
+    details = {
+        "event": "check_failed",
+        "run_id": check.run_id,
+        "asset": check.asset,
+        "check": check.check,
+        "ended_at": check.ended_at,
+    }
+    return _alert(subject, lines, check.run_id, details, settings)
+
+
+def _alert(
+    subject: str,
+    lines: Sequence[str],
+    run_id: str,
+    details: Mapping[str, Any],
+    settings: AlertSettings,
+) -> Alert:
+    """The message of these lines with a link to the run, which stays where they are cut."""
+    url = f"{settings.ui_url.rstrip('/')}/runs/{run_id}"
+    closing = f"Run {run_id[:8]}: {url}"
+    text = _shortened("\n".join(lines), _TEXT - len(closing) - 1) + "\n" + closing
+    return Alert(subject, text, {"text": text, "content": text, **details, "url": url})
 
 
 def channels(settings: AlertSettings) -> list[str]:

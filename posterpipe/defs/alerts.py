@@ -1,16 +1,21 @@
-"""Telling people about runs that failed.
+"""Telling people about runs and checks that failed.
 
-What belongs here: the sensor, and what the instance knows of a failed run. What does not: the
-message and how it is sent (`core.alerts`).
+What belongs here: the sensor, and what the instance knows of a failure. What does not: the message
+and how it is sent (`core.alerts`).
 
 Dagster's own `run_failure_sensor` looks at each failure once, whether or not its function got the
 message through. This sensor looks at the failed runs of a day and tells of those that nobody was
 told of, which a tag of the run says, so a mail server that is down for an hour delays a message and
 loses none.
+
+A blocking check that fails makes its run fail, and the run's message tells what was found. The
+other checks leave their run alone: those that fail as errors are told of by themselves, once until
+they pass.
 """
 
 import json
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -18,18 +23,22 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from dagster import DagsterEventType, DagsterRunStatus
+from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluation
+from dagster._core.storage.asset_check_execution_record import (
+    AssetCheckExecutionRecordStatus as Status,
+)
 
 from posterpipe.defs.arrivals import REASON_TAG
 from posterpipe.defs.resources import Deployment
 from posterpipe.settings import Settings
 
 if TYPE_CHECKING:
-    from posterpipe.core.alerts import FailedRun
+    from posterpipe.core.alerts import Alert, FailedRun
 
 TOLD_TAG = "posterpipe/told"
 """Tag of failed runs: over which channels people were told."""
 
-RUNS_A_LOOK = 3
+MESSAGES_A_LOOK = 3
 """Each can take half a minute when receivers hang, and both channels work at the same time."""
 
 LOOK_SECONDS = 30
@@ -37,7 +46,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 60.0, 3600.0
 """Seconds until a message that did not get through is tried again; doubled each time."""
 
 SECONDS_A_LOOK = 25.0
-"""After so long no further run is begun: Dagster gives a sensor a minute."""
+"""After so long no further message is begun: Dagster gives a sensor a minute."""
 
 
 def sensors(settings: Settings) -> tuple[dg.SensorDefinition, ...]:
@@ -50,8 +59,8 @@ def sensors(settings: Settings) -> tuple[dg.SensorDefinition, ...]:
         name="failure_alerts",
         minimum_interval_seconds=LOOK_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING if on else dg.DefaultSensorStatus.STOPPED,
-        description="Tells people of runs that failed, over a webhook, by e-mail, or both. Off "
-        "until `alerts.webhook_url` or `alerts.email_to` is set "
+        description="Tells people of runs that failed, and of checks that failed as errors, over a "
+        "webhook, by e-mail, or both. Off until `alerts.webhook_url` or `alerts.email_to` is set "
         "(POSTERPIPE_ALERTS__WEBHOOK_URL, POSTERPIPE_ALERTS__EMAIL_TO). What could not be sent is "
         "tried again; a run's tag `posterpipe/told` says who was told.",
     )
@@ -70,22 +79,41 @@ class _Memory:
     since: float
     """When the sensor began: what failed before is history, not news."""
     tried: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Runs whose message did not get through: how often it was tried, and when to try again."""
+    """Failures, by run id or check, whose message did not get through: how often it was tried, and
+    when to try again."""
+    checks: dict[str, list[str]] = field(default_factory=dict)
+    """Checks that have not passed since people were told of them: over which channels."""
 
     @classmethod
     def of(cls, cursor: str | None, now: float) -> "_Memory":
         try:
             held = json.loads(cursor or "")
-            tried = {run: (int(count), float(at)) for run, (count, at) in held["tried"].items()}
-            return cls(float(held["since"]), tried)
+            tried = {name: (int(count), float(at)) for name, (count, at) in held["tried"].items()}
+            return cls(float(held["since"]), tried, dict(held.get("checks", {})))
         except (ValueError, TypeError, KeyError, AttributeError):
             return cls(now)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A run or a check that failed."""
+
+    name: str
+    """Of the memory: the run's id, or the check."""
+    label: str
+    """In words."""
+    told: list[str]
+    """Channels over which people were told."""
+    alert: Callable[[], "Alert"]
+    """Reads what the message says."""
+    mark: Callable[[list[str]], None]
+    """Keeps over which channels people are told now."""
 
 
 def tell(
     context: dg.SensorEvaluationContext, settings: Settings, now: float | None = None
 ) -> dg.SensorResult:
-    """One look: tell of failed runs that nobody was told of. Says what it did as skip reason."""
+    """One look: tell of failures that nobody was told of. Says what it did as skip reason."""
     from posterpipe.core.alerts import channels
 
     now = time.time() if now is None else now
@@ -99,59 +127,115 @@ def tell(
         return dg.SensorResult(skip_reason=reason, cursor=json.dumps(asdict(memory)))
     started = time.monotonic()
     oldest = max(memory.since, now - settings.alerts.max_age_hours * 3600)
-    failed = context.instance.get_run_records(
-        dg.RunsFilter(
-            statuses=[DagsterRunStatus.FAILURE],
-            updated_after=datetime.fromtimestamp(oldest, UTC),
-        ),
-        ascending=True,
-    )
     said: list[str] = []
     tried: dict[str, tuple[int, float]] = {}
     waiting = 0
-    for record in failed:
-        run = record.dagster_run
-        ended_at = record.end_time or record.update_timestamp.timestamp()
-        to_tell = [name for name in configured if name not in _listed(run.tags.get(TOLD_TAG))]
-        if ended_at < oldest or not to_tell:
+    for failure in (
+        *_failed_runs(context, settings, oldest),
+        *_failed_checks(context, settings, memory, oldest),
+    ):
+        to_tell = [channel for channel in configured if channel not in failure.told]
+        if not to_tell:
             continue
-        count, not_before = memory.tried.get(run.run_id, (0, 0.0))
-        late = len(said) >= RUNS_A_LOOK or time.monotonic() - started > SECONDS_A_LOOK
+        count, not_before = memory.tried.get(failure.name, (0, 0.0))
+        late = len(said) >= MESSAGES_A_LOOK or time.monotonic() - started > SECONDS_A_LOOK
         if late or now < not_before:
             waiting += 1
-            tried |= {run.run_id: (count, not_before)} if count else {}
+            tried |= {failure.name: (count, not_before)} if count else {}
             continue
-        outcome, complete = _tell_of(context, run, ended_at, to_tell, settings)
+        outcome, complete = _tell_of(context, failure, to_tell, settings)
         said.append(outcome)
         if not complete:
             pause = min(FIRST_PAUSE * 2**count, LONGEST_PAUSE)
-            tried[run.run_id] = (count + 1, now + pause)
+            tried[failure.name] = (count + 1, now + pause)
     if waiting:
-        said.append(f"{waiting} failed runs are told of later")
-    reason = "; ".join(said) or f"no run failed untold since {_clock(oldest)}"
-    memory = _Memory(memory.since, tried)
+        said.append(f"{waiting} failures are told of later")
+    reason = "; ".join(said) or f"nothing failed untold since {_clock(oldest)}"
+    memory.tried = tried
     return dg.SensorResult(skip_reason=reason, cursor=json.dumps(asdict(memory)))
 
 
-def _tell_of(
-    context: dg.SensorEvaluationContext,
-    run: dg.DagsterRun,
-    ended_at: float,
-    to_tell: list[str],
-    settings: Settings,
-) -> tuple[str, bool]:
-    """Sends the message about one run and marks the run. What came of it, in words, and whether
-    everyone is told now."""
-    from posterpipe.core.alerts import AlertNotSent, compose, send
+def _failed_runs(
+    context: dg.SensorEvaluationContext, settings: Settings, oldest: float
+) -> Iterator[_Failure]:
+    """The runs that failed since then."""
+    from posterpipe.core.alerts import compose
 
-    alert = compose(failed_run(context.instance, run, ended_at), settings.alerts)
+    instance = context.instance
+
+    def of(run: dg.DagsterRun, ended_at: float) -> _Failure:
+        return _Failure(
+            run.run_id,
+            f"run {run.run_id[:8]}",
+            _listed(run.tags.get(TOLD_TAG)),
+            lambda: compose(failed_run(instance, run, ended_at), settings.alerts),
+            lambda told: instance.add_run_tags(run.run_id, {TOLD_TAG: ", ".join(told)}),
+        )
+
+    failed = dg.RunsFilter(
+        statuses=[DagsterRunStatus.FAILURE], updated_after=datetime.fromtimestamp(oldest, UTC)
+    )
+    for record in instance.get_run_records(failed, ascending=True):
+        ended_at = record.end_time or record.update_timestamp.timestamp()
+        if ended_at >= oldest:
+            yield of(record.dagster_run, ended_at)
+
+
+def _failed_checks(
+    context: dg.SensorEvaluationContext, settings: Settings, memory: _Memory, oldest: float
+) -> Iterator[_Failure]:
+    """The checks that failed as errors since then, of runs that did not fail; those that passed are
+    forgotten."""
+    from posterpipe.core.alerts import FailedCheck, channels, compose_check
+
+    def of(name: str, check: FailedCheck) -> _Failure:
+        return _Failure(
+            name,
+            f"check {name}",
+            memory.checks.get(name, []),
+            lambda: compose_check(check, settings.alerts),
+            lambda told: memory.checks.update({name: told}),
+        )
+
+    assert context.repository_def is not None
+    graph = context.repository_def.asset_graph
+    keys = [key for key in graph.asset_check_keys if not graph.get_check_spec(key).blocking]
+    latest = context.instance.event_log_storage.get_latest_asset_check_execution_by_key(keys)
+    for key, record in sorted(latest.items()):
+        asset = key.asset_key.to_user_string()
+        name = f"{asset}: {key.name}"
+        evaluation, entry = record.evaluation, record.event
+        if record.status == Status.PLANNED or evaluation is None or entry is None:
+            continue  # its run is going on, or ended without looking
+        if not _is_error(evaluation):
+            memory.checks.pop(name, None)
+            continue
+        run = context.instance.get_run_by_id(record.run_id)
+        if entry.timestamp < oldest or run is None or not run.is_finished:
+            continue
+        if run.status == DagsterRunStatus.FAILURE:  # the message about the run says it
+            memory.checks[name] = channels(settings.alerts)
+            continue
+        yield of(
+            name, FailedCheck(asset, key.name, _found(evaluation), run.run_id, entry.timestamp)
+        )
+
+
+def _tell_of(
+    context: dg.SensorEvaluationContext, failure: _Failure, to_tell: list[str], settings: Settings
+) -> tuple[str, bool]:
+    """Sends the message about one failure and marks it. What came of it, in words, and whether
+    everyone is told now."""
+    from posterpipe.core.alerts import AlertNotSent, send
+
+    alert = failure.alert()
 
     def problem_of(channel: str) -> str:
         try:
             send(alert, channel, settings.alerts)
         except AlertNotSent as error:
             return str(error)
-        except Exception as error:  # whatever it is, the other runs are to be told of
+        except Exception as error:  # whatever it is, the other failures are to be told of
             return type(error).__name__
         return ""
 
@@ -159,14 +243,13 @@ def _tell_of(
         problems = dict(zip(to_tell, pool.map(problem_of, to_tell), strict=True))
     sent = [channel for channel, problem in problems.items() if not problem]
     if sent:
-        told = ", ".join([*_listed(run.tags.get(TOLD_TAG)), *sent])
-        context.instance.add_run_tags(run.run_id, {TOLD_TAG: told})
+        failure.mark([*failure.told, *sent])
     parts = [f"told by {channel}" for channel in sent]
     for channel, problem in problems.items():
         if problem:
             parts.append(f"not told by {channel}, to be tried again: {problem}")
-            context.log.warning(f"run {run.run_id[:8]}: {parts[-1]}")
-    return f"run {run.run_id[:8]}: {', '.join(parts)}", len(sent) == len(to_tell)
+            context.log.warning(f"{failure.label}: {parts[-1]}")
+    return f"{failure.label}: {', '.join(parts)}", len(sent) == len(to_tell)
 
 
 def failed_run(instance: dg.DagsterInstance, run: dg.DagsterRun, ended_at: float) -> "FailedRun":
@@ -182,6 +265,10 @@ def failed_run(instance: dg.DagsterInstance, run: dg.DagsterRun, ended_at: float
             ("", event.message or "")
             for event in _events(instance, run.run_id, DagsterEventType.RUN_FAILURE)
         ]
+    looked_at = [
+        event.asset_check_evaluation_data
+        for event in _events(instance, run.run_id, DagsterEventType.ASSET_CHECK_EVALUATION)
+    ]
     name = run.job_name
     if name == "__ASSET_JOB" and run.asset_selection:
         keys = sorted(key.to_user_string() for key in run.asset_selection)
@@ -194,7 +281,20 @@ def failed_run(instance: dg.DagsterInstance, run: dg.DagsterRun, ended_at: float
         why=run.tags.get(REASON_TAG, ""),
         ended_at=ended_at,
         retried="dagster/did_retry" in run.tags,
+        checks=[
+            (f"{check.asset_key.to_user_string()}: {check.check_name}", _found(check))
+            for check in looked_at
+            if _is_error(check)
+        ],
     )
+
+
+def _is_error(evaluation: AssetCheckEvaluation) -> bool:
+    return not evaluation.passed and evaluation.severity == dg.AssetCheckSeverity.ERROR
+
+
+def _found(evaluation: AssetCheckEvaluation) -> str:
+    return evaluation.description or "it does not say what it found; its metadata may"
 
 
 def reason_of(error: Any) -> str:

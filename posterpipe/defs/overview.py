@@ -21,8 +21,8 @@ evidence of how good that model is.
 **What runs by itself.** The sensor `arrivals` notices posters, captions and prompts that came,
 changed or went. `automation` rebuilds what depends on a change, and nothing else. The schedule
 `training` trains at night when enough is new, and says each time why it did or did not.
-`stale_sweep` looks for what the others missed. `failure_alerts` tells people of failed runs, once a
-receiver is configured.
+`stale_sweep` looks for what the others missed. `failure_alerts` tells people of failed runs
+and checks, once a receiver is configured.
 
 **What to do by hand.** Nothing has to be. The job `everything` brings all of it up to date; what
 exists already is taken from the store and not computed again. `retrain` does not wait for the

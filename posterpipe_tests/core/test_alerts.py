@@ -16,9 +16,11 @@ from posterpipe.core.alerts import (
     EMAIL,
     WEBHOOK,
     AlertNotSent,
+    FailedCheck,
     FailedRun,
     channels,
     compose,
+    compose_check,
     send,
 )
 from posterpipe.settings import AlertSettings, SettingsError, load_settings
@@ -52,6 +54,23 @@ def test_a_long_reason_is_cut_and_the_link_stays() -> None:
     alert = compose(run, AlertSettings())
     assert len(alert.text) <= 1900
     assert alert.text.endswith("Run abc: http://127.0.0.1:3000/runs/abc")
+
+
+def test_a_run_says_what_its_failed_checks_found() -> None:
+    checks = [(f"posters: check_{n}", f"found {n}: mend it") for n in range(7)]
+    alert = compose(FailedRun("abc", "x", [], checks=checks), AlertSettings())
+    assert "posters: check_0: found 0: mend it\n" in alert.text
+    assert "and 2 more checks" in alert.text
+    assert alert.payload["checks"] == [name for name, _ in checks]
+
+
+def test_a_failed_check_says_what_it_found_and_where_to_look() -> None:
+    check = FailedCheck("clip_scores", "scores_are_current", "3 are old: " + "score " * 999, "abcd")
+    alert = compose_check(check, AlertSettings())
+    assert alert.subject == "posterpipe: check scores_are_current of clip_scores failed"
+    assert "3 are old: score" in alert.text and len(alert.text) <= 1900
+    assert alert.text.endswith("Run abcd: http://127.0.0.1:3000/runs/abcd")
+    assert alert.payload["event"] == "check_failed" and alert.payload["text"] == alert.text
 
 
 def test_a_subject_is_one_line_whatever_the_job_is_called() -> None:

@@ -1,4 +1,5 @@
-"""The sensor that tells people of failed runs: real runs, a real web server and mail server."""
+"""The sensor that tells people of failed runs and checks: real runs, a real web server and mail
+server."""
 
 from __future__ import annotations
 
@@ -19,17 +20,39 @@ __all__ = ["mailbox", "webhook"]  # fixtures
 
 
 class Watch:
-    """A sensor with its cursor, on an instance whose runs fail when they are to."""
+    """A sensor with its cursor, on an instance whose runs and checks fail when they are to."""
 
     def __init__(self, instance: dg.DagsterInstance, alerts: AlertSettings) -> None:
         self.instance = instance
         self.settings = load_settings("starter", alerts=alerts)
         self.cursor: str | None = None
+        self.problem: str | None = None
+        """As what the asset fails."""
+        self.found = dg.AssetCheckResult(passed=True)
+        """What its checks find."""
+
+        @dg.asset
+        def posters() -> None:
+            if self.problem:
+                raise OSError(self.problem)
+
+        @dg.asset_check(asset=posters)
+        def looked_through() -> dg.AssetCheckResult:
+            return self.found
+
+        @dg.asset_check(asset=posters, blocking=True)
+        def enough() -> dg.AssetCheckResult:
+            return self.found
+
+        self.posters, self.looked_through, self.enough = posters, looked_through, enough
+        self.definitions = dg.Definitions(assets=[posters], asset_checks=[looked_through, enough])
         self.look()  # what failed before is history
 
     def look(self, later: float = 0.0) -> str:
         """One look, `later` seconds from now; what it said."""
-        context = dg.build_sensor_context(self.instance, cursor=self.cursor)
+        context = dg.build_sensor_context(
+            self.instance, cursor=self.cursor, definitions=self.definitions
+        )
         result = tell(context, self.settings, time.time() + later)
         self.cursor = result.cursor
         assert result.skip_reason is not None
@@ -37,13 +60,17 @@ class Watch:
 
     def fail(self, reason: str = "the disk is full", **tags: str) -> str:
         """A run that fails; its id."""
+        self.problem = reason
+        return self._run(tags=tags or None)
 
-        @dg.asset
-        def posters() -> None:
-            raise OSError(reason)
+    def check(self, found: dg.AssetCheckResult, blocking: bool = False) -> str:
+        """A run whose check finds that; its id."""
+        self.problem, self.found = None, found
+        return self._run(self.enough if blocking else self.looked_through)
 
+    def _run(self, *checks: dg.AssetChecksDefinition, **options: Any) -> str:
         result = dg.materialize(
-            [posters], instance=self.instance, raise_on_error=False, tags=tags or None
+            [self.posters, *checks], instance=self.instance, raise_on_error=False, **options
         )
         return result.run_id
 
@@ -51,6 +78,13 @@ class Watch:
         run = self.instance.get_run_by_id(run_id)
         assert run is not None
         return run.tags.get(TOLD_TAG, "")
+
+
+PASSED = dg.AssetCheckResult(passed=True)
+WARNED = dg.AssetCheckResult(passed=False, severity=dg.AssetCheckSeverity.WARN)
+FOUND = dg.AssetCheckResult(
+    passed=False, description="3 usable posters; at least 5 are needed: put more into the folder"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +124,7 @@ def test_a_failed_run_is_told_once_with_its_reason(
     assert "Started by the sensor arrivals: 3 posters are new" in payload["text"]
     assert len(mailbox.got) == 1
     assert watch.told(run_id) == "webhook, e-mail"
-    assert "no run failed untold" in watch.look()
+    assert "nothing failed untold" in watch.look()
     assert len(webhook.got) == len(mailbox.got) == 1
 
 
@@ -101,7 +135,7 @@ def test_what_failed_before_the_sensor_began_is_not_news(
     before.fail()
     time.sleep(0.05)
     watch = Watch(instance, to(webhook))
-    assert "no run failed untold" in watch.look()
+    assert "nothing failed untold" in watch.look()
     assert webhook.got == []
 
 
@@ -146,7 +180,7 @@ def test_pauses_grow_and_a_day_later_it_is_given_up(
         later += 600
     assert 25 <= attempts <= 35
     assert webhook.got == []
-    assert "no run failed untold" in watch.look(later)
+    assert "nothing failed untold" in watch.look(later)
 
 
 def test_many_failures_at_once_are_told_over_several_looks(
@@ -154,7 +188,7 @@ def test_many_failures_at_once_are_told_over_several_looks(
 ) -> None:
     watch = Watch(instance, to(webhook))
     run_ids = [watch.fail() for _ in range(5)]
-    assert "2 failed runs are told of later" in watch.look()
+    assert "2 failures are told of later" in watch.look()
     watch.look()
     assert sorted(payload["run_id"] for payload in webhook.got) == sorted(run_ids)
 
@@ -172,6 +206,82 @@ def test_a_run_without_a_failed_step_is_told_of_as_well(
     watch.look()
     (payload,) = webhook.got
     assert payload["job"] == "nightly" and "its process is gone" in payload["text"]
+
+
+def test_a_run_that_a_blocking_check_stopped_is_told_with_what_the_check_found(
+    instance: dg.DagsterInstance, webhook: Webhook
+) -> None:
+    watch = Watch(instance, to(webhook))
+    run_id = watch.check(FOUND, blocking=True)
+    assert watch.look() == f"run {run_id[:8]}: told by webhook"
+    (payload,) = webhook.got
+    assert f"posters: enough: {FOUND.description}" in payload["text"]
+    assert payload["checks"] == ["posters: enough"]
+
+
+def test_a_check_that_fails_as_an_error_is_told_once_until_it_passes(
+    instance: dg.DagsterInstance, webhook: Webhook
+) -> None:
+    watch = Watch(instance, to(webhook))
+    run_id = watch.check(FOUND)
+    assert watch.look() == "check posters: looked_through: told by webhook"
+    (payload,) = webhook.got
+    assert payload["event"] == "check_failed" and payload["run_id"] == run_id
+    assert "check looked_through of posters failed" in payload["text"]
+    assert str(FOUND.description) in payload["text"] and f"/runs/{run_id}" in payload["text"]
+    watch.check(FOUND)  # as every day
+    assert "nothing failed untold" in watch.look()
+    watch.check(PASSED)
+    assert "nothing failed untold" in watch.look()
+    watch.check(FOUND)
+    watch.look()
+    assert len(webhook.got) == 2
+
+
+def test_warnings_and_checks_that_failed_before_are_not_told(
+    instance: dg.DagsterInstance, webhook: Webhook
+) -> None:
+    before = Watch(instance, AlertSettings())
+    before.check(FOUND)
+    time.sleep(0.05)
+    watch = Watch(instance, to(webhook))
+    assert "nothing failed untold" in watch.look()
+    watch.check(WARNED)
+    assert "nothing failed untold" in watch.look()
+    assert webhook.got == []
+
+
+def test_a_check_of_a_run_that_failed_is_told_with_the_run(
+    instance: dg.DagsterInstance, webhook: Webhook
+) -> None:
+    watch = Watch(instance, to(webhook))
+
+    @dg.asset(deps=[watch.posters])
+    def captions() -> None:
+        raise OSError("the disk is full")
+
+    watch.found = FOUND
+    result = dg.materialize(
+        [watch.posters, captions, watch.looked_through], instance=instance, raise_on_error=False
+    )
+    assert watch.look() == f"run {result.run_id[:8]}: told by webhook"
+    assert "nothing failed untold" in watch.look()
+    (payload,) = webhook.got
+    assert payload["checks"] == ["posters: looked_through"]
+    assert "the disk is full" in payload["text"] and str(FOUND.description) in payload["text"]
+
+
+def test_a_failed_check_is_told_later_where_a_receiver_is_down(
+    instance: dg.DagsterInstance, webhook: Webhook, mailbox: Mailbox
+) -> None:
+    mail = mailbox.settings.model_dump()
+    watch = Watch(instance, AlertSettings(**mail | {"webhook_url": webhook.url}))
+    watch.check(FOUND)
+    webhook.answers = [503] * 2
+    assert "told by e-mail, not told by webhook, to be tried again" in watch.look()
+    assert "1 failures are told of later" in watch.look()
+    assert watch.look(later=61) == "check posters: looked_through: told by webhook"
+    assert len(webhook.got) == len(mailbox.got) == 1
 
 
 def test_the_sensor_of_the_definitions_tells(
