@@ -13,7 +13,7 @@ export DAGSTER_DISABLE_TELEMETRY := 1
 export DBT_SEND_ANONYMOUS_USAGE_STATS := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo dev doctor test test-slow lint format bench docs \
+.PHONY: help install install-dev demo dev migrate doctor test test-slow lint format bench docs \
   screenshots clean clean-store
 
 help:  ## show these lines
@@ -46,6 +46,10 @@ demo: install  ## the whole graph on the starter posters, then the leaderboard
 dev: install  ## Dagster UI on http://127.0.0.1:3000; sensors and schedules are on
 	@$(BIN)/python -m posterpipe.home
 	$(BIN)/dagster dev --host $(HOST) --port $(PORT) --workspace workspace.yaml
+
+migrate: install  ## bring Dagster's history up to date after an upgrade; the services stopped
+	@$(BIN)/python -m posterpipe.home
+	$(BIN)/dagster instance migrate
 
 doctor: install  ## what this machine has, and what is missing
 	@$(BIN)/posterpipe doctor

@@ -1,9 +1,10 @@
-"""What `make clean` and `make clean-store` remove."""
+"""What the targets of the Makefile run, and what they remove."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,13 @@ def test_clean_store_finds_the_usual_places_without_variables(
     assert (checkout / "data/store/starter_training/save.pt").exists()
     assert not (checkout / ".dagster/history.db").exists()
     make(checkout, "clean-store", "YES=1")
+
+
+def test_migrate_finds_the_home_that_dev_uses(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    tools = Path(sys.executable).parent
+    make(checkout, "-o", "install", "migrate", f"BIN={tools}", PYTHONPATH=str(default_root()))
+    assert (checkout / ".dagster" / "dagster.yaml").exists()
+    assert (checkout / ".dagster" / "history").is_dir()
