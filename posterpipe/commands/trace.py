@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from posterpipe.core.trace import as_tree, trace
+from posterpipe.core.trace import TREE_WIDTH, as_tree, trace
 from posterpipe.core.warehouse import Warehouse
 from posterpipe.defs.resources import Deployment
 from posterpipe.settings import load_settings
@@ -30,4 +30,4 @@ def run_trace(generation_key: str, *, as_json: bool, posters: int) -> None:
     if as_json:
         print(traced.to_json())
     else:
-        Console(highlight=False, soft_wrap=True).print(as_tree(traced, shown_posters=posters))
+        Console(highlight=False, width=TREE_WIDTH).print(as_tree(traced, shown_posters=posters))

@@ -31,6 +31,10 @@ from posterpipe.core.warehouse import Warehouse, WarehouseBusy, WarehouseMissing
 
 SHOWN_POSTERS = 10
 
+TREE_WIDTH = 1_000_000
+"""Of the console that prints the tree, in characters. A line longer than the terminal is the
+terminal's to wrap: rich would cut it off, or break paths and ids that people copy."""
+
 _CANDIDATES = 5
 _UNKNOWN = "not recorded"
 

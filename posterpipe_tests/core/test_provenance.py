@@ -10,7 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from posterpipe.cli import app
 from posterpipe.core import provenance
 from posterpipe.core.garbage import find_garbage, remove_garbage
 from posterpipe.core.history import record_history
@@ -482,6 +484,26 @@ def test_the_tree_shows_every_fact(study: Study) -> None:
     assert "not recorded" not in text
     few = shown(study, KEY, posters=1)
     assert "and 2 more; --posters shows more" in few
+
+
+def test_the_command_cuts_nothing_off_in_a_narrow_terminal(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study.train(study.dataset(CAPTIONS))
+    study.draw_and_score()
+    monkeypatch.setenv("POSTERPIPE_STORE", str(study.store.root))
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = CliRunner().invoke(app, ["trace", KEY]).output.splitlines()
+    traced = trace(study.store, [study.warehouse], KEY)
+    (known,) = traced.environments.values()
+    packages = ", ".join(f"{name} {version}" for name, version in known["packages"].items())
+    for label, value in {
+        "file": traced.image.path,
+        "drawn": f"2026-01-02T00:00:00+00:00, run run 3, environment {traced.image.environment}",
+        "packages": packages,
+        "python": f"{known['python']} on {known['platform']}",
+    }.items():
+        assert any(line.endswith(f"{label}  {value}") for line in printed), (label, printed)
 
 
 def test_an_image_of_the_base_model_has_no_training_set(study: Study) -> None:
