@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -170,6 +172,48 @@ def test_doctor_tells_which_revisions_can_move(
     assert f"revision = '{commit}'" in found["scorer"].text
     assert "move" not in found["evidence p"].text and "not here yet" in found["evidence p"].text
     assert found["hub"].state == "missing"
+
+
+@pytest.mark.parametrize(
+    ("gib", "bf16", "training", "noted"),
+    [
+        (15.6, False, {}, "GPU memory"),
+        (80.0, False, {}, ""),
+        (80.0, True, {}, "precision"),
+        (80.0, True, {"mixed_precision": "bf16"}, ""),
+        (80.0, False, {"mixed_precision": "bf16"}, "precision"),
+        (20.0, True, {"mixed_precision": "bf16"}, "GPU memory"),
+        (20.0, True, {"mixed_precision": "bf16", "gradient_checkpointing": True}, ""),
+        (7.6, True, {"mixed_precision": "bf16", "method": "lora"}, ""),
+    ],
+)
+def test_doctor_tells_of_a_gpu_that_is_too_small_and_of_a_worse_precision(
+    monkeypatch: pytest.MonkeyPatch, gib: float, bf16: bool, training: dict[str, Any], noted: str
+) -> None:
+    import torch
+
+    gpu = SimpleNamespace(name="a card", total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+    settings = load_settings("sd21")
+    settings = settings.model_copy(
+        update={"training": settings.training.model_copy(update=training)}
+    )
+    notes = {
+        found.subject: found.text for found in doctor._devices(settings) if found.state != "ok"
+    }
+    assert notes.keys() == ({noted} if noted else set())
+    if noted == "GPU memory":
+        assert "Little memory" in notes[noted] and f"{gib:.0f} GiB" in notes[noted]
+    elif noted:
+        better = "bf16" if bf16 else "fp16"
+        assert f"POSTERPIPE_TRAINING__MIXED_PRECISION={better}" in notes[noted]
+
+
+def test_doctor_asks_no_gpu_memory_of_the_starter_models(settings: Settings) -> None:
+    assert list(doctor._gpu_memory(settings, 2.0)) == []
 
 
 def test_the_demo_wants_its_models_and_prompts_first(tmp_path: Path) -> None:

@@ -46,6 +46,12 @@ DISK_GB = {"local": 2, "hub": 40}
 """Free space needed with local models, and with those of the hub and their checkpoints."""
 HUB_MEMORY_GB = 24
 """Memory that fine-tuning Stable Diffusion 2.1 takes on a CPU."""
+HUB_PARAMETERS = {"unet": 866_000_000, "text_encoder": 340_000_000}
+"""Of Stable Diffusion 2.1."""
+IMAGE_GIB = (3, 4)
+"""What an image of 512 px takes beside the models, with gradient checkpointing."""
+FULL_TRAINING_GIB = 22.0
+"""What a GPU of 24 GB has at least; on less, a full training wants gradient checkpointing."""
 
 
 @dataclass(frozen=True)
@@ -132,18 +138,38 @@ def _devices(settings: Settings) -> Iterator[Finding]:
     except (ImportError, OSError) as error:
         yield Finding("missing", "devices", f"torch cannot be loaded ({error}); `make install`")
         return
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        gpus.append(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)")
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     if gpus:
-        yield Finding("ok", "devices", f"{', '.join(gpus)}; {cores} CPU cores")
+        names = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus)
+        yield Finding("ok", "devices", f"{names}; {cores} CPU cores")
+        yield from _gpu_memory(settings, min(gpu.total_memory for gpu in gpus) / 2**30)
     elif _uses_hub(settings):
         text = f"{cores} CPU cores, no GPU: the real models train very slowly here"
         yield Finding("note", "devices", text + "; use a machine with one for this profile")
     else:
         yield Finding("ok", "devices", f"{cores} CPU cores, no GPU (this profile needs none)")
-    yield _precision(settings, torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    # On GPUs before Ampere torch emulates it, which is slow.
+    bf16 = bool(gpus) and torch.cuda.is_bf16_supported(including_emulation=False)
+    yield _precision(settings, bf16)
+
+
+def _gpu_memory(settings: Settings, gib: float) -> Iterator[Finding]:
+    """Whether a GPU of so much memory, the smallest, is too small for the training."""
+    from posterpipe.core.dreambooth.memory import models_gib
+    from posterpipe.core.models import is_on_hub
+
+    if not is_on_hub(settings.base_model, settings.root):
+        return
+    training = settings.training
+    least, most = (models_gib(training, HUB_PARAMETERS) + image for image in IMAGE_GIB)
+    lean = training.gradient_checkpointing or training.method == "lora"
+    if gib < (most if lean else max(most, FULL_TRAINING_GIB)):
+        more = (
+            "" if training.gradient_checkpointing else ", and more without gradient checkpointing"
+        )
+        text = f"{gib:.0f} GiB; training Stable Diffusion 2.1 as set here takes {least:.0f} to "
+        remedy = 'choose settings under "Little memory" in docs/training.md'
+        yield Finding("note", "GPU memory", f"{text}{most:.0f} GiB{more}: {remedy}")
 
 
 def _precision(settings: Settings, gpu_bf16: bool) -> Finding:
@@ -151,16 +177,25 @@ def _precision(settings: Settings, gpu_bf16: bool) -> Finding:
     wanted = settings.training.mixed_precision
     if gpu_bf16:
         text = "the GPU computes bf16"
+    elif _has_gpu():
+        text = "the GPU computes no bf16"
     elif flags:
         text = f"the CPU computes bf16 ({', '.join(flags)})"
     else:
         text = "no bf16 in this CPU"
-    if wanted == "bf16" and not gpu_bf16 and not flags:
-        remedy = "training works but is slow; try POSTERPIPE_TRAINING__MIXED_PRECISION=fp32"
+    if wanted == "bf16" and not gpu_bf16 and (_has_gpu() or not flags):
+        faster = "fp16" if _has_gpu() else "fp32"
+        remedy = f"training works but is slow; try POSTERPIPE_TRAINING__MIXED_PRECISION={faster}"
         return Finding("note", "precision", f"{text}: {remedy}")
     if wanted == "fp16" and not _has_gpu():
         remedy = "fp16 needs one; set POSTERPIPE_TRAINING__MIXED_PRECISION=bf16 or fp32"
         return Finding("note", "precision", f"{text}; no GPU: {remedy}")
+    if wanted == "fp16" and gpu_bf16:
+        remedy = (
+            "fp16 can overflow with Stable Diffusion 2.1; set "
+            "POSTERPIPE_TRAINING__MIXED_PRECISION=bf16 and POSTERPIPE_SAMPLER__PRECISION=bf16"
+        )
+        return Finding("note", "precision", f"{text}: {remedy}")
     return Finding("ok", "precision", f"{text}; training uses {wanted}")
 
 

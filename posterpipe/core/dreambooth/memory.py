@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posterpipe.core.dreambooth.base_model import count_parameters
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.memory import is_out_of_memory
@@ -70,6 +69,9 @@ def memory_hint(config: RunConfig, device: torch.device, processes: int) -> Iter
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        # Here, since it brings diffusers along, which `posterpipe doctor` does without.
+        from posterpipe.core.dreambooth.base_model import count_parameters
+
         parameters = count_parameters(config.base_model)
         words = advice(config.training, parameters, device_gib(device), processes)
         raise TrainingError(words) from error
