@@ -19,14 +19,21 @@ export DBT_SEND_ANONYMOUS_USAGE_STATS := false
 help:  ## show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(BIN)/python:
+# An environment without pip is half made: by a Python without ensurepip, or by one that was stopped.
+$(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "posterpipe needs Python 3.11 or newer: name one with make PYTHON=/path/to/python3"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@echo "$(PYTHON) -m venv $(VENV)"
+	@trap 'rm -rf $(VENV); exit 1' INT TERM; \
+	$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip --version > /dev/null || { \
+	  rm -rf $(VENV); \
+	  echo "no environment with pip could be made; on Debian and Ubuntu: apt install python3-venv"; \
+	  exit 1; }
 
 # The stamps are newer than pyproject.toml where its packages are installed. `dbt parse` writes the
 # manifest that posterpipe.definitions reads, so that loading it takes no detour through dbt.
-$(VENV)/installed: pyproject.toml | $(BIN)/python
+$(VENV)/installed: pyproject.toml | $(BIN)/pip
+	@echo "installing the packages: some gigabytes, minutes on a slow line"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	$(BIN)/dbt --quiet parse --project-dir dbt_like_reports --profiles-dir dbt_like_reports
 	@touch $@

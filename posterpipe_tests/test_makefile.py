@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,16 +27,34 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make(checkout: Path, *arguments: str, **variables: str) -> str:
-    done = subprocess.run(
-        ["make", "-f", str(default_root() / "Makefile"), *arguments],
+MAKE = ("make", "-f", str(default_root() / "Makefile"))
+
+
+def attempt(checkout: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*MAKE, *arguments],
         cwd=checkout,
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
     )
+
+
+def make(checkout: Path, *arguments: str, **variables: str) -> str:
+    done = attempt(checkout, *arguments, **variables)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def python_that(folder: Path, does: str) -> Path:
+    """A Python whose `-m venv` leaves an environment without pip, and then `does` something."""
+    python = folder / "python3"
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n'
+        f"mkdir -p .venv/bin && cp /bin/true .venv/bin/python && {does}\n"
+    )
+    python.chmod(0o755)
+    return python
 
 
 def there(checkout: Path) -> set[str]:
@@ -95,3 +115,42 @@ def test_migrate_finds_the_home_that_dev_uses(
     make(checkout, "-o", "install", "migrate", f"BIN={tools}", PYTHONPATH=str(default_root()))
     assert (checkout / ".dagster" / "dagster.yaml").exists()
     assert (checkout / ".dagster" / "history").is_dir()
+
+
+def test_an_environment_that_could_not_be_made_is_removed_and_the_package_named(
+    tmp_path: Path,
+) -> None:
+    python = python_that(tmp_path, "exit 1")
+    done = attempt(tmp_path, ".venv/bin/pip", f"PYTHON={python}")
+    assert done.returncode != 0 and "apt install python3-venv" in done.stdout
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_an_environment_whose_making_was_stopped_is_removed(tmp_path: Path) -> None:
+    waits = "import pathlib, time; pathlib.Path('begun').touch(); time.sleep(60)"
+    python = python_that(tmp_path, f'exec {sys.executable} -c "{waits}"')
+    making = subprocess.Popen(
+        [*MAKE, ".venv/bin/pip", f"PYTHON={python}"], cwd=tmp_path, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(making.pid, signal.SIGINT)  # as Ctrl-C does
+        assert making.wait(60) != 0
+    finally:
+        making.kill()
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_a_half_made_environment_is_made_whole_and_the_install_says_that_it_takes_long(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to(sys.executable)
+    (tmp_path / "pyproject.toml").write_text("no project")
+    # What is here is no project, so pip ends with an error.
+    done = attempt(tmp_path, "install", f"PYTHON={Path(sys.executable).resolve()}")
+    assert (tmp_path / ".venv/bin/pip").exists(), done.stderr
+    assert "installing the packages: some gigabytes" in done.stdout
+    assert done.returncode != 0 and not (tmp_path / ".venv/installed").exists()
