@@ -94,6 +94,19 @@ def rehash() -> None:
 
 
 @app.command()
+def backup(
+    folder: Annotated[Path, typer.Argument(help="Where to: a new folder, or an empty one.")],
+) -> None:
+    """Copy what cannot be made again at once: posters, captions, the store, Dagster's history.
+
+    Safe while the pipeline works.
+    """
+    from posterpipe.commands.backup import run_backup
+
+    raise typer.Exit(run_backup(folder))
+
+
+@app.command()
 def studio(
     port: Annotated[int, typer.Option(min=1, max=65_535, help="Where it listens.")] = 8501,
     host: Annotated[
@@ -115,6 +128,25 @@ def studio(
     from posterpipe.studio.serve import run_studio
 
     run_studio(host, port, public_host or ())
+
+
+alerts = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Who is told when something fails."
+)
+app.add_typer(alerts, name="alerts")
+
+
+@alerts.callback()
+def _alerts() -> None:
+    pass  # with a callback, a group of one command stays a group
+
+
+@alerts.command()
+def test() -> None:
+    """Send a made-up message over each configured channel, and say which of them worked."""
+    from posterpipe.commands.alerts import run_alerts_test
+
+    raise typer.Exit(run_alerts_test())
 
 
 champion = typer.Typer(
