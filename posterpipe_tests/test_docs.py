@@ -38,7 +38,7 @@ LARGEST_PICTURE = 400_000
 LANGUAGES = ("sh", "python", "sql", "toml", "yaml", "csv", "mermaid", "")
 
 PROGRAMS = {
-    "cp", "cd", "curl", "duckdb", "git", "rm", "pip", "accelerate", "docker", "psql",
+    "cp", "mv", "cd", "curl", "duckdb", "git", "rm", "pip", "accelerate", "docker", "psql",
     "useradd", "chown", "runuser", "install", "systemctl",
 }  # fmt: skip
 """What a reader's machine brings, or a package; nothing of it is checked further."""
