@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit
 from torch import nn
 
+from posterpipe.core.dreambooth import eight_bits, objective
+from posterpipe.core.dreambooth.eight_bits import QueuedAdamW8bit
 from posterpipe.core.dreambooth.optimizers import InMemoryOrder, MovingAverage, make_optimizer
+from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.saves import pack, unpack
+from posterpipe.core.dreambooth.train import train
 from posterpipe.settings import TrainingSettings
+from posterpipe_tests.core.dreambooth.conftest import MakeConfig
 
 
 def trained(optimizer: str, *, channels_last: bool) -> nn.Conv2d:
@@ -44,51 +50,125 @@ def test_the_layout_changes_no_weight_and_stays(optimizer: str) -> None:
     torch.testing.assert_close(plain.weight, other.weight, atol=tolerance, rtol=0)
 
 
-def eight_bit_steps(optimizer: Any, model: nn.Module, steps: range) -> None:
+SHAPES = ((9,), (80, 70), (), (4095,), (1, 3, 5), (4096,), (33,), (64, 65, 2), (7, 40))
+"""Of fewer and of more numbers than 8-bit Adam keeps in 32 bits, and no multiples of its blocks."""
+
+
+def two_groups() -> list[dict[str, Any]]:
+    """The same each time."""
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    return [{"params": parameters[:5]}, {"params": parameters[5:]}]
+
+
+def eight_bit_steps(optimizer: Any, steps: range) -> None:
+    """Steps with other gradients and rates each. In some one parameter has no gradient; the second
+    group stops learning after six."""
     for step in steps:
         torch.manual_seed(step)
-        for parameter in model.parameters():
-            parameter.grad = torch.randn_like(parameter)
+        for number, group in enumerate(optimizer.param_groups):
+            group["lr"] = 1e-2 / (1 + step + number)
+            for place, parameter in enumerate(group["params"]):
+                gradient = torch.randn_like(parameter) * 10.0 ** (place - 3)
+                learns = (number, place) != (0, step - 2) and (number == 0 or step < 6)
+                parameter.grad = gradient if learns else None
         optimizer.step()
 
 
-def test_eight_bit_adam_that_does_not_wait_has_the_weights_and_states_of_bitsandbytes() -> None:
-    from bitsandbytes.optim import AdamW8bit
+def assert_same_bits(optimizer: Any, other: Any) -> None:
+    """Their weights, states and saved states are equal."""
+    packed, tensors = pack(optimizer.state_dict())
+    other_packed, other_tensors = pack(other.state_dict())
+    assert packed == other_packed and tensors.keys() == other_tensors.keys()
+    assert all(torch.equal(tensors[name], other_tensors[name]) for name in tensors)
+    for group, other_group in zip(optimizer.param_groups, other.param_groups, strict=True):
+        assert all(map(torch.equal, group["params"], other_group["params"]))
 
-    from posterpipe.core.dreambooth.eight_bits import QueuedAdamW8bit
 
-    torch.manual_seed(0)
-    # Of more and of fewer weights than are kept in 8 bits.
-    theirs = nn.Sequential(nn.Linear(80, 70), nn.Linear(70, 9))
-    ours = copy.deepcopy(theirs)
-    values: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.99), "weight_decay": 0.1, "eps": 1e-7}
-    peer = AdamW8bit(theirs.parameters(), **values)
-    own = QueuedAdamW8bit(ours.parameters(), **values)
-    eight_bit_steps(peer, theirs, range(3))
-    eight_bit_steps(own, ours, range(3))
-    packed, tensors = pack(peer.state_dict())
-    own_packed, own_tensors = pack(own.state_dict())
-    assert own_packed == packed and own_tensors.keys() == tensors.keys()
-    assert all(torch.equal(own_tensors[name], tensors[name]) for name in tensors)
-    # A save of either is one of the other.
-    resumed = QueuedAdamW8bit(ours.parameters(), **values)
-    resumed.load_state_dict(unpack(packed, tensors))
-    eight_bit_steps(peer, theirs, range(3, 5))
-    eight_bit_steps(resumed, ours, range(3, 5))
-    for one, other in zip(theirs.parameters(), ours.parameters(), strict=True):
-        assert torch.equal(one, other)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_eight_bit_adam_that_does_not_wait_has_the_weights_and_states_of_bitsandbytes(
+    decay: float,
+) -> None:
+    values: dict[str, Any] = {"betas": (0.8, 0.99), "weight_decay": decay, "eps": 1e-7}
+    peer, own = AdamW8bit(two_groups(), **values), QueuedAdamW8bit(two_groups(), **values)
+    for step in range(12):
+        eight_bit_steps(peer, range(step, step + 1))
+        eight_bit_steps(own, range(step, step + 1))
+        assert_same_bits(own, peer)
+        if step in (3, 8):  # a save of either is one of the other
+            packed, tensors = pack((own if step == 8 else peer).state_dict())
+            saved = {name: value.clone() for name, value in tensors.items()}
+            own, peer = QueuedAdamW8bit(own.param_groups), AdamW8bit(peer.param_groups)
+            own.load_state_dict(unpack(packed, saved))
+            peer.load_state_dict(unpack(packed, saved))
+
+
+def test_what_is_kept_in_32_bits_is_updated_by_one_kernel_a_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernels: list[int] = []
+    update = bitsandbytes.functional.optimizer_update_32bit
+
+    def counted(name: str, gradient: torch.Tensor, *others: Any, **values: Any) -> None:
+        kernels.append(gradient.numel())
+        update(name, gradient, *others, **values)
+
+    for module in (bitsandbytes.functional, eight_bits):
+        monkeypatch.setattr(module, "optimizer_update_32bit", counted)
+    optimizer = QueuedAdamW8bit(two_groups())
+    eight_bit_steps(optimizer, range(2))
+    assert kernels == [9 + 1 + 4095 + 15, 33 + 280] * 2
+    kernels.clear()
+    eight_bit_steps(optimizer, range(2, 3))  # one of the first group has no gradient
+    assert kernels == [1 + 4095 + 15, 33 + 280]
+    kernels.clear()
+    eight_bit_steps(optimizer, range(7, 8))  # it is a step behind; the second group has stopped
+    assert sorted(kernels) == [9, 1 + 4095 + 15]
+
+
+def test_a_run_has_the_bits_of_bitsandbytes_own_loop_also_from_its_saves(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"optimizer": "adamw_8bit", "mixed_precision": "fp16"}
+    settings |= {"max_train_steps": 12, "save_every_steps": 3, "text_encoder_stop_step": 10}
+    settings |= {"max_grad_norm": 0.1, "ema_decay": 0.9, "channels_last": True}
+    monkeypatch.setattr(objective, "squared_errors", times_a_hundred)
+
+    def stop(report: StepReport) -> None:
+        if report.step == 9:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as one_by_one:
+        one_by_one.delattr(QueuedAdamW8bit, "step")
+        one_by_one.setattr(QueuedAdamW8bit, "load_state_dict", AdamW8bit.load_state_dict)
+        expected = train(make_config("theirs", **settings))
+        with pytest.raises(KeyboardInterrupt):
+            train(make_config("cut", **settings), stop)
+    skipped = [report.skipped_steps for report in expected.reports]
+    assert 0 < skipped[-1] < 9 and (expected.reports[-2].grad_norm or 0) > 0.1
+    train(make_config("ours", **settings))
+    resumed = train(make_config("cut", **settings))
+    assert resumed.resumed_from == 6
+    for name in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+        files = [
+            (make_config(run).output_dir / f"{name}.safetensors").read_bytes()
+            for run in ("theirs", "ours", "cut")
+        ]
+        assert files[0] == files[1] == files[2]
+
+
+def times_a_hundred(prediction: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Errors whose gradient, times the scaler's first scales, is more than fp16 holds."""
+    return 100 * (prediction.float() - wanted).pow(2).mean(dim=(1, 2, 3))
 
 
 def test_eight_bit_adam_never_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitsandbytes.optim import AdamW8bit, optimizer
-
     waits: list[Any] = []
-    monkeypatch.setattr(optimizer, "sync_gpu", waits.append)
+    monkeypatch.setattr(bitsandbytes.optim.optimizer, "sync_gpu", waits.append)
     trained("adamw_8bit", channels_last=True)
     assert not waits
-    model = nn.Linear(9, 9)
-    eight_bit_steps(AdamW8bit(model.parameters()), model, range(1))
-    assert len(waits) == 2  # bitsandbytes' own waits once a parameter, and by this very function
+    eight_bit_steps(AdamW8bit(two_groups()), range(1))
+    assert len(waits) == len(SHAPES)  # bitsandbytes' own waits each time, and by this very function
 
 
 def test_plain_adam_leaves_to_torch_how_it_goes_through_the_parameters() -> None:
