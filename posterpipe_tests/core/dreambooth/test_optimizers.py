@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
+import tomllib
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import bitsandbytes
 import pytest
@@ -16,7 +21,7 @@ from posterpipe.core.dreambooth.optimizers import InMemoryOrder, MovingAverage, 
 from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.saves import pack, unpack
 from posterpipe.core.dreambooth.train import train
-from posterpipe.settings import TrainingSettings
+from posterpipe.settings import TrainingSettings, default_root
 from posterpipe_tests.core.dreambooth.conftest import MakeConfig
 
 
@@ -124,6 +129,75 @@ def test_what_is_kept_in_32_bits_is_updated_by_one_kernel_a_group(
     kernels.clear()
     eight_bit_steps(optimizer, range(7, 8))  # it is a step behind; the second group has stopped
     assert sorted(kernels) == [9, 1 + 4095 + 15]
+
+
+def kernel_on_the_cpu(*arguments: Any) -> None:
+    """What bitsandbytes' kernel does on a GPU, from the same arguments: addresses, numbers and how
+    many elements there are."""
+    numbers = [argument.value for argument in arguments]
+    weights, gradient, state1, state2, *values = numbers[:12]
+    qmap1, qmap2, absmax1, absmax2, decay, scale, skip_zeros, size = numbers[11:]
+
+    def at(address: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        memory = (ctypes.c_byte * (count * dtype.itemsize)).from_address(address)
+        return torch.frombuffer(memory, dtype=dtype)
+
+    torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
+        "adam",
+        at(gradient, size),
+        at(weights, size),
+        at(state1, size, torch.uint8),
+        at(state2, size, torch.uint8),
+        *values[:-1],
+        at(qmap1, 256),
+        at(qmap2, 256),
+        at(absmax1, -(-size // 256)),
+        at(absmax2, -(-size // 256)),
+        decay,
+        scale,
+        skip_zeros,
+    )
+
+
+def test_a_kernel_called_directly_is_told_what_bitsandbytes_tells_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The module is for CUDA and asks torch for this when it is imported.
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
+    cuda = importlib.import_module("bitsandbytes.backends.cuda.ops")
+    calls = Mock(side_effect=kernel_on_the_cpu)
+    monkeypatch.setitem(cuda.str2optimizer8bit_blockwise, "adam", [calls])
+    monkeypatch.setattr(
+        bitsandbytes.functional,
+        "optimizer_update_8bit_blockwise",
+        lambda *values, gnorm_scale, skip_zeros: cuda._optimizer_update_8bit_blockwise_impl(
+            *values, gnorm_scale, skip_zeros
+        ),
+    )
+    values: dict[str, Any] = {"betas": (0.8, 0.99), "weight_decay": 0.1, "eps": 1e-7}
+    peer, own = AdamW8bit(two_groups(), **values), QueuedAdamW8bit(two_groups(), **values)
+    eight_bit_steps(peer, range(9))
+    told = [call.args for call in calls.call_args_list]
+
+    direct = Mock(side_effect=kernel_on_the_cpu)
+    monkeypatch.setattr(eight_bits, "lib", SimpleNamespace(cadam_8bit_blockwise_grad_fp32=direct))
+    monkeypatch.setattr(eight_bits, "_may_be_direct", lambda parameter: True)
+    eight_bit_steps(own, range(4))
+    own.load_state_dict(own.state_dict())  # other memory
+    eight_bit_steps(own, range(4, 9))
+    assert_same_bits(own, peer)
+    assert len(direct.call_args_list) == len(told) == len(calls.call_args_list) == 20
+    for call, expected in zip(direct.call_args_list, told, strict=True):
+        for one, other in zip(call.args, expected, strict=True):
+            assert type(one) is type(other)
+            assert isinstance(one, ctypes.c_void_p) or one.value == other.value
+
+
+def test_only_the_version_of_bitsandbytes_that_is_known_has_its_kernel_called_directly() -> None:
+    # Both go on together, after a look at its `_optimizer_update_8bit_blockwise_impl`.
+    pinned = tomllib.loads((default_root() / "pyproject.toml").read_text(encoding="utf-8"))
+    assert f"bitsandbytes=={eight_bits._KERNEL_OF}" in pinned["project"]["dependencies"]
+    assert not eight_bits._may_be_direct(nn.Parameter(torch.zeros(1)))  # on a CPU there is none
 
 
 def test_a_run_has_the_bits_of_bitsandbytes_own_loop_also_from_its_saves(
