@@ -59,10 +59,10 @@ SHAPES = ((9,), (80, 70), (), (4095,), (1, 3, 5), (4096,), (33,), (64, 65, 2), (
 """Of fewer and of more numbers than 8-bit Adam keeps in 32 bits, and no multiples of its blocks."""
 
 
-def two_groups() -> list[dict[str, Any]]:
+def two_groups(device: str = "cpu") -> list[dict[str, Any]]:
     """The same each time."""
     torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    parameters = [nn.Parameter(torch.randn(shape, device=device)) for shape in SHAPES]
     return [{"params": parameters[:5]}, {"params": parameters[5:]}]
 
 
