@@ -7,8 +7,10 @@ is a row of its own. No rows without a GPU.
 
 With `--file`, each row is filed when it is there, and a run that fails is a row too. `--part`
 measures some of the runs and `--keep` leaves the model for the next command, so that all of them
-can be made in several short ones: `--part unet.batch1.plain` first, since the others of that batch
-are compared with it.
+can be made in several short ones, in this order: `--part unet.batch1.plain`, with which the others
+of that batch are compared; `--part unet.batch1.without_channels_last`, since on a GPU that layout,
+which is on by default, may cost more than it brings: each GroupNorm gives back the other one. These
+two take a minute and tell whether the rest should be measured so. Then the peer, and batch 4.
 
 One run of each side is one sample. With `--rounds 3` the parts `peer` measure both sides anew, in
 turn, and give the medians.
@@ -76,6 +78,7 @@ SETTINGS: dict[str, Any] = {
     "mixed_precision": "bf16",
     "optimizer": "adamw_8bit",
 }
+# The first one decides how the rest is measured, see above.
 MEASURES: dict[str, dict[str, Any]] = {
     "without channels_last": {"channels_last": False},
     "with compile": {"compile": True},
@@ -186,7 +189,7 @@ class _Comparison:
         self._numbers = itertools.count()
 
     def runs(self) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
-        for batch, text_encoder in itertools.product(self._scale.batches, (False, True)):
+        for text_encoder, batch in itertools.product((False, True), self._scale.batches):
             parts = "unet_text_encoder" if text_encoder else "unet"
             name = f"train_sd21_gpu.{parts}.batch{batch}"
             training = {
@@ -195,16 +198,14 @@ class _Comparison:
                 "train_batch_size": batch,
                 "train_text_encoder": text_encoder,
             }
+            layout, *others = (self._changed(name, training, measure) for measure in MEASURES)
             yield f"{name}.plain", partial(self._plain, name, training)
+            if not text_encoder:
+                yield layout
             yield f"{name}.peer", partial(self._peer, name, training)
             if text_encoder:
                 continue
-            for measure, changed in MEASURES.items():
-                words = re.sub(r"[^a-z0-9]+", "_", measure.lower())
-                yield (
-                    f"{name}.{words}",
-                    partial(self._measure, name, f"{name}.{words}", {**training, **changed}),
-                )
+            yield from others
             words = "with_bitsandbytes_own_adam_step"
             waits = partial(self._measure, name, f"{name}.{words}", training, adam_waits=True)
             yield f"{name}.{words}", waits
@@ -213,6 +214,13 @@ class _Comparison:
                 ("captions_at_each_step", _text_encoder_seconds),
             ):
                 yield f"{name}.{words}", partial(self._saved, f"{name}.{words}", seconds, batch)
+
+    def _changed(
+        self, plain: str, training: dict[str, Any], measure: str
+    ) -> tuple[str, Callable[[], Iterator[Row]]]:
+        """The run of one of the measures, and its name."""
+        name = f"{plain}.{re.sub(r'[^a-z0-9]+', '_', measure.lower())}"
+        return name, partial(self._measure, plain, name, {**training, **MEASURES[measure]})
 
     def _ours(self, training: dict[str, Any], *, adam_waits: bool = False) -> Figures:
         work = self._folder / f"ours-{next(self._numbers)}"

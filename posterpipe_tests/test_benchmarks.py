@@ -278,6 +278,17 @@ def test_operations_that_cannot_be_counted_take_no_speed_away(
     assert [row.name for row in found if row.ours is None] == ["train_sd21_gpu.unet.batch2.rate"]
 
 
+def test_the_runs_that_decide_how_the_rest_is_measured_come_first(tmp_path: Path) -> None:
+    scale = train_sd21_gpu.FULL
+    comparison = train_sd21_gpu._Comparison(tmp_path, tmp_path, tmp_path, scale, 1, {})
+    runs = [name.removeprefix("train_sd21_gpu.").split(".", 2) for name, _ in comparison.runs()]
+    measures = ["plain", "without_channels_last", "peer"]
+    assert runs[:3] == [["unet", "batch1", measure] for measure in measures]
+    models = ["unet", "unet_text_encoder"]
+    plain = [[model, batch] for model, batch, measure in runs if measure == "plain"]
+    assert plain == [[model, batch] for model in models for batch in ("batch1", "batch4")]
+
+
 def test_in_rounds_both_sides_are_measured_in_turn_and_compile_is_held_against_the_peer_as_well(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -300,7 +311,8 @@ def test_in_rounds_both_sides_are_measured_in_turn_and_compile_is_held_against_t
         monkeypatch.setattr(train_sd21_gpu, name, lambda *_: 0.002)
     found = train_sd21_gpu.run(rehearse=True, part="unet.batch2", rounds=3)
     rows = {row.name.removeprefix("train_sd21_gpu.unet.batch2"): row for row in found}
-    assert turns[:7] == ["ours", *3 * ["ours", "peer"]]
+    # The plain run, the one without channels_last, three rounds.
+    assert turns[:8] == ["ours", "ours", *3 * ["ours", "peer"]]
     compared, compiled = rows[""], rows[".with_compile.to_peer"]
     assert (compared.ours, compared.peer, compared.ratio) == (6.0, 3.0, 2.0)
     assert "medians of 3 in turn" in compared.peer_name and "at least 1.5" in compared.required
