@@ -392,6 +392,13 @@ class TrainingSettings(Group):
         unit="",
         source="our choice; the thesis and the profile sd21 have fp16",
     )
+    tf32: bool = knob(
+        False,
+        "fp32 of linear layers and attention as TF32, which convolutions are anyway: GPUs from "
+        "Ampere on multiply its ten bits several times as fast",
+        unit="",
+        source="diffusers' train_dreambooth.py, where it is allow_tf32",
+    )
     gradient_checkpointing: bool = knob(
         False,
         "computes activations twice instead of keeping them: less memory, slower",

@@ -22,8 +22,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from bitsandbytes.cextension import lib
 from bitsandbytes.optim import AdamW8bit
+from diffusers.models import AutoencoderKL
 from torch import Tensor
+from transformers import CLIPTextModel
 
+from posterpipe.core.dreambooth import checkpoint, objective
 from posterpipe.core.dreambooth.base_model import load_vae
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.data import load_pixels
@@ -339,13 +342,47 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_and_the_losses_stay(
 
 
 @on_devices()
+def test_in_tf32_steps_are_nearly_the_same_and_what_is_computed_once_is_whole(
+    world: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"method": "lora", "train_text_encoder": False}
+    whole = train(changed(world, "whole", **settings))
+    seen: dict[str, set[bool]] = {}
+
+    def watch(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def watched(*arguments: Any, **values: Any) -> Any:
+            seen.setdefault(name, set()).add(torch.backends.cuda.matmul.allow_tf32)
+            return function(*arguments, **values)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(AutoencoderKL, "encode")
+    watch(CLIPTextModel, "forward")
+    watch(objective, "squared_errors")
+    watch(checkpoint, "lora_deltas")
+    config = changed(world, "tf32", **settings, tf32=True)
+    result = train(config.model_copy(update={"cache_dir": config.work_dir / "cache"}))
+    assert_learnt(config, result)
+    assert losses(result) == pytest.approx(losses(whole), rel=0.02 if HAS_GPU else 1e-6)
+    assert seen.pop("squared_errors") == {True}
+    assert seen == {"encode": {False}, "forward": {False}, "lora_deltas": {False}}
+
+
+@on_devices()
 def test_a_latent_is_computed_in_whole_fp32(world: RunConfig, device: str) -> None:
     vae = load_vae(world.base_model)
     path = min(world.training_set.glob("*.png"))
     pixels = load_pixels(path, world.size)
     expected = encode(vae, pixels)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        latent = encode(vae.to(device), pixels)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
     # TF32 would differ in the third digit.
-    for name, value in encode(vae.to(device), pixels).items():
+    for name, value in latent.items():
         torch.testing.assert_close(value.cpu(), expected[name], atol=1e-4, rtol=1e-4)
 
 

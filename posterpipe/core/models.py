@@ -334,6 +334,25 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     return contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def whole_fp32() -> Iterator[None]:
+    """While inside, fp32 on a GPU is what it is called, and convolutions are the same each time.
+
+    From Ampere on, cuDNN takes TF32 of ten bits for it unless it is told otherwise, and so does the
+    rest where the setting `tf32` asks for it.
+    """
+    import torch
+
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32
+    cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, True, False
+    matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32 = before
+
+
 def give_memory_back(freed: weakref.ref[Any] | None = None) -> None:
     """Returns to the system what models took that are no longer needed.
 

@@ -26,6 +26,9 @@ WATCHING = frozenset(
 )
 """Settings that change what a run says and keeps, but no weight."""
 
+# Younger than the first checkpoints, whose names stay as they were where these are off.
+_LATER = frozenset({"tf32"})
+
 
 def deciding(training: TrainingSettings) -> dict[str, Any]:
     """The settings that may decide a weight, as JSON values.
@@ -35,7 +38,9 @@ def deciding(training: TrainingSettings) -> dict[str, Any]:
     """
     fields = TrainingSettings.model_fields
     unused = {name: fields[name].default for name in idle(training)}
-    return training.model_copy(update=unused).model_dump(mode="json", exclude=set(WATCHING))
+    in_use = training.model_copy(update=unused)
+    off = {name for name in _LATER if getattr(in_use, name) == fields[name].default}
+    return in_use.model_dump(mode="json", exclude=set(WATCHING) | off)
 
 
 def idle(training: TrainingSettings) -> dict[str, str]:
@@ -60,6 +65,8 @@ def idle(training: TrainingSettings) -> dict[str, str]:
             "lora_targets",
             "lora_text_encoder_targets",
         )
+    if training.mixed_precision != "fp32":
+        without("mixed_precision = fp32", "tf32")
     if training.lr_scheduler == "constant":
         without("another lr_scheduler than constant", "lr_warmup_steps")
     if not training.caption_shuffling:

@@ -6,7 +6,6 @@ What belongs here: encoding, the key of an image's latent. What does not: files 
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from posterpipe.core.dreambooth.cache import Tensors, cached_tensors, key_of
 from posterpipe.core.dreambooth.config import hash_files
 from posterpipe.core.dreambooth.data import Example, check_size, load_pixels
 from posterpipe.core.files import sha256_of
+from posterpipe.core.models import whole_fp32
 
 _LATENTS_VERSION = 3
 """Raised when the same image would give another latent; part of every key."""
@@ -96,20 +96,7 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensors:
     One alone: how a batch is made up shows in the last digits, and a run that was killed here goes
     on with the images that are left. On one core, batches of 16 small posters take a fifth less.
     """
-    with _whole_fp32():
+    with whole_fp32():
         latent = vae.encode(pixels[None].to(vae.device)).latent_dist
     scale = vae.config["scaling_factor"]
     return {"mean": (latent.mean * scale)[0].cpu(), "std": (latent.std * scale)[0].cpu()}
-
-
-@contextlib.contextmanager
-def _whole_fp32() -> Iterator[None]:
-    """While inside, convolutions on a GPU are fp32 as it is called, and the same each time. From
-    Ampere on, cuDNN takes TF32 of ten bits for it unless it is told otherwise."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
-    cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, True, False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before

@@ -73,6 +73,8 @@ class Learner:
         # Has an effect on GPUs only: where all images have one size, the quickest convolution is
         # looked for once. It is looked for again with each new shape, and its trials need memory.
         torch.backends.cudnn.benchmark = not config.buckets
+        # On GPUs too; cuDNN's convolutions are TF32 unless they are told not to be.
+        torch.backends.cuda.matmul.allow_tf32 = settings.tf32 and self._dtype == torch.float32
         for model in self.models.values():
             model.to(device).train()
         if settings.gradient_checkpointing:
@@ -275,7 +277,9 @@ class Learner:
                 parameter.copy_(tensors[key])
 
     def finish(self) -> None:
-        """Leaves the weights as the finished model has them."""
+        """Leaves the weights as the finished model has them, and what is still to be computed of
+        them whole: LoRA is merged once."""
+        torch.backends.cuda.matmul.allow_tf32 = False
         if self._average is not None:
             self._average.copy_to_parameters()
 

@@ -19,6 +19,7 @@ from posterpipe.core.dreambooth.base_model import load_tokenizer
 from posterpipe.core.dreambooth.batches import to_device
 from posterpipe.core.dreambooth.cache import Tensors, cached_tensors, key_of
 from posterpipe.core.dreambooth.config import hash_files
+from posterpipe.core.models import whole_fp32
 
 _EMBEDDINGS_VERSION = 1
 """Raised when the same text would give other hidden states; part of every key."""
@@ -133,7 +134,7 @@ class FrozenTexts:
         if self._encoder is None:
             self._encoder = self._load()
         self._encoder.eval()
-        with torch.autocast(self._device.type, enabled=False):
+        with whole_fp32(), torch.autocast(self._device.type, enabled=False):
             state = self._encoder(self._tokens_of([text]).to(self._device))[0][0]
         return state.to(self._dtype).cpu()
 

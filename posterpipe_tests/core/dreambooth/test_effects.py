@@ -31,6 +31,7 @@ IDLE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"class_prompt": "a cat"}),
     ({}, {"early_stop_min_gain": 0.1}),
     ({}, {"sample_prompts": ("a cat",)}),
+    ({"mixed_precision": "bf16"}, {"tf32": True}),
 ]
 
 IN_USE: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -43,6 +44,7 @@ IN_USE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"caption_shuffling": True}, {"caption_separator": ";"}),
     ({"prior_preservation": True}, {"class_prompt": "a cat"}),
     ({"early_stop_patience": 3}, {"early_stop_min_gain": 0.1}),
+    ({"mixed_precision": "fp32"}, {"tf32": True}),
 ]
 
 

@@ -114,16 +114,21 @@ def test_latents_of_another_kind_of_device_or_torch_are_not_taken(
 
 
 def test_encoding_is_whole_fp32_and_repeatable_and_training_as_it_was(base_model: Path) -> None:
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32, cudnn.deterministic
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+
+    def flags() -> tuple[bool, bool, bool]:
+        return cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic
+
     inside = []
     vae = load_vae(base_model)
-    vae.encoder.conv_in.register_forward_hook(
-        lambda *_: inside.append((cudnn.allow_tf32, cudnn.deterministic))
-    )
-    encode(vae, torch.zeros(3, 48, 32))
-    assert inside == [(False, True)]
-    assert (cudnn.allow_tf32, cudnn.deterministic) == before == (True, False)
+    vae.encoder.conv_in.register_forward_hook(lambda *_: inside.append(flags()))
+    matmul.allow_tf32 = True
+    try:
+        encode(vae, torch.zeros(3, 48, 32))
+        assert inside == [(False, False, True)]
+        assert flags() == (True, True, False)
+    finally:
+        matmul.allow_tf32 = False
 
 
 def test_another_vae_has_other_latents(copied: Path, base_model: Path, tmp_path: Path) -> None:
