@@ -82,6 +82,7 @@ SETTINGS: dict[str, Any] = {
 MEASURES: dict[str, dict[str, Any]] = {
     "without channels_last": {"channels_last": False},
     "with compile": {"compile": True},
+    "with compiled blocks": {"compile": True, "compile_blocks": True},
     "with fused AdamW in place of 8-bit": {"optimizer": "adamw_fused"},
     "with plain AdamW in place of 8-bit": {"optimizer": "adamw"},
     "with a sync each step": {"log_every_steps": 1},

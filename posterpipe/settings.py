@@ -417,6 +417,13 @@ class TrainingSettings(Group):
         unit="",
         source=_NOT_IN_THESIS,
     )
+    compile_blocks: bool = knob(
+        False,
+        "compiles the U-Net's transformer blocks alone, those of one width once: less time at the "
+        "start, and less gained at each step",
+        unit="",
+        source=_NOT_IN_THESIS,
+    )
     halve_batch_on_out_of_memory: bool = knob(
         False,
         "halves the batch and doubles the accumulation where memory runs out, instead of ending "

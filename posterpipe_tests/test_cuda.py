@@ -236,13 +236,14 @@ def test_eight_bit_adam_has_the_bits_of_bitsandbytes_own_loop(device: str) -> No
 
 
 @on_devices(compiles=True)
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_compiled_with_a_moving_average_the_losses_are_those_of_the_plain_model(
-    world: RunConfig, method: str
+    world: RunConfig, method: str, blocks: bool
 ) -> None:
     settings = {"method": method, "ema_decay": 0.9, "max_train_steps": 3}
     plain = train(changed(world, "plain", **settings))
-    config = changed(world, "compiled", **settings, compile=True)
+    config = changed(world, "compiled", **settings, compile=True, compile_blocks=blocks)
     result = train(config)
     assert_learnt(config, result)
     assert losses(result) == pytest.approx(losses(plain), rel=0.02 if HAS_GPU else 1e-3)

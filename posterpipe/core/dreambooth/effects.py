@@ -27,7 +27,7 @@ WATCHING = frozenset(
 """Settings that change what a run says and keeps, but no weight."""
 
 # Younger than the first checkpoints, whose names stay as they were where these are off.
-_LATER = frozenset({"tf32"})
+_LATER = frozenset({"tf32", "compile_blocks"})
 
 
 def deciding(training: TrainingSettings) -> dict[str, Any]:
@@ -67,6 +67,8 @@ def idle(training: TrainingSettings) -> dict[str, str]:
         )
     if training.mixed_precision != "fp32":
         without("mixed_precision = fp32", "tf32")
+    if not training.compile:
+        without("compile", "compile_blocks")
     if training.lr_scheduler == "constant":
         without("another lr_scheduler than constant", "lr_warmup_steps")
     if not training.caption_shuffling:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
 from posterpipe.core.dreambooth import objective
@@ -92,7 +93,11 @@ class Learner:
         if settings.compile:
             # On a CPU a run that goes on ends with the same bits, so what is compiled for a shape
             # must not depend on the shapes before it; on a GPU, where each takes minutes, it may.
-            self._predict = compiled(self._copies[0], each_shape=device.type == "cpu")
+            each_shape = device.type == "cpu"
+            if settings.compile_blocks:
+                compile_blocks(unet, each_shape=each_shape)
+            else:
+                self._predict = compiled(self._copies[0], each_shape=each_shape)
 
         # ---- what moves them
         self.named = {
@@ -216,7 +221,7 @@ class Learner:
         for model in self.models.values():
             model.eval()
         try:
-            with torch.no_grad(), self._averaged():
+            with torch.no_grad(), self._averaged(), self._as_written():
                 yield
         finally:
             for model in self.models.values():
@@ -233,6 +238,12 @@ class Learner:
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         return self._average.applied() if self._average else contextlib.nullcontext()
+
+    def _as_written(self) -> contextlib.AbstractContextManager[Any]:
+        """While inside, blocks that are compiled in their place run as if they were not: else they
+        would be compiled anew for what is only looked at."""
+        in_place = self.settings.compile and self.settings.compile_blocks
+        return torch.compiler.set_stance("force_eager") if in_place else contextlib.nullcontext()
 
     # -- saving -----------------------------------------------------------------------------------
 
@@ -292,10 +303,21 @@ def compiled(model: Callable[..., Any], *, each_shape: bool) -> Callable[..., An
     """
     if not each_shape:
         return torch.compile(model)
-    # The limits are those of the whole process. Beyond them torch would compile no more.
+    _lift_compile_limits()
+    return torch.compile(model, dynamic=False)
+
+
+def compile_blocks(unet: UNet2DConditionModel, *, each_shape: bool) -> None:
+    """Has the U-Net's transformer blocks compiled in their place when they are first called; one
+    serves all others of its width. each_shape: as in `compiled`."""
+    _lift_compile_limits()  # else the last widths would run as they are
+    unet.compile_repeated_blocks(dynamic=False if each_shape else None)
+
+
+def _lift_compile_limits() -> None:
+    """They are those of the whole process, and beyond them torch would compile no more."""
     torch._dynamo.config.recompile_limit = sys.maxsize
     torch._dynamo.config.accumulated_recompile_limit = sys.maxsize
-    return torch.compile(model, dynamic=False)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ IDLE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"early_stop_min_gain": 0.1}),
     ({}, {"sample_prompts": ("a cat",)}),
     ({"mixed_precision": "bf16"}, {"tf32": True}),
+    ({}, {"compile_blocks": True}),
 ]
 
 IN_USE: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -45,6 +46,7 @@ IN_USE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"prior_preservation": True}, {"class_prompt": "a cat"}),
     ({"early_stop_patience": 3}, {"early_stop_min_gain": 0.1}),
     ({"mixed_precision": "fp32"}, {"tf32": True}),
+    ({"compile": True}, {"compile_blocks": True}),
 ]
 
 
