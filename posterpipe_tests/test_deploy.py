@@ -47,11 +47,21 @@ def unit(name: str) -> configparser.SectionProxy:
     return parsed["Service"]
 
 
+def _with_variables(line: str) -> str:
+    """A line with the values that the environment file proposes, as systemd puts them in."""
+    proposed = (FOLDER / "posterpipe.env").read_text("utf-8")
+    return re.sub(
+        r"\$(\w+)",
+        lambda match: shlex.split(re.search(rf"^#?{match[1]}=(.*)$", proposed, re.M)[1])[0],  # type: ignore[index]
+        line,
+    )
+
+
 def started(name: str) -> tuple[str, dict[str, Any]]:
     """The program that a unit starts, and its options as the program reads them."""
     line = unit(name)["ExecStart"]
     assert line.startswith(INSTALLED)
-    program, *words = shlex.split(line.removeprefix(INSTALLED))
+    program, *words = shlex.split(_with_variables(line.removeprefix(INSTALLED)))
     command = COMMANDS[program]
     while isinstance(command, click.Group):
         command = command.commands[words.pop(0)]

@@ -35,7 +35,7 @@ from posterpipe_tests.report_world import published_world
 ROOT = default_root()
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 LARGEST_PICTURE = 400_000
-LANGUAGES = ("sh", "python", "sql", "toml", "yaml", "csv", "mermaid", "")
+LANGUAGES = ("sh", "python", "sql", "toml", "yaml", "csv", "mermaid", "nginx", "")
 
 PROGRAMS = {
     "cp", "mv", "cd", "curl", "duckdb", "git", "rm", "pip", "accelerate", "docker", "psql",

@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 
 from posterpipe.core.backup import ELSEWHERE, WHOLE, BackupError, back_up
+from posterpipe.core.publication import publish_scores
 from posterpipe.core.store import Store, unchanged
-from posterpipe.core.warehouse import Warehouse, insert, publish
+from posterpipe.core.warehouse import Warehouse, insert
 from posterpipe_tests.core.test_warehouse import score
 
 
@@ -45,7 +46,7 @@ class Checkout:
         with self.warehouse.write() as connection:
             insert(connection, "fct_score", pd.DataFrame([score("1" * 64, 0.25)]))
         (self.store.root / "public").mkdir()
-        publish(self.warehouse.path, self.store.root / "public" / "scores.duckdb")
+        publish_scores(self.warehouse.path, self.store.root / "public", run_id="a run")
         self.home.mkdir()
         (self.home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
 
