@@ -172,6 +172,11 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         self._in_order.forget_gradients()
 
+    @property
+    def leaves_out_overflows(self) -> bool:
+        """Whether a step that overflows moves no weight: in fp16, where it happens now and then."""
+        return self._scaler.is_enabled()
+
     def make_step(self, step: int, rates: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Moves the weights. The gradients' norm before clipping, and whether it may be used;
         both () on the device, since reading them would make it wait."""
@@ -186,9 +191,8 @@ class Learner:
         if self._average is not None:
             self._average.update(step)
         finite = torch.isfinite(norm)
-        if self._scaler.is_enabled():
-            # Gradients overflow now and then; the scaler leaves such a step out. When it does so
-            # too often is for `skipped_steps` to tell.
+        if self.leaves_out_overflows:
+            # When it does so too often is for `skipped_steps` to tell.
             self._skipped += ~finite
             self._skipped_in_a_row = (self._skipped_in_a_row + 1) * ~finite
             finite = torch.ones_like(finite)

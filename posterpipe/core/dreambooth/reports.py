@@ -27,20 +27,21 @@ _REMEMBERED_EACH_STEP = 0.98
 class StepReport:
     """Where a run stands after `step` of `total` optimizer steps.
 
-    loss: mean over the steps since the report before. smoothed_loss: moving average over about 50
-    steps. holdout_loss: as last measured, None before. lr, text_encoder_lr: learning rates in this
-    step; None for a text encoder that is not trained. grad_norm: of this step's gradients before
-    they are clipped; None where they overflowed and fp16's scaler left the step out.
-    seconds_left: at the mean speed of this process's steps after its first, which is slower; None
-    before there are any. memory_gib: peak of the accelerator's memory, of the
-    process's on CPU. skipped_steps: how many of the steps so far fp16's scaler left out because
-    gradients overflowed.
+    loss: mean over the steps since the report before, without those that overflowed in fp16, which
+    its scaler leaves out; None where all did. smoothed_loss: moving average over about 50 steps,
+    None before the first that counts. holdout_loss: as last measured, None before. lr,
+    text_encoder_lr: learning rates in this step; None for a text encoder that is not trained.
+    grad_norm: of this step's gradients before they are clipped; None where they overflowed and
+    fp16's scaler left the step out. seconds_left: at the mean speed of this process's steps after
+    its first, which is slower; None before there are any. memory_gib: peak of the accelerator's
+    memory, of the process's on CPU. skipped_steps: how many of the steps so far fp16's scaler left
+    out because gradients overflowed.
     """
 
     step: int
     total: int
-    loss: float
-    smoothed_loss: float
+    loss: float | None
+    smoothed_loss: float | None
     holdout_loss: float | None
     lr: float
     text_encoder_lr: float | None
@@ -57,7 +58,9 @@ class StepReport:
 
     def numbers(self) -> dict[str, float | str]:
         """What is shown beside a bar, which counts steps and time itself."""
-        numbers: dict[str, float | str] = {"loss": self.smoothed_loss}
+        numbers: dict[str, float | str] = {}
+        if self.smoothed_loss is not None:
+            numbers["loss"] = self.smoothed_loss
         if self.holdout_loss is not None:
             numbers["held-out"] = self.holdout_loss
         text_rate = "off" if self.text_encoder_lr is None else self.text_encoder_lr
@@ -76,9 +79,13 @@ class StepReport:
         if self.seconds_left is not None and self.step < self.total:
             left = f", about {duration(self.seconds_left)} left"
         skipped = f", {self.skipped_steps} steps left out" if self.skipped_steps else ""
+        loss, smoothed = (
+            "no number" if value is None else f"{value:.4f}"
+            for value in (self.loss, self.smoothed_loss)
+        )
         return (
-            f"step {self.step} of {self.total}: loss {self.loss:.4f}, smoothed "
-            f"{self.smoothed_loss:.4f}{holdout}, learning rate {self.lr:.2e}{text}, {speed}{left}, "
+            f"step {self.step} of {self.total}: loss {loss}, smoothed "
+            f"{smoothed}{holdout}, learning rate {self.lr:.2e}{text}, {speed}{left}, "
             f"{self.memory_gib:.1f} GiB{skipped}"
         )
 
@@ -130,8 +137,11 @@ class SmoothedLoss:
     total: float = 0.0
     weight: float = 0.0
 
-    def add(self, loss: float, steps: int) -> float:
-        """Takes the mean loss of `steps` steps in; returns the average."""
+    def add(self, loss: float | None, steps: float) -> float | None:
+        """Takes the mean loss of `steps` steps in, None for 0; returns the average, None where no
+        step was taken in yet."""
+        if loss is None:
+            return self.total / self.weight if self.weight else None
         keep = _REMEMBERED_EACH_STEP**steps
         self.total = keep * self.total + (1 - keep) * loss
         self.weight = keep * self.weight + (1 - keep)
@@ -140,16 +150,19 @@ class SmoothedLoss:
 
 @dataclass
 class Journal:
-    """Everything a run has seen so far; it goes into each save. `seconds` of training, over all
-    processes; `loss_sum` and `loss_steps` since the last report; `ended_by`: why no more steps are
-    made, "" while there are."""
+    """Everything a run has seen so far; it goes into each save.
+
+    `seconds` of training, over all processes; `loss_sum` since the last report, over `loss_steps`
+    whose loss is a number, both means over the processes; `ended_by`: why no more steps are made,
+    "" while there are.
+    """
 
     seconds: float = 0.0
     reports: list[StepReport] = field(default_factory=list)
     holdout: list[HoldoutLoss] = field(default_factory=list)
     smoothed: SmoothedLoss = field(default_factory=SmoothedLoss)
     loss_sum: float = 0.0
-    loss_steps: int = 0
+    loss_steps: float = 0
     ended_by: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -210,8 +223,9 @@ def draw_curves(path: Path, journal: Journal) -> None:
     FigureCanvasAgg(figure)
     loss = figure.subplots()
     steps = [r.step for r in journal.reports]
-    loss.plot(steps, [r.loss for r in journal.reports], color="#9db4d3", lw=1, label="loss")
-    smoothed = [r.smoothed_loss for r in journal.reports]
+    losses = [math.nan if r.loss is None else r.loss for r in journal.reports]
+    loss.plot(steps, losses, color="#9db4d3", lw=1, label="loss")
+    smoothed = [math.nan if r.smoothed_loss is None else r.smoothed_loss for r in journal.reports]
     loss.plot(steps, smoothed, color="#1f4e8c", lw=2, label="loss, smoothed")
     if journal.holdout:
         loss.plot(

@@ -242,6 +242,7 @@ def _train(
     # ---- loop ---------------------------------------------------------------------------------
     # On the device: reading a loss at every step would make it wait.
     loss_sum = torch.tensor(journal.loss_sum, device=device)
+    loss_steps = torch.tensor(float(journal.loss_steps), device=device)
     first_bad_step = torch.tensor(math.inf, device=device)
     split = 1  # parts in which each batch goes through the models; more where memory ran out
     seconds_before = journal.seconds
@@ -257,38 +258,26 @@ def _train(
             if journal.ended_by:
                 break
             torch.manual_seed(step_seed(settings.seed, step, accelerator.process_index))
-            while True:
-                batches = _batches(inputs.feed, accelerator, settings, step, split)
-                try:
-                    loss = learner.add_gradients(step, batches)
-                    break
-                except TrainingError as error:
-                    if not asked_to_stop():
-                        raise
-                    # Ctrl-C ends the compiler as well, which then is not what is wrong.
-                    last = _last_save(save_folder, run)
-                    raise TrainingStopped(
-                        f"asked to stop while the models were compiled for step {step + 1}: "
-                        f"{last}; start the same run again and it goes on from there"
-                    ) from error
-                except (RuntimeError, MemoryError) as error:
-                    split *= _further_split(error, settings, accelerator, split)
-                # Outside the handler, where nothing holds the memory of the failed try any more.
-                learner.forget_gradients()
-                give_memory_back()
-                log(
-                    f"out of memory at step {step + 1}: goes on with "
-                    f"{settings.train_batch_size // split} images at once, accumulated "
-                    f"{split * settings.gradient_accumulation_steps} times"
-                )
+            try:
+                loss, split = _add_gradients(learner, inputs.feed, accelerator, step, split, log)
+            except TrainingError as error:
+                if not asked_to_stop():
+                    raise
+                # Ctrl-C ends the compiler as well, which then is not what is wrong.
+                last = _last_save(save_folder, run)
+                raise TrainingStopped(
+                    f"asked to stop while the models were compiled for step {step + 1}: "
+                    f"{last}; start the same run again and it goes on from there"
+                ) from error
             rates = [_rate(settings, step, peak) for peak in learner.peak_rates]
             norm, norm_is_good = learner.make_step(step, rates)
 
             done = step + 1
-            good = torch.isfinite(loss) & norm_is_good
+            is_number = torch.isfinite(loss)
+            good = norm_is_good & (is_number | learner.leaves_out_overflows)
             first_bad_step = torch.where(good, first_bad_step, first_bad_step.clamp(max=done))
-            loss_sum += loss
-            journal.loss_steps += 1
+            loss_sum += torch.where(is_number, loss, 0.0)
+            loss_steps += is_number
             journal.seconds = seconds_before + time.perf_counter() - started
 
             # ---- what is due after this step: processes have to agree on it
@@ -308,14 +297,15 @@ def _train(
             if reports or saves:
                 # Of all processes: each goes on from it where the run is taken up again.
                 journal.loss_sum = float(accelerator.reduce(loss_sum.clone(), "mean"))
-                mean_loss = journal.loss_sum / journal.loss_steps
+                journal.loss_steps = float(accelerator.reduce(loss_steps.clone(), "mean"))
+                mean_loss = journal.loss_sum / journal.loss_steps if journal.loss_steps else None
                 bad_step = float(accelerator.gather(first_bad_step).min())
                 skipped, in_a_row = learner.skipped_steps()
                 stuck = in_a_row >= _SKIPPED_IN_A_ROW_AT_MOST or learner.scale() < 1
                 if math.isfinite(bad_step):
                     what = f"the loss or its gradient is no number at step {int(bad_step)}"
                     raise _diverged(settings, what, save_folder, run)
-                if stuck:
+                if stuck or (ends and mean_loss is None and not journal.smoothed.weight):
                     what = (
                         f"fp16 overflows: {skipped} of the first {done} steps were left out, the "
                         f"last {in_a_row} in a row, and nothing is learnt any more"
@@ -346,7 +336,8 @@ def _train(
                 journal.reports.append(row)
                 reported_at, reported_step = now, done
                 loss_sum.zero_()
-                journal.loss_sum, journal.loss_steps = 0.0, 0
+                loss_steps.zero_()
+                journal.loss_sum, journal.loss_steps = 0.0, 0.0
                 if main:
                     report(row)
             if stop and not ends:
@@ -361,38 +352,50 @@ def _train(
             if step == first_step:  # in which models were compiled and convolutions tried
                 settled = time.perf_counter()
 
-    # ---- the finished model -------------------------------------------------------------------
     if main:
-        made = steps = journal.reports[-1].step
-        lost = None
-        learner.finish()
-        if settings.early_stop_patience is not None:
-            best = _best_save(journal, lowest_folder, run, log)
-            if best is not None:
-                learner.restore_weights(best)
-                steps = best.step
-            at = _lowest_step(journal)
-            if at is None:
-                log(f"the finished model has the weights of the last step, {made}")
-            elif steps != at:
-                lost = at
-                log(
-                    f"the weights of step {lost}, where the held-out loss was lowest, are lost; "
-                    f"the finished model has those of step {steps} of {made}"
-                )
         with writing("the finished model", config.output_dir):
-            write_checkpoint(
-                config,
-                versions,
-                run,
-                trained=learner.models,
-                journal=journal,
-                steps=steps,
-                lost=lost,
-                processes=accelerator.num_processes,
-            )
+            _finish(config, versions, run, accelerator.num_processes, learner, journal, log)
         _remove_saves(config, run)
     return first_step
+
+
+def _finish(
+    config: RunConfig,
+    versions: Versions,
+    run: str,
+    processes: int,
+    learner: Learner,
+    journal: Journal,
+    log: Callable[[str], None],
+) -> None:
+    """Writes the finished model: the last weights, or with early stopping the best of them."""
+    made = steps = journal.reports[-1].step
+    lost = None
+    learner.finish()
+    if config.training.early_stop_patience is not None:
+        best = _best_save(journal, config.work_dir / _LOWEST / run, run, log)
+        if best is not None:
+            learner.restore_weights(best)
+            steps = best.step
+        at = _lowest_step(journal)
+        if at is None:
+            log(f"the finished model has the weights of the last step, {made}")
+        elif steps != at:
+            lost = at
+            log(
+                f"the weights of step {lost}, where the held-out loss was lowest, are lost; "
+                f"the finished model has those of step {steps} of {made}"
+            )
+    write_checkpoint(
+        config,
+        versions,
+        run,
+        trained=learner.models,
+        journal=journal,
+        steps=steps,
+        lost=lost,
+        processes=processes,
+    )
 
 
 def _remove_saves(config: RunConfig, run: str) -> None:
@@ -421,6 +424,35 @@ def _batches(
             parts=parts,
         )
     ]
+
+
+def _add_gradients(
+    learner: Learner,
+    feed: Feed,
+    accelerator: Accelerator,
+    step: int,
+    split: int,
+    log: Callable[[str], None],
+) -> tuple[Tensor, int]:
+    """Adds up the gradients of one step; its loss, and in how many parts each batch went through.
+
+    These are more than `split` where memory ran out and may be had that way.
+    """
+    settings = learner.settings
+    while True:
+        batches = _batches(feed, accelerator, settings, step, split)
+        try:
+            return learner.add_gradients(step, batches), split
+        except (RuntimeError, MemoryError) as error:
+            split *= _further_split(error, settings, accelerator, split)
+        # Outside the handler, where nothing holds the memory of the failed try any more.
+        learner.forget_gradients()
+        give_memory_back()
+        log(
+            f"out of memory at step {step + 1}: goes on with "
+            f"{settings.train_batch_size // split} images at once, accumulated "
+            f"{split * settings.gradient_accumulation_steps} times"
+        )
 
 
 def _rate(settings: TrainingSettings, step: int, peak: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -86,7 +86,9 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def losses(result: TrainResult) -> list[float]:
-    return [report.loss for report in result.reports]
+    found = [report.loss for report in result.reports]
+    assert None not in found
+    return cast(list[float], found)
 
 
 def interrupt_at(step: int) -> Callable[[StepReport], None]:

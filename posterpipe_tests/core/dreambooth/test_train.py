@@ -829,6 +829,32 @@ def test_fp16_whose_gradients_always_overflow_ends_the_run_and_names_a_precision
     assert not config.output_dir.exists()
 
 
+def test_fp16_leaves_out_a_step_whose_loss_overflows_and_goes_on(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(
+        mixed_precision="fp16", max_train_steps=4, log_every_steps=1, train_text_encoder=False
+    )
+    real = objective.squared_errors
+    calls = 0
+
+    def overflowing(prediction: Tensor, wanted: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return real(prediction, wanted) * (math.inf if calls == 3 else 1.0)
+
+    monkeypatch.setattr(objective, "squared_errors", overflowing)
+    result = train(config)
+    assert [report.loss is None for report in result.reports] == [False, False, True, False]
+    assert [report.grad_norm is None for report in result.reports] == [False, False, True, False]
+    assert [report.skipped_steps for report in result.reports] == [0, 0, 1, 1]
+    assert result.reports[2].smoothed_loss == result.reports[1].smoothed_loss
+    assert "loss no number" in str(result.reports[2])
+    table = pyarrow.parquet.read_table(result.metrics).to_pylist()
+    assert [row["loss"] is None for row in table] == [False, False, True, False]
+    assert math.isfinite(result.final_loss)
+
+
 def test_the_moving_average_is_that_of_the_weights_after_each_step(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
