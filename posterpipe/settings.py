@@ -483,7 +483,11 @@ class TrainingSettings(Group):
         10, "between two reports of the loss", unit="optimizer steps", source=_OWN
     )
     save_every_steps: Positive = knob(
-        100, "between two saves to go on from", unit="optimizer steps", source=_OWN
+        100,
+        "between two saves to go on from; more where one takes over 2 seconds, since the next then "
+        "waits for 20 times that long, so that saving takes at most 5 % of the time",
+        unit="optimizer steps",
+        source=_OWN,
     )
     keep_saves: Positive = knob(
         2, "how many saves of a run in progress are kept on disk", unit="saves", source=_OWN

@@ -20,7 +20,7 @@ Read `train` from top to bottom; it leans on small modules:
 - `schedule`: the learning rate, a pure function.
 - `optimizers`, `eight_bits`, `lora`: what moves the weights, and which.
 - `holdout`, `samples`: watching the model while it learns.
-- `saves`: crash-safe saves from which a run goes on exactly.
+- `saves`: crash-safe saves from which a run goes on exactly; `pace`: how often.
 - `guards`, `memory`: the lock, the signal to stop, memory that runs out.
 - `reports`: what a run says while it works, and its curves.
 - `checkpoint`, `card`: the finished diffusers directory, and its description.

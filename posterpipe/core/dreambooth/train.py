@@ -42,6 +42,7 @@ from posterpipe.core.dreambooth.holdout import holdout_loss, lowest, stopped_fal
 from posterpipe.core.dreambooth.inputs import read_inputs
 from posterpipe.core.dreambooth.learner import Learner
 from posterpipe.core.dreambooth.memory import InParts, memory_hint, peak_memory_gib
+from posterpipe.core.dreambooth.pace import SavePace
 from posterpipe.core.dreambooth.reports import HoldoutLoss, Journal, StepReport, TrainResult, finite
 from posterpipe.core.dreambooth.saves import (
     Save,
@@ -244,6 +245,7 @@ def _train(
     loss_sum = torch.tensor(journal.loss_sum, device=device)
     loss_steps = torch.tensor(float(journal.loss_steps), device=device)
     first_bad_step = torch.tensor(math.inf, device=device)
+    pace, save_waits = SavePace(log), False
     split = 1  # parts in which each batch goes through the models; more where memory ran out
     seconds_before = journal.seconds
     started = reported_at = settled = time.perf_counter()
@@ -282,7 +284,8 @@ def _train(
 
             # ---- what is due after this step: processes have to agree on it
             stop = False
-            if accelerator.num_processes == 1 or done % _AGREE_EVERY_STEPS == 0:
+            agrees = accelerator.num_processes == 1 or done % _AGREE_EVERY_STEPS == 0
+            if agrees:
                 stop = _agree(accelerator, asked_to_stop())
                 limit = (settings.time_limit_minutes or math.inf) * 60
                 if _agree(accelerator, journal.seconds > limit):
@@ -291,7 +294,11 @@ def _train(
                 journal.ended_by = "max_train_steps"
             ends = bool(journal.ended_by)
             measures = bool(inputs.questions) and (ends or due(done, settings.holdout_every_steps))
-            saves = ends or stop or due(done, settings.save_every_steps)
+            saves = ends or stop
+            save_due = due(done, settings.save_every_steps)
+            save_waits = save_waits or save_due
+            if not saves and (save_due or (save_waits and agrees)):
+                saves = _agree(accelerator, main and pace.allows_save())
             reports = ends or measures or done == 1 or due(done, settings.log_every_steps)
 
             if reports or saves:
@@ -343,7 +350,9 @@ def _train(
             if stop and not ends:
                 log(f"asked to stop: saves step {done} and ends; Ctrl-C now ends it without")
             if saves:
-                save(done)
+                with pace.saving():
+                    save(done)
+                save_waits = False
             if stop and not ends:
                 raise TrainingStopped(
                     f"asked to stop: saved at step {done} of {total} in {save_folder}; start the "
