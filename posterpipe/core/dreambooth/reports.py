@@ -124,11 +124,6 @@ class TrainResult:
         """One row a report, see `write_metrics`."""
         return self.output_dir / METRICS_NAME
 
-    @property
-    def loss_picture(self) -> Path:
-        """The losses and the learning rate over the steps, a PNG."""
-        return self.output_dir / PICTURE_NAME
-
 
 @dataclass
 class SmoothedLoss:
