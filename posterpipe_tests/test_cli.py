@@ -94,6 +94,17 @@ def test_doctor_looks_without_leaving_anything_behind(settings: Settings) -> Non
     assert not settings.store.exists()
 
 
+def test_doctor_does_not_take_emulated_bf16_for_computed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_an_older_gpu(including_emulation: bool = True) -> bool:
+        return including_emulation
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", of_an_older_gpu)
+    assert "the GPU computes bf16" not in states(settings)["precision"].text
+
+
 def test_doctor_does_not_mind_the_hub_where_the_profile_does_not_need_it(
     settings: Settings,
 ) -> None:

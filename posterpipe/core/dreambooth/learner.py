@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from textwrap import shorten
 from typing import Any, cast
 
 import torch
@@ -54,8 +55,8 @@ class Learner:
         self.device = device = accelerator.device
         self._dtype = torch_dtype(settings.mixed_precision)
         self._accelerator = accelerator
-        if self._dtype == torch.float16 and device.type == "cpu":
-            log("fp16 on a CPU is slow; training.mixed_precision = bf16 or fp32 is quicker there")
+        for remark in precision_remarks(self._dtype, device):
+            log(remark)
 
         # ---- models
         self._unet = unet = load_unet(config.base_model)
@@ -118,6 +119,13 @@ class Learner:
         # ---- captions as hidden states: through the encoder each time while it is trained, once
         # each when its answers can no longer change
         tokens_of = Tokens(config.base_model)
+        too_long = tokens_of.too_long(texts)
+        if too_long:
+            log(
+                f"{len(too_long)} of {len(texts)} captions have more tokens than the "
+                f"{tokens_of.length} that the text encoder reads, start and end included, and are "
+                f'cut, such as "{shorten(too_long[0], 60)}"'
+            )
         self._frozen_texts = FrozenTexts(
             lambda: (
                 self.models.get("text_encoder") or load_text_encoder(config.base_model).to(device)
@@ -297,6 +305,18 @@ class Learner:
         torch.backends.cuda.matmul.allow_tf32 = False
         if self._average is not None:
             self._average.copy_to_parameters()
+
+
+def precision_remarks(dtype: torch.dtype, device: torch.device) -> Iterator[str]:
+    """A sentence where the device computes slowly in a run's precision."""
+    if dtype == torch.float16 and device.type == "cpu":
+        yield "fp16 on a CPU is slow; training.mixed_precision = bf16 or fp32 is quicker there"
+    emulated = dtype == torch.bfloat16 and device.type == "cuda"
+    if emulated and not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield (
+            "this GPU is older than Ampere and only emulates bf16, which is slow; "
+            "training.mixed_precision = fp16 is quicker here"
+        )
 
 
 def compiled(model: Callable[..., Any], *, each_shape: bool) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ does not: which caption is trained when (`draws`), files and keys in general (`c
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,6 +44,14 @@ class Tokens:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """int64 (texts, tokens), cut so that the end token stays, and padded."""
         return torch.tensor([self._of(text) for text in texts])
+
+    def too_long(self, texts: Iterable[str]) -> list[str]:
+        """Those of the texts that are cut, in order of the alphabet."""
+        return [
+            text
+            for text in sorted(texts)
+            if len(self._tokenizer(text, padding=False, truncation=False).input_ids) > self.length
+        ]
 
     def _tokenize(self, text: str) -> list[int]:
         encoded = self._tokenizer(

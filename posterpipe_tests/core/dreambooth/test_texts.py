@@ -45,6 +45,15 @@ def test_captions_are_cut_so_that_the_end_token_stays(base_model: Path) -> None:
     assert (ids[:, -1] == load_tokenizer(base_model).eos_token_id).all()
 
 
+def test_captions_that_are_cut_are_named(base_model: Path) -> None:
+    tokens = Tokens(base_model)
+    room = tokens.length - 2  # without start and end
+    texts = ["z" + " rocket" * room, "a cat", " ".join(["cat"] * room)]
+    counts = [len(load_tokenizer(base_model)(text).input_ids) for text in texts]
+    assert counts[0] > tokens.length == counts[2]
+    assert tokens.too_long(texts) == [texts[0]]
+
+
 def test_what_is_kept_is_what_the_encoder_says(base_model: Path, tmp_path: Path) -> None:
     texts = frozen(base_model, Counted(base_model))
     learn(texts, ["a red rocket", "", "a red rocket"], tmp_path, base_model)

@@ -41,7 +41,7 @@ from posterpipe.core.dreambooth.errors import (
     TrainingStopped,
 )
 from posterpipe.core.dreambooth.holdout import holdout_loss
-from posterpipe.core.dreambooth.learner import Learner
+from posterpipe.core.dreambooth.learner import Learner, precision_remarks
 from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.train import train
 from posterpipe.core.generations import blocked_reason
@@ -1164,6 +1164,37 @@ def test_what_encoded_images_and_captions_is_gone_before_the_first_step(
     finally:
         gc.enable()
     assert there == [None, None]
+
+
+def test_a_run_names_captions_that_the_text_encoder_does_not_read_to_their_end(
+    make_config: MakeConfig, training_set: Path, tmp_path: Path
+) -> None:
+    long = Path(shutil.copytree(training_set, tmp_path / "long"))
+    table = (long / "training.csv").read_text()
+    (long / "training.csv").write_text(table.replace("a red rocket", "a red rocket " * 30))
+    said: list[str] = []
+    train(make_config("long", parts={"training_set": long}, max_train_steps=1), log=said.append)
+    (line,) = [line for line in said if "captions" in line]
+    assert line.startswith("1 of 5 captions have more tokens than the 48 that")
+    assert "a red rocket a red rocket" in line and len(line) < 200
+    said.clear()
+    train(make_config("short", max_train_steps=1), log=said.append)
+    assert not [line for line in said if "captions" in line]
+
+
+def test_bf16_that_a_gpu_only_emulates_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def has_native(including_emulation: bool = True) -> bool:
+        return including_emulation or native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", has_native)
+    gpu = torch.device("cuda")
+    native = False
+    (said,) = precision_remarks(torch.bfloat16, gpu)
+    assert "emulates bf16" in said and "mixed_precision = fp16" in said
+    assert list(precision_remarks(torch.float16, gpu)) == []
+    native = True
+    assert list(precision_remarks(torch.bfloat16, gpu)) == []
+    assert list(precision_remarks(torch.bfloat16, torch.device("cpu"))) == []
 
 
 def test_early_stopping_without_held_out_posters_says_so(make_config: MakeConfig) -> None:
