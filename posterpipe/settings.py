@@ -219,7 +219,7 @@ class TrainingSettings(Group):
     method: Literal["full", "lora"] = knob(
         "full",
         "full trains every weight; lora (arXiv:2106.09685) trains small matrices beside them and "
-        "leaves pytorch_lora_weights.safetensors as well",
+        "leaves pytorch_lora_weights.safetensors and kohya_lora.safetensors as well",
         unit="",
         source=_THESIS,
     )

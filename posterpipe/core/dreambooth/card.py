@@ -13,6 +13,7 @@ from typing import Any
 
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.holdout import lowest
+from posterpipe.core.dreambooth.lora import KOHYA_NAME
 from posterpipe.core.dreambooth.reports import METRICS_NAME, PICTURE_NAME
 from posterpipe.core.progress import duration
 
@@ -70,7 +71,8 @@ def card(config: RunConfig, record: Mapping[str, Any], folder: Path) -> str:
     if settings.method == "lora":
         lines += [
             "The weights are merged. To put them on the base model instead: "
-            '`pipeline.load_lora_weights("this folder")`.',
+            '`pipeline.load_lora_weights("this folder")`. For kohya\'s scripts and the interfaces '
+            f"that follow them there is `{KOHYA_NAME}`.",
             "",
         ]
     lines += ["## Curves", "", f"![Loss over the steps]({PICTURE_NAME})", ""]

@@ -1,7 +1,7 @@
 """LoRA: small matrices trained beside frozen weights (Hu et al. 2021, arXiv:2106.09685), by peft.
 
-What belongs here: putting them into a model, merging them into its weights, the file that
-`load_lora_weights` of diffusers reads. What does not: training them (`learner`).
+What belongs here: putting them into a model, merging them into its weights, the files that others
+read. What does not: training them (`learner`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from posterpipe.core.dreambooth.errors import TrainingError
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 _ADAPTER = "default"
 TARGETS = {"unet": "lora_targets", "text_encoder": "lora_text_encoder_targets"}
 """The setting that names the layers, by model."""
+
+KOHYA_NAME = "kohya_lora.safetensors"
+_KOHYA_MODELS = {"unet": "lora_unet", "text_encoder": "lora_te"}
+_KOHYA_MATRICES = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
 def add_lora(
@@ -62,28 +67,60 @@ def lora_deltas(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_lora(folder: Path, models: Mapping[str, nn.Module], settings: TrainingSettings) -> None:
-    """Writes pytorch_lora_weights.safetensors, which `pipeline.load_lora_weights(folder)` reads.
+    """Writes pytorch_lora_weights.safetensors, which `pipeline.load_lora_weights(folder)` reads,
+    and `KOHYA_NAME`, the same for kohya's scripts and the interfaces that follow them.
 
-    Rank and alpha are in the file, for each model. The text encoder's layers have the names that
-    they had before transformers 5 took `text_model` out of them: diffusers of before reads no other
-    ones, nor do kohya's scripts and the interfaces that follow them, and today's diffusers reads
-    both.
+    Rank and alpha are in both, for each model.
     """
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
     from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
 
     arguments: dict[str, Any] = {}
+    for_kohya: dict[str, Tensor] = {}
     for name, model in models.items():
-        state = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
-        without = name == "text_encoder" and not hasattr(model, "text_model")
-        inside = "text_model." if without else ""
-        layers = {f"{inside}{key}": value.cpu() for key, value in state.items()}
-        arguments[f"{name}_lora_layers"] = layers
+        state = _state(name, model)
+        arguments[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(state)
         arguments[f"{name}_lora_adapter_metadata"] = _config(name, settings).to_dict()
+        for_kohya |= _as_kohya(name, state, _alpha(settings))
     StableDiffusionLoraLoaderMixin.save_lora_weights(
         str(folder), safe_serialization=True, **arguments
     )
+    # Without metadata: AUTOMATIC1111's interface takes a file that has any, but not kohya's, for
+    # one of Stable Diffusion 1.
+    save_file(for_kohya, folder / KOHYA_NAME)
+
+
+def _state(name: str, model: nn.Module) -> dict[str, Tensor]:
+    """The matrices on the CPU, by peft's names.
+
+    The text encoder's layers have the names that they had before transformers 5 took `text_model`
+    out of them: diffusers of before reads no other ones, and today's reads both.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    without = name == "text_encoder" and not hasattr(model, "text_model")
+    inside = "text_model." if without else ""
+    state = get_peft_model_state_dict(model)
+    return {f"{inside}{key}": value.cpu().contiguous() for key, value in state.items()}
+
+
+def _as_kohya(name: str, state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """The matrices by kohya's names.
+
+    diffusers' `convert_state_dict_to_kohya` would give the text encoder the name that it has in
+    SDXL, and alpha the value of the rank.
+    """
+    named = {}
+    for key, value in state.items():
+        layer, which = key.removesuffix(".weight").rsplit(".", 1)
+        kohya = f"{_KOHYA_MODELS[name]}_{layer.replace('.', '_')}"
+        named[f"{kohya}.{_KOHYA_MATRICES[which]}.weight"] = value
+        named[f"{kohya}.alpha"] = torch.tensor(float(alpha))
+    return named
+
+
+def _alpha(settings: TrainingSettings) -> float:
+    return settings.lora_alpha or settings.lora_rank
 
 
 def _config(name: str, settings: TrainingSettings) -> LoraConfig:
@@ -91,7 +128,7 @@ def _config(name: str, settings: TrainingSettings) -> LoraConfig:
 
     return LoraConfig(
         r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha or settings.lora_rank,  # type: ignore[arg-type]
+        lora_alpha=_alpha(settings),  # type: ignore[arg-type]
         target_modules=list(getattr(settings, TARGETS[name])),
         init_lora_weights="gaussian",
     )

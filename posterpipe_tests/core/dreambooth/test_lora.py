@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.dreambooth.lora import KOHYA_NAME
 from posterpipe.core.dreambooth.train import train
 from posterpipe.core.sampler import LORA_WEIGHTS, Sampler
 from posterpipe.settings import SamplerSettings
@@ -28,12 +29,12 @@ from posterpipe_tests.core.dreambooth.conftest import (
 LORA = {"method": "lora", "lora_rank": 4, "lora_alpha": 2.0, "learning_rate": 1e-2}
 
 
-def image_of(folder: Path, lora: Path | None = None) -> np.ndarray:
+def image_of(folder: Path, lora: Path | None = None, name: str | None = None) -> np.ndarray:
     from diffusers import StableDiffusionPipeline
 
     pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     if lora is not None:
-        pipeline.load_lora_weights(lora)
+        pipeline.load_lora_weights(lora, weight_name=name)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(
         "a red rocket",
@@ -56,6 +57,33 @@ def test_diffusers_loads_it_on_the_base_model_and_draws_what_the_merged_one_draw
     assert np.abs(loaded - alone).max() > 2
     # The merged weights are rounded to the fp16 of the base model's files.
     assert np.abs(loaded - merged).max() <= 2
+    # With an alpha that is not the rank, and the text encoder's matrices.
+    assert (image_of(base_model, config.output_dir, KOHYA_NAME) == loaded).all()
+
+
+def test_kohyas_file_has_kohyas_names(make_config: MakeConfig) -> None:
+    config = make_config(**LORA, max_train_steps=1, lora_targets=("to_v", "to_out.0", "conv1"))
+    train(config)
+    with safe_open(config.output_dir / KOHYA_NAME, framework="pt") as file:
+        assert file.metadata() is None  # with any, some interfaces take it for one of 1.x
+    tensors = load_file(config.output_dir / KOHYA_NAME)
+    layers = {name.split(".")[0] for name in tensors}
+    assert tensors.keys() == {
+        f"{layer}.{end}"
+        for layer in layers
+        for end in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
+    assert {
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+        "lora_te_text_model_encoder_layers_0_self_attn_out_proj",
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_v",
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0",
+        "lora_unet_mid_block_resnets_0_conv1",
+    } <= layers
+    assert all(layer.startswith(("lora_unet_", "lora_te_text_model_")) for layer in layers)
+    assert {float(tensors[f"{layer}.alpha"]) for layer in layers} == {2.0}
+    assert all(tensors[f"{layer}.lora_down.weight"].shape[0] == 4 for layer in layers)
+    assert all(tensors[f"{layer}.lora_up.weight"].shape[1] == 4 for layer in layers)
 
 
 @pytest.mark.parametrize("names", ["today's", "those of earlier files"])
@@ -72,7 +100,7 @@ def test_diffusers_and_the_sampler_load_it_into_the_text_encoder_as_well(
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
     text_layers = [name for name in tensors if name.startswith("text_encoder.")]
-    assert text_layers  # older diffusers and kohya's scripts look for them there
+    assert text_layers  # older diffusers look for them there
     assert all(name.startswith("text_encoder.text_model.encoder.layers.") for name in text_layers)
     if names != "today's":
         tensors = {name.replace(".text_model.", "."): tensors[name] for name in tensors}
