@@ -492,6 +492,13 @@ class TrainingSettings(Group):
     keep_saves: Positive = knob(
         2, "how many saves of a run in progress are kept on disk", unit="saves", source=_OWN
     )
+    export_every_steps: Positive | None = knob(
+        None,
+        "between two models from the middle of the run, which the finished checkpoint keeps in its "
+        "folder `exports`: diffusers directories, with LoRA the small files; none: no such models",
+        unit="optimizer steps",
+        source=_NOT_IN_THESIS,
+    )
 
     @model_validator(mode="after")
     def _stopping_needs_measuring(self) -> Self:

@@ -45,6 +45,9 @@ HUB_SKIPPED = ["*.fp16.*", "*.non_ema.*", "*non_ema*", "safety_checker/*", "*ope
 NOT_THE_MODEL = (".md", ".png", ".jpg", ".csv", ".parquet", ".jsonl", ".log")
 """Files beside a model that change nothing it does."""
 
+EXPORTS_NAME = "exports"
+"""The folder of a checkpoint with the models from the middle of its training."""
+
 FINGERPRINT_LENGTH = 12
 
 
@@ -143,12 +146,14 @@ def cached_snapshot(ref: ModelRef) -> Path | None:
 
 
 def directory_fingerprint(folder: Path) -> str:
-    """12 hex digits of the content of a model directory, pictures and notes left out."""
+    """12 hex digits of the content of a model directory, pictures, notes and the models from the
+    middle of its training left out."""
     files = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or path.suffix in NOT_THE_MODEL or not path.is_file():
+        beside = relative.parts[0] == EXPORTS_NAME
+        if hidden or beside or path.suffix in NOT_THE_MODEL or not path.is_file():
             continue
         stats = path.stat()
         digest = _file_digest(str(path), stats.st_size, stats.st_mtime_ns, stats.st_ino)

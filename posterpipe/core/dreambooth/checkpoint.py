@@ -35,7 +35,8 @@ from posterpipe.core.dreambooth.reports import (
     write_metrics,
 )
 from posterpipe.core.dreambooth.samples import SAMPLES_NAME, draw_grid
-from posterpipe.core.dreambooth.saves import sync_path, sync_tree
+from posterpipe.core.dreambooth.saves import save_path, sync_path, sync_tree
+from posterpipe.core.models import EXPORTS_NAME
 
 RECORD_NAME = "posterpipe.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
@@ -65,32 +66,29 @@ def write_checkpoint(
     loads on top of the base model. steps: after which the weights are as they are; journal.ended_by
     tells why no more were made. lost: the step with the lowest held-out loss, where its weights
     should have been taken and were lost. processes: that shared the work, each with batches of its
-    own.
+    own. What was written by `write_export` goes into its folder `exports`.
     """
     final = config.output_dir
     final.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in final.parent.glob(f".{final.name}.*.tmp"):
         shutil.rmtree(abandoned)
     temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
-    for part in MODEL_PARTS:
-        if part not in trained:
-            ignore = shutil.ignore_patterns(*_PICKLES)
-            shutil.copytree(config.base_model / part, temporary / part, ignore=ignore)
+    _copy_base(config, temporary, trained)
     if config.training.method == "lora":
         write_lora(temporary, trained, config.training)
     for name, model in trained.items():
         if config.training.method == "lora":
             model = _merged(name, config.base_model, lora_deltas(model))
         _write_model(model, temporary / name, disk_dtype(config.base_model))
-    if config.training.zero_terminal_snr:
-        _schedule_ends_in_noise(temporary / SCHEDULER_CONFIG)
-    write_json(temporary / "model_index.json", _model_index(config.base_model))
     write_metrics(temporary / METRICS_NAME, journal)
     draw_curves(temporary / PICTURE_NAME, journal)
     samples = config.work_dir / SAMPLES_NAME / run
     if any(samples.glob("*.png")):  # none, where memory ran out each time
         shutil.copytree(samples, temporary / SAMPLES_NAME)
         draw_grid(temporary / f"{SAMPLES_NAME}.png", temporary / SAMPLES_NAME)
+    exports = exports_folder(config, run)
+    if exports.exists():
+        shutil.copytree(exports, temporary / EXPORTS_NAME, ignore=shutil.ignore_patterns(".*.tmp"))
     record = _record(config, versions, run, journal, steps, lost, processes)
     write_json(temporary / RECORD_NAME, record)
     write_card(temporary / CARD_NAME, config, record)
@@ -98,6 +96,51 @@ def write_checkpoint(
     sync_tree(temporary)
     os.replace(temporary, final)
     sync_path(final.parent)
+
+
+def exports_folder(config: RunConfig, run: str) -> Path:
+    """Where the models from the middle of a run are until it has finished."""
+    return config.work_dir / EXPORTS_NAME / run
+
+
+def write_export(config: RunConfig, run: str, step: int, trained: Mapping[str, nn.Module]) -> None:
+    """Writes the models as they are after `step`, there whole or not at all.
+
+    trained: as for `write_checkpoint`, left as they are. A diffusers directory; with LoRA only the
+    small files.
+    """
+    folder = exports_folder(config, run)
+    folder.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.glob(".*.tmp"):
+        shutil.rmtree(abandoned)
+    final = save_path(folder, step)
+    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
+    temporary.mkdir()
+    if config.training.method == "lora":
+        write_lora(temporary, trained, config.training)
+    else:
+        _copy_base(config, temporary, trained)
+        for name, model in trained.items():
+            copy = _LOADERS[name](config.base_model)
+            copy.load_state_dict(model.state_dict())
+            _write_model(copy, temporary / name, disk_dtype(config.base_model))
+    _share(temporary)
+    sync_tree(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    sync_path(folder)
+
+
+def _copy_base(config: RunConfig, folder: Path, trained: Mapping[str, nn.Module]) -> None:
+    """Everything of a diffusers directory but the trained models."""
+    ignore = shutil.ignore_patterns(*_PICKLES)
+    for part in MODEL_PARTS:
+        if part not in trained:
+            shutil.copytree(config.base_model / part, folder / part, ignore=ignore)
+    if config.training.zero_terminal_snr:
+        _schedule_ends_in_noise(folder / SCHEDULER_CONFIG)
+    write_json(folder / "model_index.json", _model_index(config.base_model))
 
 
 def read_result(config: RunConfig, run: str) -> TrainResult | None:

@@ -18,6 +18,7 @@ WATCHING = frozenset(
         "log_every_steps",
         "save_every_steps",
         "keep_saves",
+        "export_every_steps",
         "sample_every_steps",
         "sample_prompts",
         "sample_seed",

@@ -62,7 +62,7 @@ def write_save(
     folder.mkdir(parents=True, exist_ok=True)
     for abandoned in folder.glob(".*.tmp"):
         shutil.rmtree(abandoned)
-    final = _path(folder, step)
+    final = save_path(folder, step)
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
     temporary.mkdir()
     for name, values in tensors.items():
@@ -123,7 +123,7 @@ def newest_save(folder: Path, *, run: str, log: Callable[[str], None]) -> Save |
 
 def save_of_step(folder: Path, step: int, *, run: str, log: Callable[[str], None]) -> Save | None:
     """The save of `run` at `step`; None where it is not there whole, and `log` is told why."""
-    path = _path(folder, step)
+    path = save_path(folder, step)
     try:
         return _read(path, run)
     except _UNUSABLE as error:
@@ -146,7 +146,8 @@ def _read(path: Path, run: str) -> Save:
     return Save(path, int(manifest["step"]), state)
 
 
-def _path(folder: Path, step: int) -> Path:
+def save_path(folder: Path, step: int) -> Path:
+    """The folder of what belongs to a step."""
     return folder / f"step-{step:08d}"
 
 

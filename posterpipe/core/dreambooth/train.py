@@ -26,7 +26,12 @@ from torch import Tensor
 
 from posterpipe.core.dreambooth.base_model import check_base_model
 from posterpipe.core.dreambooth.batches import Batch, Feed
-from posterpipe.core.dreambooth.checkpoint import read_result, write_checkpoint
+from posterpipe.core.dreambooth.checkpoint import (
+    exports_folder,
+    read_result,
+    write_checkpoint,
+    write_export,
+)
 from posterpipe.core.dreambooth.config import (
     RunConfig,
     Versions,
@@ -159,6 +164,9 @@ def _train(
         learner.restore(saved)
         first_step, journal = saved.step, Journal.from_json(saved.state["journal"])
         log(f"goes on from step {first_step} of {total}, saved in {saved.folder.name}")
+    exports = exports_folder(config, run)
+    if main:  # steps that are made again may turn out otherwise on a GPU, and need not all be made
+        keep_only(exports, {step for step in saved_steps(exports) if step <= first_step})
 
     def save(step: int) -> None:
         """Everything from which the run can go on. Its random numbers, and the place in the
@@ -324,6 +332,9 @@ def _train(
                     journal.ended_by, ends, saves = "early_stop", True, True
             if ends or due(done, settings.sample_every_steps):
                 draw_samples(done)
+            if main and due(done, settings.export_every_steps):
+                with learner.as_finished(), writing(f"the model of step {done}", exports):
+                    write_export(config, run, done, learner.models)
             if reports:
                 now = time.perf_counter()
                 row = StepReport(
@@ -411,6 +422,7 @@ def _remove_saves(config: RunConfig, run: str) -> None:
     """Of a run that has finished."""
     for kind in (_SAVES, _LOWEST):
         remove_saves(config.work_dir / kind / run)
+    remove_saves(exports_folder(config, run))
 
 
 def _batches(

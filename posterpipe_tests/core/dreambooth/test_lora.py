@@ -153,6 +153,17 @@ def test_a_stopped_run_goes_on_to_the_same_bits(make_config: MakeConfig) -> None
     assert equal(text_weights(whole.output_dir), text_weights(cut.output_dir))
 
 
+def test_models_from_the_middle_of_a_run_are_the_small_files(make_config: MakeConfig) -> None:
+    config = make_config(**LORA, export_every_steps=2)
+    train(config)
+    short = make_config("short", **{**LORA, "max_train_steps": 2})
+    train(short)
+    half = config.output_dir / "exports" / "step-00000002"
+    assert {path.name for path in half.iterdir()} == {LORA_WEIGHTS, KOHYA_NAME}
+    for name in (LORA_WEIGHTS, KOHYA_NAME):
+        assert equal(load_file(half / name), load_file(short.output_dir / name))
+
+
 def test_it_learns_with_gradient_checkpointing_as_without(make_config: MakeConfig) -> None:
     plain = train(make_config("plain", **LORA))
     saving = train(make_config("saving", **LORA, gradient_checkpointing=True))

@@ -21,6 +21,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from diffusers import StableDiffusionPipeline
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from pydantic import ValidationError
@@ -45,6 +46,7 @@ from posterpipe.core.dreambooth.learner import Learner, precision_remarks
 from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.train import train
 from posterpipe.core.generations import blocked_reason
+from posterpipe.core.models import directory_fingerprint
 from posterpipe.settings import default_root
 from posterpipe_tests.core.dreambooth.conftest import (
     MakeConfig,
@@ -1195,6 +1197,33 @@ def test_bf16_that_a_gpu_only_emulates_is_named(monkeypatch: pytest.MonkeyPatch)
     native = True
     assert list(precision_remarks(torch.bfloat16, gpu)) == []
     assert list(precision_remarks(torch.bfloat16, torch.device("cpu"))) == []
+
+
+def test_models_from_the_middle_of_a_run_are_those_of_shorter_runs(
+    make_config: MakeConfig,
+) -> None:
+    settings = {"ema_decay": 0.9, "max_train_steps": 5, "save_every_steps": 2}
+    plain = make_config("plain", **settings)
+    config = make_config("exports", **settings, export_every_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt_at(3))
+    (early,) = config.work_dir.glob("exports/*/*")
+    later = shutil.copytree(early, early.with_name("step-00000009"))  # of steps not made again
+    assert train(config).checkpoint_id == train(plain).checkpoint_id
+    exports = config.output_dir / "exports"
+    assert [path.name for path in sorted(exports.iterdir())] == ["step-00000002", "step-00000004"]
+    assert not later.exists() and not (config.work_dir / "exports").exists()
+    short = make_config("short", **{**settings, "max_train_steps": 2})
+    train(short)
+    half = exports / "step-00000002"
+    assert equal(unet_weights(half), unet_weights(short.output_dir))
+    assert equal(text_weights(half), text_weights(short.output_dir))
+    assert StableDiffusionPipeline.from_pretrained(half)
+    # They change no weight of the run, and are no part of what the checkpoint is.
+    assert equal(unet_weights(config.output_dir), unet_weights(plain.output_dir))
+    fingerprint = directory_fingerprint(config.output_dir)
+    shutil.rmtree(exports)
+    assert directory_fingerprint(config.output_dir) == fingerprint
 
 
 def test_early_stopping_without_held_out_posters_says_so(make_config: MakeConfig) -> None:
