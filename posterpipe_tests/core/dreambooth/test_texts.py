@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from torch import nn
 
 from posterpipe.core.dreambooth.base_model import load_text_encoder, load_tokenizer
 from posterpipe.core.dreambooth.texts import FrozenTexts, Tokens, TrainedTexts, encoder_key
+from posterpipe.core.dreambooth.train import train
+from posterpipe_tests.core.dreambooth.conftest import MakeConfig
 
 CPU = torch.device("cpu")
 
@@ -105,3 +109,28 @@ def test_a_text_says_the_same_whatever_comes_with_it(base_model: Path) -> None:
     together = frozen(base_model, Counted(base_model))(["a cat", "a red rocket", "a poster"])
     alone = frozen(base_model, Counted(base_model))(["a red rocket"])
     assert torch.equal(together[1], alone[0])
+
+
+def test_a_text_encoder_without_its_last_layer_says_what_clip_skip_says(
+    base_model: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    skipping = Path(shutil.copytree(base_model, tmp_path / "skipping"))
+    file = skipping / "text_encoder" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] - 1}))
+    # As kohya's scripts do it: the last layer but one, normed.
+    encoder: Any = load_text_encoder(base_model).eval()
+    with torch.no_grad():
+        layers = encoder(Tokens(base_model)(["a red rocket"]), output_hidden_states=True)
+        wanted = encoder.final_layer_norm(layers.hidden_states[-2])
+    plain = frozen(base_model, Counted(base_model))(["a red rocket"])
+    assert not torch.allclose(plain, wanted)
+    torch.testing.assert_close(frozen(skipping, Counted(skipping))(["a red rocket"]), wanted)
+    # So the finished model is sampled as it was trained, whoever draws with it.
+    run = make_config(parts={"base_model": skipping}, max_train_steps=1, train_text_encoder=False)
+    train(run)
+    finished: Any = StableDiffusionPipeline.from_pretrained(run.output_dir, dtype=torch.float32)
+    said = finished.encode_prompt("a red rocket", CPU, 1, False)[0]
+    torch.testing.assert_close(said, wanted)
