@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -329,11 +330,16 @@ def torch_dtype(precision: Precision) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
+def computing_in(
+    precision: Precision, device: torch.device
+) -> contextlib.AbstractContextManager[Any]:
     """What a model is called in. On a CPU the weights are fp32 whatever the precision is, and bf16
-    is what is computed in while inside; on a GPU the weights themselves are short."""
+    is what is computed in while inside; on a GPU the weights themselves are short. fp32 is fp32 on
+    both."""
     import torch
 
+    if precision == "fp32":
+        return whole_fp32()
     if device.type == "cpu" and precision == "bf16":
         return torch.autocast("cpu", torch.bfloat16)
     return contextlib.nullcontext()
@@ -341,21 +347,34 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
 
 @contextlib.contextmanager
 def whole_fp32() -> Iterator[None]:
-    """While inside, fp32 on a GPU is what it is called, and convolutions are the same each time.
+    """While inside, convolutions and products on a GPU are fp32 as it is called, and the same each
+    time. From Ampere on, cuDNN takes TF32 of ten bits for it unless it is told otherwise, and the
+    rest does where the setting `tf32` asks for it.
 
-    From Ampere on, cuDNN takes TF32 of ten bits for it unless it is told otherwise, and so does the
-    rest where the setting `tf32` asks for it.
+    The switches are those of the process: of several threads inside, the last one to leave sets
+    them back.
     """
     import torch
 
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32
-    cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, True, False
-    matmul.allow_tf32 = False
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    with _switching:
+        _before.append(
+            (cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic, cudnn.benchmark)
+        )
+        cudnn.allow_tf32 = products.allow_tf32 = False
+        cudnn.deterministic, cudnn.benchmark = True, False
     try:
         yield
     finally:
-        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32 = before
+        with _switching:
+            before = _before.pop()  # of the last one to leave it is the first one's
+            if not _before:
+                cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+
+
+_switching = threading.Lock()
+_before: list[tuple[bool, bool, bool, bool]] = []
+"""What the switches were when each of those inside came in."""
 
 
 def give_memory_back(freed: weakref.ref[Any] | None = None) -> None:

@@ -22,8 +22,8 @@ from posterpipe.core.errors import named_line
 from posterpipe.core.memory import is_out_of_memory
 from posterpipe.core.models import (
     ModelMissing,
-    autocast,
     best_device,
+    computing_in,
     quiet_hub,
     torch_dtype,
     usable_precision,
@@ -33,7 +33,7 @@ from posterpipe.settings import SamplerSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAMPLER_VERSION = 1
+SAMPLER_VERSION = 2
 """Raised when the same settings would give other pixels; part of every pixel key."""
 
 SHORT_LORA_VERSION = "LoRA added in fp32"
@@ -244,7 +244,7 @@ class Sampler:
         embeds = embeds.expand(halves * size, -1, -1)
         timestep = torch.tensor(500, device=self.device)
         took = math.inf
-        with torch.inference_mode(), autocast(self.device, self.precision):
+        with torch.inference_mode(), computing_in(self.precision, self.device):
             for _ in range(3):  # the first one prepares memory and kernels
                 started = time.perf_counter()
                 out = self.unet(x, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
@@ -321,7 +321,7 @@ class Sampler:
     ) -> list[Image.Image]:
         import torch
 
-        with torch.inference_mode(), autocast(self.device, self.precision):
+        with torch.inference_mode(), computing_in(self.precision, self.device):
             latents = self._denoise(requests, on_step)
             return _to_images(self._decode(latents))
 
@@ -389,19 +389,22 @@ class Sampler:
 def best_batch_size(seconds: Callable[[int], float], most: int) -> int:
     """The batch, doubled from 1 up to `most`, after which doubling saves less than a twentieth.
 
-    `seconds` gives the time of a batch of that size, and may raise what says that memory ran out.
+    `seconds` gives the time of a batch of that size, and may raise what says that memory ran out;
+    where it does so for a single image, that is 1: who draws it says what to do.
     """
-    best, an_image = 1, seconds(1)
-    while 2 * best <= most:
+    best, an_image = 1, math.inf
+    size = 1
+    while size <= most:
         try:
-            doubled = seconds(2 * best) / (2 * best)
+            each = seconds(size) / size
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             break
-        if doubled > _WORTH_DOUBLING * an_image:
+        if each > _WORTH_DOUBLING * an_image:
             break
-        best, an_image = 2 * best, doubled
+        best, an_image = size, each
+        size *= 2
     return best
 
 

@@ -126,8 +126,8 @@ COMMENTS: dict[str, dict[str, str]] = {
         "hash_poster": "sha256 of the training image with the nearest perceptual hash.",
         "hash_distance": "Bits of 64 in which its perceptual hash differs.",
         "hash_threshold": "The distance up to which that counts as a copy.",
-        "copy_sensitivity": "Share of training posters, cut and compressed a bit, that the threshold "
-        "finds, 0 to 1; NULL without a threshold.",
+        "copy_sensitivity": "Share of training posters, cut and compressed a bit, that the "
+        "threshold finds, 0 to 1; NULL without a threshold.",
         "copied": "Whether either of the two says that the image is a copy.",
         "measured_at": "When it was measured (UTC).",
     },

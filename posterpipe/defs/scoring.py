@@ -25,7 +25,7 @@ from posterpipe.defs.resources import (
     group_name="scoring",
     kinds={"python", "huggingface", "duckdb"},
     owners=["team:ml"],
-    code_version="3",
+    code_version="4",
     io_manager_key=TABLES,
     pool="warehouse",
     metadata=columns(

@@ -94,7 +94,7 @@ def training_settings(base: TrainingSettings, overrides: Mapping[str, Any]) -> T
     group_name="training",
     kinds={"python", "huggingface"},
     owners=["team:ml"],
-    code_version="1",
+    code_version="2",
     io_manager_key=TABLES,
     pool="gpu",
     metadata=columns(

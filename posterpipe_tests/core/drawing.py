@@ -39,3 +39,10 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 def with_batch(size: int) -> SamplerSettings:
     return SETTINGS.model_copy(update={"batch_size": size})
+
+
+def tf32_switches() -> tuple[bool, bool]:
+    """Whether a GPU may take TF32 for the fp32 of convolutions, and of products."""
+    import torch
+
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32

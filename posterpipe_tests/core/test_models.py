@@ -21,8 +21,10 @@ from posterpipe.core.models import (
     known_fingerprint,
     locate,
     revision_of,
+    whole_fp32,
 )
 from posterpipe.settings import ModelRef
+from posterpipe_tests.core.drawing import tf32_switches
 from posterpipe_tests.models import HubCache
 
 
@@ -225,3 +227,19 @@ def test_memory_goes_back_to_the_system() -> None:
     # In a process of its own: what others have freed before would be counted as well.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         assert process.submit(_given_back).result() > 200e6
+
+
+def test_whole_fp32_is_left_as_it_was_found_also_after_an_error_and_with_others_inside() -> None:
+    before = tf32_switches()
+    assert before == (True, False)
+    first, second = whole_fp32(), whole_fp32()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert tf32_switches() == (False, False), "the second one is still inside"
+    second.__exit__(None, None, None)
+    assert tf32_switches() == before
+    with pytest.raises(ZeroDivisionError), whole_fp32():
+        assert tf32_switches() == (False, False)
+        raise ZeroDivisionError
+    assert tf32_switches() == before

@@ -6,7 +6,7 @@ import gc
 import shutil
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from PIL import Image
@@ -19,11 +19,18 @@ from posterpipe.core.sampler import (
     LORA_WEIGHTS,
     ImageRequest,
     Sampler,
+    SamplerError,
     best_batch_size,
     initial_latents,
     text_limit,
 )
-from posterpipe_tests.core.drawing import REQUESTS, SETTINGS, pixels, with_batch
+from posterpipe_tests.core.drawing import (
+    REQUESTS,
+    SETTINGS,
+    pixels,
+    tf32_switches,
+    with_batch,
+)
 from posterpipe_tests.models import (
     TINY_HEIGHT,
     TINY_TOKENS,
@@ -62,33 +69,53 @@ def test_an_image_is_the_same_to_the_bit_whatever_its_neighbours(model_dir: Path
         assert (pixels(one) == pixels(other)).all()
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_images_are_those_of_the_diffusers_pipeline(tmp_path: Path, prediction_type: str) -> None:
-    import torch
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+def diffusers_image(pipeline: Any, request: ImageRequest) -> Image.Image:
+    """What a pipeline of diffusers draws by the settings of these tests."""
+    return pipeline(
+        request.prompt,
+        negative_prompt=request.negative,
+        latents=initial_latents([request.seed], (12, TINY_HEIGHT // 8, TINY_WIDTH // 8)),
+        height=TINY_HEIGHT,
+        width=TINY_WIDTH,
+        num_inference_steps=SETTINGS.num_inference_steps,
+        guidance_scale=SETTINGS.guidance_scale,
+    ).images[0]
 
-    folder = build_tiny_stable_diffusion(
-        tmp_path / "model",
-        prediction_type=prediction_type,  # type: ignore[arg-type]
-    )
-    pipeline = StableDiffusionPipeline.from_pretrained(
+
+def diffusers_pipeline(folder: Path, scheduler: str) -> Any:
+    """The pipeline of diffusers with a solver as a user of it would choose it."""
+    import diffusers
+    import torch
+
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
         folder, torch_dtype=torch.float32, safety_checker=None
     )
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
-        pipeline.scheduler.config, timestep_spacing="linspace", lambda_min_clipped=-5.1
-    )
-    images = Sampler(folder, SETTINGS, model_id="tiny")(REQUESTS)
+    solver, own = {
+        "dpmsolver++": (
+            diffusers.DPMSolverMultistepScheduler,
+            {"timestep_spacing": "linspace", "lambda_min_clipped": -5.1},
+        ),
+        "ddim": (
+            diffusers.DDIMScheduler, {"timestep_spacing": "trailing", "clip_sample": False}
+        ),
+        "euler": (diffusers.EulerDiscreteScheduler, {"timestep_spacing": "linspace"}),
+    }[scheduler]  # fmt: skip
+    pipeline.scheduler = solver.from_config(pipeline.scheduler.config, **own)
+    return pipeline
+
+
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "ddim", "euler"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_images_are_those_of_the_diffusers_pipeline(
+    tmp_path: Path, prediction_type: Literal["epsilon", "v_prediction"], scheduler: str
+) -> None:
+    folder = build_tiny_stable_diffusion(tmp_path / "model", prediction_type=prediction_type)
+    pipeline = diffusers_pipeline(folder, scheduler)
+    settings = SETTINGS.model_copy(update={"scheduler": scheduler})
+    images = Sampler(folder, settings, model_id="tiny")(REQUESTS)
     for request, image in zip(REQUESTS, images, strict=True):
-        expected = pipeline(
-            request.prompt,
-            negative_prompt=request.negative,
-            latents=initial_latents([request.seed], (12, TINY_HEIGHT // 8, TINY_WIDTH // 8)),
-            height=TINY_HEIGHT,
-            width=TINY_WIDTH,
-            num_inference_steps=SETTINGS.num_inference_steps,
-            guidance_scale=SETTINGS.guidance_scale,
-        ).images[0]
+        expected = diffusers_image(pipeline, request)
         assert abs(pixels(image) - pixels(expected)).max() <= 1
 
 
@@ -259,6 +286,7 @@ def test_the_batch_is_doubled_while_it_pays() -> None:
         return falling(size)
 
     assert best_batch_size(little_memory, 64) == 4
+    assert best_batch_size(lambda size: little_memory(8 * size), 64) == 1
     with pytest.raises(RuntimeError, match="no such kernel"):
         best_batch_size(lambda size: _raise(RuntimeError("no such kernel")), 64)
 
@@ -277,6 +305,18 @@ def test_a_batch_found_by_trial_leaves_little_to_pad(
     assert sampler.batch_size == size
 
 
+def test_an_image_that_does_not_fit_is_told_with_the_remedy_also_after_a_trial(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def little_memory(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    sampler = Sampler(model_dir, with_batch(0), model_id="tiny")
+    monkeypatch.setattr(sampler.unet, "forward", little_memory)
+    with pytest.raises(SamplerError, match=r"one image .* does not fit into memory; set POSTER"):
+        sampler(REQUESTS)
+
+
 def test_a_batch_found_by_trial_draws_the_same_images(model_dir: Path) -> None:
     sampler = Sampler(model_dir, with_batch(0), model_id="tiny")
     images = sampler(REQUESTS)
@@ -285,6 +325,29 @@ def test_a_batch_found_by_trial_draws_the_same_images(model_dir: Path) -> None:
         images, Sampler(model_dir, SETTINGS, model_id="t")(REQUESTS), strict=True
     ):
         assert abs(pixels(one) - pixels(other)).max() <= 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fp32_is_drawn_in_whole_fp32_and_the_switches_are_set_back(
+    model_dir: Path, precision: str
+) -> None:
+    """cuDNN takes TF32 for it otherwise, on a GPU, under the keys of a CPU's images."""
+    import torch
+
+    before = tf32_switches()
+    assert before == (True, False)
+    inside: list[tuple[bool, bool]] = []
+    settings = with_batch(0).model_copy(update={"precision": precision})
+    sampler = Sampler(model_dir, settings, model_id="tiny")
+    sampler.unet.register_forward_hook(lambda *_: inside.append(tf32_switches()))
+    sampler.vae.decoder.conv_in.register_forward_hook(lambda *_: inside.append(tf32_switches()))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        sampler(REQUESTS[:2])
+        assert tf32_switches() == (True, True)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert set(inside) == {(False, False) if precision == "fp32" else (True, True)}
 
 
 def test_layout_and_slicing_change_no_image(model_dir: Path) -> None:
@@ -361,9 +424,12 @@ def test_lora_weights_are_added_to_their_model(model_dir: Path, tmp_path: Path) 
     folder, merged = lora_and_merged(model_dir, tmp_path, strength=0.5)
     ours = Sampler(folder, SETTINGS, model_id="tiny", base_dir=model_dir)(REQUESTS[:3])
     whole = Sampler(merged, SETTINGS, model_id="tiny")(REQUESTS[:3])
+    pipeline = diffusers_pipeline(model_dir, "dpmsolver++")
+    pipeline.load_lora_weights(folder)
     base = Sampler(model_dir, SETTINGS, model_id="tiny")(REQUESTS[:3])
-    for one, other, without in zip(ours, whole, base, strict=True):
+    for request, one, other, without in zip(REQUESTS[:3], ours, whole, base, strict=True):
         assert abs(pixels(one) - pixels(other)).max() <= 1
+        assert abs(pixels(one) - pixels(diffusers_image(pipeline, request))).max() <= 1
         assert abs(pixels(one) - pixels(without)).max() > 1
     with pytest.raises(ModelMissing, match="LoRA weights alone draw nothing"):
         Sampler(folder, SETTINGS, model_id="tiny")

@@ -23,12 +23,12 @@ RAISED_FOR: dict[str, tuple[object, dict[str, int]]] = {
     "images.PREPARE_VERSION": (2, {"resized_posters": 2, "fidelity_scores": 3}),
     "captioner.CAPTION_VERSION": (2, {"poster_captions": 2}),
     "sampler.SAMPLER_VERSION": (
-        1,
+        2,
         {
-            "class_images": 1,
-            "base_generations": 1,
-            "tuned_generations": 2,
-            "champion_generations": 2,
+            "class_images": 2,
+            "base_generations": 2,
+            "tuned_generations": 3,
+            "champion_generations": 3,
         },
     ),
     "sampler.SHORT_LORA_VERSION": (
@@ -39,7 +39,7 @@ RAISED_FOR: dict[str, tuple[object, dict[str, int]]] = {
     "dreambooth.latents._LATENTS_VERSION": (3, {"dreambooth_checkpoint": 3}),
     "dreambooth.texts._EMBEDDINGS_VERSION": (1, {"dreambooth_checkpoint": 3}),
     "typography.titled.TYPOGRAPHY_VERSION": (4, {"titled_posters": 3, "legibility_scores": 3}),
-    "metrics.encoders.ENCODER_VERSION": (1, {"clip_scores": 3, "fidelity_scores": 3}),
+    "metrics.encoders.ENCODER_VERSION": (2, {"clip_scores": 4, "fidelity_scores": 5}),
     "metrics.clip.CLIP_T_VERSION": (1, {"clip_scores": 3, "fidelity_scores": 3}),
     "metrics.specificity.SPECIFICITY_VERSION": (1, {"fidelity_scores": 3}),
     "metrics.fidelity.FIDELITY_VERSION": (1, {"fidelity_scores": 3}),

@@ -31,8 +31,8 @@ from posterpipe.core.images import UNREADABLE
 from posterpipe.core.metrics.pixels import Preparation
 from posterpipe.core.models import (
     ModelMissing,
-    autocast,
     best_device,
+    computing_in,
     fingerprint,
     locate,
     noticing_a_gone_device,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-ENCODER_VERSION = 1
+ENCODER_VERSION = 2
 """Raised when the same weights and preprocessing would give other embeddings."""
 
 _SEEN = {"crop": "crop", "pad": "pad2"}
@@ -167,7 +167,7 @@ class _Encoder:
         with (
             self._noticing_a_gone_device(),
             torch.inference_mode(),
-            autocast(self.device, self.precision),
+            computing_in(self.precision, self.device),
         ):
             pixels = self._preparation.batch(prepared, self.device)
             return unit(self._forward(pixels.to(self.dtype)))
@@ -257,7 +257,7 @@ class ClipEncoder(_Encoder):
         with (
             self._noticing_a_gone_device(),
             torch.inference_mode(),
-            autocast(self.device, self.precision),
+            computing_in(self.precision, self.device),
         ):
             tokens = tokens.to(self.device)
             return unit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from posterpipe.core.models import DeviceGone, ModelMissing
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.store import Store
 from posterpipe.settings import ModelRef, ScorerSettings, load_settings
+from posterpipe_tests.core.drawing import tf32_switches
 from posterpipe_tests.core.metrics.tiny import build_tiny_clip, build_tiny_dino, some_images
 
 
@@ -106,6 +108,26 @@ def test_the_id_names_the_precision_that_is_computed_in(
     monkeypatch.setattr(models, "best_device", lambda: torch.device("cuda"))
     assert encoder_id(half, root) == f"{encoder_id(exact, root)}.fp16"
     assert clip_t_id(scorer, root) == f"{clip_t_id(settings('clip'), root)}.fp16"
+
+
+@pytest.mark.parametrize("model", ["clip", "dinov2"])
+def test_fp32_is_encoded_in_whole_fp32_and_the_switches_are_set_back(
+    root: Path, model: str
+) -> None:
+    """cuDNN takes TF32 for it otherwise, on a GPU, under the id of a CPU's embeddings."""
+    before = tf32_switches()
+    inside: list[tuple[bool, bool]] = []
+    encoder: Any = image_encoder(settings(model), root)
+    towers = [encoder.model] if model == "dinov2" else [
+        encoder.model.vision_model, encoder.model.text_model
+    ]  # fmt: skip
+    for tower in towers:
+        tower.embeddings.register_forward_hook(lambda *_: inside.append(tf32_switches()))
+    encoder.image_features(some_images()[:1])
+    if model == "clip":
+        encoder.text_features(["a red rocket"])
+    assert inside == [(False, False)] * len(towers)
+    assert tf32_switches() == before == (True, False)
 
 
 def test_a_padded_poster_is_seen_to_its_edges_by_a_model_that_cuts(root: Path) -> None:
