@@ -168,7 +168,8 @@ def control_told(own: pd.DataFrame, control: pd.DataFrame) -> str:
 def draw_growth(table: pd.DataFrame, metric_id: str, note: str = "") -> Image.Image:
     """The study's chart with intervals: a bar a variant, n below, the study's numbers beside.
 
-    The left axis is 2.5 * max(cosine, 0), the right one the raw cosine. `note` stands below.
+    The axis is 2.5 * max(cosine, 0). There is none of raw cosines beside it: the study's numbers
+    are on a scale that is not stated, and would be read on it. `note` stands below.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -211,14 +212,6 @@ def draw_growth(table: pd.DataFrame, metric_id: str, note: str = "") -> Image.Im
     axes.set_ylim(0, highest * 1.18)
     axes.set_xlim(-0.6, len(table) - 0.3)
     axes.set_ylabel("CLIPScore, 2.5 · max(cosine, 0)")
-    raw = axes.secondary_yaxis(
-        "right",
-        functions=(
-            lambda score: np.asarray(score, float) / SCALE,
-            lambda raw: np.asarray(raw, float) * SCALE,
-        ),
-    )
-    raw.set_ylabel("raw cosine")
     axes.grid(axis="y", alpha=0.25, zorder=0)
     axes.spines["top"].set_visible(False)
     axes.set_title(

@@ -223,6 +223,23 @@ def test_a_mean_without_an_interval_says_so(
     assert "nan" not in made.captions["growth"]
 
 
+def test_the_study_is_on_no_axis_of_raw_cosines(
+    study: tuple[pd.DataFrame, pd.DataFrame, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scale is not stated: beside one its 0.77 would read as a cosine of 0.31."""
+    from matplotlib.figure import Figure
+
+    scores, generations, _ = study
+    drawn: list[Figure] = []
+    draw = Figure.draw
+    monkeypatch.setattr(
+        Figure, "draw", lambda figure, renderer: (drawn.append(figure), draw(figure, renderer))
+    )
+    thesis.draw_growth(thesis.growth(scores, generations), METRIC)
+    (axes,) = drawn[-1].axes
+    assert axes.get_ylabel() == "CLIPScore, 2.5 · max(cosine, 0)" and not axes.child_axes
+
+
 @pytest.mark.parametrize("variants", [["sd"], list(LEVELS)])
 def test_variants_of_which_every_image_is_blocked_have_no_bar_and_break_nothing(
     study: tuple[pd.DataFrame, pd.DataFrame, Path], variants: list[str], tmp_path: Path

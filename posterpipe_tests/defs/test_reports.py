@@ -508,6 +508,25 @@ def test_counts_of_posters_copies_and_readings_are_those_of_the_tables(world: Wo
     assert dict(shown["scores"])["CLIP-T crop"] == shown["clip_cosine"]
 
 
+def test_the_gap_less_that_of_the_base_model_is_the_difference_of_the_leaderboard(
+    world: World,
+) -> None:
+    board = world.query(
+        "select variant, diff_to_sd, diff_low_95, diff_high_95, diff_prompts from leaderboard "
+        f"where metric_id = '{study.GAP}'"
+    ).set_index("variant")
+    gaps = world.query("from overfit_and_copy")
+    current = gaps[gaps["is_current"]].set_index("variant")
+    for name in ("diff_to_sd", "diff_low_95", "diff_high_95"):
+        got, expected = current[f"gap_{name}"].loc[board.index], board[name]
+        np.testing.assert_allclose(got.astype(float), expected.astype(float), atol=2e-6)
+    assert pd.isna(current.loc["sd", "gap_diff_to_sd"])
+    assert board.loc["sd_negative", "diff_prompts"] < board.loc["dreambooth", "diff_prompts"]
+    # An earlier checkpoint as well, here against the same posters.
+    assert gaps.loc[~gaps["is_current"], "gap_diff_to_sd"].notna().all()
+    assert len(gaps) > len(current)
+
+
 def current_scores(world: World) -> pd.DataFrame:
     return world.query(
         """

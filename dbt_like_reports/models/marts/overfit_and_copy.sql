@@ -2,6 +2,9 @@
 -- of the checkpoint that it was last compared with: ids of these metrics name the training set. One
 -- row is of one suite and one setting of the sampler, those of today: the share of copies depends on
 -- both.
+--
+-- The base model saw neither set of posters: its gap is how the two sets differ, and the zero of the
+-- gap. `gap_diff_to_sd` is the gap less that, image by image as in `leaderboard`.
 {% set measures = {
     'holdout': 'similarity.holdout.',
     'training': 'similarity.training.',
@@ -92,6 +95,7 @@ side_by_side as (
         max(compared) as compared,
         bool_or(is_current) as is_current,
         max(metric_id) filter (where measure = 'nearest') as nearest_metric_id,
+        max(metric_id) filter (where measure = 'gap') as gap_metric_id,
         {%- for name in measures %}
         max(mean) filter (where measure = '{{ name }}') as {{ name }},
         {%- endfor %}
@@ -99,6 +103,54 @@ side_by_side as (
         bootstrap_interval(any_value(means) filter (where measure = 'gap')) as gap_ends
     from estimates
     group by checkpoint_id, variant, encoder, preprocessing
+),
+
+gaps as (
+    select
+        images.checkpoint_id,
+        images.variant,
+        images.prompt_id,
+        images.seed,
+        images.negative_prompt,
+        images.is_current,
+        score.metric_id,
+        score.value
+    from {{ source('warehouse', 'fct_score') }} as score
+    inner join measures on measures.metric_id = score.metric_id
+    inner join images on images.generation_key = score.generation_key
+    where measures.measure = 'gap' and score.value is not null
+),
+
+gap_differences as (
+    select
+        gaps.checkpoint_id,
+        gaps.variant,
+        gaps.metric_id,
+        gaps.prompt_id,
+        avg(gaps.value - base.value) as difference
+    from gaps
+    inner join gaps as base
+        on
+            base.variant = 'sd'
+            and base.is_current
+            and base.metric_id = gaps.metric_id
+            and base.prompt_id = gaps.prompt_id
+            and base.seed = gaps.seed
+    where
+        gaps.variant <> 'sd'
+        and (gaps.variant not like '%negative%' or gaps.negative_prompt <> '')
+    group by gaps.checkpoint_id, gaps.variant, gaps.metric_id, gaps.prompt_id
+),
+
+beside_sd as (
+    select
+        checkpoint_id,
+        variant,
+        metric_id,
+        avg(difference) as difference,
+        bootstrap_interval(list(difference order by prompt_id)) as ends
+    from gap_differences
+    group by checkpoint_id, variant, metric_id
 ),
 
 copies as (
@@ -134,6 +186,9 @@ select
     round(found.gap, 6) as overfit_gap,
     round(found.gap_ends.low, 6) as gap_low_95,
     round(found.gap_ends.high, 6) as gap_high_95,
+    round(beside_sd.difference, 6) as gap_diff_to_sd,
+    round(beside_sd.ends.low, 6) as gap_diff_low_95,
+    round(beside_sd.ends.high, 6) as gap_diff_high_95,
     round(found.nearest, 6) as nearest_mean,
     round(found.nearest_highest, 6) as nearest_highest,
     round(copies.copy_threshold, 6) as copy_threshold,
@@ -143,6 +198,11 @@ select
     copies.least_hash_distance
 from side_by_side as found
 inner join checkpoints on checkpoints.checkpoint_id = found.checkpoint_id
+left join beside_sd
+    on
+        beside_sd.checkpoint_id = found.checkpoint_id
+        and beside_sd.variant = found.variant
+        and beside_sd.metric_id = found.gap_metric_id
 left join copies
     on
         copies.checkpoint_id = found.checkpoint_id

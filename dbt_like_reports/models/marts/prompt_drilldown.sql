@@ -48,6 +48,7 @@ side_by_side as (
         max(value) filter (where is_headline) as clip_cosine,
         max(difference) filter (where is_headline) as clip_diff_to_sd,
         {%- for name, prefix in [
+            ('clip_specific', 'clip_specific.'),
             ('holdout_similarity', 'similarity.holdout.'),
             ('training_similarity', 'similarity.training.'),
             ('overfit_gap', 'overfit_gap.'),
@@ -113,6 +114,7 @@ select
             then round(2.5 * greatest(side_by_side.clip_cosine, 0), 6)
     end as clip_score,
     round(side_by_side.clip_diff_to_sd, 6) as clip_diff_to_sd,
+    round(side_by_side.clip_specific, 6) as clip_specific,
     round(side_by_side.holdout_similarity, 6) as holdout_similarity,
     round(side_by_side.training_similarity, 6) as training_similarity,
     round(side_by_side.overfit_gap, 6) as overfit_gap,

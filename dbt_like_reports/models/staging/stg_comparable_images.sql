@@ -13,6 +13,7 @@ answers as (
         image.variant,
         image.prompt_id,
         image.seed,
+        image.negative_prompt,
         image.recorded_at,
         bool_or(image.generation_key = current_images.generation_key) as is_current
     from {{ source('warehouse', 'fct_image') }} as image
@@ -29,6 +30,7 @@ answers as (
         image.variant,
         image.prompt_id,
         image.seed,
+        image.negative_prompt,
         image.recorded_at
 )
 
@@ -38,6 +40,7 @@ select
     variant,
     prompt_id,
     seed,
+    negative_prompt,
     is_current
 from answers
 qualify row_number() over (

@@ -455,7 +455,8 @@ def _measures(
         "gap": (
             f"overfit_gap.{both}",
             "overfit gap",
-            "similarity to training posters less that to holdout posters, -2 to 2; 0 is ideal",
+            "similarity to training posters less that to holdout posters, -2 to 2; the "
+            "base model's is the zero",
         ),
         "nearest": (
             f"nearest.training.{training.digest}",

@@ -78,17 +78,21 @@ def nice_scale(
     values: Iterable[float | None],
     *,
     include: Sequence[float] = (),
+    within: tuple[float, float] = (-math.inf, math.inf),
     ticks: int = 5,
     start: float = 0.0,
     end: float = 100.0,
 ) -> Scale:
-    """A scale that holds all numbers and ends on round ones. Missing numbers do not count."""
+    """A scale that holds all numbers and ends on round ones. Missing numbers do not count.
+
+    `within`: the range of the quantity, which the scale does not leave, say (0, 1) of a share.
+    """
     known = [float(value) for value in [*values, *include] if value is not None]
     known = [value for value in known if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(known), max(known)
     if high - low < 1e-9:
         pad = abs(high) * 0.1 or 0.1
-        low, high = low - pad, high + pad
+        low, high = max(low - pad, within[0]), min(high + pad, within[1])
     rough = (high - low) / max(1, ticks - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * n for n in (1, 2, 2.5, 5, 10) if power * n >= rough - 1e-12)
@@ -97,9 +101,14 @@ def nice_scale(
     return Scale(marks[0], marks[-1], marks, start, end)
 
 
-def row_scale(values: Iterable[float | None], *, include: Sequence[float] = ()) -> Scale:
+def row_scale(
+    values: Iterable[float | None],
+    *,
+    include: Sequence[float] = (),
+    within: tuple[float, float] = (-math.inf, math.inf),
+) -> Scale:
     """A scale for marks in table rows, with room for the marks at both ends."""
-    return nice_scale(values, include=include, ticks=4, start=6.0, end=94.0)
+    return nice_scale(values, include=include, within=within, ticks=4, start=6.0, end=94.0)
 
 
 def _svg(height: int, css: str, *parts: str | Markup, hidden: bool = True) -> Markup:
@@ -160,13 +169,13 @@ def interval_row(
 def dots_row(
     values: Sequence[float], mean: float | None, scale: Scale, *, variant: str = "", zero: float = 0
 ) -> Markup:
-    """One dot a value and a bar from zero to their mean, as a cell of a table row."""
+    """One dot a value and a bar from zero to their mean, as a cell of a table row. Without the
+    colour of a gain or a loss: these are not found by a few values."""
     middle = ROW_HEIGHT / 2
     parts = [_line(scale.at(t), 0, scale.at(t), ROW_HEIGHT, "grid") for t in scale.ticks]
     parts.append(_line(scale.at(zero), 0, scale.at(zero), ROW_HEIGHT, "zero"))
     if mean is not None and not missing(mean):
-        css = "effect loss" if mean < zero else "effect gain"
-        parts.append(_line(scale.at(zero), middle, scale.at(mean), middle, css))
+        parts.append(_line(scale.at(zero), middle, scale.at(mean), middle, "effect"))
     parts += [
         Markup('<circle class="dot {}" cx="{}%" cy="{}" r="3"/>').format(
             variant_class(variant), _n(scale.at(value)), _n(middle)
@@ -256,17 +265,20 @@ def points_chart(
     reference: Point | None = None,
     unit: str = "",
     include: Sequence[float] = (),
+    within: tuple[float, float] = (-math.inf, math.inf),
     joined: bool = True,
 ) -> Markup:
     """Points with intervals from left to right, joined by a line: growth, or a trend.
 
     `name`: unique on the page. `beside`: a second series on the same places, drawn as squares and
     without intervals (another study's). `reference`: a level across the chart, with its interval as
-    a band.
+    a band. `within`: as of `nice_scale`.
     """
     everything = [*points, *beside, *([reference] if reference else [])]
     numbers = [n for p in everything for n in (p.value, p.low, p.high)]
-    scale = nice_scale(numbers, include=include, start=PLOT_HEIGHT - _BOTTOM, end=_TOP)
+    scale = nice_scale(
+        numbers, include=include, within=within, start=PLOT_HEIGHT - _BOTTOM, end=_TOP
+    )
     bottom = scale.at(scale.low)
     parts = [_line(0, scale.at(t), 100, scale.at(t), "grid") for t in scale.ticks]
     if reference is not None and not missing(reference.value):

@@ -56,13 +56,14 @@ MARTS: Mapping[str, tuple[str, ...]] = {
     "prompt_drilldown": (
         "prompt_id", "seed", "variant", "prompt", "score_text", "title", "negative_prompt",
         "generation_key", "status", "reason", "image_path", "titled_image_path", "clip_cosine",
-        "clip_diff_to_sd", "nearest_similarity", "copy_threshold", "hash_distance",
+        "clip_diff_to_sd", "clip_specific", "nearest_similarity", "copy_threshold", "hash_distance",
         "nearest_poster_name", "nearest_poster_path", "copied", "read_drawn", "read_set",
         "title_distance_drawn", "title_distance_set",
     ),
     "overfit_and_copy": (
         "checkpoint_id", "variant", "encoder", "preprocessing", "is_current", "compared",
-        "holdout_similarity", "training_similarity", "overfit_gap", "gap_low_95", "gap_high_95",
+        "holdout_similarity", "training_similarity", "overfit_gap", "gap_diff_to_sd",
+        "gap_diff_low_95", "gap_diff_high_95",
         "nearest_mean", "nearest_highest", "copy_threshold", "copy_sensitivity", "copies",
     ),
     "legibility": (
@@ -131,6 +132,8 @@ class Shot:
     cosine: float | None
     difference: float | None
     """To the baseline's image of the same prompt and seed."""
+    specific: float | None
+    """The cosine less the mean of those with the texts of the other prompts."""
     titled: Stored | None
     nearest: Nearest | None
     """The training poster it is nearest to, where they were compared."""
@@ -301,6 +304,7 @@ def _shot(row: Row) -> Shot:
         image=_stored(row["image_path"]),
         cosine=number(row["clip_cosine"]),
         difference=number(row["clip_diff_to_sd"]),
+        specific=number(row["clip_specific"]),
         titled=_stored(row["titled_image_path"]),
         nearest=nearest,
         read={

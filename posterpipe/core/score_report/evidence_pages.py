@@ -107,7 +107,9 @@ def _nearness_tables(published: Published) -> list[dict[str, Any]]:
     tables = []
     for (encoder, preprocessing), rows in groups.items():
         gaps = [
-            number(row[n]) for row in rows for n in ("overfit_gap", "gap_low_95", "gap_high_95")
+            number(row[n])
+            for row in rows
+            for n in ("gap_diff_to_sd", "gap_diff_low_95", "gap_diff_high_95")
         ]
         scale = charts.row_scale(gaps, include=(0.0,))
         tables.append(
@@ -122,10 +124,17 @@ def _nearness_tables(published: Published) -> list[dict[str, Any]]:
                         "holdout": rounded(row["holdout_similarity"]),
                         "training": rounded(row["training_similarity"]),
                         "gap": rounded(row["overfit_gap"]),
-                        "interval": interval(row, "gap_low_95", "gap_high_95", sign=True),
+                        "change": (
+                            charts.signed(difference)
+                            if (difference := number(row["gap_diff_to_sd"])) is not None
+                            else DASH
+                        ),
+                        "interval": interval(
+                            row, "gap_diff_low_95", "gap_diff_high_95", sign=True
+                        ),
                         "plot": charts.interval_row(
-                            number(row["overfit_gap"]), number(row["gap_low_95"]),
-                            number(row["gap_high_95"]), scale, variant=text(row["variant"]),
+                            number(row["gap_diff_to_sd"]), number(row["gap_diff_low_95"]),
+                            number(row["gap_diff_high_95"]), scale, variant=text(row["variant"]),
                             zero=0.0,
                         ),
                         "nearest": rounded(row["nearest_highest"]),

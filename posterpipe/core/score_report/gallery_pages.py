@@ -172,6 +172,7 @@ def _shot(prompt: Prompt, shot: Shot, pictures: Pictures) -> dict[str, Any]:
         "reason": cut(reason, 200),
         "cosine": shot.cosine,
         "difference": shot.difference,
+        "specific": shot.specific,
         "picture": picture,
         "titled": picture_of(pictures, shot.titled),
         "copied": copied is not None,

@@ -5,6 +5,7 @@ What belongs here: what stands on it. What does not: markup and style (`index.ht
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ from posterpipe.core.score_report.gallery_pages import (
     picture_of,
     slug_of,
 )
-from posterpipe.core.score_report.headline import control_context, headline
+from posterpipe.core.score_report.headline import RANK, control_context, headline
 from posterpipe.core.score_report.pictures import Pictures
 from posterpipe.core.score_report.words import (
     ALIKE,
@@ -173,7 +174,10 @@ def _by_metric(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 def _board(metric_id: str, rows: Sequence[Row], effects: Mapping[str, Row]) -> dict[str, Any]:
     """One metric of the leaderboard, with its marks; `effects`: of `paired_effects`, by variant."""
     ranked = sorted(rows, key=lambda row: variant_order(text(row["variant"])))
-    scale = charts.row_scale(number(row[n]) for row in rows for n in ("mean", "low_95", "high_95"))
+    scale = charts.row_scale(
+        (number(row[n]) for row in rows for n in ("mean", "low_95", "high_95")),
+        within=_range_of(metric_id),
+    )
     shown = []
     for row in ranked:
         variant = text(row["variant"])
@@ -203,6 +207,11 @@ def _board(metric_id: str, rows: Sequence[Row], effects: Mapping[str, Row]) -> d
         "rows": shown,
         "axis": charts.axis_row(scale),
     }
+
+
+def _range_of(metric_id: str) -> tuple[float, float]:
+    """The values that a metric may have: shares, and distances of titles, lie between 0 and 1."""
+    return (0.0, 1.0) if metric_id.startswith(("title_", f"{RANK}.")) else (-math.inf, math.inf)
 
 
 def _effects(published: Published) -> list[dict[str, Any]]:
@@ -373,7 +382,11 @@ def _trend(index: int, rows: Sequence[Row]) -> dict[str, Any] | None:
         "name": metric,
         "headline": bool(rows[0]["is_headline"]),
         "chart": charts.points_chart(
-            f"trend-{index}", f"{metric} by checkpoint", points, reference=reference, unit=""
+            f"trend-{index}",
+            f"{metric} by checkpoint",
+            points,
+            reference=reference,
+            within=_range_of(text(rows[0]["metric_id"])),
         ),
         "caption": caption,
         "rows": [

@@ -25,6 +25,18 @@ def test_a_scale_holds_all_numbers_and_ends_on_ticks(values: list[float]) -> Non
     assert all(scale.start <= scale.at(value) <= scale.end for value in values)
 
 
+def test_the_scale_of_a_share_ends_at_0_and_1() -> None:
+    for values in ([1.0], [1.0, 1.0], [0.0], [0.93, 1.0], [0.0, 0.02]):
+        for scale in (
+            charts.nice_scale(values, within=(0, 1)),
+            charts.row_scale(values, within=(0, 1)),
+        ):
+            assert scale.low >= 0 and scale.high <= 1 and scale.low < scale.high
+    points = [charts.Point("one", 1.0), charts.Point("two", 1.0)]
+    assert "1.10" not in charts.points_chart("shares", "Shares", points, within=(0, 1))
+    assert charts.nice_scale([1.0]).high > 1
+
+
 def test_ticks_are_written_apart() -> None:
     for values in ([0.249, 0.375], [0, 1], [-0.02, 0.013], [0.7, 0.71], [-250, 990]):
         scale = charts.nice_scale(values)

@@ -127,6 +127,7 @@ def pages(written: Written) -> dict[str, Parsed]:
 
 def test_every_section_is_there_and_filled(pages: dict[str, Parsed]) -> None:
     index = pages["index.html"]
+    assert "Cosine" not in index.words and "Mean" in index.words
     sections = {attributes.get("id") for attributes in index.all("section")}
     assert sections >= {"growth", "control", "leaderboard", "effects", "trend", "extremes"}
     for name, page in pages.items():
@@ -235,6 +236,60 @@ def test_the_leaderboard_has_the_colours_of_what_the_paired_effects_find(world: 
         (row,) = (row for row in board["rows"] if row["variant"] == "dreambooth")
         colours.append(row["css"])
     assert colours == ["gain", "", "loss"]
+
+
+def test_single_images_and_prompts_have_no_colour_of_a_gain_or_a_loss(
+    written: Written, pages: dict[str, Parsed]
+) -> None:
+    html = (written.index.parent / "gallery.html").read_text("utf-8")
+    coloured = re.findall(r'class="[^"]*\b(?:gain|loss)\b[^"]*">([^<]*)', html)
+    assert coloured and all(told.startswith("no score") for told in coloured)
+    assert " to base" in pages["gallery.html"].text
+    cards = (written.index.parent / "index.html").read_text("utf-8").split('id="extremes"')[1]
+    assert re.search(r"<strong>[+−]0\.\d", cards) and "loss" not in cards.split("</section>")[0]
+
+
+def test_under_an_image_stands_what_of_its_score_is_the_prompts_own(
+    world: Path, pages: dict[str, Parsed]
+) -> None:
+    with duckdb.connect(str(world / "public" / "scores.duckdb"), read_only=True) as connection:
+        rows = connection.execute(
+            "SELECT clip_cosine, clip_specific FROM prompt_drilldown "
+            "WHERE clip_cosine IS NOT NULL AND clip_specific IS NOT NULL"
+        ).fetchall()
+    text = pages["gallery.html"].text.replace("−", "-")
+    assert len(rows) > 80
+    for cosine, specific in rows:
+        assert f"{cosine:.3f} {specific:+.3f} own less others" in text
+
+
+def test_the_copying_page_tells_the_gap_less_that_of_the_base_model(
+    world: Path, pages: dict[str, Parsed]
+) -> None:
+    with duckdb.connect(str(world / "public" / "scores.duckdb"), read_only=True) as connection:
+        rows = connection.execute(
+            "SELECT overfit_gap, gap_diff_to_sd, gap_diff_low_95, gap_diff_high_95 "
+            "FROM overfit_and_copy WHERE gap_diff_to_sd IS NOT NULL"
+        ).fetchall()
+    text = pages["copying.html"].text.replace("−", "-")
+    assert len(rows) >= 4 and "its gap is the zero" in text and "with these posters" in text
+    for gap, difference, low, high in rows:
+        assert f"{gap:.3f} {difference:+.3f} {low:+.3f} to {high:+.3f}" in text
+    everything = " ".join(page.text for page in pages.values())
+    assert "0 is ideal" not in everything.replace("or 0 is ideal", "")
+
+
+def test_a_share_is_under_no_head_of_cosines_and_on_no_axis_beyond_1(world: Path) -> None:
+    published = read_published(world / "public" / "scores.duckdb")
+    board, trend = (published.marts[name].copy() for name in ("leaderboard", "checkpoint_trend"))
+    for mart in (board, trend):
+        mart.loc[mart["metric_id"] == study.RANK, ["mean", "low_95", "high_95"]] = 1.0
+    marts = {**published.marts, "leaderboard": board, "checkpoint_trend": trend}
+    alike = Published(marts, published.prompts)
+    (rank,) = (one for one in results._boards(alike) if one["metric_id"] == study.RANK)
+    (shares,) = (one for one in results._trends(alike) if one["name"] == "CLIP-T rank")
+    for chart in (rank["axis"], shares["chart"]):
+        assert ">1.00<" in chart and "1.10" not in chart and "1.05" not in chart
 
 
 def test_a_difference_is_told_with_its_own_number_of_prompts(world: Path) -> None:
