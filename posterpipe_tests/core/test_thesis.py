@@ -232,9 +232,12 @@ def test_the_study_is_on_no_axis_of_raw_cosines(
     scores, generations, _ = study
     drawn: list[Figure] = []
     draw = Figure.draw
-    monkeypatch.setattr(
-        Figure, "draw", lambda figure, renderer: (drawn.append(figure), draw(figure, renderer))
-    )
+
+    def kept(figure: Figure, renderer: Any) -> None:
+        drawn.append(figure)
+        draw(figure, renderer)
+
+    monkeypatch.setattr(Figure, "draw", kept)
     thesis.draw_growth(thesis.growth(scores, generations), METRIC)
     (axes,) = drawn[-1].axes
     assert axes.get_ylabel() == "CLIPScore, 2.5 · max(cosine, 0)" and not axes.child_axes

@@ -520,8 +520,9 @@ def test_the_gap_less_that_of_the_base_model_is_the_difference_of_the_leaderboar
     for name in ("diff_to_sd", "diff_low_95", "diff_high_95"):
         got, expected = current[f"gap_{name}"].loc[board.index], board[name]
         np.testing.assert_allclose(got.astype(float), expected.astype(float), atol=2e-6)
-    assert pd.isna(current.loc["sd", "gap_diff_to_sd"])
-    assert board.loc["sd_negative", "diff_prompts"] < board.loc["dreambooth", "diff_prompts"]
+    assert current["gap_diff_to_sd"].isna()["sd"]
+    prompts = dict(zip(board.index, board["diff_prompts"], strict=True))
+    assert prompts["sd_negative"] < prompts["dreambooth"]
     # An earlier checkpoint as well, here against the same posters.
     assert gaps.loc[~gaps["is_current"], "gap_diff_to_sd"].notna().all()
     assert len(gaps) > len(current)
