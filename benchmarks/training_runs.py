@@ -185,7 +185,7 @@ class _Recorder:
         self._values: dict[str, Any] = {"steps": [], "seconds": [], "losses": []}
         self._reserved_gib = 0.0
 
-    def add(self, step: int, loss: float) -> None:
+    def add(self, step: int, loss: float | None) -> None:
         for name, value in (("steps", step), ("seconds", time.perf_counter()), ("losses", loss)):
             self._values[name].append(value)
         if step == 1:

@@ -39,6 +39,7 @@ from posterpipe.core.progress import Progress
 from posterpipe.core.prompts import Prompt, suite_prompts
 from posterpipe.core.provenance import record_environment
 from posterpipe.core.sampler import (
+    FP32_VERSION,
     SAMPLER_VERSION,
     SHORT_LORA_VERSION,
     ImageRequest,
@@ -78,7 +79,7 @@ def pixel_key(
 
     `lora`: whether the model is LoRA weights that are added to another one.
     """
-    short = lora and usable_precision(settings.precision) != "fp32"
+    short = usable_precision(settings.precision) != "fp32"
     delayed = request.negative and request.negative_from > 0
     return content_key(
         "pixels",
@@ -89,7 +90,8 @@ def pixel_key(
         request.seed,
         pixel_settings(settings),
         *([request.negative_from] if delayed else []),
-        *([SHORT_LORA_VERSION] if short else []),
+        *([SHORT_LORA_VERSION] if short and lora else []),
+        *([] if short else [FP32_VERSION]),
     )
 
 

@@ -33,8 +33,11 @@ from posterpipe.settings import SamplerSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAMPLER_VERSION = 2
+SAMPLER_VERSION = 1
 """Raised when the same settings would give other pixels; part of every pixel key."""
+
+FP32_VERSION = "the same fp32 on every device"
+"""Changed when fp32, and no shorter precision, would give other pixels."""
 
 SHORT_LORA_VERSION = "LoRA added in fp32"
 """Changed when LoRA weights would be added otherwise to a model that draws in bf16 or fp16."""

@@ -328,7 +328,7 @@ def test_pngs_say_how_they_were_made(store: Store, model_dir: Path) -> None:
         "a red rocket",
         "Negative prompt: busy",
         "Steps: 3, Sampler: DPM++ 2M, CFG scale: 4, Seed: 1, Size: 32x48, Model hash: tiny1, "
-        "Precision: fp32, Version: posterpipe sampler 2",
+        "Precision: fp32, Version: posterpipe sampler 1",
     ]
     assert json.loads(table.settings[0])["num_inference_steps"] == 3
 

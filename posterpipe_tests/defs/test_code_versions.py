@@ -23,7 +23,16 @@ RAISED_FOR: dict[str, tuple[object, dict[str, int]]] = {
     "images.PREPARE_VERSION": (2, {"resized_posters": 2, "fidelity_scores": 3}),
     "captioner.CAPTION_VERSION": (2, {"poster_captions": 2}),
     "sampler.SAMPLER_VERSION": (
-        2,
+        1,
+        {
+            "class_images": 1,
+            "base_generations": 1,
+            "tuned_generations": 2,
+            "champion_generations": 2,
+        },
+    ),
+    "sampler.FP32_VERSION": (
+        "the same fp32 on every device",
         {
             "class_images": 2,
             "base_generations": 2,
