@@ -250,7 +250,8 @@ class _Comparison:
         yield Row(f"{name}.memory_reserved", "GiB, step 1 included", round(mine.reserved, 2))
         batch = training["train_batch_size"]
         yield Row(f"{name}.images", "images/s", round(mine.speed * batch, 2))
-        yield Row(f"{name}.thesis_run", "s for 1,000 steps", round(THESIS_STEPS / mine.speed))
+        seconds = round(THESIS_STEPS / mine.speed)
+        yield Row(f"{name}.thesis_run", "s for 1,000 steps, saves not counted", seconds)
         peak = _peak_tflops()
         rate = f"{name}.of_bf16_peak" if peak else f"{name}.rate"
         yield from _rows_or_failure(rate, partial(self._rate, rate, mine.speed, peak, training))
