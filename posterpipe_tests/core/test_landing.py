@@ -471,6 +471,13 @@ def upload(name: str, data: bytes) -> None:
     fsspec.filesystem("memory").pipe(f"/posters/{name}", data)
 
 
+def upload_drawings(count: int) -> None:
+    for number in range(count):
+        buffer = io.BytesIO()
+        drawing(number).save(buffer, "PNG")
+        upload(f"{number}.png", buffer.getvalue())
+
+
 def test_a_bucket_gives_the_table_of_the_same_folder(
     bucket: Bucket, folder: Path, store: Store
 ) -> None:
@@ -490,10 +497,7 @@ def test_a_bucket_gives_the_table_of_the_same_folder(
 def test_objects_of_a_bucket_are_fetched_once_and_at_the_same_time(
     bucket: Bucket, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number in range(6):
-        buffer = io.BytesIO()
-        drawing(number).save(buffer, "PNG")
-        upload(f"{number}.png", buffer.getvalue())
+    upload_drawings(6)
     # Each fetch waits for the others: one after the other would never end.
     together = threading.Barrier(6, timeout=60)
     read = Bucket.read
@@ -516,10 +520,7 @@ def test_objects_of_a_bucket_are_fetched_once_and_at_the_same_time(
 def test_objects_that_are_large_together_are_not_in_memory_together(
     bucket: Bucket, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number in range(6):
-        buffer = io.BytesIO()
-        drawing(number).save(buffer, "PNG")
-        upload(f"{number}.png", buffer.getvalue())
+    upload_drawings(6)
     sizes = sorted(entry.size for entry in bucket.entries())
     allowed = sizes[-1] + sizes[0]  # any two at most
     monkeypatch.setattr(landing, "_reading", landing._Allowance(allowed))

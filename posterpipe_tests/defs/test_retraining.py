@@ -269,15 +269,20 @@ def test_a_check_that_was_not_evaluated_is_left_to_the_run(nights: Nights) -> No
     assert request is not None and TRAINING_SET in set(request.asset_selection or [])
 
 
+def write_posters(landing: Path, count: int) -> None:
+    """Unlike posters, each with a caption beside it."""
+    landing.mkdir()
+    for number in range(count):
+        pixels = random.Random(number).randbytes(80 * 120 * 3)
+        Image.frombytes("RGB", (80, 120), pixels).save(landing / f"{number}.png")
+        (landing / f"{number}.txt").write_text(f"poster number {number}")
+
+
 def test_the_run_begins_at_the_posters_so_that_what_was_deleted_is_not_trained_on(
     tmp_path: Path, instance: dg.DagsterInstance
 ) -> None:
     landing = tmp_path / "landing"
-    landing.mkdir()
-    for number in range(6):
-        pixels = random.Random(number).randbytes(80 * 120 * 3)
-        Image.frombytes("RGB", (80, 120), pixels).save(landing / f"{number}.png")
-        (landing / f"{number}.txt").write_text(f"poster number {number}")
+    write_posters(landing, 6)
     nights = Nights(
         tmp_path,
         instance,
@@ -382,11 +387,7 @@ def test_captions_that_were_mended_are_trained_on_though_the_training_set_stays_
     tmp_path: Path, instance: dg.DagsterInstance
 ) -> None:
     landing, captions = tmp_path / "landing", tmp_path / "captions.csv"
-    landing.mkdir()
-    for number in range(5):
-        pixels = random.Random(number).randbytes(80 * 120 * 3)
-        Image.frombytes("RGB", (80, 120), pixels).save(landing / f"{number}.png")
-        (landing / f"{number}.txt").write_text(f"poster number {number}")
+    write_posters(landing, 5)
     nights = Nights(
         tmp_path,
         instance,
