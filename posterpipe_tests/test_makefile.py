@@ -130,7 +130,11 @@ def test_an_environment_whose_making_was_stopped_is_removed(tmp_path: Path) -> N
     waits = "import pathlib, time; pathlib.Path('begun').touch(); time.sleep(60)"
     python = python_that(tmp_path, f'exec {sys.executable} -c "{waits}"')
     making = subprocess.Popen(
-        [*MAKE, ".venv/bin/pip", f"PYTHON={python}"], cwd=tmp_path, start_new_session=True
+        [*MAKE, ".venv/bin/pip", f"PYTHON={python}"],
+        cwd=tmp_path,
+        start_new_session=True,
+        # A shell leaves it ignored in what runs in its background, the tests for one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 60

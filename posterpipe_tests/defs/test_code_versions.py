@@ -77,7 +77,7 @@ def versions() -> dict[str, object]:
         for node in ast.parse(path.read_text("utf-8")).body:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 name = node.targets[0].id
-                if re.fullmatch(r"_?[A-Z_]+_VERSION", name):
+                if re.fullmatch(r"_?[A-Z0-9_]+_VERSION", name):
                     found[f"{module}.{name}"] = ast.literal_eval(node.value)
     return found
 
