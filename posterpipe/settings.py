@@ -856,7 +856,10 @@ class Settings(BaseSettings):
         """No shell expands the ~ of a TOML file or of a service's environment."""
         if isinstance(path, str) and "://" in path:
             return path
-        return Path(path).expanduser()
+        try:
+            return Path(path).expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"{path}: there is no such home folder; write it whole") from error
 
     @model_validator(mode="after")
     def _apart(self) -> Self:

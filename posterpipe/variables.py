@@ -97,7 +97,7 @@ def problem(settings: type[BaseModel], place: tuple[int | str, ...], message: st
     said = message.removeprefix("Value error, ")  # pydantic's words for what a validator said
     told = ": ".join(filter(None, [".".join(str(part) for part in place), said]))
     key = _variable(place)
-    given = any(name.upper() == key for name in os.environ)
+    given = any(name.upper() == key and value for name, value in os.environ.items())
     kinds = _variables(settings)
     return f"{told}: {_form(key, kinds[key])}" if given and _example(kinds.get(key)) else told
 
@@ -107,7 +107,7 @@ def malformed_variables(settings: type[BaseModel]) -> list[str]:
     kinds = _variables(settings)
     found = []
     for name, value in os.environ.items():
-        if _example(kinds.get(name.upper())):
+        if value and _example(kinds.get(name.upper())):
             try:
                 json.loads(value)
             except ValueError:

@@ -337,3 +337,19 @@ def test_folders_that_lie_in_each_other_are_refused_by_name(
 
 def test_a_bucket_of_posters_lies_in_no_folder() -> None:
     assert load_settings(landing="s3://bucket/data/store").landing == "s3://bucket/data/store"
+
+
+def test_a_home_folder_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTERPIPE_LANDING", "~nosuchuser/posters")
+    with pytest.raises(SettingsError, match="landing: ~nosuchuser/posters: there is no such home"):
+        load_settings()
+
+
+def test_an_empty_variable_is_not_blamed_beside_a_wrong_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("POSTERPIPE_TRAINING", "")
+    monkeypatch.setenv("POSTERPIPE_EVIDENCE__IMAGE_ENCODERS", "x")
+    with pytest.raises(SettingsError, match="IMAGE_ENCODERS has to be JSON") as caught:
+        load_settings()
+    assert "POSTERPIPE_TRAINING" not in str(caught.value)

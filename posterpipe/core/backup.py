@@ -147,7 +147,7 @@ class _Copy:
             target.parent.mkdir(parents=True, exist_ok=True)
             twin = self._copied.get((stats.st_dev, stats.st_ino))
             if twin is not None:
-                os.link(twin, target)
+                _link(twin, target)
             elif _is_sqlite(file):
                 _copy_sqlite(file, target)
             else:
@@ -179,6 +179,14 @@ class _Copy:
 def _is_sqlite(file: Path) -> bool:
     with open(file, "rb") as opened:
         return opened.read(len(_SQLITE)) == _SQLITE
+
+
+def _link(twin: Path, target: Path) -> None:
+    """The same file under a second name; a copy where the disk knows no such names."""
+    try:
+        os.link(twin, target)
+    except OSError:
+        shutil.copy2(twin, target)
 
 
 def _copy_sqlite(file: Path, target: Path) -> None:

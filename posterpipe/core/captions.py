@@ -497,7 +497,7 @@ def _parse(path: Path, data: bytes) -> _Sheet:
     return _Sheet(records, encoding, separator, len(names), *columns)
 
 
-_NAMED_SEPARATOR = re.compile(r"\s*sep=(.)\s*", re.IGNORECASE)
+_NAMED_SEPARATOR = re.compile(r"\s*sep=([^\s\"]|\t)\s*", re.IGNORECASE)
 """The line with which Excel is told how a file is separated."""
 
 
@@ -604,6 +604,8 @@ def remove_human_caption(place: Place, csv_path: Path, name: str, *, seen: str) 
             if now.caption != seen:
                 if not removed:
                     raise CaptionConflict(name, now.caption)
+                return now.caption
+            if removed and now.sharing:  # the same words for several posters: they stay
                 return now.caption
             removed = _try_remove(place, csv_path, name, now) or removed
     raise CaptionsFileError(f"{csv_path}: another program keeps writing it; close it there")

@@ -167,9 +167,11 @@ def _failed_runs(
         return _Failure(
             run.run_id,
             f"run {run.run_id[:8]}",
-            _listed(run.tags.get(TOLD_TAG)),
+            _told_of(run),
             lambda: compose(failed_run(instance, run, ended_at), settings.alerts),
-            lambda told: instance.add_run_tags(run.run_id, {TOLD_TAG: ", ".join(told)}),
+            lambda told: instance.add_run_tags(
+                run.run_id, {TOLD_TAG: f"{run.run_id[:8]}: {', '.join(told)}"}
+            ),
         )
 
     failed = dg.RunsFilter(
@@ -332,8 +334,12 @@ def _started_by(tags: Any) -> str:
     return "a person"
 
 
-def _listed(tag: str | None) -> list[str]:
-    return [name.strip() for name in (tag or "").split(",") if name.strip()]
+def _told_of(run: dg.DagsterRun) -> list[str]:
+    """Over which channels people were told of a run. One that is executed again in the UI has the
+    tags of the run before, of which alone they were told."""
+    run_id, _, channels = run.tags.get(TOLD_TAG, "").rpartition(":")
+    mine = run_id == run.run_id[:8] or (not run_id and run.parent_run_id is None)
+    return [name.strip() for name in channels.split(",") if name.strip()] if mine else []
 
 
 def _clock(seconds: float) -> str:

@@ -101,7 +101,9 @@ def end_dead_runs(instance: dg.DagsterInstance) -> None:
 
 
 def _is_abandoned(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
-    return LEASE_TAG in run.tags and _leases(instance).is_abandoned(run.tags[LEASE_TAG])
+    # A run that is executed again in the UI has the tags of the run before, and not its process.
+    own = LEASE_TAG in run.tags and run.parent_run_id is None
+    return own and _leases(instance).is_abandoned(run.tags[LEASE_TAG])
 
 
 def _leases(instance: dg.DagsterInstance) -> Leases:

@@ -124,7 +124,7 @@ def is_loopback(host: str) -> bool:
 def _host_name(name: str) -> str:
     """The name as browsers send it. Raises StudioError for what is more than a host's name."""
     try:
-        plain = name.encode("idna").decode()
+        plain = name.encode("idna").decode().lower()
     except UnicodeError:
         plain = ""
     if not _HOST.fullmatch(plain):

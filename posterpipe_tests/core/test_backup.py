@@ -110,6 +110,21 @@ def test_what_is_copied_while_others_write_is_whole_when_it_is_put_back(
     assert (tmp_path / "backup" / WHOLE).exists()
 
 
+def test_a_disk_without_hard_links_has_copies_of_what_is_linked(
+    checkout: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob, _ = checkout.fill()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("posterpipe.core.backup.os.link", refuse)
+    checkout.back_up(tmp_path / "backup")
+    whole = list((tmp_path / "backup").rglob("training_sets/1/a.png"))
+    assert [unchanged(path, blob) for path in whole] == [True]
+    assert (tmp_path / "backup" / WHOLE).exists()
+
+
 def test_places_elsewhere_lie_apart_and_missing_ones_are_named(
     checkout: Checkout, tmp_path: Path
 ) -> None:

@@ -309,6 +309,12 @@ def test_a_csv_that_cannot_be_read_is_an_error_with_file_and_line(
         project.read()
 
 
+def test_a_line_that_names_no_separator_is_none(project: Project) -> None:
+    project.csv.write_text("sep=\r\nfile_name,caption\r\ncat.png,a cat\r\n", newline="")
+    with pytest.raises(CaptionsFileError, match="its columns are sep="):
+        project.read()
+
+
 @pytest.mark.parametrize("beginning", ["", "sep={}\r\n"])
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_a_csv_as_spreadsheets_write_it_is_read_and_keeps_its_form(
@@ -589,3 +595,8 @@ def test_what_was_changed_meanwhile_or_is_shared_is_not_taken_back(project: Proj
     assert project.accepted() == {"cat.jpg": "both", "cat.png": "both"}
     project.write("cat.png", "only this", "both")
     assert project.remove("cat.png", "only this") == "both"
+    # Nor where a text file of its own says the same words.
+    project.write("cat.png", "both", "both")
+    project.sidecar("cat.png.txt", "both")
+    assert project.remove("cat.png", "both") == "both"
+    assert not (project.landing / "cat.png.txt").exists()

@@ -214,6 +214,12 @@ def test_with_two_holdout_posters_the_gate_does_not_say_that_nothing_is_copied(
     finding = copied_posters(evidence.assign(copy_threshold=0.999, copy_sensitivity=0.2), 0.05)
     assert not finding.passed and "only 20% would be found" in finding.summary
     assert copied_posters(evidence.assign(copy_threshold=0.9, copy_sensitivity=0.6), 0.05).passed
+    # Of the checkpoint that is judged, whatever the bound of another one finds.
+    by_challenger = evidence["variant"].str.startswith("dreambooth")
+    mixed = evidence.assign(
+        copy_threshold=0.9, copy_sensitivity=by_challenger.map({True: 0.2, False: 0.9})
+    )
+    assert not copied_posters(mixed, 0.05).passed
 
 
 def test_decisions_are_told_while_the_warehouse_is_locked(

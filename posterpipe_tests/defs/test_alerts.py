@@ -77,7 +77,7 @@ class Watch:
     def told(self, run_id: str) -> str:
         run = self.instance.get_run_by_id(run_id)
         assert run is not None
-        return run.tags.get(TOLD_TAG, "")
+        return run.tags.get(TOLD_TAG, "").removeprefix(f"{run_id[:8]}: ")
 
 
 PASSED = dg.AssetCheckResult(passed=True)
@@ -126,6 +126,20 @@ def test_a_failed_run_is_told_once_with_its_reason(
     assert watch.told(run_id) == "webhook, e-mail"
     assert "nothing failed untold" in watch.look()
     assert len(webhook.got) == len(mailbox.got) == 1
+
+
+def test_a_run_that_is_executed_again_and_fails_again_is_told_too(
+    instance: dg.DagsterInstance, webhook: Webhook
+) -> None:
+    watch = Watch(instance, to(webhook))
+    first = watch.fail()
+    watch.look()
+    # As the UI does: the run has the tags of the one before.
+    before = instance.get_run_by_id(first)
+    assert before is not None and TOLD_TAG in before.tags
+    again = watch.fail(**before.tags, **{"dagster/parent_run_id": first})
+    assert f"run {again[:8]}: told by webhook" in watch.look()
+    assert [payload["run_id"] for payload in webhook.got] == [first, again]
 
 
 def test_what_failed_before_the_sensor_began_is_not_news(

@@ -151,6 +151,7 @@ class World:
         self.store.write_table("titled_posters", titled)
         measured = images.assign(
             metric="nearest",
+            checkpoint_id="tuned",
             role="copies",
             value=0.5,
             nearest_poster="ab",

@@ -106,5 +106,14 @@ def test_a_run_under_a_lease_is_dead_when_its_process_gave_nothing_back(
         run = started(tags)
         raise KeyboardInterrupt
     assert health_of(run) == WorkerStatus.FAILED
+    # Executed again in the UI, it has the tags of the one before and not its process.
+    again = deployed.create_run_for_job(
+        nothing,
+        status=dg.DagsterRunStatus.STARTED,
+        tags=tags,
+        root_run_id=run.run_id,
+        parent_run_id=run.run_id,
+    )
+    assert health_of(again) == WorkerStatus.RUNNING
     # As of another machine, whose leases lie elsewhere.
     assert health_of(started({LEASE_TAG: "elsewhere.lease"})) == WorkerStatus.RUNNING

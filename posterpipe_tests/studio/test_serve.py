@@ -14,6 +14,7 @@ from posterpipe.studio.serve import (
     DARK,
     LIGHT,
     StudioError,
+    _host_name,
     is_loopback,
     run_studio,
     server_options,
@@ -98,6 +99,10 @@ def test_behind_a_proxy_the_studio_works_under_the_names_that_were_given_alone(
 def test_what_is_no_name_of_a_host_is_one_sentence(name: str) -> None:
     with pytest.raises(StudioError, match="without https://"):
         run_studio("127.0.0.1", 8501, [name])
+
+
+def test_a_name_is_asked_for_in_small_letters_however_it_was_given() -> None:
+    assert _host_name("Studio.Example.ORG") == "studio.example.org"
 
 
 def test_nothing_is_told_to_others_and_nothing_is_taken_from_them() -> None:

@@ -90,7 +90,8 @@ def copied_posters(evidence: pd.DataFrame, max_share: float) -> Finding:
     )
     expected: str = f"at most {max_share:g}"
     actual: float | str = share
-    known = tuned.empty or bool(compared["copy_threshold"].notna().any())
+    # Each checkpoint has a bound of its own, by what it was trained on.
+    known = bool(tuned.groupby("checkpoint_id")["copy_threshold"].count().all())
     if share <= max_share and not known:
         summary = (
             f"{len(copies)} of {len(tuned)} images of fine-tuned models equal a training poster; "
@@ -102,7 +103,7 @@ def copied_posters(evidence: pd.DataFrame, max_share: float) -> Finding:
         )
         expected += ", by a threshold from the holdout posters"
         actual = f"{share:g}, without a threshold"
-    found = float(compared["copy_sensitivity"].astype(float).max())
+    found = float(tuned["copy_sensitivity"].astype(float).min())
     blind = not tuned.empty and found < LEAST_SENSITIVITY
     if share <= max_share and blind:
         summary += f"; of altered training posters only {found:.0%} would be found"
