@@ -189,9 +189,11 @@ def test_two_people_edit_one_caption_and_the_second_is_shown_both_texts(
 def test_words_typed_over_the_captioners_are_saved_with_one_click_and_can_be_taken_back(
     studio: Studio, page: Page
 ) -> None:
+    from playwright.sync_api import expect
+
     studio.open(page, "captions")
     field = page.get_by_label("Caption", exact=True).last
-    assert field.input_value() == MACHINES
+    expect(field).to_have_value(MACHINES)  # the field is there before its text
     field.press("End")
     page.keyboard.type(", and a star")
     # The click ends the typing, which gives the button its other name.
@@ -202,7 +204,7 @@ def test_words_typed_over_the_captioners_are_saved_with_one_click_and_can_be_tak
     page.get_by_role("button", name="Use the captioner's again").last.click()
     page.get_by_text("Taken back.").wait_for()
     page.get_by_role("button", name="Confirm").wait_for()
-    assert field.input_value() == MACHINES
+    expect(field).to_have_value(MACHINES)
     assert words not in (studio.folder / "captions.csv").read_text(encoding="utf-8")
 
 
