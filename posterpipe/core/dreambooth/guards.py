@@ -82,23 +82,25 @@ def wait_until_none_trains(folder: Path, seconds: float, *, besides: str | None)
 def stop_signal() -> Iterator[Callable[[], bool]]:
     """SIGTERM and Ctrl-C become a question the loop can ask between steps. A further Ctrl-C is a
     KeyboardInterrupt as ever."""
-    asked = threading.Event()
+    # No threading.Event: a second signal (a service's and the dying launcher's come together) may
+    # be handled while the first is, and would wait for ever for the lock that `set` holds.
+    asked = False
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set  # Python delivers signals to the main thread only
+        yield lambda: asked  # Python delivers signals to the main thread only
         return
     first = math.inf
 
     def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal first
+        nonlocal asked, first
         now = time.monotonic()
         if number == signal.SIGINT and now - first > _ECHO_SECONDS:
             raise KeyboardInterrupt
         first = min(first, now)
-        asked.set()
+        asked = True
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked.is_set
+        yield lambda: asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

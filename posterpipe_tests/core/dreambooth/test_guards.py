@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -68,3 +70,21 @@ def test_ctrl_c_while_loading_ends_with_a_sentence(
     monkeypatch.setattr("sys.argv", ["training", "--config", str(file)])
     assert main() == 130
     assert "training: ended at once; start it again" in capsys.readouterr().err
+
+
+def test_signals_that_come_while_one_is_handled_stop_nothing_but_the_run() -> None:
+    """A service that is stopped and its dying launcher both send one, at nearly the same time."""
+    receiver = """
+import os, subprocess, sys
+from posterpipe.core.dreambooth.guards import stop_signal
+sender = f"import os\\nfor _ in range(200_000): os.kill({os.getpid()}, 15)"
+with stop_signal() as asked:
+    sending = subprocess.Popen([sys.executable, "-c", sender])
+    while sending.poll() is None:
+        asked()
+    print(asked())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", receiver], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
