@@ -25,6 +25,11 @@ _ADAPTER = "default"
 TARGETS = {"unet": "lora_targets", "text_encoder": "lora_text_encoder_targets"}
 """The setting that names the layers, by model."""
 
+_DIFFUSERS_MATRICES = {
+    "unet": {"lora_A": "lora.down", "lora_B": "lora.up"},
+    "text_encoder": {"lora_A": "lora_linear_layer.down", "lora_B": "lora_linear_layer.up"},
+}
+
 KOHYA_NAME = "kohya_lora.safetensors"
 _KOHYA_MODELS = {"unet": "lora_unet", "text_encoder": "lora_te"}
 _KOHYA_MATRICES = {"lora_A": "lora_down", "lora_B": "lora_up"}
@@ -73,13 +78,12 @@ def write_lora(folder: Path, models: Mapping[str, nn.Module], settings: Training
     Rank and alpha are in both, for each model.
     """
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
-    from diffusers.utils import convert_state_dict_to_diffusers
 
     arguments: dict[str, Any] = {}
     for_kohya: dict[str, Tensor] = {}
     for name, model in models.items():
         state = _state(name, model)
-        arguments[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(state)
+        arguments[f"{name}_lora_layers"] = _as_diffusers(name, state)
         arguments[f"{name}_lora_adapter_metadata"] = _config(name, settings).to_dict()
         for_kohya |= _as_kohya(name, state, _alpha(settings))
     StableDiffusionLoraLoaderMixin.save_lora_weights(
@@ -102,6 +106,19 @@ def _state(name: str, model: nn.Module) -> dict[str, Tensor]:
     inside = "text_model." if without else ""
     state = get_peft_model_state_dict(model)
     return {f"{inside}{key}": value.cpu().contiguous() for key, value in state.items()}
+
+
+def _as_diffusers(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The matrices by diffusers' names.
+
+    diffusers' `convert_state_dict_to_diffusers` would give them to the attention's layers only, and
+    of a file with two kinds of names diffusers reads those of the kind that the first one is.
+    """
+    named = {}
+    for key, value in state.items():
+        layer, which = key.removesuffix(".weight").rsplit(".", 1)
+        named[f"{layer}.{_DIFFUSERS_MATRICES[name][which]}.weight"] = value
+    return named
 
 
 def _as_kohya(name: str, state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:

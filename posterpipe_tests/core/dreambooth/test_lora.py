@@ -125,6 +125,56 @@ def test_diffusers_and_the_sampler_load_it_into_the_text_encoder_as_well(
     assert (says(loaded) - says(sampler)).abs().max() < way / 20
 
 
+@pytest.mark.parametrize(
+    ("targets", "text_targets"),
+    [
+        (("to_q", "to_out.0", "proj_in", "ff.net.2", "conv1", "time_emb_proj"), ("q_proj", "fc1")),
+        (("to_v", "conv_shortcut"), ("fc1", "fc2")),
+    ],
+    ids=["of all kinds", "no attention in the text encoder"],
+)
+def test_what_diffusers_and_the_sampler_load_is_what_was_merged_whichever_layers_are_named(
+    make_config: MakeConfig,
+    base_model: Path,
+    targets: tuple[str, ...],
+    text_targets: tuple[str, ...],
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    config = make_config(
+        **LORA,
+        max_train_steps=2,
+        export_every_steps=2,
+        lora_targets=targets,
+        lora_text_encoder_targets=text_targets,
+    )
+    train(config)
+    exported = config.output_dir / "exports" / "step-00000002"
+
+    def pipeline_with(lora: Path) -> Any:
+        pipeline: Any = StableDiffusionPipeline.from_pretrained(base_model, dtype=torch.float32)
+        pipeline.load_lora_weights(lora)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        return pipeline
+
+    sampler = Sampler(exported, SamplerSettings(), model_id="x", base_dir=base_model)
+    for model in (pipeline_with(config.output_dir), pipeline_with(exported), sampler):
+        for names, weights_of, added in (
+            (targets, unet_weights, model.unet.state_dict()),
+            (text_targets, text_weights, model.text_encoder.state_dict()),
+        ):
+            before, merged = weights_of(base_model), weights_of(config.output_dir)
+            changed = {name for name in before if not torch.equal(before[name], merged[name])}
+            layers = {name.removesuffix(".weight") for name in changed}
+            assert all(layer.endswith(names) for layer in layers)
+            assert all(any(layer.endswith(name) for layer in layers) for name in names)
+            # They are rounded to the fp16 of the base model's files.
+            for name, value in merged.items():
+                inside = name if name in added else name.removeprefix("text_model.")
+                torch.testing.assert_close(added[inside].half(), value, rtol=2e-3, atol=1e-5)
+
+
 def test_only_the_named_layers_change(make_config: MakeConfig, base_model: Path) -> None:
     config = make_config(**LORA, lora_targets=("to_v",), train_text_encoder=False)
     train(config)
