@@ -19,7 +19,7 @@ from PIL import Image
 
 from posterpipe.core.captions import HumanCaption
 from posterpipe.core.errors import first_line
-from posterpipe.core.memory import TOO_LITTLE_MEMORY, is_out_of_memory
+from posterpipe.core.memory import TOO_LITTLE_MEMORY, doubt, is_out_of_memory
 from posterpipe.core.models import (
     DeviceGone,
     best_device,
@@ -341,5 +341,5 @@ def _failed(reason: str) -> dict[str, str]:
 def _reason(error: Exception) -> str:
     """In words that are the same each time that it fails."""
     if is_out_of_memory(error):
-        return TOO_LITTLE_MEMORY
+        return TOO_LITTLE_MEMORY + doubt(error)
     return first_line(error)

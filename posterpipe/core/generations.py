@@ -26,7 +26,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from posterpipe.core.errors import named_line
-from posterpipe.core.memory import TOO_LITTLE_MEMORY, is_out_of_memory
+from posterpipe.core.memory import TOO_LITTLE_MEMORY, doubt, is_out_of_memory
 from posterpipe.core.models import (
     DeviceGone,
     best_device,
@@ -364,4 +364,6 @@ class _Drawing:
 
 def _why_not_drawn(error: Exception) -> str:
     """In words that are the same each time that it fails."""
-    return TOO_LITTLE_MEMORY if is_out_of_memory(error) else named_line(error)
+    if is_out_of_memory(error) and not isinstance(error, SamplerError):  # it may quote such words
+        return TOO_LITTLE_MEMORY + doubt(error)
+    return named_line(error)

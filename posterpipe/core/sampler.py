@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from posterpipe.core.errors import named_line
-from posterpipe.core.memory import is_out_of_memory
+from posterpipe.core.memory import doubt, is_out_of_memory
 from posterpipe.core.models import (
     ModelMissing,
     best_device,
@@ -288,8 +288,8 @@ class Sampler:
         if self.batch_size == 1:
             raise SamplerError(
                 f"one image of {self.settings.width}x{self.settings.height} pixels does not fit "
-                "into memory; set POSTERPIPE_SAMPLER__WIDTH and __HEIGHT lower, or on a GPU "
-                "POSTERPIPE_SAMPLER__PRECISION=bf16"
+                f"into memory{doubt(error)}; set POSTERPIPE_SAMPLER__WIDTH and __HEIGHT lower, or "
+                "on a GPU POSTERPIPE_SAMPLER__PRECISION=bf16"
             ) from error
         self.batch_size //= 2
         if self.device.type == "cuda":

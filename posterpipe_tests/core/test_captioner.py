@@ -359,6 +359,14 @@ def test_the_reason_of_too_little_memory_is_the_same_each_time(
     assert first["reason"].tolist() == [TOO_LITTLE_MEMORY]
     pd.testing.assert_frame_equal(first, second)
 
+    class WithoutKernel(Captioner):
+        def describe(self, pixels: torch.Tensor) -> list[Description]:
+            raise RuntimeError("Unable to find a valid cuDNN algorithm to run convolution")
+
+    monkeypatch.setattr(module, "Captioner", WithoutKernel)
+    (reason,) = caption_posters(store, table, SETTINGS, root)["reason"]
+    assert reason.startswith(TOO_LITTLE_MEMORY) and "valid cuDNN algorithm" in reason
+
 
 def test_a_device_that_is_gone_before_the_model_is_on_it_is_told_as_such(
     root: Path, store: Store, monkeypatch: pytest.MonkeyPatch

@@ -243,6 +243,16 @@ def test_the_reason_of_too_little_memory_is_the_same_each_time(
     assert set(first[first["status"] == "failed"].reason) == {TOO_LITTLE_MEMORY}
     assert table_version(first) == table_version(second)
 
+    def without_kernel(
+        self: Sampler, requests: Sequence[ImageRequest], on_step: None = None
+    ) -> None:
+        raise SamplerError('it does not fit ("GET was unable to find an engine"); set a precision')
+
+    monkeypatch.setattr(Sampler, "__call__", without_kernel)
+    third = drawn(store, model_dir)
+    (reason,) = set(third[third["status"] == "failed"].reason)
+    assert "unable to find an engine" in reason and "set a precision" in reason
+
 
 def test_when_nothing_can_be_drawn_the_error_says_so(
     store: Store, model_dir: Path, monkeypatch: pytest.MonkeyPatch

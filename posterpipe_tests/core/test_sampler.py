@@ -305,15 +305,25 @@ def test_a_batch_found_by_trial_leaves_little_to_pad(
     assert sampler.batch_size == size
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", "memory; set POSTER"),
+        (
+            "FIND was unable to find an engine",
+            r'memory .*"FIND was unable .*precision\); set POSTER',
+        ),
+    ],
+)
 def test_an_image_that_does_not_fit_is_told_with_the_remedy_also_after_a_trial(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, error: str, told: str
 ) -> None:
     def little_memory(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise RuntimeError(error)
 
     sampler = Sampler(model_dir, with_batch(0), model_id="tiny")
     monkeypatch.setattr(sampler.unet, "forward", little_memory)
-    with pytest.raises(SamplerError, match=r"one image .* does not fit into memory; set POSTER"):
+    with pytest.raises(SamplerError, match=f"one image .* does not fit into {told}"):
         sampler(REQUESTS)
 
 

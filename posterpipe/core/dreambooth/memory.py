@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.errors import TrainingError
-from posterpipe.core.memory import is_out_of_memory
+from posterpipe.core.memory import doubt, is_out_of_memory
 from posterpipe.core.models import give_memory_back
 from posterpipe.settings import TrainingSettings
 
@@ -74,7 +74,7 @@ def memory_hint(config: RunConfig, device: torch.device, processes: int) -> Iter
 
         parameters = count_parameters(config.base_model)
         words = advice(config.training, parameters, device_gib(device), processes)
-        raise TrainingError(words) from error
+        raise TrainingError(words + doubt(error)) from error
 
 
 def advice(

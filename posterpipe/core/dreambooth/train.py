@@ -60,7 +60,7 @@ from posterpipe.core.dreambooth.saves import (
     write_save,
 )
 from posterpipe.core.dreambooth.schedule import learning_rate
-from posterpipe.core.memory import is_out_of_memory
+from posterpipe.core.memory import doubt, is_out_of_memory
 from posterpipe.core.models import give_memory_back
 from posterpipe.settings import TrainingSettings
 
@@ -241,9 +241,10 @@ def _train(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            words = doubt(error)
         # Outside the handler, where nothing holds the memory of the failed try any more.
         give_memory_back()
-        log(f"the samples of step {step} are left out: out of memory")
+        log(f"the samples of step {step} are left out: out of memory{words}")
 
     def due(step: int, every: int | None) -> bool:
         return every is not None and step % every == 0

@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from posterpipe.core.dreambooth.base_model import count_parameters, load_unet
-from posterpipe.core.dreambooth.memory import InParts, advice, models_gib
+from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.dreambooth.memory import InParts, advice, memory_hint, models_gib
 from posterpipe.settings import TrainingSettings
+from posterpipe_tests.core.dreambooth.conftest import MakeConfig
 
 SD21 = {"unet": 865_910_724, "text_encoder": 340_387_840}
 
@@ -54,6 +56,15 @@ def test_several_processes_are_not_told_to_halve_a_batch() -> None:
     assert "halve_batch_on_out_of_memory" in advice(wide, SD21, gib=15.0)
     several = advice(wide, SD21, gib=15.0, processes=2)
     assert "train_batch_size = 1" in several and "halve_batch_on_out_of_memory" not in several
+
+
+def test_where_the_words_can_mean_something_else_they_are_told(make_config: MakeConfig) -> None:
+    words = "GET was unable to find an engine to execute this computation"
+    with (
+        pytest.raises(TrainingError, match=f'out of memory.*train_batch_size = 1.*"{words}"'),
+        memory_hint(make_config(), torch.device("cpu"), 1),
+    ):
+        raise RuntimeError(words)
 
 
 def test_a_batch_is_looked_at_in_parts_that_fit_and_a_second_one_at_once_in_those() -> None:
