@@ -106,7 +106,9 @@ def models_gib(settings: TrainingSettings, parameters: Mapping[str, int]) -> flo
     """What weights, gradients, optimizer states and average take, images not counted.
 
     Trained weights and their gradients are fp32, Adam's two states 4 bytes each or 1 with 8-bit
-    Adam; autocast holds short copies of the weights. LoRA's own matrices are left out: hundredths.
+    Adam; autocast holds short copies of the weights. A text encoder that is not trained goes once
+    it has read all captions; shuffled ones never end, so it stays then, in fp32. LoRA's own
+    matrices are left out: hundredths.
     """
     names = ["unet", "text_encoder"] if settings.train_text_encoder else ["unet"]
     short = 0 if settings.mixed_precision == "fp32" else 2
@@ -115,7 +117,10 @@ def models_gib(settings: TrainingSettings, parameters: Mapping[str, int]) -> flo
     else:
         states = 2 if settings.optimizer == "adamw_8bit" else 8
         each = 4 + 4 + states + short + (4 if settings.ema_decay is not None else 0)
-    return each * sum(parameters[name] for name in names) / 2**30
+    trained = each * sum(parameters[name] for name in names)
+    stays = settings.caption_shuffling and not settings.train_text_encoder
+    frozen = 4 * parameters["text_encoder"] if stays else 0
+    return (trained + frozen) / 2**30
 
 
 def device_gib(device: torch.device) -> float:

@@ -36,6 +36,12 @@ def test_what_the_models_take_by_hand() -> None:
     assert models_gib(averaged, SD21) == pytest.approx(20 * 0.86591 / 1.07374, rel=1e-3)
     lora = thesis.model_copy(update={"method": "lora"})
     assert models_gib(lora, SD21) == pytest.approx(2 * 1.2063 / 1.0737, rel=1e-3)
+    # A frozen text encoder goes when it has read all captions; shuffled ones are ever new.
+    shuffled = exact.model_copy(update={"caption_shuffling": True})
+    both = 16 * 0.86591 + 4 * 0.34039
+    assert models_gib(shuffled, SD21) == pytest.approx(both / 1.07374, rel=1e-3)
+    trained = thesis.model_copy(update={"caption_shuffling": True})
+    assert models_gib(trained, SD21) == models_gib(thesis, SD21)
 
 
 def test_on_a_small_gpu_what_costs_least_comes_first_until_it_fits() -> None:
