@@ -316,7 +316,8 @@ def _metadata(checkpoint: Path, record: dict[str, Any]) -> dict[str, Any]:
     }
     if record["holdout"]:
         losses = [measured["loss"] for measured in record["holdout"]]
-        metadata["holdout_loss_at_start"] = float(losses[0])
+        if record["holdout"][0]["step"] == 0:
+            metadata["holdout_loss_at_start"] = float(losses[0])
         metadata["holdout_loss_lowest"] = float(min(losses))
         metadata["holdout_loss_at_end"] = float(losses[-1])
     pictures = {

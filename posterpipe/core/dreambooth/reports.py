@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,11 @@ class Journal:
     loss_sum: float = 0.0
     loss_steps: float = 0
     ended_by: str = ""
+
+    def forget_holdout(self) -> None:
+        """Drops every held-out loss; the others stay."""
+        self.holdout.clear()
+        self.reports = [replace(report, holdout_loss=None) for report in self.reports]
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; `from_json` is the inverse."""

@@ -153,6 +153,10 @@ def _train(
     # ---- init or resume -----------------------------------------------------------------------
     save_folder, lowest_folder = config.work_dir / _SAVES / run, config.work_dir / _LOWEST / run
     first_step, journal = 0, Journal()
+    questions = {  # what a held-out loss is the answer to, beside all that the run's id tells
+        "holdout_set": versions.holdout_set,
+        "holdout_timesteps": settings.holdout_timesteps,
+    }
     saved = newest_save(save_folder, run=run, log=log)
     others = other_runs(save_folder)
     if others:
@@ -164,6 +168,13 @@ def _train(
         learner.restore(saved)
         first_step, journal = saved.step, Journal.from_json(saved.state["journal"])
         log(f"goes on from step {first_step} of {total}, saved in {saved.folder.name}")
+        # Older saves did not tell; with early stopping the run would be another one.
+        if journal.holdout and saved.state.get("questions", questions) != questions:
+            journal.forget_holdout()
+            log(
+                "the held-out loss was measured before on other posters or at other timesteps: "
+                "those measurements are dropped, since their curve would not go on"
+            )
     exports = exports_folder(config, run)
     if main:  # steps that are made again may turn out otherwise on a GPU, and need not all be made
         keep_only(exports, {step for step in saved_steps(exports) if step <= first_step})
@@ -172,7 +183,7 @@ def _train(
         """Everything from which the run can go on. Its random numbers, and the place in the
         stream of samples, are functions of the step."""
         tensors, state = learner.state()
-        state["journal"] = journal.to_json()
+        state |= {"journal": journal.to_json(), "questions": questions}
         if main:
             with writing(f"the save of step {step}", save_folder):
                 write_save(

@@ -939,6 +939,28 @@ def test_the_held_out_loss_is_measured_at_fixed_questions(
     assert [r.holdout_loss for r in result.reports] == [m.loss for m in result.holdout]
 
 
+def test_a_run_that_goes_on_with_other_questions_drops_what_was_measured_before(
+    make_config: MakeConfig, other_set: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"save_every_steps": 1, "holdout_every_steps": 1}
+    more = write_training_set(tmp_path / "more", seed=9)
+    first = make_config(parts={"holdout_set": other_set}, **settings)
+    shorter = make_config(parts={"holdout_set": other_set}, **settings, holdout_timesteps=2)
+    others = make_config(parts={"holdout_set": more}, **settings, holdout_timesteps=2)
+    said: list[str] = []
+    for config, stops_at in ((first, 2), (shorter, 3), (others, 4)):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, interrupt_at(stops_at), log=said.append)
+    dropped = [line for line in said if "held-out" in line]
+    assert len(dropped) == 2 and all("measured before" in line for line in dropped)
+    result = train(others, log=said.append)
+    assert result.resumed_from == 3
+    assert [line for line in said if "held-out" in line] == dropped
+    assert [measured.step for measured in result.holdout] == [3, 4]
+    assert [report.holdout_loss for report in result.reports[:2]] == [None] * 2
+    assert losses(result) == losses(train(make_config("whole")))
+
+
 def test_watching_changes_no_weight(make_config: MakeConfig, other_set: Path) -> None:
     plain = make_config("plain", max_train_steps=4)
     watched = make_config(
