@@ -106,6 +106,7 @@ def read_inputs(
             seed=settings.sample_seed,
             shape=(posters.stream.shapes[0][0], config.height // 8, config.width // 8),
             zero_terminal_snr=settings.zero_terminal_snr,
+            log=log,
         )
     texts = {
         *(text for one in sources for text in one.captions),

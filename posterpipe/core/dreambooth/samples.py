@@ -6,6 +6,7 @@ does not: the prompt suite's images, which `core.sampler` draws from finished mo
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from posterpipe.settings import SamplerSettings
 
 SAMPLES_NAME = "samples"
 PROMPTS_NAME = "prompts.txt"
+SAMPLING_NAME = "sampling.json"
+"""All that tells two runs' samples apart which share a run's id: prompts, noise, the sampler."""
+
 DEFAULT_PROMPTS = 4
 """Captions of the training set that are drawn when no prompts are given."""
 
@@ -33,7 +37,7 @@ class SampleDrawer:
 
     folder: where the images go, one a step and prompt. base_model: its noise schedule is used.
     seed: of the first prompt's noise; each next one counts one up. shape: (channels, height/8,
-    width/8) of the latents.
+    width/8) of the latents. log: told of images that are removed.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class SampleDrawer:
         seed: int,
         shape: tuple[int, int, int],
         zero_terminal_snr: bool,
+        log: Callable[[str], None],
     ) -> None:
         self.prompts = [" ".join(prompt.split()) for prompt in prompts]
         self._folder = folder
@@ -56,19 +61,17 @@ class SampleDrawer:
         self._seed = seed
         self._shape = shape
         self._zero_terminal_snr = zero_terminal_snr
+        self._log = log
 
     @torch.no_grad()
     def draw(self, step: int, predict: Callable[[Tensor, Tensor, Sequence[str]], Tensor]) -> None:
-        """Draws all prompts one by one and writes them when all are there; at step 0 it begins
-        anew.
+        """Draws all prompts one by one and writes them when all are there. At step 0, and where the
+        images there are of other prompts, noise or sampling, it begins anew.
 
         predict: latents float32 (2, *shape), timestep and two texts -> what the U-Net predicts, in
         the shape of the latents.
         """
-        if step == 0:  # a run that was killed before its first save may have drawn other prompts
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / PROMPTS_NAME).write_text("\n".join(self.prompts) + "\n", "utf-8")
+        self._make_room(step)
         vae = self._load_vae()
         images = []
         for number, prompt in enumerate(self.prompts):
@@ -78,6 +81,30 @@ class SampleDrawer:
             images.append(Image.fromarray(shown.to(torch.uint8).permute(1, 2, 0).cpu().numpy()))
         for number, image in enumerate(images):
             image.save(self._folder / f"step-{step:08d}-{number}.png")
+
+    def _make_room(self, step: int) -> None:
+        """The folder is there, with such images only as are drawn now."""
+        sampling = {
+            "prompts": self.prompts,
+            "seed": self._seed,
+            "scheduler": self._settings.scheduler,
+            "num_inference_steps": self._settings.num_inference_steps,
+            "guidance_scale": self._settings.guidance_scale,
+        }
+        text = json.dumps(sampling, indent=1)
+        written = self._folder / SAMPLING_NAME
+        same = written.exists() and written.read_text("utf-8") == text
+        if same and step > 0:
+            return
+        if step > 0 and any(self._folder.glob("*.png")):
+            self._log(
+                f"{self._folder}: the samples of other prompts, noise or sampling are removed; "
+                f"new ones begin at step {step}"
+            )
+        shutil.rmtree(self._folder, ignore_errors=True)  # at step 0: of a run that has no save
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / PROMPTS_NAME).write_text("\n".join(self.prompts) + "\n", "utf-8")
+        written.write_text(text, "utf-8")
 
     def _denoise(
         self,

@@ -47,7 +47,7 @@ from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.train import train
 from posterpipe.core.generations import blocked_reason
 from posterpipe.core.models import directory_fingerprint
-from posterpipe.settings import default_root
+from posterpipe.settings import SamplerSettings, default_root
 from posterpipe_tests.core.dreambooth.conftest import (
     MakeConfig,
     equal,
@@ -445,6 +445,32 @@ def test_samples_of_another_run_in_the_same_folder_are_not_shown(make_config: Ma
     train(config)
     names = sorted(path.name for path in (config.output_dir / "samples").glob("*.png"))
     assert names == [f"step-{step:08d}-0.png" for step in (0, 3, 4)]
+
+
+def test_a_run_that_goes_on_shows_no_samples_of_other_prompts_noise_or_sampling(
+    make_config: MakeConfig,
+) -> None:
+    settings: dict[str, Any] = {"save_every_steps": 1, "sample_every_steps": 1}
+    a_cat = settings | {"sample_prompts": ("a cat",), "sample_seed": 3}
+    quick = {"parts": {"sampler": SamplerSettings(num_inference_steps=1)}}
+    said: list[str] = []
+    shown: list[list[int]] = []
+
+    def go_on_to(step: int, **changed: Any) -> None:
+        config = make_config(**changed, max_train_steps=5)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, interrupt_at(step), log=said.append)
+        (folder,) = config.work_dir.glob("samples/*")
+        shown.append(sorted({int(path.name.split("-")[1]) for path in folder.glob("*.png")}))
+
+    go_on_to(2, **settings, sample_prompts=("a cat",))
+    go_on_to(3, **settings, sample_prompts=("a cat",))
+    assert shown[-1] == [0, 1, 2, 3] and not any("samples" in line for line in said)
+    go_on_to(3, **settings, sample_prompts=("a car",))
+    go_on_to(4, **a_cat)
+    go_on_to(5, **a_cat, **quick)
+    assert shown[2:] == [[3], [3, 4], [4, 5]]
+    assert len([line for line in said if "samples" in line and "removed" in line]) == 3
 
 
 def test_what_is_missing_is_named_in_one_sentence(
