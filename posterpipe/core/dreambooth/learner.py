@@ -259,6 +259,13 @@ class Learner:
 
     # -- saving -----------------------------------------------------------------------------------
 
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """A copy of the trained weights as they are now, by model and name, on the CPU."""
+        return {
+            name: {key: p.detach().to("cpu", copy=True) for key, p in group.items()}
+            for name, group in self.named.items()
+        }
+
     def state(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
         """Tensors by file and name, and JSON values; `restore` is the inverse."""
         optimizer, tensors = pack(self._optimizer.state_dict())

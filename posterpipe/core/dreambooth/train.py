@@ -179,11 +179,28 @@ def _train(
     if main:  # steps that are made again may turn out otherwise on a GPU, and need not all be made
         keep_only(exports, {step for step in saved_steps(exports) if step <= first_step})
 
+    # With early stopping: the step and the weights of the lowest held-out loss since the last save.
+    # A run that is killed makes them again; on the disk each would take as long as a save.
+    lowest_unsaved: tuple[int, dict[str, dict[str, Tensor]]] | None = None
+
     def save(step: int) -> None:
         """Everything from which the run can go on. Its random numbers, and the place in the
         stream of samples, are functions of the step."""
+        nonlocal lowest_unsaved
         tensors, state = learner.state()
         state |= {"journal": journal.to_json(), "questions": questions}
+        if lowest_unsaved is not None:  # before the save, whose journal tells of them
+            at = lowest_unsaved[0]
+            with writing(f"the save of step {at}", lowest_folder):
+                write_save(
+                    lowest_folder,
+                    step=at,
+                    run=run,
+                    tensors=lowest_unsaved[1],
+                    state={},
+                    keep=None,
+                )
+            lowest_unsaved = None
         if main:
             with writing(f"the save of step {step}", save_folder):
                 write_save(
@@ -217,6 +234,7 @@ def _train(
 
     def measure_holdout(step: int) -> None:
         """Adds the held-out loss to the journal; with early stopping, keeps the best weights."""
+        nonlocal lowest_unsaved
         with learner.as_finished():
             share = holdout_loss(
                 inputs.questions,
@@ -230,17 +248,8 @@ def _train(
                 return
             journal.holdout.append(HoldoutLoss(step, loss))
             if settings.early_stop_patience is not None and _lowest_step(journal) == step and main:
-                with writing(f"the save of step {step}", lowest_folder):
-                    weights = learner.named
-                    write_save(
-                        lowest_folder,
-                        step=step,
-                        run=run,
-                        tensors=weights,
-                        state={},
-                        keep=None,
-                    )
-                    keep_lowest()
+                lowest_unsaved = None  # gone before the others are there
+                lowest_unsaved = step, learner.weights()
 
     def draw_samples(step: int) -> None:
         if inputs.drawer is None or not main:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from posterpipe.core.dreambooth.learner import Learner
@@ -83,6 +85,27 @@ def test_a_run_saves_for_at_most_a_twentieth_of_its_time_and_always_when_it_ends
     # 20 times 3 seconds are 9 steps: what was due at step 4 is made up for then, at whatever step.
     assert saved == [2, 11, 20, 24]
     assert share < 0.07  # with the one at the end, at once
+
+
+def test_ever_lower_held_out_losses_put_no_further_files_between_the_saves(
+    make_config: MakeConfig, other_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    falling = itertools.count(start=100, step=-1)
+    monkeypatch.setattr(
+        "posterpipe.core.dreambooth.train.holdout_loss",
+        lambda *_, **__: torch.tensor(next(falling)),
+    )
+    config = make_config(
+        parts={"holdout_set": other_set},
+        max_train_steps=24,
+        save_every_steps=2,
+        holdout_every_steps=1,
+        early_stop_patience=50,
+    )
+    saved, share = run_by_the_clock(config, monkeypatch, step_seconds=7.0, save_seconds=3.0)
+    # Each time the weights of the lowest so far, then the save: 20 times 6 seconds are 18 steps.
+    assert saved == [2, 2, 20, 20, 24, 24]
+    assert share < 0.1  # with the one at the end, at once
 
 
 def test_a_run_whose_saves_are_quick_saves_when_it_was_told_to(
