@@ -394,14 +394,18 @@ def test_a_changed_prompt_redraws_that_prompt_and_trains_nothing(pipeline: Pipel
 def test_what_was_lost_is_stale(pipeline: Pipeline) -> None:
     specs = build_defs(pipeline.settings, pipeline.deployment).resolve_all_asset_specs()
     assert stale_assets(specs, pipeline.instance, pipeline.deployment) == {}
-    sheet = pipeline.deployment.contact_sheet_path
-    hidden = sheet.rename(sheet.with_suffix(".hidden"))
-    try:
-        stale = stale_assets(specs, pipeline.instance, pipeline.deployment)
-    finally:
-        hidden.rename(sheet)
-    assert list(stale) == [dg.AssetKey("contact_sheet")]
-    assert "is gone" in stale[dg.AssetKey("contact_sheet")]
+    for path, name in (
+        (pipeline.deployment.contact_sheet_path, "contact_sheet"),
+        (pipeline.deployment.published_parquet_path, "published_scores"),
+        (pipeline.deployment.published_parquet_path.resolve(), "published_scores"),
+    ):
+        hidden = path.rename(path.with_suffix(".hidden"))
+        try:
+            stale = stale_assets(specs, pipeline.instance, pipeline.deployment)
+        finally:
+            hidden.rename(path)
+        assert list(stale) == [dg.AssetKey(name)]
+        assert "is gone" in stale[dg.AssetKey(name)]
 
 
 def test_a_score_is_traced_to_the_runs_and_the_posters(pipeline: Pipeline) -> None:

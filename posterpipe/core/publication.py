@@ -5,7 +5,8 @@ place of another. What does not: the database (`warehouse`), and when to publish
 
     public/scores.duckdb            the database, a file of the newest snapshot (a hard link)
     public/parquet/<table>.parquet  its tables, a folder of the newest snapshot (a symbolic link)
-    public/snapshots/<time>/        the newest publications, each whole: scores.duckdb and parquet/
+    public/snapshots/<time>/        the newest publications, each whole: scores.duckdb and parquet/;
+                                    their names follow each other, also where the clock was set back
 
 Everything is read-only and replaced by renaming, the database first. Whoever has a file open keeps
 reading it; whoever reads several Parquet files at once and wants them of one publication resolves
@@ -78,7 +79,8 @@ class Publication:
     """One publication."""
 
     publication_id: str
-    """When it was, in UTC; the name of its snapshot."""
+    """When it was, in UTC, or just after the one before where the clock was set back since; the
+    name of its snapshot."""
     database: Path
     parquet: Path
     snapshot: Path
@@ -108,9 +110,9 @@ def publish_scores(
         )
     snapshots = public / SNAPSHOTS
     now = dt.datetime.now(dt.UTC)
-    publication_id = now.strftime(_FORMAT)
     try:
         snapshots.mkdir(parents=True, exist_ok=True)
+        publication_id = _name_after(_whole(snapshots), now)
     except OSError as error:
         raise _not_published(public, error) from error
     _sweep(public)
@@ -132,7 +134,8 @@ def publish_scores(
         except (duckdb.Error, OSError) as error:
             raise _not_published(public, error) from error
     for old in sorted(_whole(snapshots))[:-kept]:
-        shutil.rmtree(snapshots / old, ignore_errors=True)
+        if old != publication_id:  # whatever else lies there
+            shutil.rmtree(snapshots / old, ignore_errors=True)
     return Publication(
         publication_id,
         public / DATABASE,
@@ -347,6 +350,16 @@ def _temporary(parent: Path) -> Iterator[Path]:
 def _whole(snapshots: Path) -> list[str]:
     """Names of the snapshots, temporary ones left out."""
     return [path.name for path in snapshots.iterdir() if not path.name.startswith(".")]
+
+
+def _name_after(names: Collection[str], now: dt.datetime) -> str:
+    """The name of a publication of now: later than all that are there, whose order is their age."""
+    moments = [now]
+    for name in names:
+        with contextlib.suppress(ValueError):  # somebody else's
+            told = dt.datetime.strptime(name, _FORMAT).replace(tzinfo=dt.UTC)
+            moments.append(told + dt.timedelta(microseconds=1))
+    return max(moments).strftime(_FORMAT)
 
 
 def _sweep(public: Path) -> None:

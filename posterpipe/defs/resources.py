@@ -128,6 +128,11 @@ class Deployment:
         return self.settings.published_path
 
     @property
+    def published_parquet_path(self) -> Path:
+        """Its tables as Parquet files."""
+        return self.published_path.with_name("parquet")
+
+    @property
     def contact_sheet_path(self) -> Path:
         """The picture of all prompts and variants."""
         return self.store_root / "public" / "contact_sheet.png"

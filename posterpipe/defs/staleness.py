@@ -284,7 +284,7 @@ def _lost(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deploymen
         "legibility_scores": [deployment.warehouse_path],
         "champion": [deployment.warehouse_path],
         "poster_inventory": [deployment.warehouse_path],
-        "published_scores": [deployment.published_path],
+        "published_scores": [deployment.published_path, deployment.published_parquet_path],
         "contact_sheet": [deployment.contact_sheet_path],
         "score_report": [deployment.report_path],
         "growth_chart": [deployment.thesis_path / "growth.json"],

@@ -3,6 +3,7 @@ fails leaves the one before."""
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import duckdb
 import pandas as pd
 import pytest
 
+from posterpipe.core import publication
 from posterpipe.core.publication import PublishError, publish_scores
 from posterpipe.core.warehouse import SCHEMA_VERSION, TABLES, VIEWS, Warehouse, WarehouseMissing
 from posterpipe.core.warehouse_comments import COMMENTS
@@ -173,6 +175,28 @@ def test_the_last_few_publications_stay_and_each_is_whole(
         os.stat(public / "scores.duckdb").st_ino == os.stat(snapshots[-1] / "scores.duckdb").st_ino
     )
     assert (public / "parquet").resolve() == (snapshots[-1] / "parquet").resolve()
+
+
+def test_a_clock_that_is_set_back_takes_no_publication_away(
+    warehouse: Warehouse, public: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(dt.datetime):
+        ahead = dt.timedelta(hours=3)
+
+        @classmethod
+        def now(cls, tz: dt.tzinfo | None = None) -> Any:
+            return dt.datetime.now(tz) + cls.ahead
+
+    clock = SimpleNamespace(datetime=Clock, UTC=dt.UTC, timedelta=dt.timedelta)
+    monkeypatch.setattr(publication, "dt", clock)
+    made = [publish_scores(warehouse.path, public, run_id="ahead", kept=2) for _ in range(2)]
+    Clock.ahead = dt.timedelta()
+    made += [publish_scores(warehouse.path, public, run_id="right", kept=2) for _ in range(2)]
+    assert sorted(path.name for path in (public / "snapshots").iterdir()) == [
+        published.publication_id for published in made[2:]
+    ]
+    assert (public / "parquet").resolve() == (made[-1].snapshot / "parquet").resolve()
+    assert (public / "parquet" / "fct_score.parquet").exists()
 
 
 def test_a_report_that_was_taken_away_is_not_published_any_more(

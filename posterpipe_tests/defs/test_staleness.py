@@ -529,6 +529,7 @@ def test_all_that_filled_a_lost_warehouse_fills_the_new_one(
     specs = {spec.key.to_user_string(): spec for spec in defs.resolve_all_asset_specs()}
     files = (
         deployment.published_path,
+        deployment.published_parquet_path,
         deployment.contact_sheet_path,
         deployment.report_path,
         deployment.thesis_path / "growth.json",
