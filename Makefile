@@ -30,12 +30,12 @@ $(BIN)/pip:
 	  echo "no environment with pip could be made; on Debian and Ubuntu: apt install python3-venv"; \
 	  exit 1; }
 
-# The stamps are newer than pyproject.toml where its packages are installed. `dbt parse` writes the
-# manifest that posterpipe.definitions reads, so that loading it takes no detour through dbt.
+# The stamps are newer than pyproject.toml where its packages are installed. The last line of the first
+# writes the manifest that posterpipe.definitions reads, so that loading it takes no detour through dbt.
 $(VENV)/installed: pyproject.toml | $(BIN)/pip
 	@echo "installing the packages: some gigabytes, minutes on a slow line"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
-	$(BIN)/dbt --quiet parse --project-dir dbt_like_reports --profiles-dir dbt_like_reports
+	$(BIN)/python -m posterpipe.defs.dbt_reports
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

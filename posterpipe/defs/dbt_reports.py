@@ -8,6 +8,7 @@ tests as checks, with content and lineage of their columns. What does not: the m
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import yaml
 from dagster_dbt import (
     DagsterDbtTranslator,
     DagsterDbtTranslatorSettings,
@@ -28,20 +30,24 @@ from dagster_dbt.asset_utils import get_upstream_unique_ids
 from dagster_dbt.errors import DagsterDbtCliRuntimeError
 from packaging.version import Version
 
+from posterpipe.core.files import sha256_of
 from posterpipe.defs.resources import Deployment, table_preview
 from posterpipe.settings import Settings
 
 PROJECT = Path("dbt_like_reports")
 """Relative to the root."""
 
+_OF = "manifest.of"
+"""File beside the manifest: what it was made of."""
+
 
 def dbt_project(settings: Settings) -> DbtProject:
-    """The dbt project, with a manifest that is not older than its files.
+    """The dbt project, with the manifest of its files as they are.
 
-    `make install` writes the manifest. Where it is missing or behind, as after a pull or while a
-    report is edited, it is written here, which takes some seconds. A mistake in a report must not
-    keep the rest of the pipeline from loading: then the previous manifest stays, and the next run
-    of the reports fails with dbt's message.
+    `make install` writes the manifest. Where it is missing or another one's, as after a pull or
+    while a report is edited, it is written here, which takes some seconds. A mistake in a report
+    must not keep the rest of the pipeline from loading: then the previous manifest stays, and the
+    next run of the reports fails with dbt's message.
     """
     project = DbtProject(project_dir=settings.path(PROJECT))
     if _manifest_is_behind(project):
@@ -58,27 +64,44 @@ def dbt_project(settings: Settings) -> DbtProject:
 
 
 def _manifest_is_behind(project: DbtProject) -> bool:
+    # By content: a file that is put back keeps its date, which may be older than the manifest's.
     try:
-        written = project.manifest_path.stat().st_mtime
+        return (project.manifest_path.parent / _OF).read_text() != _of(
+            _sources(project), project.manifest_path
+        )
     except FileNotFoundError:
         return True
-    sources = [
-        path
-        for folder in ("models", "macros", "tests", "seeds", "snapshots")
-        for path in (project.project_dir / folder).rglob("*")
-    ]
-    sources += [project.project_dir / "dbt_project.yml", project.project_dir / "profiles.yml"]
-    return any(path.stat().st_mtime > written for path in sources)
+
+
+def _sources(project: DbtProject) -> str:
+    """Digest of the project's files."""
+    files = [project.project_dir / "dbt_project.yml", project.project_dir / "profiles.yml"]
+    for folder in ("models", "macros", "tests", "seeds", "snapshots"):
+        files += [path for path in (project.project_dir / folder).rglob("*") if path.is_file()]
+    named = {path.relative_to(project.project_dir).as_posix(): sha256_of(path) for path in files}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
+def _of(sources: str, manifest: Path) -> str:
+    """What is kept beside a manifest: dbt, called by hand, writes others of other files."""
+    return f"{sources} {sha256_of(manifest)}"
 
 
 def _write_manifest(project: DbtProject) -> None:
+    from posterpipe.core.store import write_atomic
+
     target = project.manifest_path.parent
     target.mkdir(exist_ok=True)
+    sources = _sources(project)  # before: what changes meanwhile is noticed the next time
     # Renamed into place: another process may be reading it, or parsing as well.
     with tempfile.TemporaryDirectory(dir=target) as folder:
-        dbt_resource(project).cli(["parse", "--quiet"], target_path=Path(folder)).wait()
+        # In full: partial parsing takes a file for unchanged that has the date that it knows.
+        parse = ["parse", "--quiet", "--no-partial-parse"]
+        dbt_resource(project).cli(parse, target_path=Path(folder)).wait()
+        of = _of(sources, Path(folder, project.manifest_path.name))
         for name in ("partial_parse.msgpack", project.manifest_path.name):
             os.replace(Path(folder, name), target / name)
+    write_atomic(target / _OF, of.encode())
 
 
 class _Dbt(DbtCliResource):
@@ -105,6 +128,7 @@ class _Translator(DagsterDbtTranslator):
     def __init__(self) -> None:
         # Every table of the warehouse is written by the one asset that its source names.
         super().__init__(DagsterDbtTranslatorSettings(enable_duplicate_source_asset_keys=True))
+        self._variables: dict[Path, Mapping[str, Any]] = {}
 
     def get_asset_spec(
         self, manifest: Mapping[str, Any], unique_id: str, project: DbtProject | None
@@ -117,8 +141,18 @@ class _Translator(DagsterDbtTranslator):
             group_name="reports",
             owners=["team:analytics"],
             deps=[*spec.deps, *writers.values()],
-            code_version=_code_version(manifest, unique_id),
+            code_version=_code_version(manifest, unique_id, self._variables_of(project)),
         )
+
+    def _variables_of(self, project: DbtProject | None) -> Mapping[str, Any]:
+        """What dbt_project.yml has under `vars`; it is not in the manifest."""
+        if project is None:
+            return {}
+        folder = Path(project.project_dir)
+        if folder not in self._variables:
+            written = yaml.safe_load((folder / "dbt_project.yml").read_bytes()) or {}
+            self._variables[folder] = written.get("vars") or {}
+        return self._variables[folder]
 
     def _other_writers(self, manifest: Mapping[str, Any], unique_id: str) -> list[dg.AssetKey]:
         """Assets that add rows to a source of the model, beside the one that dagster-dbt knows."""
@@ -133,13 +167,14 @@ class _Translator(DagsterDbtTranslator):
         ]
 
 
-def _code_version(manifest: Mapping[str, Any], unique_id: str) -> str:
+def _code_version(manifest: Mapping[str, Any], unique_id: str, variables: Mapping[str, Any]) -> str:
     """Of everything of the project that a table is made by.
 
     dagster-dbt takes the model's own file. What it reads without a table between (ephemeral models)
-    and its macros decide the table just as much, and so do the estimates that they call.
+    and its macros decide the table just as much, and so do the variables that these ask for, and
+    the estimates that they call.
     """
-    code = {"estimates": _ESTIMATES_VERSION}
+    code: dict[str, Any] = {"estimates": _ESTIMATES_VERSION}
     ahead = [unique_id]
     while ahead:
         name = ahead.pop()
@@ -148,11 +183,25 @@ def _code_version(manifest: Mapping[str, Any], unique_id: str) -> str:
             continue
         if name != unique_id and node.get("config", {}).get("materialized", "") not in _WITHIN:
             continue
-        code[name] = node.get("raw_code") or node.get("macro_sql") or node["checksum"]["checksum"]
+        text = node.get("raw_code") or node.get("macro_sql") or node["checksum"]["checksum"]
+        asked = _values(_VARIABLE.findall(text), variables, node["package_name"])
+        code[name] = [text, asked] if asked else text
         needs = node["depends_on"]
         ahead += [*needs.get("macros", ()), *needs.get("nodes", ())]
     return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()[:16]
 
+
+def _values(names: list[str], variables: Mapping[str, Any], package: str) -> list[Any]:
+    """What variables of these names are for a package; all where a name is not written out ("")."""
+    if "" in names:
+        return [variables]
+    own = variables.get(package)
+    scopes = [own if isinstance(own, Mapping) else {}, variables]
+    return [[name, *(scope.get(name) for scope in scopes)] for name in sorted({*names})]
+
+
+_VARIABLE = re.compile(r"""\bvar\(\s*(?:['"](\w+)['"])?""")
+"""A use of a variable of the project, and its name; "" where that is worked out."""
 
 _ESTIMATES_VERSION = "1"
 """Raise it when `core.sql_functions` gives other intervals: it is not in dbt's manifest."""
@@ -306,3 +355,9 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+if __name__ == "__main__":
+    from posterpipe.settings import load_settings
+
+    dbt_project(load_settings("starter"))

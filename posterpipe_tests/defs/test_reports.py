@@ -158,6 +158,60 @@ def test_a_report_is_made_again_when_a_macro_or_a_staging_model_of_it_changes(
     assert "paired_effects" in by_staging and "gate_decisions" not in by_staging
 
 
+def test_a_report_is_made_again_when_a_variable_that_it_reads_changes(
+    world: World, tmp_path: Path
+) -> None:
+    project = dbt_reports.dbt_project(world.settings)
+    shutil.copytree(project.project_dir, tmp_path / "reports")
+    copy = DbtProject(project_dir=tmp_path / "reports")
+    file = copy.project_dir / "dbt_project.yml"
+    written = yaml.safe_load(file.read_text())
+
+    def versions(**variables: Any) -> dict[str, str | None]:
+        file.write_text(yaml.safe_dump({**written, "vars": variables}))
+        return {spec.key.path[-1]: spec.code_version for spec in dbt_reports.dbt_specs(copy)[0]}
+
+    before = versions(variants=["sd", "dreambooth"], vari=1)
+    after = versions(variants=["dreambooth", "sd"], vari=1)
+    changed = {name for name, version in after.items() if version != before[name]}
+    assert {"leaderboard", "paired_effects"} <= changed
+    assert not {"gate_decisions", "freshness"} & changed
+    own = {"posterpipe_reports": {"variants": ["sd", "dreambooth"]}}
+    assert versions(**own, variants=["dreambooth", "sd"]) != after, "of one project alone"
+    assert versions(variants=["dreambooth", "sd"], vari=2) == after, "nobody reads it"
+
+
+def test_a_report_that_an_older_file_replaces_is_noticed_and_another_date_alone_is_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[DbtProject] = []
+    write = dbt_reports._write_manifest
+
+    def counted(project: DbtProject) -> None:
+        parsed.append(project)
+        write(project)
+
+    monkeypatch.setattr(dbt_reports, "_write_manifest", counted)
+    report = world.settings.path(dbt_reports.PROJECT) / "models" / "marts" / "freshness.sql"
+    kept = Path(shutil.copy2(report, tmp_path))
+    try:
+        report.write_text(report.read_text() + "\n-- edited\n", "utf-8")
+        edited = code_version(world, "freshness")
+        shutil.copy2(kept, report)  # its date is that of before, as `cp -p` and `rsync -t` do it
+        assert code_version(world, "freshness") != edited
+        assert len(parsed) == 2
+        report.touch()
+        assert code_version(world, "freshness") != edited
+        assert len(parsed) == 2
+    finally:
+        shutil.copy2(kept, report)
+
+
+def code_version(world: World, name: str) -> str | None:
+    specs, _ = dbt_reports.dbt_specs(dbt_reports.dbt_project(world.settings))
+    return next(spec.code_version for spec in specs if spec.key.path[-1] == name)
+
+
 def test_a_copy_of_before_the_reports_were_made_is_known_for_one(
     world: World, tmp_path: Path
 ) -> None:
