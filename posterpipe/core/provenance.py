@@ -87,6 +87,11 @@ class CheckpointMismatch(Exception):
     """A checkpoint is not the one it is taken for. The message tells the difference in words."""
 
 
+class PostersGone(Exception):
+    """A training set holds posters that are not to be trained on any more. The message names them,
+    and says what to do."""
+
+
 # -- environments --------------------------------------------------------------------------------
 
 
@@ -328,6 +333,32 @@ def images_trained_on(store: Store, facts: Mapping[str, Any]) -> list[str]:
     return [] if posters is None else sorted({str(image) for image in posters["image"] if image})
 
 
+def require_posters(store: Store, training_set: str, poster_ids: Iterable[str]) -> None:
+    """Raises PostersGone unless every poster of a training set is usable (status ok) by the table
+    `raw_posters` of now. To be called before a training: what was deleted is not trained on again,
+    also while something keeps the set from being made anew. Without that table nothing is asked."""
+    version = store.table_version("raw_posters")
+    if version is None:
+        return
+    posters = store.read_table("raw_posters", version)
+    there = {*posters.loc[posters["status"] == "ok", "poster_id"]}
+    gone = [poster for poster in poster_ids if poster not in there]
+    if not gone:
+        return
+    known = lineage(store, training_set)
+    rows = [] if known is None else known.to_dict("records")
+    names = {str(row["poster_id"]): _name(row) for row in rows}
+    told = _named(
+        "of the training set not there any more",
+        [names.get(poster, poster[:12]) for poster in gone],
+    )
+    raise PostersGone(
+        f"{told}; what was deleted, replaced or rejected is not trained on. The set was not made "
+        "anew since, as where a blocking check of `raw_posters`, `resized_posters` or "
+        "`poster_captions` has not passed: see to that, and run the job `retrain`"
+    )
+
+
 def _now() -> str:
     return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
@@ -434,7 +465,7 @@ def describe_difference(store: Store, before: str, after: str) -> str:
     return "; ".join(part for part in parts if part) or "the same posters and captions"
 
 
-def _name(row: Mapping[str, Any]) -> str:
+def _name(row: Mapping[Any, Any]) -> str:
     names = list(row["source_names"])
     return str(names[0] if names else row["file_name"])
 

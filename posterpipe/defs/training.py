@@ -188,7 +188,7 @@ def dreambooth_checkpoint(
     from posterpipe.core.dreambooth.launch import launch_command
     from posterpipe.core.holdout_set import build_holdout_set
     from posterpipe.core.models import fingerprint, locate
-    from posterpipe.core.provenance import current_lineage
+    from posterpipe.core.provenance import current_lineage, require_posters
 
     settings = deployment.settings
     overrides = dict(context.op_execution_context.op_config or {})
@@ -246,6 +246,7 @@ def dreambooth_checkpoint(
     if reused:
         context.log.info(f"{config.output_dir} exists: nothing to train")
     else:
+        require_posters(store, training_set, training_csv["poster_id"])
         config_file = config.to_toml(config.work_dir / "run.toml")
         command = launch_command(config_file, module=WORKER, processes=processes, cpu=gpus == 0)
         _train(context, deployment, command, config.work_dir)

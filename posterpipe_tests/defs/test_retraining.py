@@ -18,6 +18,7 @@ from PIL import Image
 
 from posterpipe.core.store import Store
 from posterpipe.definitions import build_defs
+from posterpipe.defs import training
 from posterpipe.defs.arrivals import REASON_TAG
 from posterpipe.defs.resources import DATA_VERSION, HELD_OUT, Deployment
 from posterpipe.defs.retraining import CHECKPOINT, STATE_TAG, TRAINING_SET, consider_training
@@ -279,7 +280,7 @@ def write_posters(landing: Path, count: int) -> None:
 
 
 def test_the_run_begins_at_the_posters_so_that_what_was_deleted_is_not_trained_on(
-    tmp_path: Path, instance: dg.DagsterInstance
+    tmp_path: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     landing = tmp_path / "landing"
     write_posters(landing, 6)
@@ -316,6 +317,14 @@ def test_the_run_begins_at_the_posters_so_that_what_was_deleted_is_not_trained_o
     assert len(store.read_table("training_csv")) == 5
     assert nights.tick() is None
     assert "enough_usable_posters of raw_posters" in nights.said
+    # Nor when a person materializes the checkpoint alone, from the training set of before.
+    trained: list[object] = []
+    monkeypatch.setattr(training, "_train", lambda *given: trained.append(given))
+    assert not daemon.run("dreambooth_checkpoint") and trained == []
+    (run,) = instance.get_runs(limit=1)
+    (failure,) = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
+    told = failure.get_dagster_event().step_failure_data.error_display_string
+    assert "1 poster of the training set not there any more: 1.png" in told
     for path in landing.iterdir():
         path.unlink()
     assert nights.tick() is None
