@@ -24,6 +24,7 @@ from posterpipe.defs import (
     training,
 )
 from posterpipe.defs.automation import JOBS, automation, with_policy
+from posterpipe.defs.housekeeping import housekeeping
 from posterpipe.defs.overview import OVERVIEW
 from posterpipe.defs.resources import TABLES, Deployment, store_tables
 from posterpipe.defs.staleness import with_settings_in_code_version
@@ -52,6 +53,7 @@ def build_defs(settings: Settings, deployment: Deployment | None = None) -> dg.D
             *arrivals.sensors(settings),
             automation,
             stale_sweep,
+            housekeeping,
             *alerts.sensors(settings),
         ],
         schedules=[*retraining.schedules(settings), checks.score_freshness_schedule(settings)],

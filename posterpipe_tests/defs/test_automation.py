@@ -484,15 +484,25 @@ def test_the_policy_and_the_sweep_run_unless_told_otherwise() -> None:
         assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
 
 
-def test_the_policy_is_evaluated_in_the_code_location_which_knows_its_condition(
+def test_the_policy_is_evaluated_where_its_condition_is_known_and_leaves_no_log_behind(
     instance: dg.DagsterInstance,
 ) -> None:
     defs = build_defs(load_settings("starter"))
     assert not rebuild_when_inputs_change([dg.AssetKey("a")]).is_serializable
-    context = dg.build_sensor_context(instance, definitions=defs)
-    evaluated = defs.resolve_sensor_def("automation").evaluate_tick(context)
+    # As the daemon asks for a tick: what is logged goes into a file of the tick.
+    with dg.SensorEvaluationContext(
+        instance.get_ref(),
+        log_key=["__repository__", "automation", "1"],
+        repository_name="__repository__",
+        repository_def=defs.get_repository_def(),
+        sensor_name="automation",
+    ) as context:
+        evaluated = defs.resolve_sensor_def("automation").evaluate_tick(context)
     judged = {one.key for one in evaluated.automation_condition_evaluations}
     assert dg.AssetKey("resized_posters") in judged and not evaluated.run_requests
+    # It is asked every 15 seconds, for ever.
+    left = [file for file in Path(instance.root_directory).rglob("*") if "automation" in str(file)]
+    assert left == []
 
 
 def test_the_policy_sees_the_whole_way_up_but_not_past_a_schedule() -> None:
