@@ -23,6 +23,7 @@ import yaml
 from dagster_dbt import (
     DagsterDbtTranslator,
     DagsterDbtTranslatorSettings,
+    DbtCliInvocation,
     DbtCliResource,
     DbtProject,
 )
@@ -237,6 +238,10 @@ def dbt_specs(project: DbtProject) -> tuple[list[dg.AssetSpec], list[dg.AssetChe
     return specs, check_specs
 
 
+class ReportsFailed(Exception):
+    """dbt failed, or a test did. The message names models and tests and says what to do."""
+
+
 def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
     """The dbt models as assets, their tests as checks."""
     specs, check_specs = dbt_specs(project)
@@ -257,7 +262,7 @@ def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
         if deployment.warehouse_path.exists():
             with deployment.warehouse.write():
                 pass  # adds what a newer posterpipe has and this file lacks
-        outputs: list[dg.Output[Any]] = []
+        outputs: dict[str, dg.Output[Any]] = {}
         queries: dict[str, str] = {}
         total = len(context.selected_asset_keys) + len(context.selected_asset_check_keys)
         with (
@@ -270,22 +275,54 @@ def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
                 ["build", "--exclude-resource-type", "unit_test"],
                 context=context,
                 target_path=Path(target),
+                raise_on_error=False,
             )
+            failed: set[str] = set()
             for event in build.stream():
                 tick()
                 if isinstance(event, dg.Output):
                     # Held back until dbt has closed the database, so that the table can be read.
-                    outputs.append(event)
-                else:
-                    yield event
+                    outputs[event.output_name] = event
+                    continue
+                if (
+                    isinstance(event, dg.AssetCheckResult)
+                    and event.asset_key is not None
+                    and event.severity == dg.AssetCheckSeverity.ERROR
+                    and not event.passed
+                ):
+                    failed.add(event.asset_key.to_python_identifier())
+                yield event
             for file in Path(target, "compiled").rglob("models/**/*.sql"):
                 queries[file.stem] = file.read_text("utf-8")
+            problem = _problem(build)
         deployment.warehouse.prepare()  # notes what dbt wrote: an earlier copy lacks it
-        for output in outputs:
-            query = queries.get(output.output_name, "")
-            yield _with_content(output, deployment, asset_of, query)
+        for name, output in outputs.items():
+            if name not in failed:
+                yield _with_content(output, deployment, asset_of, queries.get(name, ""))
+        if problem:
+            raise ReportsFailed(problem)
 
     return models
+
+
+def _problem(build: DbtCliInvocation) -> str:
+    """What went wrong, in words; "" where nothing did. Reads what dbt left in its target folder."""
+    error = build.get_error()
+    if error is None:
+        return ""
+    try:
+        results = build.get_artifact("run_results.json")["results"]
+    except FileNotFoundError:  # it ended before the first model
+        results = []
+    said = [
+        f"{result['unique_id'].split('.')[2]}: {result['message']}"
+        for result in results
+        if result["status"] in ("error", "fail")
+    ] or [str(error).partition("Errors parsed from dbt logs:")[2]]
+    return (
+        f"{' '.join('; '.join(said).split())}. Mend it, and materialize the report again; those "
+        "that are well are recorded. All that dbt said is in the step's stdout in the UI"
+    )
 
 
 def _assets_of_tables(project: DbtProject) -> dict[str, dg.AssetKey]:

@@ -28,6 +28,7 @@ from posterpipe.core.decisions import DECISION_COLUMNS, champion_of, verdicts
 from posterpipe.core.score_report.data import TO_BASELINE
 from posterpipe.core.warehouse import Warehouse, delete_titles
 from posterpipe.defs import dbt_reports, reports
+from posterpipe.defs.alerts import reason_of
 from posterpipe.defs.automation import with_policy
 from posterpipe.defs.resources import Deployment
 from posterpipe.settings import Settings, default_root, load_settings
@@ -115,6 +116,12 @@ def materialization(result: dg.ExecuteInProcessResult, name: str) -> dg.AssetMat
         if event.asset_key == dg.AssetKey(name)
     ]
     return event
+
+
+def said(result: dg.ExecuteInProcessResult) -> str:
+    """Why the step failed, as people are told."""
+    (error,) = [e.step_failure_data.error for e in result.all_events if e.is_step_failure]
+    return reason_of(error)
 
 
 def test_one_new_file_is_an_asset_with_the_policy_and_a_published_table(world: World) -> None:
@@ -688,9 +695,28 @@ def test_a_file_that_dbt_cannot_read_stops_nothing_else(
     broken.write_text("select {{ ref('leaderboard' }}", "utf-8")
     try:
         assets = reports.models_and_publication(dbt_reports.dbt_project(world.settings))
+        # The reports themselves fail with what dbt says.
+        assert "Compilation Error in model broken" in said(world.materialize("freshness"))
     finally:
         broken.unlink()
     assert {spec.key for a in assets for spec in a.specs} == {
         spec.key for a in world.assets for spec in a.specs
     }
     assert "dbt cannot read the reports" in caplog.text and "broken" in caplog.text
+
+
+# The last one: it leaves a failed test behind.
+def test_a_failing_report_keeps_none_of_the_others_from_being_recorded(world: World) -> None:
+    asked = ("gate_checks", "gate_decisions", "freshness", "data_quality")
+    with world.deployment.warehouse.write() as connection:
+        connection.execute("update fct_promotion set numbers = replace(numbers, 'pass', 'odd')")
+    result = world.materialize(*asked)
+    assert not result.success
+    failed = [check for check in result.get_asset_check_evaluations() if not check.passed]
+    assert {check.asset_key.path[-1] for check in failed} == {"gate_checks"}
+    made = {event.asset_key for event in result.get_asset_materialization_events()}
+    assert made == {dg.AssetKey("freshness"), dg.AssetKey("data_quality")}
+    assert materialization(result, "freshness").metadata["dagster/row_count"].value == 6
+    # What is to be mended is named, and no file that is gone.
+    assert f"{failed[0].check_name}: Got 1 result" in said(result)
+    assert "/tmp" not in said(result)
