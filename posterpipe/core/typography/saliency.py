@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -104,34 +105,16 @@ def _main_shape(apart: np.ndarray, central: np.ndarray) -> np.ndarray:
 
 
 def components(solid: np.ndarray) -> np.ndarray:
-    """int (rows, columns): the connected shapes of a bool grid, numbered from 1; 0 is none.
+    """int32 (rows, columns): the connected shapes of a bool grid, numbered from 1; 0 is none.
 
     Neighbours are the four sides and the four corners.
     """
-    cells = np.arange(1, solid.size + 1).reshape(solid.shape) * solid
-    while True:
-        # The largest number spreads over its shape; whole runs at once would be quicker, and the
-        # grid is small.
-        spread = cells
-        for axis in (0, 1):
-            padded = np.pad(spread, [(1, 1) if i == axis else (0, 0) for i in (0, 1)])
-            length = solid.shape[axis]
-            spread = np.maximum.reduce(
-                [np.take(padded, range(k, k + length), axis=axis) for k in range(3)]
-            )
-        spread = spread * solid
-        if (spread == cells).all():
-            numbers = np.unique(np.append(cells, 0), return_inverse=True)[1]
-            return numbers[:-1].reshape(solid.shape)
-        cells = spread
+    return cv2.connectedComponents(solid.astype(np.uint8), connectivity=8)[1]
 
 
 def grown(cells: np.ndarray) -> np.ndarray:
     """A bool grid and the cells next to it."""
-    padded = np.pad(cells, 1)
-    rows, columns = cells.shape
-    near = [padded[i : i + rows, j : j + columns] for i in range(3) for j in range(3)]
-    return np.logical_or.reduce(near)
+    return cv2.dilate(cells.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
 
 
 def _smooth_rows(ground: np.ndarray) -> np.ndarray:
