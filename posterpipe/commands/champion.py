@@ -18,7 +18,6 @@ from posterpipe.core import decisions as log
 from posterpipe.core.decisions import GateError, read_decisions, write_decisions
 from posterpipe.core.models import ModelMissing, known_fingerprint
 from posterpipe.core.warehouse import Warehouse
-from posterpipe.defs.resources import Deployment
 from posterpipe.settings import ModelRef, load_settings
 
 SHOWN = 20
@@ -96,4 +95,4 @@ def _opened() -> tuple[Warehouse, str | None, ModelRef]:
     """The warehouse, and the base model: its fingerprint, where that is known, and what it is."""
     settings = load_settings()
     base = known_fingerprint(settings.base_model, settings.root)
-    return Deployment(settings).warehouse, base, settings.base_model
+    return Warehouse(settings.warehouse_path), base, settings.base_model

@@ -16,7 +16,6 @@ from posterpipe.core.garbage import KINDS, Garbage, champions, find_garbage, rem
 from posterpipe.core.progress import BarProgress, duration
 from posterpipe.core.store import Store
 from posterpipe.core.warehouse import Warehouse
-from posterpipe.defs.resources import Deployment
 from posterpipe.settings import load_settings
 
 SHOWN = 3
@@ -36,7 +35,7 @@ def run_gc(*, yes: bool, keep: int, grace_seconds: float, everything: bool) -> i
         console.print(f"{root}: there is no store yet, so nothing to tidy.", soft_wrap=True)
         return 0
     store = Store(root)
-    warehouse = Warehouse(Deployment(settings).warehouse_path, busy_seconds=60)
+    warehouse = Warehouse(settings.warehouse_path, busy_seconds=60)
     garbage = find_garbage(
         store,
         keep_versions=keep,

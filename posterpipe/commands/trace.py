@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from posterpipe.core.store import Store
 from posterpipe.core.trace import TREE_WIDTH, as_tree, trace
 from posterpipe.core.warehouse import Warehouse
-from posterpipe.defs.resources import Deployment
 from posterpipe.settings import load_settings
 
 
@@ -20,13 +20,13 @@ def run_trace(generation_key: str, *, as_json: bool, posters: int) -> None:
     `generation_key` or its beginning; `posters`: how many of the training set the tree lists.
     Raises NotTraceable where no score or more than one is meant.
     """
-    deployment = Deployment(load_settings())
+    settings = load_settings()
     # While the pipeline writes, the warehouse is locked, and the published copy answers.
     databases = [
-        Warehouse(deployment.warehouse_path, busy_seconds=5),
-        Warehouse(deployment.published_path),
+        Warehouse(settings.warehouse_path, busy_seconds=5),
+        Warehouse(settings.published_path),
     ]
-    traced = trace(deployment.store, databases, generation_key)
+    traced = trace(Store(settings.path(settings.store)), databases, generation_key)
     if as_json:
         print(traced.to_json())
     else:
