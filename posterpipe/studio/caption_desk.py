@@ -10,17 +10,15 @@ pipeline ran last.
 
 from __future__ import annotations
 
-import io
 import threading
 import time
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
-from PIL import Image, ImageOps
+from PIL import Image
 
 from posterpipe.core.captions import (
     read_human_captions,
@@ -28,6 +26,7 @@ from posterpipe.core.captions import (
     write_human_caption,
 )
 from posterpipe.core.files import file_signature
+from posterpipe.core.images import decode, open_image, png_bytes, upright
 from posterpipe.core.landing import EXTENSIONS
 from posterpipe.core.listing import Entry, SourceChanged, listing_digest, open_place, source_name
 from posterpipe.core.prompts import MAX_TOKENS, estimate_tokens
@@ -250,18 +249,14 @@ class CaptionDesk:
 def small_picture(data: bytes, max_pixels: int) -> bytes | None:
     """A picture as PNG, upright and small; None where it is none, or too large to be opened."""
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            if image.width * image.height > max_pixels:
-                return None
-            image.draft("RGB", THUMBNAIL)  # JPEGs are decoded at a fraction of their size
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            upright.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            upright.save(buffer, "PNG")
-            return buffer.getvalue()
+        image = open_image(data, max_pixels)
+        image.draft(None, THUMBNAIL)  # JPEGs are decoded at a fraction of their size
+        decode(image)
+        small = upright(image)
     except Exception:  # damaged files fail in every way that a decoder can
         return None
+    small.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
+    return png_bytes(small)
 
 
 def _wording(caption: str) -> str:

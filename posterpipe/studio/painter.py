@@ -27,7 +27,7 @@ from posterpipe.core.models import ModelMissing, fingerprint
 from posterpipe.core.provenance import require_checkpoint
 from posterpipe.core.sampler import ImageRequest, Sampler, text_limit
 from posterpipe.core.store import Store
-from posterpipe.core.typography import TitleImpossible, set_title
+from posterpipe.core.typography import TitleImpossible, enlarged, set_title
 from posterpipe.settings import Settings
 from posterpipe.studio.served import Choice, model_folder
 
@@ -172,9 +172,7 @@ class Painter:
             else:
                 title = json.dumps(order.title, ensure_ascii=False)
                 return titled, f"Title: {title}, Lettering: {layout.style}"
-        factor = math.ceil(lettering.min_width / image.width)
-        size = (image.width * factor, image.height * factor)
-        return (image.resize(size, Image.Resampling.BICUBIC) if factor > 1 else image), ""
+        return enlarged(image, lettering.min_width), ""
 
     def _unread(self, choice: Choice, order: Order) -> list[str]:
         """What the model could not read of the order, in words."""

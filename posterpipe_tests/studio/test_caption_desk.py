@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import shutil
 import threading
@@ -10,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from posterpipe.core.captions import CaptionConflict
 from posterpipe.core.landing import scan
@@ -166,3 +168,16 @@ def test_pictures_are_small_and_what_is_none_is_none(deployment: Settings) -> No
     assert desk.picture("gone.png") is None
     assert small_picture(b"\x89PNG not really", 10**6) is None
     assert small_picture((Path(str(deployment.landing)) / "one.png").read_bytes(), 100) is None
+
+
+def test_a_picture_looks_as_the_training_image_does() -> None:
+    turned = Image.new("RGBA", (900, 600), (255, 0, 0, 0))  # nothing of the red is to be seen
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    saved = io.BytesIO()
+    turned.save(saved, "PNG", exif=exif)
+    small = small_picture(saved.getvalue(), 10**6)
+    assert small is not None
+    with Image.open(io.BytesIO(small)) as picture:
+        assert picture.size == (360, 540)
+        assert picture.getextrema() == ((255, 255),) * 3

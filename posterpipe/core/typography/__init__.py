@@ -20,10 +20,10 @@ criterion 1.4.3), and what is promised is what is measured on the finished groun
 """
 
 from posterpipe.core.typography.fonts import STYLES, TitleImpossible, choose_style
-from posterpipe.core.typography.render import Layout, set_title
+from posterpipe.core.typography.render import Layout, enlarged, set_title
 from posterpipe.core.typography.titled import TITLED_COLUMNS, lettering_id, set_titles, titled_key
 
 __all__ = [
-    "STYLES", "TITLED_COLUMNS", "Layout", "TitleImpossible", "choose_style", "lettering_id",
-    "set_title", "set_titles", "titled_key",
+    "STYLES", "TITLED_COLUMNS", "Layout", "TitleImpossible", "choose_style", "enlarged",
+    "lettering_id", "set_title", "set_titles", "titled_key",
 ]  # fmt: skip

@@ -67,7 +67,7 @@ def set_title(
     letters = lettering(title, style)
     if letters.capitals:
         title = capitals(title)
-    canvas = _enlarged(image.convert("RGB"), settings.min_width)
+    canvas = enlarged(image.convert("RGB"), settings.min_width)
     scene = look(canvas)
     block = candidates(scene, title, letters, canvas.size)[0]
     mask, box = _letters(letters, block, canvas.size)
@@ -91,7 +91,8 @@ def set_title(
     return titled, layout
 
 
-def _enlarged(image: Image.Image, min_width: int) -> Image.Image:
+def enlarged(image: Image.Image, min_width: int) -> Image.Image:
+    """An image enlarged by the least whole factor that makes it `min_width` pixels wide."""
     factor = math.ceil(min_width / image.width)
     if factor <= 1:
         return image
