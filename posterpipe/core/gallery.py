@@ -39,6 +39,8 @@ MISSING = "missing"
 _SUBTITLE_LINES = 2
 _HEADING_LINES = 2
 """Of a column's name that is wider than the column."""
+INLINE_BYTES = 60_000
+"""Of an image in Dagster's event log."""
 _QUALITIES = (82, 65)
 """Of inline images: a little less detail is better than fewer pixels."""
 
@@ -48,9 +50,7 @@ def contact_sheet(
     *,
     columns: int = 8,
     cell: tuple[int, int] = (120, 180),
-    labels: bool = True,
     label_lines: int = 1,
-    title: str | None = None,
 ) -> Image.Image:
     """Images with their labels in rows of `columns`.
 
@@ -60,22 +60,18 @@ def contact_sheet(
     """
     columns = max(1, min(columns, len(images)))
     rows = -(-len(images) // columns)
-    label_height = label_lines * _line_height(LABEL_SIZE) if labels else 0
-    title_height = _title_height(title)
+    label_height = label_lines * _line_height(LABEL_SIZE)
     step = (cell[0] + GAP, cell[1] + label_height + GAP)
-    sheet = _canvas(columns * step[0] + GAP, title_height + max(rows, 1) * step[1] + GAP)
+    sheet = _canvas(columns * step[0] + GAP, max(rows, 1) * step[1] + GAP)
     draw = ImageDraw.Draw(sheet)
-    if title:
-        _write(draw, (GAP, GAP), title, TITLE_SIZE, sheet.width - 2 * GAP)
     if not images:
-        _write(draw, (GAP, title_height + GAP), "no images", LABEL_SIZE, sheet.width - 2 * GAP)
+        _write(draw, (GAP, GAP), "no images", LABEL_SIZE, sheet.width - 2 * GAP)
     thumbnails = parallel_map(lambda image: _thumbnail(image[0], cell), images)
     for index, ((_, label), thumbnail) in enumerate(zip(images, thumbnails, strict=True)):
         left = GAP + index % columns * step[0]
-        top = GAP + title_height + index // columns * step[1]
+        top = GAP + index // columns * step[1]
         _place(sheet, thumbnail, (left, top), cell)
-        if labels:
-            _write(draw, (left, top + cell[1] + 2), label, LABEL_SIZE, cell[0], label_lines)
+        _write(draw, (left, top + cell[1] + 2), label, LABEL_SIZE, cell[0], label_lines)
     return sheet
 
 
@@ -193,9 +189,9 @@ def _first_seeds(suite: pd.DataFrame) -> dict[str, int]:
     }
 
 
-def data_uri(image: Picture, *, max_bytes: int = 60_000) -> str:
-    """An image as a `data:` address of at most `max_bytes` characters, coarser and smaller until it
-    fits.
+def data_uri(image: Picture) -> str:
+    """An image as a `data:` address of at most INLINE_BYTES characters: coarser and smaller until
+    it fits.
 
     Dagster keeps such addresses in its event log, so they must stay small.
     """
@@ -206,18 +202,18 @@ def data_uri(image: Picture, *, max_bytes: int = 60_000) -> str:
             # Above 2 it takes twice as long for 3 % fewer bytes.
             picture.save(buffer, format="WEBP", quality=quality, method=2)
             uri = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-            if len(uri) <= max_bytes or max(picture.size) <= 16:
+            if len(uri) <= INLINE_BYTES or max(picture.size) <= 16:
                 return uri
         # Bytes grow about with the area.
-        scale = min(0.9, (max_bytes / len(uri)) ** 0.5)
+        scale = min(0.9, (INLINE_BYTES / len(uri)) ** 0.5)
         size = (max(1, int(picture.width * scale)), max(1, int(picture.height * scale)))
         picture = picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def markdown_image(image: Picture, alt: str, *, max_bytes: int = 60_000) -> str:
+def markdown_image(image: Picture, alt: str) -> str:
     """Markdown that shows an image inline; `alt` is what it shows, in words."""
     safe = " ".join(alt.split()).translate({ord(mark): f"\\{mark}" for mark in "\\[]"})
-    return f"![{safe}]({data_uri(image, max_bytes=max_bytes)})"
+    return f"![{safe}]({data_uri(image)})"
 
 
 def _canvas(width: int, height: int) -> Image.Image:

@@ -298,7 +298,6 @@ def comparison(
     *,
     title: str,
     subtitle: str,
-    cell: tuple[int, int] = (150, 225),
 ) -> Image.Image:
     """A grid of some (prompt, seed): a row each, a column a variant, the same noise in a row.
 
@@ -329,7 +328,7 @@ def comparison(
             if image["image_path"]:
                 cells[(heading, variant)] = store_root / str(image["image_path"])
         rows.append(heading)
-    return grid(rows, variants, cells, cell=cell, title=title, subtitle=subtitle, notes=notes)
+    return grid(rows, variants, cells, cell=(150, 225), title=title, subtitle=subtitle, notes=notes)
 
 
 @dataclass(frozen=True)

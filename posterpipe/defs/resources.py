@@ -326,7 +326,6 @@ def thumbnails(
     *,
     total: int | None = None,
     shown: int = THUMBNAILS,
-    column_count: int = 8,
     label_lines: int = 1,
 ) -> dg.MarkdownMetadataValue:
     """Some images with their labels as one small picture that fits into the event log.
@@ -338,12 +337,7 @@ def thumbnails(
 
     if not images:
         return dg.MetadataValue.md("no images")
-    sheet = contact_sheet(
-        images[:shown],
-        columns=min(column_count, len(images)),
-        cell=(72, 108),
-        label_lines=label_lines,
-    )
+    sheet = contact_sheet(images[:shown], cell=(72, 108), label_lines=label_lines)
     total = total or len(images)
     alt = f"{total} images" if total <= shown else f"{shown} of {total} images"
     return dg.MetadataValue.md(markdown_image(sheet, alt))

@@ -6,7 +6,6 @@ not: shapes (`objects`), pixels (`render`) and words around the vocabulary (`cap
 
 from dataclasses import dataclass
 from functools import cache
-from types import EllipsisType
 
 import numpy as np
 
@@ -170,26 +169,18 @@ def sample_scene(
     *,
     style: str | None = None,
     kind: str | None = None,
-    object_colour: str | None = None,
-    background: str | None = None,
-    title: str | EllipsisType | None = ...,
 ) -> Scene:
     """Draw a scene at random; what is given is kept.
 
-    `title` left out means whatever the style usually has: none for plain scenes, one for half of
-    the busy ones, always one for posters. None means no title.
+    Plain scenes have no title, half of the busy ones have one, and posters always.
     """
     style = style or STYLES[rng.integers(len(STYLES))]
     kind = kind or list(KINDS)[rng.integers(len(KINDS))]
-    if object_colour is None:
-        choices = partners(background) if background else tuple(COLOURS)
-        object_colour = choices[rng.integers(len(choices))]
-    if background is None:
-        choices = partners(object_colour)
-        background = choices[rng.integers(len(choices))]
-    if isinstance(title, EllipsisType):
-        wanted = {"plain": 0.0, "busy": 0.5, "poster": 1.0}[style]
-        title = sample_title(rng, kind) if rng.random() < wanted else None
+    object_colour = list(COLOURS)[rng.integers(len(COLOURS))]
+    choices = partners(object_colour)
+    background = choices[rng.integers(len(choices))]
+    wanted = {"plain": 0.0, "busy": 0.5, "poster": 1.0}[style]
+    title = sample_title(rng, kind) if rng.random() < wanted else None
     make = {"plain": _plain, "busy": _busy, "poster": _poster}[style]
     return make(rng, kind, object_colour, background, title)
 

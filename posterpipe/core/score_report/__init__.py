@@ -34,8 +34,6 @@ class Written:
     pages: int
     images: int
     """Of the gallery, those without a picture included."""
-    pictures: int
-    """Image files."""
     missing: int
     """Images that were drawn and whose file is gone from the store."""
     made: int
@@ -78,7 +76,6 @@ def write_report(
         index=folder / INDEX,
         pages=len(pages),
         images=len(data.shots),
-        pictures=len(pictures),
         missing=len(drawn - set(pictures)),
         made=made,
         bytes=size,

@@ -118,10 +118,9 @@ def _svg(height: int, css: str, *parts: str | Markup, hidden: bool = True) -> Ma
     )
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, css: str, *, percent: bool = True) -> Markup:
-    unit = "%" if percent else ""
-    return Markup('<line class="{}" x1="{}{}" y1="{}" x2="{}{}" y2="{}"/>').format(
-        css, _n(x1), unit, _n(y1), _n(x2), unit, _n(y2)
+def _line(x1: float, y1: float, x2: float, y2: float, css: str) -> Markup:
+    return Markup('<line class="{}" x1="{}%" y1="{}" x2="{}%" y2="{}"/>').format(
+        css, _n(x1), _n(y1), _n(x2), _n(y2)
     )
 
 
@@ -167,15 +166,15 @@ def interval_row(
 
 
 def dots_row(
-    values: Sequence[float], mean: float | None, scale: Scale, *, variant: str = "", zero: float = 0
+    values: Sequence[float], mean: float | None, scale: Scale, *, variant: str = ""
 ) -> Markup:
     """One dot a value and a bar from zero to their mean, as a cell of a table row. Without the
     colour of a gain or a loss: these are not found by a few values."""
     middle = ROW_HEIGHT / 2
     parts = [_line(scale.at(t), 0, scale.at(t), ROW_HEIGHT, "grid") for t in scale.ticks]
-    parts.append(_line(scale.at(zero), 0, scale.at(zero), ROW_HEIGHT, "zero"))
+    parts.append(_line(scale.at(0), 0, scale.at(0), ROW_HEIGHT, "zero"))
     if mean is not None and not missing(mean):
-        parts.append(_line(scale.at(zero), middle, scale.at(mean), middle, "effect"))
+        parts.append(_line(scale.at(0), middle, scale.at(mean), middle, "effect"))
     parts += [
         Markup('<circle class="dot {}" cx="{}%" cy="{}" r="3"/>').format(
             variant_class(variant), _n(scale.at(value)), _n(middle)
@@ -227,7 +226,6 @@ class Point:
     variant: str = ""
     note: str = ""
     """What stands above the mark beside the number: a decision, say."""
-    href: str = ""
 
 
 def _frame(
@@ -266,7 +264,6 @@ def points_chart(
     unit: str = "",
     include: Sequence[float] = (),
     within: tuple[float, float] = (-math.inf, math.inf),
-    joined: bool = True,
 ) -> Markup:
     """Points with intervals from left to right, joined by a line: growth, or a trend.
 
@@ -293,8 +290,7 @@ def points_chart(
         parts.append(_line(0, level, 100, level, f"level {variant_class(reference.variant)}"))
         parts.append(_text(99.5, level - 6, reference.label, "value quiet", "end"))
     places = _columns(max(1, len(points)))
-    if joined:
-        parts += _joined(places, points, scale, "join")
+    parts += _joined(places, points, scale, "join")
     parts += _joined(places, beside, scale, "join beside")
     for x, point in zip(places, beside, strict=False):
         if point.value is None or missing(point.value):
@@ -322,7 +318,7 @@ def points_chart(
             if not crowded:
                 # On the side where the line is not, so that the number stays clear of it.
                 after = points[index + 1].value if index + 1 < len(points) else None
-                rises = joined and after is not None and not missing(after) and after > point.value
+                rises = after is not None and not missing(after) and after > point.value
                 side, anchor = (-1.6, "end") if rises else (1.6, "start")
                 parts.append(_text(x + side, y - 9, plain(point.value, 2), "value", anchor))
             if point.note:
@@ -358,6 +354,10 @@ def _told(point: Point) -> str:
     return text + (f", {point.note}" if point.note else "")
 
 
+_BINS = 32
+"""Bars of a strip."""
+
+
 def histogram(
     name: str,
     title: str,
@@ -365,7 +365,6 @@ def histogram(
     *,
     limit: float | None = None,
     limit_label: str = "",
-    bins: int = 32,
 ) -> Markup:
     """How numbers of several groups spread, one strip a group on a common scale.
 
@@ -377,13 +376,13 @@ def histogram(
     height = head + strip * len(groups) + AXIS_HEIGHT
     floor = height - AXIS_HEIGHT
     parts = [_line(scale.at(t), head, scale.at(t), floor, "grid") for t in scale.ticks]
-    width = (scale.high - scale.low) / bins
+    width = (scale.high - scale.low) / _BINS
     told = []
     for index, (label, values, css) in enumerate(groups):
         known = [value for value in values if not missing(value)]
-        counts = [0] * bins
+        counts = [0] * _BINS
         for value in known:
-            counts[min(bins - 1, int((value - scale.low) / width))] += 1
+            counts[min(_BINS - 1, int((value - scale.low) / width))] += 1
         base = head + strip * (index + 1) - 6
         most = max([1, *counts])
         for place, count in enumerate(counts):
@@ -394,7 +393,7 @@ def histogram(
                         '<rect class="bin {}" x="{}%" y="{}" width="{}%" height="{}"/>'
                     ).format(
                         css, _n(scale.at(scale.low + place * width) + 0.15), _n(base - tall),
-                        _n((scale.end - scale.start) / bins - 0.3), _n(tall),
+                        _n((scale.end - scale.start) / _BINS - 0.3), _n(tall),
                     )
                 )  # fmt: skip
         parts.append(_line(scale.start, base, scale.end, base, "ground"))

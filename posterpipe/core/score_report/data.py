@@ -64,10 +64,10 @@ MARTS: Mapping[str, tuple[str, ...]] = {
         "checkpoint_id", "variant", "encoder", "preprocessing", "is_current", "compared",
         "holdout_similarity", "training_similarity", "overfit_gap", "gap_diff_to_sd",
         "gap_diff_low_95", "gap_diff_high_95",
-        "nearest_mean", "nearest_highest", "copy_threshold", "copy_sensitivity", "copies",
+        "nearest_highest", "copy_threshold", "copy_sensitivity", "copies",
     ),
     "legibility": (
-        "lettering", "variant", "reader", "prompts", "images", "readable", "exact", "exact_share",
+        "lettering", "variant", "reader", "prompts", "images", "exact", "exact_share",
         "exact_low_95", "exact_high_95", "mean_distance", "distance_low_95", "distance_high_95",
     ),
     "gate_decisions": (

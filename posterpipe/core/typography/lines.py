@@ -23,8 +23,8 @@ _NO_START = "、。，．・：；？！ー々ゝゞヽヾぁぃぅぇぉっゃ�
 """Signs that do not begin a line in Chinese and Japanese."""
 
 
-def line_breaks(title: str, most: int = 3) -> list[tuple[str, ...]]:
-    """The ways to set a title in one to `most` lines, in reading order, the fewest lines first.
+def line_breaks(title: str) -> list[tuple[str, ...]]:
+    """The ways to set a title in one to three lines, in reading order, the fewest lines first.
 
     Lines break at spaces, and in every script where a zero-width space says so, which is not drawn.
     One word of Chinese or Japanese breaks where Unicode's rules allow it.
@@ -40,7 +40,7 @@ def line_breaks(title: str, most: int = 3) -> list[tuple[str, ...]]:
         words = _east_asian_units(words[0])
         joints = [""] * len(words)
     found = []
-    for count in range(1, min(most, len(words)) + 1):
+    for count in range(1, min(3, len(words)) + 1):
         for cuts in combinations(range(1, len(words)), count - 1):
             edges = (0, *cuts, len(words))
             lines = tuple(
