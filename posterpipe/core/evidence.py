@@ -95,6 +95,15 @@ def held_out(
     return posters_of(store, "holdout", resized_holdout(store, holdout, settings.images, progress))
 
 
+def side_by_side(base: pd.DataFrame, tuned: pd.DataFrame, champion: pd.DataFrame) -> pd.DataFrame:
+    """The images that are compared (tables of generations), each once. Where the base model is the
+    champion, the table `champion` is a copy of its own, perhaps of an earlier one, and is left out.
+    """
+    of_base = champion["checkpoint_id"].isin(base["checkpoint_id"])
+    everything = pd.concat([base, tuned, champion[~of_base]], ignore_index=True)
+    return everything.drop_duplicates("generation_key", ignore_index=True)
+
+
 def measure(
     store: Store,
     warehouse: Warehouse,

@@ -19,6 +19,7 @@ than the one before. So what may be lost is counted from the base model as well.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,12 @@ RULE = (
 LEAST_SENSITIVITY = 0.5
 """Share of altered training posters that have to count as copies, before few copies among the
 images say that few are there."""
+
+_CELL = ["arm", "prompt_id", "seed"]
+
+_ASKED = ["prompt", "score_text", "negative_prompt", "settings"]
+"""What beside the seed decides what an image answers: only answers to the same are compared. The
+title is none of it: it is set on the image afterwards."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,9 @@ class Evidence:
     champion: str
     expected: int
     """Cells (with negative prompt or without, prompt, seed) that the challenger was asked for. A
-    prompt that has no negative prompt is asked without one only."""
+    prompt that has no negative prompt is asked without one only. What the models were not asked in
+    the same words, or with the same settings of the sampler, is a cell of each, and missing of the
+    others."""
     missing: int
     """Of these, cells that were not drawn, or were drawn and lack a score that they could have.
     What no image of any model has (`unmeasured`) is not asked of the cells."""
@@ -123,6 +132,9 @@ class Evidence:
     `diversity`, `preference`), or none of the challenger's (`copies`), and why."""
     dark: tuple[str, ...] = ()
     """Of champion and base model, those whose images are all black or of one colour."""
+    apart: tuple[str, ...] = ()
+    """What the models were not asked alike, since their images are of different suites or settings:
+    columns of `_ASKED`, of settings the single ones (`sampler.guidance_scale`)."""
 
 
 @dataclass(frozen=True)
@@ -177,11 +189,15 @@ def _complete(evidence: Evidence) -> Check:
         reason += f", {expected - evidence.missing_of_base} of the base model's"
     if evidence.blocked_of_champion:
         reason += f" ({evidence.blocked_of_champion} of these are blocked, so not compared)"
+    if evidence.apart:
+        reason += f"; the models were not asked the same ({', '.join(evidence.apart)})"
     if lacking or not expected:
+        of_champion = evidence.missing_of_champion
+        is_base = evidence.clip_to_base is None
         owners = {
+            "base_generations": of_champion if is_base else evidence.missing_of_base,
             "tuned_generations": evidence.missing or not expected,
-            "champion_generations": evidence.missing_of_champion,
-            "base_generations": evidence.missing_of_base,
+            "champion_generations": of_champion,
         }
         again = [f"`{name}`" for name, lacks in owners.items() if lacks]
         reason += f"; materialize {', '.join(again)} and `fidelity_scores` again"
@@ -429,9 +445,10 @@ def gather(
 ) -> Evidence:
     """The evidence about a challenger.
 
-    `generations`: rows of both checkpoints, and of the base model `base` where that is another, of
-    one suite and one setting of the sampler, as of `generations.COLUMNS` (generation_key, variant,
-    prompt_id, negative_prompt, seed, checkpoint_id, status).
+    `generations`: rows of both checkpoints, and of the base model `base` where that is another, as
+    of `generations.COLUMNS` (generation_key, variant, prompt_id, prompt, score_text,
+    negative_prompt, seed, checkpoint_id, status, settings), each of one suite and one setting of
+    the sampler. Where these differ between the models, their cells are others.
     `scores`: long, as of `metrics.base.SCORE_COLUMNS`; `clip`, `fidelity`, `diversity`,
     `preference` and `specific` are the metric_ids to read, and `nearest` the one whose reasons say
     why images were not compared with training posters. `copied`: whether an image counts as a
@@ -512,25 +529,44 @@ def gather(
             for name, cells in others.items()
             if len(cells) and (cells["status"] == "blocked").all()
         ),
+        apart=_apart(models),
     )
 
 
 def _cells(generations: pd.DataFrame, checkpoint: str) -> pd.DataFrame:
-    """Rows of a checkpoint by (arm, prompt_id, seed): the arm is the variant without the model.
+    """Rows of a checkpoint by (arm, prompt_id, seed, question): the arm is the variant without the
+    model, the question what of `_ASKED` the image answers.
 
     Where a prompt has no negative prompt, the arms with one are the same image again and no cells.
     """
     own = generations[generations["checkpoint_id"] == checkpoint]
     own = own[~without_negative(own)]
     arm = own["variant"].str.replace("^(sd|dreambooth)", "", regex=True)
-    cells = own.assign(arm=arm).set_index(["arm", "prompt_id", "seed"])
-    if cells.index.has_duplicates:
-        twice = cells.index[cells.index.duplicated()][0]
+    cells = own.assign(arm=arm)
+    twice = cells[cells.duplicated(_CELL)]
+    if len(twice):
+        prompt, seed = twice[["prompt_id", "seed"]].iloc[0]
         raise ValueError(
-            f"the checkpoint {checkpoint} has the prompt {twice[1]} with seed {twice[2]} twice; "
-            "give generations of one suite and one setting of the sampler"
+            f"the checkpoint {checkpoint} has the prompt {prompt} with seed {seed} twice; give "
+            "generations of one suite and one setting of the sampler"
         )
-    return cells
+    asked = [json.dumps(row) for row in cells[_ASKED].astype(str).to_numpy().tolist()]
+    return cells.assign(question=asked).set_index([*_CELL, "question"])
+
+
+def _apart(models: Sequence[pd.DataFrame]) -> tuple[str, ...]:
+    """See `Evidence.apart`."""
+    cells = pd.concat(models).reset_index()
+    several = cells[cells.groupby(_CELL)["question"].transform("nunique") > 1]
+    differ = several.groupby(_CELL)[_ASKED].nunique().max() > 1
+    told = [name for name in _ASKED[:-1] if differ[name]]
+    if differ["settings"]:
+        values = pd.DataFrame(
+            [{**json.loads(str(row.settings)), "arm": row.arm} for row in several.itertuples()]
+        ).map(str)
+        changed = values.groupby("arm").nunique().max() > 1
+        told += [f"sampler.{name}" for name in changed.index[changed]] or ["settings"]
+    return tuple(told)
 
 
 def _why_nowhere(scores: pd.DataFrame, models: Sequence[pd.DataFrame]) -> str:
@@ -547,6 +583,6 @@ def _alone(cells: pd.DataFrame) -> pd.Series:
     """Whether an image has no second one of its prompt to differ from, and will get none: the
     others are blocked, or the suite asks for one seed. One that failed may be there next time."""
     ok, answered = cells["status"] == "ok", cells["status"].isin(["ok", "blocked"])
-    prompt = ["arm", "prompt_id"]
+    prompt = ["arm", "prompt_id", "question"]
     only = ok.astype(int).groupby(level=prompt).transform("sum") == 1
     return ok & only & (answered.astype(int).groupby(level=prompt).transform("min") == 1)

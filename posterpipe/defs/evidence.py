@@ -206,7 +206,7 @@ def fidelity_scores(
     """
     import pandas as pd
 
-    from posterpipe.core.evidence import held_out, measure, trained_on
+    from posterpipe.core.evidence import held_out, measure, side_by_side, trained_on
     from posterpipe.core.metrics.base import unread_count
     from posterpipe.core.models import fingerprint, joint_fingerprint
 
@@ -214,9 +214,7 @@ def fidelity_scores(
     store = deployment.store
     progress = deployment.progress(context)
     warehouse = deployment.warehouse.prepare()
-    generations = pd.concat(
-        [base_generations, tuned_generations, champion_generations], ignore_index=True
-    ).drop_duplicates("generation_key", ignore_index=True)
+    generations = side_by_side(base_generations, tuned_generations, champion_generations)
     base = str(base_generations["checkpoint_id"].iloc[0])
     holdout = held_out(store, holdout_posters, settings, progress)
     evidence = measure(
@@ -387,7 +385,7 @@ def champion(
     import pandas as pd
 
     from posterpipe.core.decisions import champion_of, of_base, pinned, tell_decisions
-    from posterpipe.core.evidence import judge
+    from posterpipe.core.evidence import judge, side_by_side
 
     warehouse = deployment.warehouse
     identity = warehouse.prepare()
@@ -396,9 +394,7 @@ def champion(
     challenger = str(tuned_generations["checkpoint_id"].iloc[0])
     decision = judge(
         warehouse,
-        pd.concat(
-            [base_generations, tuned_generations, champion_generations], ignore_index=True
-        ).drop_duplicates("generation_key", ignore_index=True),
+        side_by_side(base_generations, tuned_generations, champion_generations),
         fidelity_scores,
         challenger=challenger,
         champion=before,

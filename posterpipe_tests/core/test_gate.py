@@ -47,6 +47,9 @@ def images(checkpoint: str, *, tuned: bool, blocked: int = 0, without: int = 0) 
         columns=["generation_key", "variant", "prompt_id", "negative_prompt", "seed",
                  "checkpoint_id", "status"],
     )  # fmt: skip
+    table["prompt"] = "a poster of " + table["prompt_id"]
+    table["score_text"] = table["prompt_id"]
+    table["settings"] = '{"guidance_scale": 5, "scheduler": "ddim"}'
     table.loc[: blocked - 1, "status"] = "blocked" if blocked else "ok"
     return table.iloc[: len(table) - without]
 
@@ -445,12 +448,46 @@ def test_nothing_is_promoted_over_a_champion_whose_cells_are_missing() -> None:
     assert decision.evidence.missing == 0
     assert decision.evidence.missing_of_champion == 14 * 4 * 2
     assert "192 of 192 cells are drawn and scored, and 80 of the champion's" in decision.reason
-    assert "materialize `champion_generations` and `fidelity_scores` again" in decision.reason
+    told = "materialize `base_generations`, `champion_generations` and `fidelity_scores` again"
+    assert told in decision.reason, "the champion is the base model"
     # Blocked ones will not come: they are told, and are no reason to wait.
     black = BASE.assign(status=BASE["status"].mask(late, "blocked"))
     decision = between(black, own, pd.concat([scores, better(own)]))
     assert decision.verdict == "promote" and decision.evidence.blocked_of_champion == 112
     assert "112 of these are blocked" in decision.checks[0].reason
+
+
+@pytest.mark.parametrize(
+    ("column", "now", "told"),
+    [
+        ("prompt", "a sketch of p3", "prompt"),
+        ("score_text", "p3 at night", "score_text"),
+        ("negative_prompt", "busy, crowded", "negative_prompt"),
+        ("settings", '{"guidance_scale": 7, "scheduler": "ddim"}', "sampler.guidance_scale"),
+        ("settings", '{"guidance_scale": 5, "negative_from": 0.3, "scheduler": "ddim"}',
+         "sampler.negative_from"),
+    ],
+)  # fmt: skip
+def test_answers_to_different_questions_are_not_compared(column: str, now: str, told: str) -> None:
+    """The suite or the sampler changed, and only one of the models has drawn anew."""
+    own = images("new", tuned=True)
+    scores = pd.concat([BASE_SCORES, better(own)])
+    asked = (own["prompt_id"] == "p3") & (own["negative_prompt"] != "")
+    # Their scores would decide it, were they compared.
+    scores["value"] = scores["value"].mask(scores["generation_key"].isin(own[asked].iloc[:, 0]), 9)
+    changed = own.assign(**{column: own[column].mask(asked, now)})
+    decision = between(BASE, changed, scores)
+    assert decision.verdict == "hold" and outcomes(decision)["complete"] == "open"
+    assert f"the models were not asked the same ({told})" in decision.reason
+    assert (
+        "materialize `base_generations`, `tuned_generations`, `champion_generations` and "
+        "`fidelity_scores` again" in decision.reason
+    )
+    evidence = decision.evidence
+    assert (evidence.expected, evidence.missing, evidence.missing_of_champion) == (196, 4, 4)
+    assert evidence.clip.pairs == 188 and evidence.clip.estimate == pytest.approx(0.05, abs=0.01)
+    # What the model has to draw is the same whatever is set on it afterwards.
+    assert between(BASE, own.assign(title="Another"), better(own)).evidence.missing == 0
 
 
 def few(table: pd.DataFrame, prompts: int, seeds: int = SEEDS) -> pd.DataFrame:

@@ -164,12 +164,16 @@ class World:
         )
         return {key.path[-1]: why for key, why in found.items() if key.path[-1] in MADE}
 
-    def judge(self, *names: str) -> pd.Series:
-        """Materialize the assets, or those named; the row of `champion`."""
+    def materialize(self, *names: str) -> None:
+        """The assets, or those named."""
         job = self.definitions().resolve_implicit_global_asset_job_def()
         self.result = job.execute_in_process(
             instance=self.instance, asset_selection=[dg.AssetKey(name) for name in names] or None
         )
+
+    def judge(self, *names: str) -> pd.Series:
+        """Materialize the assets, or those named; the row of `champion`."""
+        self.materialize(*names)
         return self.store.read_table("champion").iloc[0]
 
     def checks(self) -> dict[str, bool]:
@@ -290,6 +294,25 @@ def test_a_checkpoint_that_is_not_good_is_not_served(
     assert world.checks()["served_checkpoint_is_sound"]
     assert world.checks()["few_images_are_copies"] == (draw is not memorised)
     assert world.checks()["every_image_is_measured"] == (draw is not incomplete)
+
+
+def test_a_prompt_that_only_the_base_model_has_drawn_in_its_new_wording_holds(
+    world: World,
+) -> None:
+    world.train("good", drawn_by(FILM))
+    base = world.images("base", "sd", drawn_by(OTHER))
+    reworded = base["prompt_id"] == "p3"
+    base["prompt"] = base["prompt"].mask(reworded, "a sketch of thing 3")
+    base["generation_key"] = base["generation_key"].mask(reworded, "new " + base["generation_key"])
+    world.materialize(
+        "champion_generations"
+    )  # a copy of the base model's, in the wording of before
+    world.keep("base_generations", base)
+    row = world.judge("fidelity_scores", "champion")
+    assert (row["decision"], row["checkpoint_id"]) == ("hold", "base")
+    assert "48 of 54 cells are drawn and scored, and 48 of the champion's" in row["reason"]
+    assert "the models were not asked the same (prompt); materialize" in row["reason"]
+    assert "`base_generations`, `tuned_generations`" in row["reason"]
 
 
 def test_copies_of_a_poster_that_was_taken_out_since_are_still_copies(world: World) -> None:
