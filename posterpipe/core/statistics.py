@@ -59,6 +59,10 @@ RATIO_FLOOR = 1e-4
 """Lower means count as this one: 0 has no logarithm, and below it a metric is 0 for all that it
 tells. The macros have it too."""
 
+QUESTION = "question"
+"""Column that tells images apart which no difference is between, since the models were not asked
+the same."""
+
 _CELL = ["prompt_id", "seed"]
 _FEW_PROMPTS = 12
 """Below it an interval is the wider of Student's t and the bootstrap."""
@@ -109,7 +113,7 @@ def paired_difference(
 ) -> Estimate:
     """`variant` minus `baseline`, paired by (prompt_id, seed), seeds averaged, prompts drawn.
 
-    `frame` has the columns variant, prompt_id, seed and `value`. A pair of which one is missing
+    `frame` has the columns of `effects`. A pair of which one is missing
     (a blocked image) is left out; so are negative variants without a negative prompt (`answers`).
     Raises ValueError where a (variant, prompt, seed) is there twice.
     """
@@ -155,9 +159,9 @@ def effects(
 
     `frame` has the columns variant, prompt_id, seed and `value`, of one metric, of which `better`
     says which values are better: higher, lower, or another word where neither side is. Cells are
-    compared within prompt and seed; one that lacks a variant of the contrast is left out, and so
-    are negative variants without a negative prompt (`answers`). Raises ValueError where an image is
-    there twice.
+    compared within prompt and seed, and within `question` where there is that column; one that
+    lacks a variant of the contrast is left out, and so are negative variants without a negative
+    prompt (`answers`). Raises ValueError where an image is there twice.
     """
     frame = answers(frame)
     present = set(frame["variant"].unique())
@@ -284,10 +288,11 @@ def wilson_interval(
 
 
 def _values(frame: pd.DataFrame, variant: str, value: str) -> pd.Series:
-    """The values of a variant by (prompt_id, seed)."""
-    own = frame[frame["variant"] == variant].set_index(_CELL)[value].astype(float)
+    """The values of a variant by (prompt_id, seed), and question where there are any."""
+    cell = [*_CELL, *([QUESTION] if QUESTION in frame else [])]
+    own = frame[frame["variant"] == variant].set_index(cell)[value].astype(float)
     if own.index.has_duplicates:
-        prompt, seed = own.index[own.index.duplicated()][0]
+        prompt, seed = own.index[own.index.duplicated()][0][:2]
         raise ValueError(
             f"the variant {variant} has more than one score for the prompt {prompt} and seed "
             f"{seed}; keep one metric and the rows with is_current"

@@ -25,6 +25,7 @@ from PIL import Image
 
 from posterpipe.core.gallery import Picture, grid
 from posterpipe.core.statistics import (
+    QUESTION,
     Effect,
     answers,
     effects,
@@ -32,7 +33,7 @@ from posterpipe.core.statistics import (
     paired_difference,
 )
 from posterpipe.core.store import write_atomic
-from posterpipe.core.variants import is_tuned
+from posterpipe.core.variants import DELAYED_VARIANTS, is_tuned
 
 VARIANTS: Mapping[str, tuple[str, float]] = {
     "sd": ("Stable Diffusion", 0.35),
@@ -90,13 +91,13 @@ def _ends(low: float, high: float, form: str) -> str:
 def growth(scores: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
     """One row a variant of the study that `scores` has, in the study's order.
 
-    `scores` has variant, prompt_id, seed, negative_prompt, clip_cosine (NaN without a score), of
-    one metric; `generations` the variant, prompt_id, seed and prompt of each image. Columns:
-    variant, label, study (its score), images, missing (without a score), prompts, cosine with low
-    and high, score (2.5 * max(cosine, 0), the mean over images) with score_low (0 or more) and
-    score_high, gain (cosine less that of sd, see `statistics.paired_difference`) with gain_low and
-    gain_high, and study_prompt (mean cosine of the images of the study's own prompt; NaN where the
-    suite lacks it).
+    `scores` has variant, prompt_id, seed, negative_prompt, question (`questions`), clip_cosine (NaN
+    without a score), of one metric; `generations` the variant, prompt_id, seed and prompt of each
+    image. Columns: variant, label, study (its score), images, missing (without a score), prompts,
+    cosine with low and high, score (2.5 * max(cosine, 0), the mean over images) with score_low (0
+    or more) and score_high, gain (cosine less that of sd, see `statistics.paired_difference`) with
+    gain_low and gain_high, and study_prompt (mean cosine of the images of the study's own prompt;
+    NaN where the suite lacks it).
     """
     scaled = scores.assign(score=SCALE * scores["clip_cosine"].clip(lower=0))
     own = generations.loc[generations["prompt"] == PROMPT, "prompt_id"].unique()
@@ -121,6 +122,27 @@ def growth(scores: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def questions(generations: pd.DataFrame) -> pd.Series:
+    """What the model of each image was asked with its prompt and seed, all variants together.
+
+    `generations` as of `generations.COLUMNS`. Where the suite or the sampler changed and only one
+    model has drawn anew, the two were asked different things, and are not compared.
+    """
+    texts = generations[["prompt", "score_text", "negative_prompt", "settings"]].astype(str)
+    rows = pd.Series([json.dumps(row) for row in texts.to_numpy().tolist()], generations.index)
+    # A late negative prompt is compared with that of its own model only.
+    rows = rows.mask(generations["variant"].isin(DELAYED_VARIANTS))
+    model = is_tuned(generations["variant"])
+    cells = rows.groupby([model, generations["prompt_id"], generations["seed"]])
+    return cells.transform(lambda asked: "\n".join(sorted(set(asked.dropna()))))
+
+
+def _asked(generations: pd.DataFrame) -> pd.DataFrame:
+    """What estimates have to know of each generation_key."""
+    told = generations[["generation_key", "negative_prompt"]]
+    return told.assign(**{QUESTION: questions(generations)})
+
+
 def control_effects(evidence: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
     """The effects on CLIP-T with the other prompts of the suite, and on what is the own one's.
 
@@ -128,7 +150,7 @@ def control_effects(evidence: pd.DataFrame, generations: pd.DataFrame) -> pd.Dat
     specific, control and rank. Columns: role, metric_id, then the fields of `statistics.Effect`; no
     rows where the suite has one text.
     """
-    own = evidence.merge(generations[["generation_key", "negative_prompt"]], on="generation_key")
+    own = evidence.merge(_asked(generations), on="generation_key")
     parts = []
     for role in CONTROLS:
         rows = own[own["role"] == role]
@@ -236,12 +258,12 @@ def extremes(scores: pd.DataFrame, shown: int = SHOWN) -> tuple[pd.DataFrame, pd
 
     Where none gained, the first are those that lost least; where none lost, the second are those
     that gained least. A pair is the last variant of the study and `sd` with the same prompt and
-    seed; prompts without a negative prompt have none (`statistics.answers`). Each prompt is there
-    once, with its most extreme seed, so that one prompt cannot fill the table. Ties go by prompt
-    and seed. `scores` as of `growth`.
+    seed, of models that were asked the same; prompts without a negative prompt have none
+    (`statistics.answers`). Each prompt is there once, with its most extreme seed, so that one
+    prompt cannot fill the table. Ties go by prompt and seed. `scores` as of `growth`.
     """
-    cells = ["prompt_id", "seed"]
     compared = answers(scores)
+    cells = [name for name in ("prompt_id", "seed", QUESTION) if name in compared]
     by_variant = {
         name: compared[compared["variant"] == name].set_index(cells)["clip_cosine"].astype(float)
         for name in ("sd", "dreambooth_negative")
@@ -253,8 +275,9 @@ def extremes(scores: pd.DataFrame, shown: int = SHOWN) -> tuple[pd.DataFrame, pd
         "difference", ascending=False, kind="stable"
     )
     worst = (lost if len(lost) else pairs).sort_values("difference", kind="stable")
+    columns = ["prompt_id", "seed", "difference"]
     return tuple(  # type: ignore[return-value]
-        part.drop_duplicates("prompt_id").head(shown).reset_index(drop=True)
+        part.drop_duplicates("prompt_id").head(shown)[columns].reset_index(drop=True)
         for part in (best, worst)
     )
 
@@ -399,7 +422,7 @@ def report(
     """The study's result from the table of CLIP scores (one metric), the images behind it, and the
     evidence about them (`evidence.EVIDENCE_COLUMNS`)."""
     metric_id = str(scores["metric_id"].iloc[0])
-    scores = scores.merge(generations[["generation_key", "negative_prompt"]], on="generation_key")
+    scores = scores.merge(_asked(generations), on="generation_key")
     table = growth(scores, generations)
     best, worst = extremes(scores)
     own, control = effects(scores), control_effects(evidence, generations)

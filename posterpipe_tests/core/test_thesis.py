@@ -40,7 +40,9 @@ def study(tmp_path: Path) -> tuple[pd.DataFrame, pd.DataFrame, Path]:
     table.loc[1, "clip_cosine"] = -0.05
     table["generation_key"] = table["image_path"]
     table["negative_prompt"] = np.where(table["variant"].str.endswith("_negative"), "busy", "")
-    dropped = ["prompt", "image_path", "negative_prompt"]  # as the asset clip_scores lacks them
+    table["score_text"], table["settings"] = table["prompt"], "{}"
+    # As the asset clip_scores lacks them.
+    dropped = ["prompt", "score_text", "image_path", "negative_prompt", "settings"]
     scores = table.drop(columns=dropped).assign(metric_id=METRIC)
     return scores, table.drop(columns="clip_cosine"), tmp_path
 
@@ -287,6 +289,34 @@ def test_gains_and_extremes_leave_out_prompts_without_a_negative_prompt(
     for pairs in (made.best, made.worst):
         assert not set(pairs["prompt_id"]) & {"p5", "p6"}
     assert set(before.best["prompt_id"]) | set(before.worst["prompt_id"]) > {"p6"}
+
+
+@pytest.mark.parametrize(
+    ("column", "variants", "now"),
+    [
+        ("prompt", ["sd", "sd_negative"], "another poster"),
+        ("negative_prompt", ["dreambooth_negative"], "crowded"),
+        ("settings", ["dreambooth", "dreambooth_negative"], '{"guidance_scale": 9}'),
+    ],
+)
+def test_nothing_is_compared_that_the_two_models_were_not_asked_alike(
+    study: tuple[pd.DataFrame, pd.DataFrame, Path], column: str, variants: list[str], now: str
+) -> None:
+    scores, generations, root = study
+    asked = generations["prompt_id"].isin(["p5", "p6"]) & generations["variant"].isin(variants)
+    mixed = generations.assign(**{column: generations[column].mask(asked, now)})
+    made = thesis.report(scores, mixed, evidence(scores), root)
+    for table in (made.effects, made.control[made.control["role"] == "specific"]):
+        prompts = table.set_index("contrast")["prompts"]
+        assert prompts["tuned"] == prompts["both"] == prompts["interaction"] == 6
+        assert prompts["negative on base"] == 8, "asked of one model"
+    gains = made.table.set_index("variant")["gain"]
+    effects = made.effects.set_index("contrast")["estimate"]
+    assert gains["dreambooth_negative"] == pytest.approx(effects["both"])
+    assert made.table["prompts"].tolist() == [8] * 4
+    for pairs in (made.best, made.worst):
+        assert list(pairs.columns) == ["prompt_id", "seed", "difference"]
+        assert not set(pairs["prompt_id"]) & {"p5", "p6"}
 
 
 def test_effects_leave_out_prompts_without_a_negative_prompt(

@@ -1,7 +1,8 @@
 -- Seeds of one prompt are not independent answers: they are averaged, and n is the prompts.
 --
 -- Millions of scores are joined to their images once and added up by numbers instead of names.
--- Differences are between images of the same prompt and seed. Where both variants have a score for
+-- Differences are between images of the same prompt and seed, asked in the same words and drawn with
+-- the same sampler: those of a variant and prompt are of one table, so all alike in that. Where both variants have a score for
 -- the same seeds, that is the difference of the prompt's means; only for prompts where one is
 -- missing are the pairs looked up, and a score without its partner left out. Where a prompt has no
 -- negative prompt, a negative variant is the image of the one without again, and no answer.
@@ -11,7 +12,16 @@ with metrics as (
 ),
 
 images as materialized (
-    select * from {{ ref('stg_current_images') }}
+    select
+        generation_key,
+        variant,
+        prompt_key,
+        prompt_id,
+        negative_prompt,
+        seed,
+        checkpoint_id,
+        settings
+    from {{ ref('stg_current_images') }}
 ),
 
 answers as materialized (
@@ -21,6 +31,7 @@ answers as materialized (
         min(checkpoint_id) as checkpoint_id,
         variant <> 'sd' and (variant not like '%negative%' or min(negative_prompt) <> '')
             as is_compared,
+        {{ question('min(prompt_key)', 'min(settings)') }} as question,
         row_number() over () as answer
     from images
     group by variant, prompt_id
@@ -74,6 +85,7 @@ prompts as (
         answers.prompt_id,
         answers.checkpoint_id,
         answers.is_compared,
+        answers.question,
         sums.answer,
         sums.images,
         sums.scored,
@@ -108,6 +120,7 @@ beside_sd as (
             base.variant = 'sd'
             and base.metric_id = prompts.metric_id
             and base.prompt_id = prompts.prompt_id
+            and base.question = prompts.question
     where prompts.is_compared
 ),
 

@@ -112,6 +112,7 @@ gaps as (
         images.prompt_id,
         images.seed,
         images.negative_prompt,
+        images.question,
         images.is_current,
         score.metric_id,
         score.value
@@ -136,6 +137,7 @@ gap_differences as (
             and base.metric_id = gaps.metric_id
             and base.prompt_id = gaps.prompt_id
             and base.seed = gaps.seed
+            and base.question = gaps.question
     where
         gaps.variant <> 'sd'
         and (gaps.variant not like '%negative%' or gaps.negative_prompt <> '')

@@ -1,6 +1,7 @@
 -- The study's 2 x 2 design (tuned or not, with the negative prompt or without), asked eight
 -- questions, and two more where the suite delays the negative prompt. Weights are those of the
--- variants' values; a cell that lacks a variant of the comparison is left out. Where a prompt has
+-- variants' values; a cell that lacks a variant of the comparison is left out, and so is one whose
+-- models were asked in other words, drew with another sampler, or had another negative prompt. Where a prompt has
 -- no negative prompt, a negative variant is the image of the one without again, and no answer.
 {% set primary = 'tuned without negative' %}
 {% set variants = var('variants') %}
@@ -44,10 +45,13 @@ cells as (
         max(value) filter (
             where variant = '{{ variant }}'
             {%- if 'negative' in variant %} and negative_prompt <> ''{% endif %}
-        ) as {{ variant }}{{ ',' if not loop.last }}
+        ) as {{ variant }},
         {%- endfor %}
+        -- The late one is compared with the full one of its own model only.
+        min(negative_key) filter (where variant = 'sd_negative')
+        = min(negative_key) filter (where variant = 'dreambooth_negative') as is_one_negative
     from scores
-    group by metric_id, prompt_id, seed
+    group by metric_id, prompt_id, seed, question
 ),
 
 complete_cells as (
@@ -61,6 +65,11 @@ complete_cells as (
             {%- for variant in variants %}
             and (comparisons.{{ variant }} = 0 or cells.{{ variant }} is not null)
             {%- endfor %}
+            and (
+                comparisons.sd_negative = 0
+                or comparisons.dreambooth_negative = 0
+                or cells.is_one_negative
+            )
 ),
 
 prompt_means as (

@@ -16,6 +16,7 @@ scores as (
         score.prompt_id,
         score.seed,
         score.variant,
+        score.question,
         score.value,
         metrics.metric,
         metrics.is_headline,
@@ -40,6 +41,7 @@ compared as (
             and base.metric_id = scores.metric_id
             and base.prompt_id = scores.prompt_id
             and base.seed = scores.seed
+            and base.question = scores.question
 ),
 
 side_by_side as (

@@ -15,6 +15,7 @@ answers as (
         image.seed,
         image.negative_prompt,
         image.recorded_at,
+        current_images.question,
         bool_or(image.generation_key = current_images.generation_key) as is_current
     from {{ source('warehouse', 'fct_image') }} as image
     inner join current_images
@@ -31,7 +32,8 @@ answers as (
         image.prompt_id,
         image.seed,
         image.negative_prompt,
-        image.recorded_at
+        image.recorded_at,
+        current_images.question
 )
 
 select
@@ -41,6 +43,7 @@ select
     prompt_id,
     seed,
     negative_prompt,
+    question,
     is_current
 from answers
 qualify row_number() over (

@@ -13,6 +13,8 @@ select
     reason,
     width,
     height,
-    settings
+    settings,
+    {{ question('prompt_key', 'settings') }} as question,
+    hash(negative_prompt, json_extract_string(settings, '$.negative_from')) as negative_key
 from {{ source('warehouse', 'fct_image') }}
 where generation_key in (select generation_key from {{ source('warehouse', 'current_generation') }})

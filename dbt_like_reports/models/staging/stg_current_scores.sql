@@ -17,6 +17,8 @@ select
     image.prompt_id,
     image.seed,
     image.negative_prompt,
+    image.question,
+    image.negative_key,
     score.value,
     score.status
 from {{ source('warehouse', 'fct_score') }} as score
