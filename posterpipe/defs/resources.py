@@ -6,6 +6,10 @@ not: assets, and anything that computes.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 import warnings
 from collections import namedtuple
 from collections.abc import Iterator, Mapping, Sequence
@@ -249,14 +253,31 @@ def _step_key(context: dg.InputContext) -> str:
 
 def store_tables(deployment: Deployment) -> dg.IOManagerDefinition:
     """The IO manager of a deployment. The steps that use it hold a lease on the store, so that
-    `posterpipe gc` leaves alone what they work with."""
+    `posterpipe gc` leaves alone what they work with, and end with the process of their run."""
 
     @dg.io_manager  # type: ignore[arg-type]  # a generator is closed when the step ends
     def tables() -> Iterator[StoreIOManager]:
+        _end_with_the_run()
         with deployment.store.lease():
             yield StoreIOManager(deployment)
 
     return tables
+
+
+def _end_with_the_run() -> None:
+    """Asks this process to stop, as when its run is cancelled, once the process that started it is
+    gone: the run counts as failed then, its place in the pool is free, and the step is started
+    again beside this one. Does nothing where the step runs in the process of its run."""
+    run = multiprocessing.parent_process()
+    if run is None:
+        return
+
+    def wait() -> None:
+        # On a pipe between the two, whoever forked this process: Linux could tell of that one.
+        run.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="end-with-the-run", daemon=True).start()
 
 
 def table_output(

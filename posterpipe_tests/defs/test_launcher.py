@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import dagster as dg
@@ -19,7 +20,8 @@ from dagster._core.storage.tags import GRPC_INFO_TAG
 
 from posterpipe.defs import launcher
 from posterpipe.defs.launcher import LEASE_TAG, LocalRunLauncher, executing_runs
-from posterpipe.settings import default_root
+from posterpipe.defs.resources import TABLES, Deployment, store_tables
+from posterpipe.settings import default_root, load_settings
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
 
@@ -27,6 +29,26 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it looks into /
 @dg.job
 def nothing() -> None:
     """A job without steps."""
+
+
+@dg.asset(io_manager_key=TABLES)
+def at_work() -> None:
+    """Works on, in a process of its own, and says so."""
+    place = Path(os.environ["PLACE"])
+    (place / "step.tmp").write_text(str(os.getpid()))
+    (place / "step.tmp").rename(place / "step")
+    time.sleep(60)
+
+
+def job_at_work() -> dg.JobDefinition:
+    """Makes that asset, as the deployment makes its own."""
+    deployment = Deployment(load_settings("starter", store=Path(os.environ["PLACE"]) / "store"))
+    return dg.Definitions(
+        assets=[at_work],
+        jobs=[dg.define_asset_job("work", dg.AssetSelection.all())],
+        executor=dg.multiprocess_executor.configured({"max_concurrent": 1}),
+        resources={TABLES: store_tables(deployment)},
+    ).resolve_job_def("work")
 
 
 @pytest.fixture
@@ -117,3 +139,39 @@ def test_a_run_under_a_lease_is_dead_when_its_process_gave_nothing_back(
     assert health_of(again) == WorkerStatus.RUNNING
     # As of another machine, whose leases lie elsewhere.
     assert health_of(started({LEASE_TAG: "elsewhere.lease"})) == WorkerStatus.RUNNING
+
+
+def test_a_step_ends_with_the_process_of_its_run(
+    deployed: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    """Else it works on beside the one that is started again, though its run counts as failed."""
+    run = "; ".join(
+        (
+            "import dagster as dg",
+            f"from {__name__} import job_at_work",
+            "dg.execute_job(dg.reconstructable(job_at_work), dg.DagsterInstance.get())",
+        )
+    )
+    places = {"PLACE": str(tmp_path), "DAGSTER_HOME": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", run], env=os.environ | places)
+    told = tmp_path / "step"
+    step = ""
+    try:
+        wait_for(told.exists)
+        step = told.read_text()
+        assert launcher._began(step) is not None and int(step) != process.pid
+        process.kill()
+        process.wait()
+        wait_for(lambda: launcher._began(step) is None)
+    finally:
+        process.kill()
+        if step and launcher._began(step) is not None:
+            os.kill(int(step), signal.SIGKILL)
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 30) -> None:
+    """Returns when it has happened."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
