@@ -16,8 +16,11 @@ import hashlib
 import os
 import posixpath
 import stat
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedReader
@@ -35,6 +38,9 @@ _AT_THE_DISK = 4
 
 DEEPEST = 100
 """Nested folders that are entered, one in another; what lies deeper is a problem's entry."""
+
+GIVEN_UP_SECONDS = 3600.0
+"""A listing that began so long ago is waited for no more: another one is begun."""
 
 UNLISTED = "this folder cannot be listed"
 """How the problem begins of a nested folder of which nobody knows what lies in it."""
@@ -132,6 +138,52 @@ def open_place(
     if is_url(location):
         return Bucket(text, role)
     return Folder((root or Path.cwd()) / location, role)
+
+
+def entries_within(place: Place, seconds: float) -> list[Entry]:
+    """`place.entries()`, unless that takes longer. Raises PlaceMissing, also then.
+
+    A listing that takes longer goes on, and the next call takes what comes out of it instead of
+    beginning another one: so a bucket is listed that needs longer, and one that hangs has one
+    thread, not one a call.
+    """
+    listing = _begun(place)
+    if not wait([listing], seconds).done:
+        raise PlaceMissing(
+            f"{place.location}: did not answer within {seconds:g} s; check the address, the "
+            f"network and the credentials, or set {place.role.setting} to another folder or URL"
+        )
+    with _BEGINNING:
+        if place.location in _UNDER_WAY and _UNDER_WAY[place.location][1] is listing:
+            del _UNDER_WAY[place.location]
+    return listing.result()
+
+
+_UNDER_WAY: dict[str, tuple[float, Future[list[Entry]]]] = {}
+"""Listings, by location, of which nobody has taken what comes out, and when they began."""
+
+_BEGINNING = threading.Lock()
+
+
+def _begun(place: Place) -> Future[list[Entry]]:
+    """The listing of a place that is under way; a new one where there is none."""
+    with _BEGINNING:
+        if place.location in _UNDER_WAY:
+            began, listing = _UNDER_WAY[place.location]
+            if time.monotonic() < began + GIVEN_UP_SECONDS:
+                return listing
+        listing = Future()
+        _UNDER_WAY[place.location] = time.monotonic(), listing
+    # None of an executor, for which the end of the process would wait.
+    threading.Thread(target=_list, args=(place, listing), daemon=True).start()
+    return listing
+
+
+def _list(place: Place, listing: Future[list[Entry]]) -> None:
+    try:
+        listing.set_result(place.entries())
+    except BaseException as error:  # raised where it is waited for
+        listing.set_exception(error)
 
 
 def is_url(location: Path | str) -> bool:

@@ -40,6 +40,9 @@ PORTABLE_TAG = "posterpipe/arrived_portable"
 REASON_TAG = "posterpipe/reason"
 """Tag of requested runs: why, in words."""
 
+ANSWER_SECONDS = 40.0
+"""How long the folder or bucket of posters may take: Dagster gives a look a minute."""
+
 ATTEMPTS = 2
 """How often an asset is tried on the same source: a failed run is tried once more."""
 
@@ -152,7 +155,7 @@ class _Listing:
     """What lies outside at one moment."""
 
     def __init__(self, deployment: Deployment, now: float) -> None:
-        from posterpipe.core.listing import Bucket, PlaceMissing, open_place
+        from posterpipe.core.listing import Bucket, PlaceMissing, entries_within, open_place
 
         self._deployment = deployment
         self._now = now
@@ -163,7 +166,7 @@ class _Listing:
         self._error: Exception | None = None
         self._entries: list[Entry] = []
         try:
-            self._entries = place.entries()
+            self._entries = entries_within(place, ANSWER_SECONDS)
         except PlaceMissing as error:
             self._problem = str(error)
         except Exception as error:

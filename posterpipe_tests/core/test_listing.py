@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
 from typing import ClassVar
 
 import fsspec
@@ -22,6 +24,7 @@ from posterpipe.core.listing import (
     SourceChanged,
     _nanoseconds,
     _remote_entry,
+    entries_within,
     listing_digest,
     open_place,
 )
@@ -221,6 +224,51 @@ def test_an_object_that_its_driver_takes_for_a_version_is_to_be_renamed(
     versioned.store["bucket/posters/a?versionId=3.png"] = MemoryFile(data=b"1")
     (entry,) = Bucket("versioned://bucket/posters").entries()
     assert entry.problem.endswith("it cannot be opened; rename it")
+
+
+@pytest.fixture
+def silent(
+    versioned: type[Versioned], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[threading.Event, Queue[str]]]:
+    """Buckets that tell nothing until an event; and which were asked."""
+    answer, asked = threading.Event(), Queue[str]()
+    told = versioned.find
+
+    def find(self: Versioned, path: str, **options: object) -> dict:
+        asked.put(path)
+        answer.wait(60)
+        return told(self, path, **options)
+
+    monkeypatch.setattr(versioned, "find", find)
+    yield answer, asked
+    answer.set()
+
+
+def test_a_bucket_that_does_not_answer_is_not_waited_for_and_asked_once(
+    versioned: type[Versioned], silent: tuple[threading.Event, Queue[str]]
+) -> None:
+    answer, asked = silent
+    versioned.store["bucket/silent/a.png"] = MemoryFile(data=b"1")
+    place = "versioned://bucket/silent"
+    for _ in range(3):  # each look opens it anew
+        with pytest.raises(PlaceMissing, match=r"/silent: did not answer within 0.1 s; .*network"):
+            entries_within(Bucket(place), 0.1)
+    # What comes of it is taken by the next look, and the one after that asks again.
+    answer.set()
+    for count in (1, 2):
+        (entry,) = entries_within(Bucket(place), 60)
+        assert entry.name == "a.png" and asked.qsize() == count
+
+
+def test_a_bucket_that_never_answers_is_asked_again_after_a_while(
+    silent: tuple[threading.Event, Queue[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, asked = silent
+    monkeypatch.setattr("posterpipe.core.listing.GIVEN_UP_SECONDS", 0.0)
+    for _ in range(2):
+        with pytest.raises(PlaceMissing):
+            entries_within(Bucket("versioned://bucket/dead"), 0.1)
+        assert asked.get(timeout=60) == "bucket/dead"
 
 
 def test_a_bucket_whose_driver_is_not_installed_names_what_to_install(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,10 @@ from PIL import Image
 
 from posterpipe.core import arrivals, landing, prompts
 from posterpipe.core.captions import rehash_sidecars
-from posterpipe.core.listing import Folder
+from posterpipe.core.listing import Entry, Folder
 from posterpipe.definitions import build_defs
 from posterpipe.defs import arrivals as look_module
-from posterpipe.defs.arrivals import REASON_TAG, ROOTS, _Root
+from posterpipe.defs.arrivals import REASON_TAG, ROOTS, _Root, reading_problem
 from posterpipe.defs.resources import SOURCE_DIGEST, Deployment
 from posterpipe.settings import load_settings
 from posterpipe_tests.defs.harness import RUN_KEY, Daemon
@@ -440,6 +441,31 @@ def test_what_cannot_be_looked_at_for_an_unforeseen_reason_hides_nothing_else(
         assert place.settle() == [["prompt_suite"]]
         assert "raw_posters: could not be looked at (RecursionError" in place.said
         assert "prompt_suite: suite.yaml, unchanged" in place.said
+    assert place.settle() == [["raw_posters"]]
+
+
+def test_a_place_that_does_not_answer_hides_nothing_else(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a bucket, or a folder of the network."""
+    place.put("d.png")
+    place.write(place.suite, SUITE.replace("a rocket", "a red rocket"))
+    answer = threading.Event()
+    told = Folder.entries
+
+    def silent(folder: Folder) -> list[Entry]:
+        if folder.path == place.folder:
+            answer.wait(60)
+        return told(folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "entries", silent)
+        patched.setattr(look_module, "ANSWER_SECONDS", 0.1)
+        assert place.settle() == [["prompt_suite"]]
+        for name in ("raw_posters", "human_captions"):
+            assert f"{name}: {place.folder}: did not answer within 0.1 s" in place.said
+        assert "did not answer" in reading_problem(Deployment(place.settings))
+        answer.set()
     assert place.settle() == [["raw_posters"]]
 
 
