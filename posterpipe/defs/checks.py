@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
+from posterpipe.defs.arrivals import REASON_TAG
+from posterpipe.defs.automation import BY_HAND
 from posterpipe.defs.resources import TABLE_VERSION, Deployment, Table, table_preview
 from posterpipe.defs.retraining import CHECKPOINT, TRAINING_SET
 from posterpipe.defs.staleness import used_version
@@ -762,13 +764,21 @@ def score_freshness_schedule(settings: Settings) -> dg.ScheduleDefinition:
         "check_score_freshness",
         dg.AssetSelection.checks(key),
         description="Whether the scores are those of the current images, and how old they are.",
+        tags=BY_HAND,
+    )
+
+    def score_freshness(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        for name in ("base_generations", "tuned_generations", "clip_scores"):
+            if context.instance.get_latest_materialization_event(dg.AssetKey(name)) is None:
+                return dg.SkipReason(f"nothing to check yet: {name} was never materialized")
+        return dg.RunRequest(tags={REASON_TAG: "due, by its schedule"})
+
+    decorated = dg.schedule(
+        job=job,
+        cron_schedule=settings.checks.freshness_cron,
+        execution_timezone="UTC",
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description="Once a day: are the scores those of the current images?",
     )
     with cron_of("checks.freshness_cron", settings.checks.freshness_cron):
-        return dg.ScheduleDefinition(
-            name="score_freshness",
-            job=job,
-            cron_schedule=settings.checks.freshness_cron,
-            execution_timezone="UTC",
-            default_status=dg.DefaultScheduleStatus.RUNNING,
-            description="Once a day: are the scores those of the current images?",
-        )
+        return decorated(score_freshness)

@@ -3,6 +3,7 @@ blocking promises."""
 
 from __future__ import annotations
 
+import datetime as dt
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import dagster as dg
 import pandas as pd
 import pytest
+from dagster._core.definitions.schedule_definition import ScheduleExecutionData
 from PIL import Image
 
 from posterpipe.core.decisions import DECISION_COLUMNS, GATE, write_decisions
@@ -20,6 +22,7 @@ from posterpipe.core.store import Store
 from posterpipe.core.training_set import build_training_set
 from posterpipe.core.variants import BASE_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs import checks, dataset, evidence, generation, ingest, scoring
+from posterpipe.defs.arrivals import REASON_TAG
 from posterpipe.defs.resources import TABLES, Deployment, store_tables
 from posterpipe.defs.staleness import INPUT_DATA_VERSION
 from posterpipe.settings import CheckSettings, Settings, default_root, load_settings
@@ -590,9 +593,25 @@ def test_scores_that_stay_behind_the_images_are_noticed_by_the_scheduled_check(
     assert freshness(world).passed
 
 
-def test_the_schedule_follows_its_setting_and_is_on(world: World) -> None:
-    limits = world.settings.checks.model_copy(update={"freshness_cron": "30 6 * * 1"})
-    settings = world.settings.model_copy(update={"checks": limits})
+def test_the_scheduled_check_waits_until_something_was_scored(instance: dg.DagsterInstance) -> None:
+    schedule = checks.score_freshness_schedule(load_settings("starter"))
+
+    def tick() -> ScheduleExecutionData:
+        now = dt.datetime.now(dt.UTC)
+        context = dg.build_schedule_context(instance, scheduled_execution_time=now)
+        return schedule.evaluate_tick(context)
+
+    for name in ("base_generations", "tuned_generations", "clip_scores"):
+        waiting = tick()
+        assert not waiting.run_requests
+        assert waiting.skip_message == f"nothing to check yet: {name} was never materialized"
+        instance.report_runless_asset_event(dg.AssetMaterialization(name))
+    (request,) = tick().run_requests or []
+    assert request.tags[REASON_TAG] == "due, by its schedule"
+
+
+def test_the_schedule_follows_its_setting_and_is_on() -> None:
+    settings = load_settings("starter", checks={"freshness_cron": "30 6 * * 1"})
     schedule = checks.score_freshness_schedule(settings)
     assert schedule.cron_schedule == "30 6 * * 1"
     assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
