@@ -13,6 +13,7 @@ import dagster as dg
 from dagster import DagsterRunStatus
 
 from posterpipe.defs.resources import SOURCE_DIGEST, SOURCE_PORTABLE, UNREAD, Deployment
+from posterpipe.defs.staleness import made_or_wiped
 from posterpipe.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ ROOT_TAG = "posterpipe/arrived"
 """Tag of the runs that the sensor requests: for which asset."""
 
 STATE_TAG = "posterpipe/arrived_state"
-"""The same: from which source, after which materialization."""
+"""The same: from which source, after which materialization or wipe."""
 
 DIGEST_TAG = "posterpipe/arrived_digest"
 """The same: digest of the source when it was requested."""
@@ -319,8 +320,8 @@ class _Root:
         under_way = dg.RunsFilter(tags={ROOT_TAG: self._name}, statuses=UNFINISHED)
         if self._instance.get_runs(under_way, limit=1):
             return None, "a run for it is under way"
-        made_at = self._made.storage_id if self._made else 0
-        state = f"{self._name}-{source.digest[:16]}-{made_at}"
+        since = made_or_wiped(self._instance, dg.AssetKey(self._name), self._made)
+        state = f"{self._name}-{source.digest[:16]}-{since}"
         tried = self._instance.get_runs(dg.RunsFilter(tags={STATE_TAG: state}))
         if any(run.status == DagsterRunStatus.CANCELED for run in tried):
             return None, "its run was canceled: materialize it, or change something"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import dagster as dg
+from dagster import DagsterEventType
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord
 
 from posterpipe.core.dreambooth.effects import deciding
@@ -174,6 +175,18 @@ def data_version(record: dg.EventLogRecord | None) -> str | None:
     """The data version of a materialization; None before the first."""
     made = record.asset_materialization if record else None
     return (made.tags or {}).get(DATA_VERSION) if made else None
+
+
+def made_or_wiped(
+    instance: dg.DagsterInstance, key: dg.AssetKey, made: dg.EventLogRecord | None
+) -> int:
+    """The event of the log since which an asset is there as it is, or is not there: its latest
+    materialization, else when a person wiped it; 0 for one that never was."""
+    if made is not None:
+        return made.storage_id
+    wiped = dg.EventRecordsFilter(DagsterEventType.ASSET_WIPED, asset_key=key)
+    found = instance.event_log_storage.get_event_records(wiped, limit=1)
+    return found[0].storage_id if found else 0
 
 
 def is_of(record: AssetCheckExecutionRecord, made: dg.EventLogRecord | None) -> bool:

@@ -25,6 +25,7 @@ from posterpipe.defs.staleness import (
     data_version,
     is_of,
     latest_materializations,
+    made_or_wiped,
     staleness,
 )
 
@@ -201,8 +202,8 @@ class _Sweep:
             return "", "it stayed so when it was made again"
         if obstacle := device_obstacle(gone):
             return "", obstacle
-        made = self._latest[key]
-        return f"{name}-{_digest(known.state, made.storage_id if made else 0, failures)}", ""
+        since = made_or_wiped(self._instance, key, self._latest[key])
+        return f"{name}-{_digest(known.state, since, failures)}", ""
 
     def _remember(self, key: dg.AssetKey) -> _Known:
         spec = self._specs[key]

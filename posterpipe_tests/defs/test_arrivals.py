@@ -174,6 +174,12 @@ def test_there_and_back_again_is_read_each_time(place: Place, tmp_path: Path) ->
         assert place.names() == ["a.png", "b.png", "c.png"]
 
 
+def test_a_table_that_a_person_wiped_is_read_again_however_often(place: Place) -> None:
+    for _ in range(3):
+        place.daemon.instance.wipe_assets([dg.AssetKey("prompt_suite")])
+        assert place.settle() == [["prompt_suite"]]
+
+
 def test_captions_request_captions_and_prompts_request_prompts(place: Place) -> None:
     place.write(place.folder / "a.txt", "a red rocket")
     assert place.settle() == [["human_captions"]]

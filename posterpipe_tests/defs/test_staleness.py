@@ -94,6 +94,12 @@ def test_there_and_back_again_is_requested_again(chain: World) -> None:
         assert chain.stale() == []
 
 
+def test_it_finds_what_a_person_wiped_however_often(chain: World) -> None:
+    for name in ("a", "b") * 2:
+        chain.instance.wipe_assets([dg.AssetKey(name)])
+        assert chain.settle_by_sweeps() == [[name]]
+
+
 def test_it_finds_a_change_there_and_back_that_the_policy_cannot_see(chain: World) -> None:
     chain.tick()
     chain.change("a", "2")
