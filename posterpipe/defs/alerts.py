@@ -29,6 +29,7 @@ from dagster._core.storage.asset_check_execution_record import (
 )
 
 from posterpipe.defs.arrivals import REASON_TAG
+from posterpipe.defs.launcher import under_lease
 from posterpipe.defs.resources import Deployment
 from posterpipe.settings import Settings
 
@@ -279,7 +280,7 @@ def failed_run(instance: dg.DagsterInstance, run: dg.DagsterRun, ended_at: float
         run.run_id,
         name,
         reasons,
-        started_by=_started_by(run.tags),
+        started_by=_started_by(run),
         why=run.tags.get(REASON_TAG, ""),
         ended_at=ended_at,
         retried="dagster/did_retry" in run.tags,
@@ -325,13 +326,11 @@ def _events(
     ]
 
 
-def _started_by(tags: Any) -> str:
+def _started_by(run: dg.DagsterRun) -> str:
     for kind in ("sensor", "schedule"):
-        if name := tags.get(f"dagster/{kind}_name"):
+        if name := run.tags.get(f"dagster/{kind}_name"):
             return f"the {kind} {name}"
-    if tags.get("posterpipe/pid"):
-        return "posterpipe demo"
-    return "a person"
+    return "posterpipe demo" if under_lease(run) else "a person"
 
 
 def _told_of(run: dg.DagsterRun) -> list[str]:

@@ -100,10 +100,14 @@ def end_dead_runs(instance: dg.DagsterInstance) -> None:
             _leases(instance).remove(run.tags[LEASE_TAG])
 
 
-def _is_abandoned(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+def under_lease(run: dg.DagsterRun) -> bool:
+    """Whether the process that started a run executes it itself, as `posterpipe demo` does."""
     # A run that is executed again in the UI has the tags of the run before, and not its process.
-    own = LEASE_TAG in run.tags and run.parent_run_id is None
-    return own and _leases(instance).is_abandoned(run.tags[LEASE_TAG])
+    return LEASE_TAG in run.tags and run.parent_run_id is None
+
+
+def _is_abandoned(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    return under_lease(run) and _leases(instance).is_abandoned(run.tags[LEASE_TAG])
 
 
 def _leases(instance: dg.DagsterInstance) -> Leases:

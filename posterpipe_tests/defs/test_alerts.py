@@ -12,6 +12,7 @@ import pytest
 from posterpipe.definitions import build_defs
 from posterpipe.defs.alerts import TOLD_TAG, sensors, tell
 from posterpipe.defs.arrivals import REASON_TAG
+from posterpipe.defs.launcher import executing_runs
 from posterpipe.defs.resources import Deployment
 from posterpipe.settings import AlertSettings, Settings, load_settings
 from posterpipe_tests.receivers import TOKEN, Mailbox, Webhook, mailbox, webhook
@@ -220,6 +221,27 @@ def test_a_run_without_a_failed_step_is_told_of_as_well(
     watch.look()
     (payload,) = webhook.got
     assert payload["job"] == "nightly" and "its process is gone" in payload["text"]
+
+
+def test_the_message_says_who_started_the_run(
+    instance: dg.DagsterInstance, webhook: Webhook
+) -> None:
+    watch = Watch(instance, to(webhook))
+
+    @dg.job
+    def nightly() -> None: ...
+
+    with executing_runs(instance) as tags:  # as `posterpipe demo` does
+        first = instance.create_run_for_job(nightly, tags=tags)
+        instance.report_run_failed(first, "the disk is full")
+    again = instance.create_run_for_job(
+        nightly, tags=tags, root_run_id=first.run_id, parent_run_id=first.run_id
+    )
+    instance.report_run_failed(again, "the disk is full")
+    watch.look()
+    said = {payload["run_id"]: payload["text"] for payload in webhook.got}
+    assert "Started by posterpipe demo" in said[first.run_id]
+    assert "Started by a person" in said[again.run_id]
 
 
 def test_a_run_that_a_blocking_check_stopped_is_told_with_what_the_check_found(
