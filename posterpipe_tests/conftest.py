@@ -1,11 +1,14 @@
 """What all tests share: how long a session may take, and in which order.
 
-What belongs here: options of the session. What does not: fixtures, which lie beside their tests.
+What belongs here: what holds for every test. What does not: fixtures that some ask for, which lie
+beside their tests.
 """
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,15 @@ import pytest
 _STARTED = time.monotonic()
 
 _HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_file_outlives_a_power_failure() -> Iterator[None]:
+    """What tests write need not, and waiting for the disk takes milliseconds for each file. Other
+    processes wait as always."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
