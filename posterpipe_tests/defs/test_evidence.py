@@ -4,8 +4,10 @@ collapsed, incomplete, black. Their images are hand-made; encoders, statistics a
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,11 +196,12 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_clip(tmp_path_factory.mktemp("models") / "clip")
 
 
-@pytest.fixture
-def world(tmp_path: Path, scorer: Path, instance: dg.DagsterInstance) -> World:
+@contextmanager
+def world_in(folder: Path, scorer: Path) -> Iterator[World]:
+    """The world whose store and `dagster_home` lie in a folder."""
     settings = load_settings(
         "starter",
-        store=tmp_path / "store",
+        store=folder / "store",
         scorer={"model": {"id": str(scorer)}},
         images={"width": SIZE[0], "height": SIZE[1], "min_side": min(SIZE)},
         # The encoder has random weights: what an image shows does not tell it from its prompt.
@@ -207,13 +210,49 @@ def world(tmp_path: Path, scorer: Path, instance: dg.DagsterInstance) -> World:
         # Nor do these smooth pictures differ in many bits of their hashes.
         checks={"holdout_distance": -1},
     )
-    world = World(settings, Store(tmp_path / "store"), instance)
-    world.hold_out(world.posters(range(20, 32)))
-    suite = {"prompt_id": ["p0"], "prompt": ["x"], "score_text": ["x"], "negative": ["y"]}
-    world.keep("prompt_suite", pd.DataFrame({**suite, "title": [""], "seeds": ["[0]"]}))
-    world.keep("clip_scores", pd.DataFrame({"generation_key": [""]}))
-    world.keep("base_generations", world.images("base", "sd", drawn_by(OTHER)))
-    return world
+    with dg.DagsterInstance.from_config(str(folder / "dagster_home")) as instance:
+        yield World(settings, Store(folder / "store"), instance)
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory, scorer: Path, empty_home: Path) -> Path:
+    """A world before its first checkpoint: read it only."""
+    folder = tmp_path_factory.mktemp("untrained")
+    shutil.copytree(empty_home, folder / "dagster_home")
+    with world_in(folder, scorer) as world:
+        world.hold_out(world.posters(range(20, 32)))
+        suite = {"prompt_id": ["p0"], "prompt": ["x"], "score_text": ["x"], "negative": ["y"]}
+        world.keep("prompt_suite", pd.DataFrame({**suite, "title": [""], "seeds": ["[0]"]}))
+        world.keep("clip_scores", pd.DataFrame({"generation_key": [""]}))
+        world.keep("base_generations", world.images("base", "sd", drawn_by(OTHER)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def promoted(tmp_path_factory: pytest.TempPathFactory, scorer: Path, untrained: Path) -> Path:
+    """A world whose checkpoint `good` was judged and promoted: read it only."""
+    folder = tmp_path_factory.mktemp("promoted")
+    shutil.copytree(untrained, folder, dirs_exist_ok=True)
+    with world_in(folder, scorer) as world:
+        world.train("good", drawn_by(FILM))
+        assert world.judge()["decision"] == "promote"
+    return folder
+
+
+@pytest.fixture
+def world(tmp_path: Path, scorer: Path, untrained: Path) -> Iterator[World]:
+    """A world before its first checkpoint."""
+    shutil.copytree(untrained, tmp_path, dirs_exist_ok=True)
+    with world_in(tmp_path, scorer) as world:
+        yield world
+
+
+@pytest.fixture
+def served(tmp_path: Path, scorer: Path, promoted: Path) -> Iterator[World]:
+    """A world that serves its checkpoint `good`."""
+    shutil.copytree(promoted, tmp_path, dirs_exist_ok=True)
+    with world_in(tmp_path, scorer) as world:
+        yield world
 
 
 def memorised(prompt: int, seed: int, negative: bool) -> Image.Image:
@@ -256,19 +295,18 @@ def test_an_image_that_could_not_be_read_is_counted_as_worth_another_try(world: 
     assert failed == {"champion_generations": 0, "fidelity_scores": 1}
 
 
-def test_a_good_checkpoint_is_promoted_and_served(world: World) -> None:
-    world.train("good", drawn_by(FILM))
-    row = world.judge()
+def test_a_good_checkpoint_is_promoted_and_served(served: World) -> None:
+    row = served.judge("champion")
     assert (row["decision"], row["checkpoint_id"], row["kind"]) == ("promote", "good", "tuned")
     assert row["path"] == "checkpoints/good"
-    numbers = read_decisions(world.deployment.warehouse)
+    numbers = read_decisions(served.deployment.warehouse)
     assert numbers["champion_before"].tolist() == ["base"] and numbers["decided_by"][0] == "gate"
     # It is served before its files are there: the check says so.
-    assert not world.checks()["served_checkpoint_is_sound"]
-    (world.store.root / "checkpoints" / "good").mkdir(parents=True)
-    (world.store.root / "checkpoints" / "good" / "model_index.json").write_text("{}")
-    world.judge()
-    assert world.checks()["served_checkpoint_is_sound"]
+    assert not served.checks()["served_checkpoint_is_sound"]
+    (served.store.root / "checkpoints" / "good").mkdir(parents=True)
+    (served.store.root / "checkpoints" / "good" / "model_index.json").write_text("{}")
+    served.judge("champion")
+    assert served.checks()["served_checkpoint_is_sound"]
 
 
 @pytest.mark.parametrize(
@@ -294,6 +332,9 @@ def test_a_checkpoint_that_is_not_good_is_not_served(
     assert world.checks()["served_checkpoint_is_sound"]
     assert world.checks()["few_images_are_copies"] == (draw is not memorised)
     assert world.checks()["every_image_is_measured"] == (draw is not incomplete)
+    if decision == "reject":  # nor can a person choose it
+        with pytest.raises(GateError, match="never served"):
+            world.decide(pin, "new")
 
 
 def test_a_prompt_that_only_the_base_model_has_drawn_in_its_new_wording_holds(
@@ -383,109 +424,95 @@ def test_without_holdout_posters_the_gate_says_what_to_do(world: World) -> None:
 
 
 def test_judging_again_decides_nothing_new_and_a_promotion_makes_nothing_stale(
-    world: World,
+    served: World,
 ) -> None:
-    world.train("good", drawn_by(FILM))
-    first = world.judge()
+    first = served.store.read_table("champion").iloc[0]
     assert first["decision"] == "promote"
-    assert world.stale() == {}
-    pd.testing.assert_series_equal(world.judge(), first)
-    assert len(read_decisions(world.deployment.warehouse)) == 1
+    assert served.stale() == {}
+    pd.testing.assert_series_equal(served.judge(), first)
+    assert len(read_decisions(served.deployment.warehouse)) == 1
 
 
-def test_the_next_checkpoint_is_measured_against_the_champion(world: World, tmp_path: Path) -> None:
-    world.train("good", drawn_by(FILM))
-    world.judge()
+def test_the_next_checkpoint_is_measured_against_the_champion(served: World) -> None:
     # What the first checkpoint draws lies in the store, as after a real run.
-    served = world.store.read_table("tuned_generations")
-    world.train("worse", memorised)
-    assert set(world.stale()) == {"champion_generations", "fidelity_scores", "champion"}
-    world.keep("tuned_generations", served)
-    assert world.stale() == {}, "there and back again"
+    own = served.store.read_table("tuned_generations")
+    served.train("worse", memorised)
+    assert set(served.stale()) == {"champion_generations", "fidelity_scores", "champion"}
+    served.keep("tuned_generations", own)
+    assert served.stale() == {}, "there and back again"
 
 
-def test_nothing_is_decided_against_a_champion_of_before(world: World) -> None:
-    world.train("one", drawn_by(FILM))
-    assert world.judge()["decision"] == "promote"
-    # What "one" has to be compared with was not drawn: the base model is the champion of before.
-    world.train("two", lambda p, s, n: picture(FILM, 3000 + 100 * p + 10 * s + int(n), share=0.5))
-    with pytest.raises(GateError, match="compared with base, but the champion to beat is one"):
-        world.judge("fidelity_scores", "champion")
-    decisions = read_decisions(world.deployment.warehouse)
-    assert decisions["checkpoint_id"].tolist() == ["one"]
-    assert set(world.stale()) >= {"champion_generations", "champion"}
+def test_nothing_is_decided_against_a_champion_of_before(served: World) -> None:
+    # What "good" has to be compared with was not drawn: the base model is the champion of before.
+    served.train("two", lambda p, s, n: picture(FILM, 3000 + 100 * p + 10 * s + int(n), share=0.5))
+    with pytest.raises(GateError, match="compared with base, but the champion to beat is good"):
+        served.judge("fidelity_scores", "champion")
+    decisions = read_decisions(served.deployment.warehouse)
+    assert decisions["checkpoint_id"].tolist() == ["good"]
+    assert set(served.stale()) >= {"champion_generations", "champion"}
 
 
-def test_a_later_checkpoint_is_held_against_the_base_model_as_well(world: World) -> None:
-    world.train("one", drawn_by(FILM))
-    assert world.judge()["decision"] == "promote"
-    world.keep("champion_generations", world.store.read_table("tuned_generations"))
-    world.train("two", lambda p, s, n: picture(FILM, 3000 + 100 * p + 10 * s + int(n), share=0.5))
-    world.judge("fidelity_scores", "champion")
-    last = read_decisions(world.deployment.warehouse).iloc[-1]
-    assert (last["checkpoint_id"], last["champion_before"]) == ("two", "one")
+def test_a_later_checkpoint_is_held_against_the_base_model_as_well(served: World) -> None:
+    served.keep("champion_generations", served.store.read_table("tuned_generations"))
+    served.train("two", lambda p, s, n: picture(FILM, 3000 + 100 * p + 10 * s + int(n), share=0.5))
+    served.judge("fidelity_scores", "champion")
+    last = read_decisions(served.deployment.warehouse).iloc[-1]
+    assert (last["checkpoint_id"], last["champion_before"]) == ("two", "good")
     told = {check["name"]: check for check in json.loads(last["numbers"])["checks"]}
     for name in ("CLIP-T", "diversity"):
         assert "the base model's" in told[f"{name} since base"]["reason"]
         assert told[f"{name} since base"]["value"] != told[name]["value"]
 
 
-def test_a_pin_and_a_rollback_are_noticed_and_shown(world: World) -> None:
-    world.train("good", drawn_by(FILM))
-    world.judge()
-    world.decide(rollback)
-    assert world.stale() == {"champion": "another checkpoint was chosen"}
-    row = world.judge()
+def test_a_pin_and_a_rollback_are_noticed_and_shown(served: World) -> None:
+    served.decide(rollback)
+    assert served.stale() == {"champion": "another checkpoint was chosen"}
+    row = served.judge("champion")
     assert (row["checkpoint_id"], row["kind"], row["pinned"]) == ("base", "base", True)
-    assert world.stale() == {}
-    log = read_decisions(world.deployment.warehouse)
+    assert served.stale() == {}
+    log = read_decisions(served.deployment.warehouse)
     assert log["decided_by"].tolist() == ["gate", "Ida Moss"]
     assert log["reason"].iloc[-1] == "it sells"
-    world.decide(unpin)
-    assert world.judge()["checkpoint_id"] == "good"
-    assert told_decisions(world.store.root)["decision_id"].tolist() == (
-        read_decisions(world.deployment.warehouse)["decision_id"].tolist()
+    served.decide(unpin)
+    assert served.judge("champion")["checkpoint_id"] == "good"
+    assert told_decisions(served.store.root)["decision_id"].tolist() == (
+        read_decisions(served.deployment.warehouse)["decision_id"].tolist()
     )
 
 
-def test_a_pin_stands_after_the_warehouse_was_lost(world: World) -> None:
-    world.train("good", drawn_by(FILM))
-    assert world.judge()["checkpoint_id"] == "good"
-    world.decide(pin, "base")
-    world.judge()
-    log = read_decisions(world.deployment.warehouse)
-    world.deployment.warehouse_path.unlink()
-    row = world.judge()
+def test_a_pin_stands_after_the_warehouse_was_lost(served: World) -> None:
+    served.decide(pin, "base")
+    served.judge("champion")
+    log = read_decisions(served.deployment.warehouse)
+    served.deployment.warehouse_path.unlink()
+    row = served.judge()
     assert (row["checkpoint_id"], row["pinned"]) == ("base", True)
-    pd.testing.assert_frame_equal(read_decisions(world.deployment.warehouse), log)
-    assert world.stale() == {}
+    pd.testing.assert_frame_equal(read_decisions(served.deployment.warehouse), log)
+    assert served.stale() == {}
 
 
-def test_the_gate_goes_on_after_the_warehouse_was_lost(world: World) -> None:
-    world.train("one", drawn_by(FILM))
-    assert world.judge()["decision"] == "promote"
-    world.keep("champion_generations", world.store.read_table("tuned_generations"))
-    world.train("two", incomplete)
-    row = world.judge("fidelity_scores", "champion")
-    assert (row["decision"], row["checkpoint_id"]) == ("hold", "one")
-    log = read_decisions(world.deployment.warehouse)
-    world.deployment.warehouse_path.unlink()
-    pd.testing.assert_series_equal(world.judge("fidelity_scores", "champion"), row)
-    pd.testing.assert_frame_equal(read_decisions(world.deployment.warehouse), log)
+@pytest.mark.slow  # what was decided is there again: core/test_evidence.py
+def test_the_gate_goes_on_after_the_warehouse_was_lost(served: World) -> None:
+    served.keep("champion_generations", served.store.read_table("tuned_generations"))
+    served.train("two", incomplete)
+    row = served.judge("fidelity_scores", "champion")
+    assert (row["decision"], row["checkpoint_id"]) == ("hold", "good")
+    log = read_decisions(served.deployment.warehouse)
+    served.deployment.warehouse_path.unlink()
+    pd.testing.assert_series_equal(served.judge("fidelity_scores", "champion"), row)
+    pd.testing.assert_frame_equal(read_decisions(served.deployment.warehouse), log)
 
 
-def test_decisions_that_cannot_be_read_are_waited_for_by_name(world: World) -> None:
-    world.train("good", drawn_by(FILM))
-    world.judge()
-    path = world.store.root / TOLD
+def test_decisions_that_cannot_be_read_are_waited_for_by_name(served: World) -> None:
+    path = served.store.root / TOLD
     told = path.read_text("utf-8")
     path.write_text(told[:-9])
-    assert set(world.stale()) == {"champion_generations", "champion"}
-    assert all(str(path) in reason for reason in world.stale().values())
+    assert set(served.stale()) == {"champion_generations", "champion"}
+    assert all(str(path) in reason for reason in served.stale().values())
     with pytest.raises(WarehouseError, match=TOLD):
-        world.judge("champion")
+        served.judge("champion")
     path.write_text(told)
-    assert world.stale() == {}
+    assert served.stale() == {}
 
 
 def test_other_weights_of_an_image_encoder_are_noticed(world: World, tmp_path: Path) -> None:
@@ -498,13 +525,6 @@ def test_other_weights_of_an_image_encoder_are_noticed(world: World, tmp_path: P
     assert world.stale() == {}
     (encoder / "preprocessor_config.json").write_text('{"do_resize": false}')
     assert world.stale() == {"fidelity_scores": "its model changed"}
-
-
-def test_a_rejected_checkpoint_cannot_be_pinned(world: World) -> None:
-    world.train("copy", memorised)
-    world.judge()
-    with pytest.raises(GateError, match="never served"):
-        world.decide(pin, "copy")
 
 
 def test_the_champion_is_described_with_the_rule_of_the_gate() -> None:
