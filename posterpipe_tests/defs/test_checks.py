@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime as dt
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,27 +200,44 @@ class World:
         return said
 
 
-@pytest.fixture
-def world(tmp_path: Path, instance: dg.DagsterInstance) -> Iterator[World]:
-    landing, held = tmp_path / "landing", tmp_path / "holdout"
+@contextmanager
+def world_in(folder: Path) -> Iterator[World]:
+    """The world whose posters, store and `dagster_home` lie in a folder."""
+    settings = load_settings(
+        "starter",
+        landing=folder / "landing",
+        holdout=folder / "holdout",
+        store=folder / "store",
+        images={"width": 64, "height": 96},
+    )
+    with dg.DagsterInstance.from_config(str(folder / "dagster_home")) as instance:
+        yield World(settings, Store(folder / "store"), instance)
+
+
+@pytest.fixture(scope="module")
+def good_data(tmp_path_factory: pytest.TempPathFactory, empty_home: Path) -> Path:
+    """A world that passes every check: read it only."""
+    folder = tmp_path_factory.mktemp("good_data")
+    shutil.copytree(empty_home, folder / "dagster_home")
+    landing, held = folder / "landing", folder / "holdout"
     landing.mkdir()
     held.mkdir()
     data = default_root() / "data"
     for name in POSTERS:
         shutil.copyfile(data / "raw_posters" / name, landing / name)
     shutil.copyfile(data / "holdout_posters" / "pocket_realm.png", held / "pocket_realm.png")
-    settings = load_settings(
-        "starter",
-        landing=landing,
-        holdout=held,
-        store=tmp_path / "store",
-        images={"width": 64, "height": 96},
-    )
-    world = World(settings, Store(tmp_path / "store"), instance)
-    world.ingest()
-    world.hold_out()
-    world.draw()
-    yield world
+    with world_in(folder) as world:
+        world.ingest()
+        world.hold_out()
+        world.draw()
+    return folder
+
+
+@pytest.fixture
+def world(tmp_path: Path, good_data: Path) -> Iterator[World]:
+    shutil.copytree(good_data, tmp_path, dirs_exist_ok=True)
+    with world_in(tmp_path) as world:
+        yield world
 
 
 def offenders(evaluation: dg.AssetCheckEvaluation) -> list[str]:
