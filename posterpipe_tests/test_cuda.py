@@ -57,9 +57,12 @@ COMPILES_ON_CPU = [
 ]
 
 
-def on_devices(*, compiles: bool = False) -> pytest.MarkDecorator:
-    """A case for the GPU, and its twin for the CPU where there is none."""
+def on_devices(*, compiles: bool = False, shown_by: str = "") -> pytest.MarkDecorator:
+    """A case for the GPU, and its twin for the CPU where there is none: a slow one where other
+    tests, `shown_by`, show the same of a CPU."""
     cpu = [pytest.mark.skipif(HAS_GPU, reason="there is a GPU, and it runs this case")]
+    if shown_by:
+        cpu.append(pytest.mark.slow)
     gpu = [pytest.mark.skipif(not HAS_GPU, reason="there is no CUDA device")]
     return pytest.mark.parametrize(
         "device",
@@ -148,7 +151,7 @@ def saved_in(folder: Path) -> Save:
     return saved
 
 
-@on_devices()
+@on_devices(shown_by="dreambooth/test_train.py")
 def test_fp16_with_its_scaler_and_fused_adam_follows_fp32(world: RunConfig) -> None:
     exact = train(changed(world, "exact"))
     config = changed(world, "short", mixed_precision="fp16")
@@ -159,7 +162,7 @@ def test_fp16_with_its_scaler_and_fused_adam_follows_fp32(world: RunConfig) -> N
     assert losses(result)[0] == pytest.approx(losses(exact)[0], rel=0.02)
 
 
-@on_devices()
+@on_devices(shown_by="dreambooth/test_train.py")
 def test_bf16_with_eight_bit_adam_goes_on_from_a_save_with_the_same_bits(world: RunConfig) -> None:
     settings = {"mixed_precision": "bf16", "optimizer": "adamw_8bit", "save_every_steps": 2}
     settings |= {"ema_decay": 0.9, "train_text_encoder": False}
@@ -250,7 +253,7 @@ def test_compiled_with_a_moving_average_the_losses_are_those_of_the_plain_model(
     torch._dynamo.reset()
 
 
-@on_devices()
+@on_devices(shown_by="dreambooth/test_optimizers.py")
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_fused", "adamw_8bit"])
 def test_the_layout_changes_no_loss(world: RunConfig, optimizer: str) -> None:
     last = changed(world, "last", channels_last=True, optimizer=optimizer)
@@ -261,7 +264,7 @@ def test_the_layout_changes_no_loss(world: RunConfig, optimizer: str) -> None:
     assert losses(result) == pytest.approx(losses(train(first)), rel=0.02 if HAS_GPU else 1e-3)
 
 
-@on_devices()
+@on_devices(shown_by="dreambooth/test_train.py")
 def test_accumulated_over_buckets_the_losses_are_those_of_the_larger_batch(
     world: RunConfig, tmp_path: Path
 ) -> None:
@@ -306,7 +309,7 @@ def memory_between(
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-@on_devices()
+@on_devices(shown_by="dreambooth/test_train.py")
 def test_a_batch_that_does_not_fit_into_memory_is_halved_and_the_losses_stay(
     world: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
