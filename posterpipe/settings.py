@@ -38,7 +38,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
-MAX_TOKENS = 77
+CLIP_TOKENS = 77
 """What the text encoders of Stable Diffusion 1 and 2 read, start and end token included."""
 
 DEFAULT_TEMPLATE = "{trigger} {caption}"
@@ -112,7 +112,7 @@ class CaptionerSettings(Group):
     max_new_tokens: int = Field(
         60,
         ge=1,
-        le=MAX_TOKENS - 2,
+        le=CLIP_TOKENS - 2,
         description="longest caption, in BLIP tokens; the text encoders of Stable Diffusion read "
         "77 tokens, two of which are start and end",
     )

@@ -272,10 +272,11 @@ def _posters(settings: Settings) -> Finding:
 
 def _suite(settings: Settings) -> Finding:
     from posterpipe.core.prompts import PromptSuiteError, load_suite, shared_seeds
+    from posterpipe.core.sampler import known_text_limit
 
     path = settings.path(settings.prompt_suite)
     try:
-        prompts = load_suite(path)
+        prompts = load_suite(path, limit=known_text_limit(settings.base_model, settings.root))
     except PromptSuiteError as error:
         return Finding("missing", "prompts", str(error))
     images = sum(len(prompt.seeds) for prompt in prompts)

@@ -32,8 +32,13 @@ from typing import Any
 import pandas as pd
 import yaml
 
-MAX_TOKENS = 75
-"""CLIP reads 77 tokens; two of them mark start and end."""
+from posterpipe.settings import CLIP_TOKENS
+
+MAX_TEXT_TOKENS = CLIP_TOKENS - 2
+"""Of a text for CLIP; two tokens mark start and end."""
+
+TextLimit = tuple[Callable[[str], int], int]
+"""How a model counts the tokens of a text, and how many it reads; both without start and end."""
 
 MAX_SEED = 2**32 - 1
 """The largest seed that the usual image viewers and tools accept."""
@@ -78,17 +83,14 @@ def estimate_tokens(text: str) -> int:
 
 
 def load_suite(
-    path: Path,
-    *,
-    count_tokens: Callable[[str], int] = estimate_tokens,
-    max_tokens: int = MAX_TOKENS,
-    data: bytes | None = None,
+    path: Path, *, limit: TextLimit | None = None, data: bytes | None = None
 ) -> list[Prompt]:
     """The prompts of a suite, in the order of the file.
 
-    `data`: what `read_suite` read of it, where that was done before.
-    `count_tokens` gives a text's length without start and end token; pass the one of the model's
-    tokenizer for the exact limit. Raises PromptSuiteError naming every problem by file and line.
+    `limit`: that of the model that is to read them (`sampler.known_text_limit`); None: CLIP's, by
+    `estimate_tokens`, which finds only what is too long for certain. `data`: what `read_suite` read
+    of the file, where that was done before. Raises PromptSuiteError naming every problem by file
+    and line.
     """
     path = Path(path)
     try:
@@ -98,7 +100,7 @@ def load_suite(
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise PromptSuiteError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
-    return _Reader(path, count_tokens, max_tokens).read(text)
+    return _Reader(path, limit or (estimate_tokens, MAX_TEXT_TOKENS)).read(text)
 
 
 def read_suite(path: Path) -> bytes:
@@ -163,10 +165,9 @@ def _share(value: Any) -> float | None:
 class _Reader:
     """Reads one file, gathers all its problems, and raises them together."""
 
-    def __init__(self, path: Path, count_tokens: Callable[[str], int], max_tokens: int) -> None:
+    def __init__(self, path: Path, limit: TextLimit) -> None:
         self.path = path
-        self.count_tokens = count_tokens
-        self.max_tokens = max_tokens
+        self.count_tokens, self.max_tokens = limit
         self.problems: list[tuple[int, str]] = []
 
     def read(self, text: str) -> list[Prompt]:

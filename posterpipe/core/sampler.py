@@ -23,12 +23,16 @@ from posterpipe.core.memory import doubt, is_out_of_memory
 from posterpipe.core.models import (
     ModelMissing,
     best_device,
+    cached_snapshot,
     computing_in,
+    is_on_hub,
+    locate,
     quiet_hub,
     torch_dtype,
     usable_precision,
 )
-from posterpipe.settings import SamplerSettings
+from posterpipe.core.prompts import TextLimit
+from posterpipe.settings import ModelRef, SamplerSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,14 +92,18 @@ def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor
     )
 
 
-def text_limit(model_dir: Path) -> tuple[Callable[[str], int], int]:
-    """How the model counts tokens, and how many it reads; both without start and end token.
-
-    Made for `prompts.load_suite(path, count_tokens=..., max_tokens=...)`.
-    """
+def text_limit(model_dir: Path) -> TextLimit:
+    """How the model counts tokens, and how many it reads. Raises ModelMissing."""
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(_model(model_dir) / "tokenizer")
+    folder = _model(model_dir) / "tokenizer"
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises whatever its readers raise
+        raise ModelMissing(
+            f"{folder}: the tokenizer cannot be loaded ({named_line(error)}); fetch or train the "
+            "model again"
+        ) from error
     # What `tokenizer(text)` asks as well; its own bookkeeping takes four times as long. A tokenizer
     # that was saved after use may fill up or cut every text to the model's length.
     backend = tokenizer.backend_tokenizer
@@ -106,6 +114,16 @@ def text_limit(model_dir: Path) -> tuple[Callable[[str], int], int]:
         return len(backend.encode(text, add_special_tokens=False))
 
     return count, int(tokenizer.model_max_length) - 2
+
+
+def known_text_limit(ref: ModelRef, root: Path) -> TextLimit | None:
+    """The `text_limit` of a model that is on this machine; None where it is not, or is not whole,
+    which is told by whatever draws with it."""
+    try:
+        folder = cached_snapshot(ref) if is_on_hub(ref, root) else locate(ref, root)
+        return None if folder is None else text_limit(folder)
+    except ModelMissing:
+        return None
 
 
 class Sampler:

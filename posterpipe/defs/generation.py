@@ -73,11 +73,15 @@ def prompt_suite(deployment: dg.ResourceParam[Deployment]) -> dg.Output[Table]:
     `arrivals` notices and materializes this. A mistake is reported with file and line.
     """
     from posterpipe.core.prompts import load_suite, read_suite, suite_table
+    from posterpipe.core.sampler import known_text_limit
 
-    path = deployment.settings.path(deployment.settings.prompt_suite)
+    settings = deployment.settings
+    path = settings.path(settings.prompt_suite)
     data = read_suite(path)
     digest = hashlib.sha256(data).hexdigest()
-    prompts = load_suite(path, data=data)
+    # The tokenizer cuts what is longer, and nobody would know.
+    limit = known_text_limit(settings.base_model, settings.root)
+    prompts = load_suite(path, limit=limit, data=data)
     table = suite_table(prompts)
     return table_output(
         table,

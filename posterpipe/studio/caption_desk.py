@@ -29,7 +29,7 @@ from posterpipe.core.files import file_signature
 from posterpipe.core.images import decode, open_image, png_bytes, upright
 from posterpipe.core.landing import EXTENSIONS
 from posterpipe.core.listing import Entry, SourceChanged, listing_digest, open_place, source_name
-from posterpipe.core.prompts import MAX_TOKENS, estimate_tokens
+from posterpipe.core.prompts import MAX_TEXT_TOKENS, estimate_tokens
 from posterpipe.core.quality import repeated_share, words
 from posterpipe.core.store import Store, TableMissing
 from posterpipe.settings import Settings
@@ -237,8 +237,8 @@ class CaptionDesk:
         share = repeated_share(caption)
         if share > self._settings.checks.max_repeated_share:
             found.append(f"It repeats itself: {share:.0%} of its word pairs come twice.")
-        if estimate_tokens(caption) > MAX_TOKENS:
-            found.append(f"It is longer than the {MAX_TOKENS} tokens that the model reads.")
+        if estimate_tokens(caption) > MAX_TEXT_TOKENS:
+            found.append(f"It is longer than the {MAX_TEXT_TOKENS} tokens that the model reads.")
         if others:
             found.append(
                 f"{others} other poster{'s have' if others > 1 else ' has'} the same caption."

@@ -491,7 +491,7 @@ def test_the_token_limit_is_the_tokenizers(model_dir: Path, tmp_path: Path) -> N
         f"prompts:\n- {{id: a, prompt: {'red ' * 47}, score_text: b, seeds: [1]}}\n", "utf-8"
     )
     with pytest.raises(PromptSuiteError, match="has 47 tokens and the models read 46"):
-        load_suite(suite, count_tokens=count, max_tokens=most)
+        load_suite(suite, limit=(count, most))
 
 
 def test_padding_that_a_tokenizer_was_saved_with_is_not_counted(

@@ -17,7 +17,12 @@ from posterpipe.defs.resources import FAILED_ITEMS, TABLES, Deployment, store_ta
 from posterpipe.defs.sweep import stale_sweep
 from posterpipe.settings import load_settings
 from posterpipe_tests.defs.harness import Daemon
-from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
+from posterpipe_tests.models import (
+    TINY_HEIGHT,
+    TINY_TOKENS,
+    TINY_WIDTH,
+    build_tiny_stable_diffusion,
+)
 
 SUITE = """
 prompts:
@@ -67,6 +72,16 @@ def failed_items(daemon: Daemon) -> Any:
     return made.asset_materialization.metadata[FAILED_ITEMS].value
 
 
+def last_failure(daemon: Daemon) -> str:
+    """What the one step that failed in the latest run said."""
+    run = daemon.instance.get_runs(limit=1)[0]
+    failures = daemon.instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
+    [said] = [
+        entry.get_dagster_event().step_failure_data.error_display_string for entry in failures
+    ]
+    return said
+
+
 def test_images_that_could_not_be_drawn_are_drawn_later(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,11 +104,17 @@ def test_a_device_that_is_gone_is_told_with_the_asset_that_lost_it(
     fail_with(monkeypatch, "CUDA error: unspecified launch failure")
     assert daemon.run("prompt_suite")
     assert not daemon.run("base_generations")
-    run = daemon.instance.get_runs(limit=1)[0]
-    failures = daemon.instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
-    [said] = [
-        entry.get_dagster_event().step_failure_data.error_display_string for entry in failures
-    ]
-    assert "base_generations: the sampler can no longer use its device" in said
+    assert "base_generations: the sampler can no longer use its device" in last_failure(daemon)
     assert [daemon.sweep(), daemon.sweep()] == [[], []]
     assert "its device was gone; it is tried again after" in daemon.said
+
+
+def test_a_prompt_that_the_base_model_would_cut_is_refused_where_the_model_is_here(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(SUITE.replace("prompt: a rocket", f"prompt: {'red ' * TINY_TOKENS}"), "utf-8")
+    assert not daemon.run("prompt_suite")
+    assert f"{suite}:4: `prompt` has 48 tokens and the models read 46" in last_failure(daemon)
+    (tmp_path / "base" / "model_index.json").unlink()
+    assert daemon.run("prompt_suite")  # what cannot be counted is estimated, and CLIP reads 75
