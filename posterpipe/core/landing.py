@@ -32,7 +32,6 @@ from posterpipe.core.images import (
 from posterpipe.core.listing import (
     HOLDOUT,
     Entry,
-    Folder,
     Place,
     PlaceMissing,
     SourceChanged,
@@ -119,7 +118,7 @@ class LandingEmpty(Exception):
 def scan(
     place: Path | str | Place,
     limits: ImageSettings,
-    store: Store | None = None,
+    store: Store,
     progress: Progress | None = None,
     *,
     entries: Sequence[Entry] | None = None,
@@ -132,8 +131,8 @@ def scan(
     `rejected`, `duplicate`), reason ("" for ok), near_duplicate_of (the first ok poster before it
     whose hash differs in at most `limits.near_duplicate_distance` bits, or ""; its status stays).
 
-    With a `store`, the bytes of usable posters are copied into it, so that later steps do not
-    depend on the folder, and nothing is read or decoded twice. `entries` is the listing of the
+    The bytes of usable posters are copied into the `store`, so that later steps do not depend on
+    the folder, and nothing is read or decoded twice. `entries` is the listing of the
     place, where it was taken before. Raises LandingEmpty when the folder is missing or holds no
     poster.
     """
@@ -164,21 +163,12 @@ def scan_holdout(
     store: Store,
     progress: Progress | None = None,
     *,
-    entries: Sequence[Entry] | None = None,
+    entries: Sequence[Entry],
 ) -> pd.DataFrame:
-    """The table of `scan` for the holdout folder; no rows where it is empty or not there.
-
-    Each file is read once. `entries` is the listing, where it was taken before. Raises LandingEmpty
-    for a folder or bucket that cannot be listed.
-    """
+    """The table of `scan` for the holdout folder, which may hold none; `entries` is its listing."""
     place = open_place(place, role=HOLDOUT)
-    nothing = pd.DataFrame(columns=COLUMNS, dtype="object")
-    if entries is None:
-        if isinstance(place, Folder) and not place.path.exists():
-            return nothing
-        entries = list_place(place)
     if not poster_entries(entries):
-        return nothing
+        return pd.DataFrame(columns=COLUMNS, dtype="object")
     return scan(place, limits, store, progress, entries=entries)
 
 
@@ -363,7 +353,7 @@ def _facts(
     place: Place,
     files: Mapping[str, Entry],
     limits: ImageSettings,
-    store: Store | None,
+    store: Store,
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     """Facts of each file, by its key: those that are known, and the others read now."""
@@ -381,7 +371,7 @@ def _facts(
                 for key, (file, content) in zip(keys, found, strict=True):
                     if content:
                         unsaved[_content_key(file["poster_id"])] = content
-                    if store is not None and len(unsaved) >= _SAVE_EVERY:
+                    if len(unsaved) >= _SAVE_EVERY:
                         store.add_results(_CONTENTS, unsaved)
                         contents.update(unsaved)
                         unsaved = {}
@@ -389,26 +379,20 @@ def _facts(
                     tick()
             finally:
                 contents.update(unsaved)
-                if store is not None:
-                    store.add_results(_CONTENTS, unsaved)
+                store.add_results(_CONTENTS, unsaved)
 
-    if store is None:
-        known = dict(inspect(list(files)))
-    else:
-        known = store.results(_FILES, files)
-        contents.update(_contents(store, known.values()))
-        with store.turn():  # one for all: each poster's bytes are marked as used in it
-            again = [
-                key
-                for key in files
-                if not _holds(known.get(key), contents, limits.max_pixels, store)
-            ]
-        store.forget_results(_FILES, {key: known[key] for key in again if key in known})
-        read = compute_missing(store, _FILES, again, inspect)
-        known |= read
-        # Where another process read a file at the same time, its row counts.
-        missing = [row for row in read.values() if _content_key(row["poster_id"]) not in contents]
-        contents.update(_contents(store, missing))
+    known = store.results(_FILES, files)
+    contents.update(_contents(store, known.values()))
+    with store.turn():  # one for all: each poster's bytes are marked as used in it
+        again = [
+            key for key in files if not _holds(known.get(key), contents, limits.max_pixels, store)
+        ]
+    store.forget_results(_FILES, {key: known[key] for key in again if key in known})
+    read = compute_missing(store, _FILES, again, inspect)
+    known |= read
+    # Where another process read a file at the same time, its row counts.
+    missing = [row for row in read.values() if _content_key(row["poster_id"]) not in contents]
+    contents.update(_contents(store, missing))
     return {
         key: _merged(row, contents.get(_content_key(row["poster_id"])))
         for key, row in known.items()
@@ -446,7 +430,7 @@ def _holds(
 
 
 def _inspect(
-    place: Place, entry: Entry, limits: ImageSettings, store: Store | None
+    place: Place, entry: Entry, limits: ImageSettings, store: Store
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What is true of a file, and of its content where it was looked at (see _NOTHING_KNOWN)."""
     file = {"poster_id": "", "size_bytes": entry.size, "problem": "", "transient": False}
@@ -481,13 +465,9 @@ def _said(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
-def _content(
-    data: bytes, poster_id: str, limits: ImageSettings, store: Store | None
-) -> dict[str, Any]:
+def _content(data: bytes, poster_id: str, limits: ImageSettings, store: Store) -> dict[str, Any]:
     """What is true of some bytes, known or judged now; usable ones are kept in the store. Raises
     MemoryError."""
-    if store is None:
-        return _judge(data, limits)
     key = _content_key(poster_id)
     content = store.results(_CONTENTS, [key]).get(key)
     if content is None or not content["decoded"]:

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from posterpipe.core.arrivals import holdout_entries
 from posterpipe.core.decisions import (
     DECISION_COLUMNS,
     GATE,
@@ -359,14 +360,16 @@ def test_holdout_posters_are_resized_like_those_trained_on(
         values = rng.integers(0, 256, (300, 200, 3), dtype=np.uint8)
         Image.fromarray(values).save(folder / f"{number}.png")
     (folder / "broken.png").write_bytes(b"no image")
-    table = scan_holdout(folder, settings.images, store)
+    table = scan_holdout(folder, settings.images, store, entries=holdout_entries(folder))
     shutil.rmtree(folder)  # as where it is not mounted: the table tells which posters are meant
     found = held_out(store, table, settings, NoProgress())
     assert found.name == "holdout" and len(found.files) == 3
     for path in found.files.values():
         with Image.open(path) as image:
             assert image.size == (64, 96)
-    nothing = scan_holdout(tmp_path / "nowhere", settings.images, store)
+    nothing = scan_holdout(
+        tmp_path / "nowhere", settings.images, store, entries=holdout_entries(tmp_path / "nowhere")
+    )
     assert held_out(store, nothing, settings, NoProgress()).files == {}
 
 

@@ -24,6 +24,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from posterpipe.core.arrivals import holdout_entries
 from posterpipe.core.decisions import GATE, write_decisions
 from posterpipe.core.evidence import held_out
 from posterpipe.core.garbage import (
@@ -216,7 +217,9 @@ def test_nothing_goes_that_is_made_of_the_held_out_posters_of_now(
         Image.fromarray(pixels).save(tmp_path / "holdout" / f"{number}.png")
     build_tiny_blip(tmp_path / "captioner")
     settings = holdout_settings(tmp_path)
-    posters = scan_holdout(tmp_path / "holdout", settings.images, store)
+    posters = scan_holdout(
+        tmp_path / "holdout", settings.images, store, entries=holdout_entries(tmp_path / "holdout")
+    )
     store.write_table("holdout_posters", posters)
     made = build_holdout_set(store, posters, settings, NoProgress())
     blobs = list(held_out(store, posters, settings, NoProgress()).files)

@@ -37,8 +37,9 @@ def settings_for(folder: Path) -> Settings:
 def held(folder: Path, store: Store) -> pd.DataFrame:
     """What the asset `holdout_posters` makes of the folder."""
     place = Folder(folder / "holdout")
-    posters = scan_holdout(place.path, settings_for(folder).images, store)
-    table, _ = with_captions(posters, place, holdout_entries(place.path), store, NoProgress())
+    entries = holdout_entries(place.path)
+    posters = scan_holdout(place.path, settings_for(folder).images, store, entries=entries)
+    table, _ = with_captions(posters, place, entries, store, NoProgress())
     store.write_table("holdout_posters", table)
     return table
 

@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 
 from posterpipe.core import landing
+from posterpipe.core.arrivals import holdout_entries
 from posterpipe.core.images import hash_distance
 from posterpipe.core.landing import (
     LandingEmpty,
     landing_digest,
     rehash,
     scan,
-    scan_holdout,
     unread_count,
 )
 from posterpipe.core.listing import HOLDOUT, Bucket, Entry, Folder
@@ -109,36 +109,40 @@ def test_bad_files_become_rows_with_reasons_and_the_rest_is_processed(
     assert not store.has(row(table, "bomb.png")["poster_id"])
 
 
-def test_the_bomb_is_not_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bomb_is_not_decoded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, store: Store
+) -> None:
     (folder / "bomb.png").write_bytes(png_bomb(30_000, 30_000))
 
     def must_not_run(image: Image.Image) -> None:
         raise AssertionError("decoded")
 
     monkeypatch.setattr(landing, "decode_for_looks", must_not_run)
-    assert scan(folder, LIMITS)["status"].tolist() == ["rejected"]
+    assert scan(folder, LIMITS, store)["status"].tolist() == ["rejected"]
 
 
 @pytest.mark.parametrize("make", [True, False], ids=["empty", "missing"])
-def test_an_empty_or_missing_folder_is_an_error_with_a_remedy(tmp_path: Path, make: bool) -> None:
+def test_an_empty_or_missing_folder_is_an_error_with_a_remedy(
+    tmp_path: Path, make: bool, store: Store
+) -> None:
     folder = tmp_path / "posters"
     if make:
         folder.mkdir()
         (folder / "notes.txt").write_text("not a poster")
         (folder / ".hidden.png").write_text("not a poster")
     with pytest.raises(LandingEmpty, match=r"posters: .*put .*POSTERPIPE_LANDING"):
-        scan(folder, LIMITS)
+        scan(folder, LIMITS, store)
 
 
-def test_a_holdout_folder_that_cannot_be_listed_names_its_own_setting(
-    tmp_path: Path, store: Store
-) -> None:
+def test_a_holdout_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(LandingEmpty, match=r"file: .*POSTERPIPE_HOLDOUT"):
-        scan_holdout(tmp_path / "file", LIMITS, store)
+    with pytest.raises(NotADirectoryError, match="file"):
+        holdout_entries(tmp_path / "file")
 
 
-def test_hidden_files_and_sidecars_have_no_rows_and_folders_are_entered(folder: Path) -> None:
+def test_hidden_files_and_sidecars_have_no_rows_and_folders_are_entered(
+    folder: Path, store: Store
+) -> None:
     poster(folder / "b" / "Zug.PNG")
     poster(folder / "a.png", colour="red")
     (folder / "a.txt").write_text("a caption")
@@ -146,18 +150,18 @@ def test_hidden_files_and_sidecars_have_no_rows_and_folders_are_entered(folder: 
     poster(folder / ".thumbnails" / "a.png")
     (folder / ".DS_Store").write_text("")
     os.mkfifo(folder / "pipe.png")
-    assert scan(folder, LIMITS)["source_name"].tolist() == ["a.png", "b/Zug.PNG"]
+    assert scan(folder, LIMITS, store)["source_name"].tolist() == ["a.png", "b/Zug.PNG"]
 
 
-def test_the_format_comes_from_the_content(folder: Path) -> None:
+def test_the_format_comes_from_the_content(folder: Path, store: Store) -> None:
     poster(folder / "a.png").rename(folder / "a.jpg")
-    assert scan(folder, LIMITS)["format"].tolist() == ["PNG"]
+    assert scan(folder, LIMITS, store)["format"].tolist() == ["PNG"]
 
 
-def test_the_same_bytes_under_two_names_are_one_poster(folder: Path) -> None:
+def test_the_same_bytes_under_two_names_are_one_poster(folder: Path, store: Store) -> None:
     data = poster(folder / "b.png").read_bytes()
     (folder / "a.png").write_bytes(data)
-    table = scan(folder, LIMITS)
+    table = scan(folder, LIMITS, store)
     assert table["status"].tolist() == ["ok", "duplicate"]
     assert table["reason"].tolist() == ["", "same bytes as a.png"]
 
@@ -353,7 +357,7 @@ def test_an_older_file_put_in_place_of_a_listed_one_is_not_taken_for_it(
     found = row(scan(place, LIMITS, store, entries=entries), "a.png")
     assert found["status"] == "rejected"
     assert found["reason"] == "changed while it was read; materialize raw_posters again"
-    held = row(scan(Folder(folder, HOLDOUT), LIMITS, entries=entries), "a.png")
+    held = row(scan(Folder(folder, HOLDOUT), LIMITS, store, entries=entries), "a.png")
     assert held["reason"] == "changed while it was read; materialize holdout_posters again"
     os.replace(tmp_path / "kept.png", folder / "a.png")
     red = row(scan(place, LIMITS, store), "a.png")
@@ -361,12 +365,14 @@ def test_an_older_file_put_in_place_of_a_listed_one_is_not_taken_for_it(
     assert Image.open(store.path(red["poster_id"])).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_links_to_folders_are_rows_with_a_reason(folder: Path, tmp_path: Path) -> None:
+def test_links_to_folders_are_rows_with_a_reason(
+    folder: Path, tmp_path: Path, store: Store
+) -> None:
     poster(tmp_path / "elsewhere" / "a.png")
     (folder / "link").symlink_to(tmp_path / "elsewhere")
     (folder / "loop").symlink_to(folder)
     poster(folder / "b.png")
-    table = scan(folder, LIMITS)
+    table = scan(folder, LIMITS, store)
     assert table["source_name"].tolist() == ["b.png", "link", "loop"]
     assert table["status"].tolist() == ["ok", "rejected", "rejected"]
     assert "copy the folder here" in row(table, "link")["reason"]

@@ -208,7 +208,8 @@ def _as_nobody(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def _statuses(folder: Path) -> dict[str, tuple[str, str]]:
-    rows = scan(folder, SETTINGS).to_dict("records")
+    with tempfile.TemporaryDirectory() as own:  # nobody may write beside the folder
+        rows = scan(folder, SETTINGS, Store(Path(own))).to_dict("records")
     return {str(row["source_name"]): (str(row["status"]), str(row["reason"])) for row in rows}
 
 

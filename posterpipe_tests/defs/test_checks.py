@@ -16,6 +16,7 @@ import pytest
 from dagster._core.definitions.schedule_definition import ScheduleExecutionData
 from PIL import Image
 
+from posterpipe.core.arrivals import holdout_entries
 from posterpipe.core.decisions import DECISION_COLUMNS, GATE, write_decisions
 from posterpipe.core.images import png_bytes, resize_posters
 from posterpipe.core.landing import scan, scan_holdout
@@ -100,7 +101,12 @@ class World:
     def hold_out(self) -> None:
         """What `holdout_posters` does."""
         limits = self.settings.images
-        held = scan_holdout(self.settings.holdout, limits, self.store)
+        held = scan_holdout(
+            self.settings.holdout,
+            limits,
+            self.store,
+            entries=holdout_entries(self.settings.holdout),
+        )
         self.store.write_table("holdout_posters", held)
 
     def train(self) -> None:

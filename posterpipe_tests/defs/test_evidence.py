@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from posterpipe.core.arrivals import holdout_entries
 from posterpipe.core.decisions import (
     TOLD,
     GateError,
@@ -137,7 +138,12 @@ class World:
         with tempfile.TemporaryDirectory() as folder:  # the table alone counts
             for number, image in enumerate(posters):
                 image.save(Path(folder) / f"{number}.png")
-            held = scan_holdout(Path(folder), self.settings.images, self.store)
+            held = scan_holdout(
+                Path(folder),
+                self.settings.images,
+                self.store,
+                entries=holdout_entries(Path(folder)),
+            )
         self.keep("holdout_posters", held)
 
     def keep(self, name: str, table: pd.DataFrame) -> str:
