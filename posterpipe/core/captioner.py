@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pandas as pd
 from PIL import Image
@@ -29,11 +29,12 @@ from posterpipe.core.models import (
     noticing_a_gone_device,
     quiet_hub,
     torch_dtype,
+    usable_precision,
 )
 from posterpipe.core.parallel import cores
 from posterpipe.core.progress import NoProgress, Progress
 from posterpipe.core.store import Store, cells, compute_missing, content_key
-from posterpipe.settings import CaptionerSettings, Precision
+from posterpipe.settings import CaptionerSettings
 
 if TYPE_CHECKING:
     import torch
@@ -139,27 +140,6 @@ class Captioner:
             Description(" ".join(text.split()), cut=not end)
             for text, end in zip(texts, ended, strict=True)
         ]
-
-
-def usable_precision(precision: Precision | Literal["auto"], device: torch.device) -> Precision:
-    """The precision in which a device computes.
-
-    `auto`: bf16 where the hardware has units for it, fp16 on GPUs without, else fp32. Of x86 CPUs
-    those with AMX count. AVX-512's bf16 instructions alone do not: on a Xeon with them and without
-    AMX, BLIP-sized products took as long in bf16 as in fp32, or longer. fp16 becomes fp32 on CPUs,
-    which compute it slowly, or not at all.
-    """
-    import torch
-
-    if device.type == "cpu":
-        if precision == "auto":
-            return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
-        return "fp32" if precision == "fp16" else precision
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "fp32"
 
 
 def caption_key(image: str, settings: CaptionerSettings, revision: str) -> str:

@@ -18,7 +18,6 @@ from posterpipe.core.captioner import (
     Description,
     caption_posters,
     retriable_count,
-    usable_precision,
 )
 from posterpipe.core.captions import HumanCaption
 from posterpipe.core.images import png_bytes
@@ -117,25 +116,6 @@ def test_weights_kept_in_fp16_run_in_the_precision_of_the_settings(root: Path) -
     half = Captioner(SETTINGS.model_copy(update={"precision": "bf16"}), root)
     assert half.model.dtype == torch.bfloat16
     assert len(half([picture(0)])) == 1
-
-
-def test_the_precision_is_one_that_the_device_is_good_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    for has_amx, has_bf16, expected in (
-        (True, True, ("bf16", "bf16")),
-        (False, False, ("fp32", "fp16")),
-    ):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_amx: has)
-        monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda has=has_bf16, including_emulation=True: has
-        )
-        assert (usable_precision("auto", cpu), usable_precision("auto", gpu)) == expected
-    assert usable_precision("auto", torch.device("mps")) == "fp32"
-    assert usable_precision("fp16", cpu) == "fp32"
-    assert usable_precision("fp16", gpu) == "fp16"
-    assert usable_precision("bf16", cpu) == "bf16"
 
 
 def test_images_of_different_sizes_in_one_batch(root: Path) -> None:

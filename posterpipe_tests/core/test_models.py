@@ -21,6 +21,7 @@ from posterpipe.core.models import (
     known_fingerprint,
     locate,
     revision_of,
+    usable_precision,
     whole_fp32,
 )
 from posterpipe.settings import ModelRef
@@ -243,3 +244,22 @@ def test_whole_fp32_is_left_as_it_was_found_also_after_an_error_and_with_others_
         assert tf32_switches() == (False, False)
         raise ZeroDivisionError
     assert tf32_switches() == before
+
+
+def test_the_precision_is_one_that_the_device_is_good_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for has_amx, has_bf16, expected in (
+        (True, True, ("bf16", "bf16")),
+        (False, False, ("fp32", "fp16")),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_amx: has)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda has=has_bf16, including_emulation=True: has
+        )
+        assert (usable_precision("auto", cpu), usable_precision("auto", gpu)) == expected
+    assert usable_precision("auto", torch.device("mps")) == "fp32"
+    assert usable_precision("fp16", cpu) == "fp32"
+    assert usable_precision("fp16", gpu) == "fp16"
+    assert usable_precision("bf16", cpu) == "bf16"
