@@ -298,7 +298,8 @@ def _train(
 
 
 def _metadata(checkpoint: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """What the UI shows and plots from run to run."""
+    """What the UI shows and plots from run to run, of a checkpoint trained now or before."""
+    from posterpipe.core.dreambooth.reports import METRICS_NAME
     from posterpipe.core.gallery import markdown_image
 
     last = record["reports"][-1]
@@ -314,6 +315,7 @@ def _metadata(checkpoint: Path, record: dict[str, Any]) -> dict[str, Any]:
         "settings": dg.MetadataValue.json(record["settings"]),
         "directory": dg.MetadataValue.path(checkpoint),
         "card": dg.MetadataValue.path(checkpoint / "README.md"),
+        "metrics": dg.MetadataValue.path(checkpoint / METRICS_NAME),
     }
     if record["holdout"]:
         losses = [measured["loss"] for measured in record["holdout"]]

@@ -1,5 +1,6 @@
 """The training process as Dagster starts it, and that it is the one that starts by hand."""
 
+import json
 import os
 import pty
 import re
@@ -9,7 +10,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +23,7 @@ from safetensors.torch import load_file
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.guards import trains_in
 from posterpipe.core.dreambooth.launch import launch_command
-from posterpipe.core.dreambooth.reports import StepReport, TrainResult
-from posterpipe.defs import training, training_worker
+from posterpipe.defs import training
 from posterpipe.defs.training import WORKER, _Reports
 from posterpipe.settings import TrainingSettings
 from posterpipe_tests.core.dreambooth.conftest import write_training_set
@@ -44,7 +43,7 @@ def run_in(folder: Path, **training: Any) -> RunConfig:
     )
 
 
-def test_reports_result_and_errors_reach_dagster(tmp_path: Path) -> None:
+def test_reports_and_errors_reach_dagster_and_the_result_is_shown(tmp_path: Path) -> None:
     config = run_in(tmp_path, max_train_steps=2, train_batch_size=2, log_every_steps=1)
     missing = config.model_copy(
         update={"base_model": tmp_path / "nowhere", "output_dir": tmp_path / "other"}
@@ -56,9 +55,8 @@ def test_reports_result_and_errors_reach_dagster(tmp_path: Path) -> None:
         client = dg.PipesSubprocessClient(cwd=str(Path(__file__).parents[2]))
         file = config.to_toml(tmp_path / "work" / "run.toml")
         command = launch_command(file, module="posterpipe.defs.training_worker", cpu=True)
-        done = client.run(command=command, context=context)
-        steps.extend(done.get_custom_messages())
-        return done.get_materialize_result()
+        steps.extend(client.run(command=command, context=context).get_custom_messages())
+        return dg.MaterializeResult()
 
     @dg.asset
     def failing(context: dg.AssetExecutionContext) -> None:
@@ -69,18 +67,19 @@ def test_reports_result_and_errors_reach_dagster(tmp_path: Path) -> None:
         client.run(command=by_hand, context=context)
 
     with dg.DagsterInstance.ephemeral() as instance:
-        result = dg.materialize([checkpoint], instance=instance)
+        assert dg.materialize([checkpoint], instance=instance).success
         failed = dg.materialize([failing], instance=instance, raise_on_error=False)
         said = "\n".join(entry.user_message for entry in instance.all_logs(failed.run_id))
 
     assert [message["step"] for message in steps] == [1, 2]
     assert {"total", "loss", "smoothed_loss", "lr", "seconds_left"} <= steps[0].keys()
-    (event,) = result.asset_materializations_for_node("checkpoint")
-    assert event.metadata["steps"].value == 2
-    assert (
-        event.tags and event.tags["dagster/data_version"] == event.metadata["checkpoint_id"].value
-    )
-    assert (tmp_path / "out" / "model_index.json").exists()
+    record = json.loads((tmp_path / "out" / "posterpipe.json").read_text())
+    shown = training._metadata(tmp_path / "out", record)
+    assert shown["steps"] == 2
+    assert Path(shown["metrics"].value).exists()
+    # Where the weights are those of an earlier step, the speed counts all of them.
+    earlier = training._metadata(tmp_path / "out", record | {"steps": 0})
+    assert earlier["steps_per_second"] == shown["steps_per_second"] > 0
     assert not failed.success
     assert "nowhere: there is no such directory" in said
 
@@ -161,23 +160,6 @@ def test_an_error_of_another_process_than_the_first_reaches_dagster(tmp_path: Pa
     assert "none.toml" in reader.last_words
 
 
-def test_the_speed_counts_all_steps_where_the_weights_are_those_of_an_earlier_one() -> None:
-    numbers: dict[str, Any] = dict.fromkeys((field.name for field in fields(StepReport)), 0.0)
-    result = TrainResult(
-        output_dir=Path("out"),
-        checkpoint_id="id",
-        steps=0,
-        final_loss=0.5,
-        seconds=4.0,
-        resumed_from=0,
-        ended_by="early_stop",
-        reports=(StepReport(**{**numbers, "step": 20}),),
-        holdout=(),
-    )
-    told = training_worker._metadata(result)
-    assert told["steps_per_second"]["raw_value"] == 5.0 and told["steps"]["raw_value"] == 0
-
-
 def in_a_terminal(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """Exit status and output of a command that believes it speaks to a person."""
     ours, theirs = pty.openpty()
@@ -243,7 +225,8 @@ def test_by_hand_under_accelerate_and_from_dagster_the_same_bits_come_out(
     def checkpoint(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         client = dg.PipesSubprocessClient(cwd=str(Path(__file__).parents[2]))
         command = launch_command(config("dagster"), module=WORKER, cpu=True)
-        return client.run(command=command, context=context).get_materialize_result()
+        client.run(command=command, context=context)
+        return dg.MaterializeResult()
 
     with dg.DagsterInstance.ephemeral() as instance:
         assert dg.materialize([checkpoint], instance=instance).success
