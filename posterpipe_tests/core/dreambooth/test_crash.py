@@ -254,6 +254,22 @@ def test_a_run_killed_before_its_model_was_written_only_writes_it(
     assert [m.loss for m in result.holdout] == [m.loss for m in whole.holdout]
 
 
+def test_a_save_without_room_is_named_and_the_run_goes_on_from_the_one_before(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(max_train_steps=3, save_every_steps=1)
+
+    def fill_the_disk(report: StepReport) -> None:
+        if report.step == 2:
+            monkeypatch.setattr(saves, "save_file", disk_is_full)
+
+    with pytest.raises(TrainingError, match=r"save of step 2 could not be written \(No.*make room"):
+        train(config, fill_the_disk)
+    monkeypatch.undo()
+    assert not config.output_dir.exists()
+    assert train(config).resumed_from == 1
+
+
 @pytest.mark.parametrize(
     ("stop", "launcher"),
     [
@@ -296,18 +312,13 @@ def with_files_up_to(
         said.send(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "from_step", "settings", "words", "resumed_from"),
     [
-        pytest.param(
-            *(2_000, 0, {}, "a latent or text embedding could not be written", 0),
-            marks=pytest.mark.slow,
-        ),
+        (2_000, 0, {}, "a latent or text embedding could not be written", 0),
         (200_000, 2, {}, "the save of step 2 could not be written", 1),
-        pytest.param(
-            *(200_000, 0, {"method": "lora", "lora_rank": 1}, "the finished model could not", 3),
-            marks=pytest.mark.slow,
-        ),
+        (200_000, 0, {"method": "lora", "lora_rank": 1}, "the finished model could not", 3),
     ],
 )
 def test_where_the_system_refuses_a_file_a_sentence_says_so_and_the_run_can_go_on(
