@@ -34,14 +34,14 @@ Verdict = Literal["promote", "hold", "reject"]
 Outcome = Literal["pass", "fail", "open"]
 
 RULE = (
-    "A new checkpoint is promoted when the whole suite is drawn and scored, at most 2 % of its "
-    "images are black or of one colour, at most 5 % count as copies of training posters, CLIP "
-    "scores it no lower than the champion and the base model, it is nearer to film posters that it "
-    "never saw than the champion or preferred by PickScore, and the images of a prompt still "
-    "differ beside those of both. Where gate.specific_margin is set, one that surely tells the "
-    "prompts apart less, beyond that margin, is held."
+    "A new checkpoint is promoted when the whole suite is drawn and scored, few of its images are "
+    "black or of one colour, few count as copies of training posters, CLIP scores it no lower than "
+    "the champion and the base model, it is nearer to film posters that it never saw than the "
+    "champion or preferred by PickScore, and the images of a prompt still differ beside those of "
+    "both. Where gate.specific_margin is set, one that surely tells the prompts apart less, beyond "
+    "that margin, is held."
 )
-"""What `decide` asks, for people; the shares are the defaults of `GateSettings`."""
+"""What `decide` asks, for people; how few and how near the settings `gate` say."""
 
 LEAST_SENSITIVITY = 0.5
 """Share of altered training posters that have to count as copies, before few copies among the

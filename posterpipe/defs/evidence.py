@@ -374,13 +374,9 @@ def champion(
 ) -> dg.Output[Table]:
     """The checkpoint that is served: the one that the gate accepted last, or that a person pinned.
 
-    A new checkpoint is promoted when the whole suite is drawn and scored, at most 2 % of its images
-    are black or of one colour, at most 5 % count as copies of training posters, CLIP scores it no
-    lower than the champion and the base model, it is nearer to film posters that it never saw than
-    the champion or preferred by PickScore, and the images of a prompt still differ beside those of
-    both. Where gate.specific_margin is set, one that surely tells the prompts apart less, beyond
-    that margin, is held. Every decision is a row of `fct_promotion` with its numbers and reasons.
-    `posterpipe champion` shows, pins and rolls back.
+    A new checkpoint is promoted when it passes every check of the gate (`core.gate.RULE`, in words
+    on the page of the score report). Every decision is a row of `fct_promotion` with its numbers
+    and reasons. `posterpipe champion` shows, pins and rolls back.
     """
     import pandas as pd
 

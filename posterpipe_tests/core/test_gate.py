@@ -22,7 +22,7 @@ from posterpipe.core.decisions import (
     rollback,
     unpin,
 )
-from posterpipe.core.gate import RULE, Decision, decide, gather
+from posterpipe.core.gate import Decision, decide, gather
 from posterpipe.core.statistics import CONTRASTS, effect_of, effects
 from posterpipe.core.warehouse import Warehouse, insert
 from posterpipe.settings import GateSettings
@@ -846,9 +846,3 @@ def test_decisions_are_rows_of_the_warehouse(tmp_path) -> None:  # type: ignore[
     check = {entry["name"]: entry for entry in numbers["checks"]}["CLIP-T"]
     assert check["value"] == pytest.approx(decision.evidence.clip.estimate)
     assert check["limit"] == -SETTINGS.clip_margin and not math.isnan(check["low"])
-
-
-def test_the_rule_in_words_names_the_default_limits() -> None:
-    assert f"at most {SETTINGS.blocked_limit * 100:g} % of its images are black" in RULE
-    assert f"at most {SETTINGS.copy_limit * 100:g} % count as copies" in RULE
-    assert SETTINGS.specific_margin is None

@@ -29,7 +29,6 @@ from posterpipe.core.decisions import (
     unpin,
     write_decisions,
 )
-from posterpipe.core.gate import RULE
 from posterpipe.core.generations import COLUMNS, generation_key
 from posterpipe.core.images import png_bytes
 from posterpipe.core.landing import scan_holdout
@@ -532,7 +531,3 @@ def test_other_weights_of_an_image_encoder_are_noticed(world: World, tmp_path: P
     (encoder / "preprocessor_config.json").write_text('{"do_resize": false}')
     assert world.stale() == {"fidelity_scores": "its model changed"}
 
-
-def test_the_champion_is_described_with_the_rule_of_the_gate() -> None:
-    description = next(iter(evidence.champion.specs)).description or ""
-    assert RULE in " ".join(description.split())
