@@ -25,6 +25,8 @@ TEXT_TOKENS = 48
 VISION_PIXELS = 64
 """The scorer and the captioner look at square images of this size."""
 
+_VISION_WIDTH = 144
+
 
 def build_vae() -> AutoencoderKL:
     """`AutoencoderKL` of 1.7 M parameters: images (batch, 3, 96, 64) in -1..1 to latents
@@ -106,6 +108,19 @@ def _text_config(vocab_size: int, bos: int, eos: int, pad: int) -> dict:
     )
 
 
+def _vision_config() -> dict:
+    return dict(
+        hidden_size=_VISION_WIDTH,
+        intermediate_size=_VISION_WIDTH * 4,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=VISION_PIXELS,
+        patch_size=8,
+        hidden_act="gelu",
+    )
+
+
 def build_scorer(vocab_size: int, *, bos: int, eos: int, pad: int) -> CLIPModel:
     """`CLIPModel`: a ViT with patches of 8 pixels over 64x64 images beside a text tower."""
     from transformers import CLIPConfig, CLIPModel
@@ -113,16 +128,7 @@ def build_scorer(vocab_size: int, *, bos: int, eos: int, pad: int) -> CLIPModel:
     return CLIPModel(
         CLIPConfig(
             text_config=_text_config(vocab_size, bos, eos, pad),
-            vision_config=dict(
-                hidden_size=144,
-                intermediate_size=576,
-                projection_dim=TEXT_WIDTH,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                image_size=VISION_PIXELS,
-                patch_size=8,
-                hidden_act="gelu",
-            ),
+            vision_config=_vision_config(),
             projection_dim=TEXT_WIDTH,
         )
     )
@@ -139,7 +145,7 @@ def build_captioner(
             text_config=dict(
                 vocab_size=vocab_size,
                 hidden_size=TEXT_WIDTH,
-                encoder_hidden_size=144,
+                encoder_hidden_size=_VISION_WIDTH,
                 intermediate_size=TEXT_WIDTH * 4,
                 projection_dim=TEXT_WIDTH,
                 num_hidden_layers=3,
@@ -154,18 +160,8 @@ def build_captioner(
                 attention_probs_dropout_prob=0.0,
                 is_decoder=True,
             ),
-            vision_config=dict(
-                hidden_size=144,
-                intermediate_size=576,
-                projection_dim=TEXT_WIDTH,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                image_size=VISION_PIXELS,
-                patch_size=8,
-                hidden_act="gelu",
-                # The class's default of 1e-10 is meant for loading weights, not for learning them.
-                initializer_range=0.02,
-            ),
+            # The class's default of 1e-10 is meant for loading weights, not for learning them.
+            vision_config=_vision_config() | {"initializer_range": 0.02},
             projection_dim=TEXT_WIDTH,
             image_text_hidden_size=TEXT_WIDTH,
         )

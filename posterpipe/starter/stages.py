@@ -310,10 +310,41 @@ def encode(vae: nn.Module, pixels: Tensor, device: torch.device, batch: int = 64
     return torch.cat(parts)
 
 
-class ScorerStage(Stage):
+class ReaderStage(Stage):
+    """A model that reads texts and sees squares. What it is made of, and how it learns, the
+    subclasses say."""
+
+    module: str
+    """The model's name among what is saved and resumed."""
+    processor: str
+    """The class of transformers that prepares its images."""
+    tokenizer: Any
+    model: Any
+
+    @abstractmethod
+    def make(self) -> tuple[Any, nn.Module]:
+        """Its tokenizer, and the model, untrained."""
+
+    def build(self, device: torch.device) -> None:
+        torch.manual_seed(self.seed)
+        self.device = device
+        self.tokenizer, model = self.make()
+        self.model = model.to(device)
+        self.modules = {self.module: self.model}
+
+    def export(self) -> None:
+        folder = self.out / self.name
+        save_half(self.model, folder)
+        tokenizers.save(self.tokenizer, folder)
+        tokenizers.image_processor(self.processor, architectures.VISION_PIXELS).save_pretrained(
+            folder
+        )
+
+
+class ScorerStage(ReaderStage):
     """CLIP: images and captions of the same scene meet, all others part (Radford et al. 2021)."""
 
-    name = "scorer"
+    name, module, processor = "scorer", "clip", "CLIPImageProcessorPil"
     minutes = 14
     peak_lr = 1e-3
     weight_decay = 0.05
@@ -321,14 +352,11 @@ class ScorerStage(Stage):
     batch = 96
     shares: ClassVar[dict[str, float]] = {"plain": 0.2, "busy": 0.35, "poster": 0.45}
 
-    def build(self, device: torch.device) -> None:
-        torch.manual_seed(self.seed)
-        self.device = device
-        self.tokenizer = tokenizers.clip_tokenizer()
-        self.clip = architectures.build_scorer(
-            len(self.tokenizer), **tokenizers.clip_ids(self.tokenizer)
-        ).to(device)
-        self.modules = {"clip": self.clip}
+    def make(self) -> tuple[Any, nn.Module]:
+        tokenizer = tokenizers.clip_tokenizer()
+        return tokenizer, architectures.build_scorer(
+            len(tokenizer), **tokenizers.clip_ids(tokenizer)
+        )
 
     def losses(self, step: int, progress: float) -> dict[str, Tensor]:
         rng = self.rng(step)
@@ -339,7 +367,7 @@ class ScorerStage(Stage):
             [varied_caption(scene, rng) for scene in scenes], padding=True, return_tensors="pt"
         ).to(self.device)
         with self.autocast():
-            output = self.clip(pixel_values=pixels, **tokens)
+            output = self.model(pixel_values=pixels, **tokens)
         logits = output.logits_per_image.float()
         target = torch.arange(len(scenes), device=self.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -349,35 +377,24 @@ class ScorerStage(Stage):
     def after_step(self, step: int) -> None:
         # CLIP's own bound: without it the temperature runs away and training with it.
         with torch.no_grad():
-            self.clip.logit_scale.clamp_(max=4.6052)
-
-    def export(self) -> None:
-        folder = self.out / "scorer"
-        save_half(self.clip, folder)
-        tokenizers.save(self.tokenizer, folder)
-        tokenizers.image_processor(
-            "CLIPImageProcessorPil", architectures.VISION_PIXELS
-        ).save_pretrained(folder)
+            self.model.logit_scale.clamp_(max=4.6052)
 
 
-class CaptionerStage(Stage):
+class CaptionerStage(ReaderStage):
     """BLIP: the canonical caption of an image, token by token (Li et al. 2022)."""
 
-    name = "captioner"
+    name, module, processor = "captioner", "blip", "BlipImageProcessorPil"
     minutes = 12
     peak_lr = 1e-3
     seed = 303
     batch = 48
     shares: ClassVar[dict[str, float]] = {"plain": 0.2, "busy": 0.25, "poster": 0.55}
 
-    def build(self, device: torch.device) -> None:
-        torch.manual_seed(self.seed)
-        self.device = device
-        self.tokenizer = tokenizers.blip_tokenizer()
-        self.blip = architectures.build_captioner(
-            len(self.tokenizer), **tokenizers.blip_ids(self.tokenizer)
-        ).to(device)
-        self.modules = {"blip": self.blip}
+    def make(self) -> tuple[Any, nn.Module]:
+        tokenizer = tokenizers.blip_tokenizer()
+        return tokenizer, architectures.build_captioner(
+            len(tokenizer), **tokenizers.blip_ids(tokenizer)
+        )
 
     def losses(self, step: int, progress: float) -> dict[str, Tensor]:
         rng = self.rng(step)
@@ -390,24 +407,16 @@ class CaptionerStage(Stage):
             [visible_caption(scene) for scene in scenes], padding=True, return_tensors="pt"
         ).to(self.device)
         ids = tokens.input_ids
-        ids[:, 0] = self.blip.config.text_config.bos_token_id
+        ids[:, 0] = self.model.config.text_config.bos_token_id
         labels = ids.masked_fill(tokens.attention_mask == 0, -100)
         with self.autocast():
-            loss = self.blip(
+            loss = self.model(
                 pixel_values=pixels.clamp(-1, 1).to(self.device),
                 input_ids=ids,
                 attention_mask=tokens.attention_mask,
                 labels=labels,
             ).loss
         return {"loss": loss.float()}
-
-    def export(self) -> None:
-        folder = self.out / "captioner"
-        save_half(self.blip, folder)
-        tokenizers.save(self.tokenizer, folder)
-        tokenizers.image_processor(
-            "BlipImageProcessorPil", architectures.VISION_PIXELS
-        ).save_pretrained(folder)
 
 
 class ClassifierStage(Stage):
