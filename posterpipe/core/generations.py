@@ -123,7 +123,7 @@ def blocked_reason(image: Image.Image) -> str:
     return ""
 
 
-def png_bytes(image: Image.Image, parameters: str) -> bytes:
+def png_with_parameters(image: Image.Image, parameters: str) -> bytes:
     """PNG with `parameters` as the text chunk that viewers of generated images read."""
     info = PngInfo()
     info.add_text("parameters", parameters)
@@ -352,7 +352,7 @@ class _Drawing:
         text = parameters_text(request, self.settings, self.model_id)
         reason = blocked_reason(image)
         row = {
-            "image": self.store.put(png_bytes(image, text), ".png"),
+            "image": self.store.put(png_with_parameters(image, text), ".png"),
             "status": "blocked" if reason else "ok",
             "reason": reason,
             "run_id": self.run_id,

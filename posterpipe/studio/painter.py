@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from posterpipe.core.generations import blocked_reason, parameters_text, png_bytes
+from posterpipe.core.generations import blocked_reason, parameters_text, png_with_parameters
 from posterpipe.core.memory import is_out_of_memory
 from posterpipe.core.metrics.clip import ClipTextSimilarity
 from posterpipe.core.models import ModelMissing, fingerprint
@@ -143,7 +143,7 @@ class Painter:
         shown, lettered = self._lettered(image, order, notes)
         return Poster(
             image=image,
-            png=png_bytes(shown, f"{about}, {lettered}" if lettered else about),
+            png=png_with_parameters(shown, f"{about}, {lettered}" if lettered else about),
             preview=_preview(shown),
             order=order,
             title=order.title if lettered else "",
