@@ -530,4 +530,3 @@ def test_other_weights_of_an_image_encoder_are_noticed(world: World, tmp_path: P
     assert world.stale() == {}
     (encoder / "preprocessor_config.json").write_text('{"do_resize": false}')
     assert world.stale() == {"fidelity_scores": "its model changed"}
-
