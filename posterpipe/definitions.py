@@ -44,7 +44,7 @@ def build_defs(settings: Settings, deployment: Deployment | None = None) -> dg.D
         *reports.models_and_publication(dbt),
         *dg.load_assets_from_modules([score_report]),
     ]
-    assets = with_policy(with_settings_in_code_version(assets, settings))
+    assets = with_policy(with_settings_in_code_version(assets, settings), deployment)
     return dg.Definitions(
         assets=described(assets, settings, JOBS),
         asset_checks=dg.load_asset_checks_from_modules([checks]),

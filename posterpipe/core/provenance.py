@@ -87,6 +87,11 @@ class CheckpointMismatch(Exception):
     """A checkpoint is not the one it is taken for. The message tells the difference in words."""
 
 
+class BaseModelsDiffer(Exception):
+    """A checkpoint was tuned from another base model than the one that it is to be used with. The
+    message names both, and says what to do."""
+
+
 class PostersGone(Exception):
     """A training set holds posters that are not to be trained on any more. The message names them,
     and says what to do."""
@@ -417,6 +422,40 @@ def require_checkpoint(
         raise CheckpointMismatch(
             f"{folder}: {asked}this is {which}: {'; '.join(differences)}. Remove the folder and "
             "materialize dreambooth_checkpoint again"
+        )
+
+
+def tuned_from_another(
+    store: Store, checkpoint_id: str, base_model: str | None, name: str = ""
+) -> str:
+    """How the base model that a checkpoint was tuned from differs from this one, in words; "" where
+    it does not, or where nothing is known of the checkpoint.
+
+    `base_model`: its fingerprint; None where that is not known on this machine, as before a model
+    is downloaded. Then its `name` tells, which is the id in the settings.
+    """
+    facts = checkpoint_facts(store, [checkpoint_id]).get(checkpoint_id, {})
+    known, now = facts.get("base_model"), base_model
+    if now is None:
+        known, now = facts.get("base_model_name"), name
+    if not known or known == now:
+        return ""
+    return (
+        f"the checkpoint {checkpoint_id} was tuned from the base model {known}, and the base model "
+        f"is {now} now"
+    )
+
+
+def require_base_model(
+    store: Store, checkpoint_id: str, base_model: str | None, name: str = ""
+) -> None:
+    """Raises BaseModelsDiffer where a checkpoint is known to be tuned from another base model; see
+    `tuned_from_another`. To be called before images of the two are compared, since they differ by
+    more than the fine-tuning then."""
+    if differs := tuned_from_another(store, checkpoint_id, base_model, name):
+        raise BaseModelsDiffer(
+            f"{differs}, so nothing is drawn with it or compared: run the job `retrain`, which "
+            "tunes this one, or go back to the profile of before"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -19,7 +19,13 @@ from dagster._core.definitions.sensor_definition import SensorExecutionData
 
 from posterpipe.defs.arrivals import REASON_TAG
 from posterpipe.defs.overview import OVERVIEW
-from posterpipe.defs.staleness import latest_materializations, recorded_difference
+from posterpipe.defs.resources import Deployment
+from posterpipe.defs.staleness import (
+    Models,
+    latest_materializations,
+    other_base_model,
+    recorded_difference,
+)
 
 Condition = dg.AutomationCondition
 
@@ -45,7 +51,9 @@ retrain = dg.define_asset_job(
     "retrain",
     dg.AssetSelection.groups("ingest", "dataset")
     | dg.AssetSelection.assets("dreambooth_checkpoint").upstream()
-    | dg.AssetSelection.assets("dreambooth_checkpoint").downstream(),
+    | dg.AssetSelection.assets("dreambooth_checkpoint").downstream()
+    # Of the same base model as the checkpoint, also right after another one was chosen.
+    | dg.AssetSelection.assets("base_generations"),
     description="Reads the posters and captions as they are now, fine-tunes on them, then draws, "
     "scores, judges and publishes. The schedule `training` starts it at night when enough is new; "
     "by hand it does not wait, and the launchpad takes other training settings for one run.",
@@ -98,13 +106,42 @@ class Differs(dg.AutomationCondition[dg.AssetKey]):
         return dg.AutomationResult(context, subset)
 
 
-def rebuild_when_inputs_change(upstream: Iterable[dg.AssetKey]) -> dg.AutomationCondition:
+@dataclass(frozen=True)
+class OfOneBaseModel(dg.AutomationCondition[dg.AssetKey]):
+    """An asset that is not to be made of a checkpoint of one base model and settings, or images, of
+    another."""
+
+    deployment: Deployment = field(compare=False)
+
+    @property
+    def name(self) -> str:
+        """As the UI shows it."""
+        return "its checkpoint is of the base model of now"
+
+    def evaluate(
+        self, context: dg.AutomationContext[dg.AssetKey]
+    ) -> dg.AutomationResult[dg.AssetKey]:
+        """Reads records of the event log, and none for an asset that is not due."""
+        if context.candidate_subset.is_empty:
+            return dg.AutomationResult(context, context.get_empty_subset())
+        inputs = sorted(context.asset_graph.get(context.key).parent_keys)
+        latest = latest_materializations(context.asset_graph_view.instance, inputs)
+        models = Models(self.deployment)
+        waits = other_base_model(context.key, inputs, latest, self.deployment, models)
+        subset = context.get_empty_subset() if waits else context.candidate_subset
+        return dg.AutomationResult(context, subset)
+
+
+def rebuild_when_inputs_change(
+    upstream: Iterable[dg.AssetKey], deployment: Deployment
+) -> dg.AutomationCondition:
     """Run an asset when what it is made from changed, and only then; `upstream` as `all_upstream`.
 
         due        = latch(input changed | code changed | missing | failed for the first time)
         requested  = due & not in progress & nothing upstream busy
                      & inputs there & their blocking checks passed
                      & differs from what it is made from
+                     & its checkpoint is of the base model of now
 
     Why each term is there; the tests of this module show each at work:
 
@@ -136,6 +173,10 @@ def rebuild_when_inputs_change(upstream: Iterable[dg.AssetKey]) -> dg.Automation
       otherwise (by a job, by the night's training, by the run that was under way) or taken back.
       What is recorded then tells that there is nothing to do.
 
+    - *its checkpoint is of the base model of now*: after a change of the profile the checkpoint is
+      another model's until the next training, and what it draws would be compared with images that
+      differ by more than the fine-tuning. What is there stays meanwhile; see `other_base_model`.
+
     What it cannot see: a change there and back between two ticks that was built in between; a run
     of others that was to take up a change and did not; what happens outside of Dagster. Those are
     for the stale sweep (`sweep`).
@@ -165,6 +206,7 @@ def rebuild_when_inputs_change(upstream: Iterable[dg.AssetKey]) -> dg.Automation
         & ~Condition.any_deps_missing()
         & Condition.all_deps_blocking_checks_passed()
         & Differs()
+        & OfOneBaseModel(deployment)
     ).with_label("rebuild when inputs change")
 
 
@@ -185,7 +227,7 @@ def all_upstream(
     return sorted(found)
 
 
-def with_policy(assets: Iterable[Any]) -> list[Any]:
+def with_policy(assets: Iterable[Any], deployment: Deployment) -> list[Any]:
     """The assets with the policy, but for those without inputs and those with a schedule.
 
     Assets without inputs read the outside world, and only a look at it tells whether it changed.
@@ -200,7 +242,7 @@ def with_policy(assets: Iterable[Any]) -> list[Any]:
     def spec_with_policy(spec: dg.AssetSpec) -> dg.AssetSpec:
         if not follows_its_inputs(spec):
             return spec
-        policy = rebuild_when_inputs_change(all_upstream(spec.key, reads))
+        policy = rebuild_when_inputs_change(all_upstream(spec.key, reads), deployment)
         return spec.replace_attributes(automation_condition=policy)
 
     list(dg.map_asset_specs(remembered, assets))

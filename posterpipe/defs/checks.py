@@ -561,15 +561,26 @@ def clip_scores_checks(
 ) -> Iterator[dg.AssetCheckResult]:
     """The checks of `clip_scores`."""
     from posterpipe.core import quality
+    from posterpipe.core.provenance import BaseModelsDiffer, require_base_model
 
     def freshness() -> "Finding":
         import pandas as pd
 
         limits = deployment.settings.checks
         generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
+        held_back = ""
+        try:
+            require_base_model(
+                deployment.store,
+                str(tuned_generations["checkpoint_id"].iloc[0]),
+                str(base_generations["checkpoint_id"].iloc[0]),
+            )
+        except BaseModelsDiffer as error:
+            held_back = str(error)
         return quality.score_freshness(
             clip_scores,
             generations,
+            held_back=held_back,
             waiting_since=_in_tables_since(
                 context.instance,
                 deployment.store,

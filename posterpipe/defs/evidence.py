@@ -5,6 +5,9 @@ not: how anything is measured or decided (`core.evidence`, `core.metrics`, `core
 `core.typography`).
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import dagster as dg
 
 from posterpipe.defs.resources import (
@@ -25,6 +28,9 @@ from posterpipe.defs.resources import (
     table_preview,
     thumbnails,
 )
+
+if TYPE_CHECKING:
+    from posterpipe.core.gate import Check
 
 _GENERATION = columns(
     generation_key="string: the image and what it is scored against",
@@ -361,7 +367,7 @@ def legibility_scores(
         challenger="string: the checkpoint that was judged",
         decision="string: promote, hold or reject",
         reason="string: what decided",
-        last_decision="string: decision_id of the latest decision about this base model",
+        last_decision="string: decision_id of the latest decision about this base model, or empty",
     ),
 )
 def champion(
@@ -382,38 +388,47 @@ def champion(
 
     from posterpipe.core.decisions import champion_of, of_base, pinned, tell_decisions
     from posterpipe.core.evidence import judge, side_by_side
+    from posterpipe.core.provenance import BaseModelsDiffer, require_base_model
 
     warehouse = deployment.warehouse
     identity = warehouse.prepare()
     base = str(base_generations["checkpoint_id"].iloc[0])
     before = str(champion_generations["checkpoint_id"].iloc[0])
     challenger = str(tuned_generations["checkpoint_id"].iloc[0])
-    decision = judge(
-        warehouse,
-        side_by_side(base_generations, tuned_generations, champion_generations),
-        fidelity_scores,
-        challenger=challenger,
-        champion=before,
-        base_model=base,
-        settings=deployment.settings.gate,
-        run_id=context.run.run_id,
-    )
+    judged: Sequence[Check] = ()
+    try:
+        require_base_model(deployment.store, challenger, base)
+    except BaseModelsDiffer as error:
+        # No decision: one about this base model would let people pin the checkpoint for it.
+        verdict, reason = "hold", str(error)
+    else:
+        decision = judge(
+            warehouse,
+            side_by_side(base_generations, tuned_generations, champion_generations),
+            fidelity_scores,
+            challenger=challenger,
+            champion=before,
+            base_model=base,
+            settings=deployment.settings.gate,
+            run_id=context.run.run_id,
+        )
+        verdict, reason, judged = decision.verdict, decision.reason, decision.checks
     decisions = of_base(tell_decisions(warehouse), base)
     served = champion_of(decisions, base)
     tuned = served != base
-    last = str(decisions["decision_id"].iloc[-1])
+    last = str(decisions["decision_id"].iloc[-1]) if len(decisions) else ""
     row = {
         "checkpoint_id": served,
         "path": f"checkpoints/{served}" if tuned else "",
         "kind": "tuned" if tuned else "base",
         "pinned": pinned(decisions, base) is not None,
         "challenger": challenger,
-        "decision": decision.verdict,
-        "reason": decision.reason,
+        "decision": verdict,
+        "reason": reason,
         "last_decision": last,
     }
     checks = pd.DataFrame(
-        [(c.name, c.outcome, c.value, c.low, c.high, c.limit, c.reason) for c in decision.checks],
+        [(c.name, c.outcome, c.value, c.low, c.high, c.limit, c.reason) for c in judged],
         columns=["check", "outcome", "value", "low", "high", "limit", "reason"],
     )
     log = ["decided_at", "checkpoint_id", "champion_before", "decision", "reason", "decided_by"]
@@ -423,8 +438,8 @@ def champion(
             CHAMPION: served,
             CHALLENGER: challenger,
             BASE_MODEL: base,
-            "decision": decision.verdict,
-            "reason": decision.reason,
+            "decision": verdict,
+            "reason": reason,
             "checks": table_preview(checks),
             "log": table_preview(decisions.iloc[::-1], log),
             LAST_DECISION: last,

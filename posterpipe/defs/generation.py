@@ -149,9 +149,17 @@ def tuned_generations(
     The study's last two variants. The noise of each image depends on its seed alone, so an image
     differs from the base model's only by what the fine-tuning changed.
     """
-    from posterpipe.core.provenance import require_checkpoint
+    from posterpipe.core.models import known_fingerprint
+    from posterpipe.core.provenance import require_base_model, require_checkpoint
 
+    settings = deployment.settings
     checkpoint = dreambooth_checkpoint.iloc[0]
+    require_base_model(
+        deployment.store,
+        checkpoint["checkpoint_id"],
+        known_fingerprint(settings.base_model, settings.root),
+        settings.base_model.id,
+    )
     folder = deployment.store_root / checkpoint["path"]
     require_checkpoint(
         deployment.store,

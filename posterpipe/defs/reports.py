@@ -210,8 +210,14 @@ def contact_sheet(
     import pandas as pd
 
     from posterpipe.core.gallery import markdown_image, of_first_seed, suite_sheet
+    from posterpipe.core.provenance import require_base_model
     from posterpipe.core.store import write_atomic
 
+    require_base_model(
+        deployment.store,
+        str(tuned_generations["checkpoint_id"].iloc[0]),
+        str(base_generations["checkpoint_id"].iloc[0]),
+    )
     generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
     sheet = suite_sheet(prompt_suite, generations, deployment.store_root)
     buffer = io.BytesIO()
@@ -258,7 +264,13 @@ def growth_chart(
 
     from posterpipe.core import thesis
     from posterpipe.core.gallery import markdown_image
+    from posterpipe.core.provenance import require_base_model
 
+    require_base_model(
+        deployment.store,
+        str(tuned_generations["checkpoint_id"].iloc[0]),
+        str(base_generations["checkpoint_id"].iloc[0]),
+    )
     generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
     report = thesis.report(clip_scores, generations, fidelity_scores, deployment.store_root)
     folder = deployment.thesis_path

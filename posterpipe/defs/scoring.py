@@ -58,8 +58,13 @@ def clip_scores(
     from posterpipe.core.metrics.base import unread_count
     from posterpipe.core.metrics.clip import score_generations
     from posterpipe.core.models import fingerprint
-    from posterpipe.core.provenance import environment
+    from posterpipe.core.provenance import environment, require_base_model
 
+    require_base_model(
+        deployment.store,
+        str(tuned_generations["checkpoint_id"].iloc[0]),
+        str(base_generations["checkpoint_id"].iloc[0]),
+    )
     settings = deployment.settings
     warehouse = deployment.warehouse.prepare()
     generations = pd.concat([base_generations, tuned_generations], ignore_index=True)

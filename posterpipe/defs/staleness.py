@@ -34,6 +34,8 @@ from posterpipe.settings import SAMPLING_SPEED, ModelRef, Settings
 INPUT_DATA_VERSION = "dagster/input_data_version/"
 CODE_VERSION = "dagster/code_version"
 
+CHECKPOINT = dg.AssetKey("dreambooth_checkpoint")
+
 _BATCH = {"batch_size"}  # how many at once does not decide what comes out
 
 _WORDING = {"template", "trigger"}  # applied to captions when training.csv is built
@@ -243,6 +245,47 @@ def recorded_difference(
         if data_version(latest.get(name)) != used_version(made, name):
             return f"{name.to_user_string()} changed"
     return ""
+
+
+def other_base_model(
+    key: dg.AssetKey,
+    inputs: Iterable[dg.AssetKey],
+    latest: Mapping[dg.AssetKey, dg.EventLogRecord | None],
+    deployment: Deployment,
+    models: Models,
+) -> str:
+    """Why an asset waits for a training, since the checkpoint was tuned from another base model
+    than the one of now; "" where it does not.
+
+    As after a change of the profile. The checkpoint is not drawn with then, nor are its images
+    compared with those of the base model: all but `champion`, which says so and serves the base
+    model. `latest`: of what the asset reads.
+    """
+    reads = {name.path[-1]: latest.get(name) for name in inputs}
+    if "dreambooth_checkpoint" in reads:
+        checkpoint = data_version(reads["dreambooth_checkpoint"])
+        base_model = models.fingerprint(CHECKPOINT)
+    elif {"base_generations", "tuned_generations"} <= reads.keys() and key.path[-1] != "champion":
+        checkpoint = _said(reads["tuned_generations"], "checkpoint_id")
+        base_model = _said(reads["base_generations"], MODEL_FINGERPRINT)
+    else:
+        return ""
+    from posterpipe.core.provenance import tuned_from_another
+    from posterpipe.core.store import StoreError
+
+    name = deployment.settings.base_model.id
+    try:
+        differs = tuned_from_another(deployment.store, checkpoint or "", base_model, name)
+    except StoreError:
+        return ""  # the step says so, of whose failure people are told
+    return differs and f"{differs}: it waits for the schedule `training`, or for the job `retrain`"
+
+
+def _said(record: dg.EventLogRecord | None, entry: str) -> str | None:
+    """An entry of the metadata of a materialization; None where there is none."""
+    made = record.asset_materialization if record else None
+    value = made.metadata.get(entry) if made else None
+    return None if value is None else str(value.value)
 
 
 def used_version(made: dg.AssetMaterialization, name: dg.AssetKey) -> str | None:

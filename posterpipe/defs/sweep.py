@@ -26,6 +26,7 @@ from posterpipe.defs.staleness import (
     is_of,
     latest_materializations,
     made_or_wiped,
+    other_base_model,
     staleness,
 )
 
@@ -57,9 +58,10 @@ def stale_sweep(
     Requests the most upstream of the stale assets, each in a run of its own; what is downstream
     then follows by data version. An asset is requested when two sweeps in a row find it ready with
     the same inputs, so that the policy comes first. It is not requested while it or something
-    upstream is being made, while a blocking check of an input has not passed, or when it failed
-    ATTEMPTS times, was canceled, or stayed stale with the same inputs, code and model. Failures for
-    want of an accelerator do not count: they are tried again after ever longer pauses (`retries`).
+    upstream is being made, while a blocking check of an input has not passed or the checkpoint is
+    another base model's, or when it failed ATTEMPTS times, was canceled, or stayed stale with the
+    same inputs, code and model. Failures for want of an accelerator do not count: they are tried
+    again after ever longer pauses (`retries`).
     """
     repository = context.repository_def
     assert repository is not None, "a sensor of a code location has its repository"
@@ -191,6 +193,9 @@ class _Sweep:
             for check in self._blocking.get(dep.asset_key, []):
                 if not self._passed(check):
                     return "", f"a blocking check has not passed: {check.name} of {upstream}"
+        inputs = [dep.asset_key for dep in self._specs[key].deps]
+        if obstacle := other_base_model(key, inputs, self._latest, self._deployment, self._models):
+            return "", obstacle
         outcomes = self._outcomes(key, known.since)
         if any(outcome.status == DagsterRunStatus.CANCELED for outcome in outcomes):
             return "", "its run was canceled: materialize it, or change something"

@@ -259,7 +259,7 @@ class World(Daemon):
     def _define(self) -> dg.Definitions:
         assets = [self._asset(name) for name in self.reads]
         return dg.Definitions(
-            assets=with_policy(assets),
+            assets=with_policy(assets, self.resources["deployment"]),
             asset_checks=[self._check(name) for name in sorted(self.checked)],
             sensors=[stale_sweep],
             resources=self.resources,

@@ -15,9 +15,12 @@ import dagster as dg
 import pytest
 from PIL import Image
 
+from posterpipe.core.models import fingerprint, known_fingerprint
+from posterpipe.core.provenance import CHECKPOINT
+from posterpipe.core.store import Store
 from posterpipe.definitions import build_defs
 from posterpipe.defs.automation import ON_SCHEDULE, all_upstream, rebuild_when_inputs_change
-from posterpipe.defs.resources import Deployment
+from posterpipe.defs.resources import MODEL_FINGERPRINT, Deployment
 from posterpipe.settings import load_settings
 from posterpipe_tests.defs.conftest import MakeWorld
 from posterpipe_tests.defs.harness import Daemon, World, report_all_made, report_made
@@ -459,7 +462,8 @@ def test_only_what_reads_the_checkpoint_waits_for_a_training(make_world: MakeWor
 
 
 def test_all_but_the_outside_world_and_the_training_follow_by_themselves() -> None:
-    defs = build_defs(load_settings("starter"))
+    settings = load_settings("starter")
+    defs, deployment = build_defs(settings), Deployment(settings)
     specs = list(defs.resolve_all_asset_specs())
     reads = {spec.key: [dep.asset_key for dep in spec.deps] for spec in specs}
     following, others = set(), set()
@@ -470,7 +474,7 @@ def test_all_but_the_outside_world_and_the_training_follow_by_themselves() -> No
             assert not list(spec.deps) or name in ON_SCHEDULE, name
         else:
             following.add(name)
-            policy = rebuild_when_inputs_change(all_upstream(spec.key, reads))
+            policy = rebuild_when_inputs_change(all_upstream(spec.key, reads), deployment)
             assert spec.automation_condition == policy, name
     assert {"raw_posters", "prompt_suite", "dreambooth_checkpoint"} <= others
     assert {"resized_posters", "poster_captions", "training_csv", "tuned_generations"} <= following
@@ -487,8 +491,10 @@ def test_the_policy_and_the_sweep_run_unless_told_otherwise() -> None:
 def test_the_policy_is_evaluated_where_its_condition_is_known_and_leaves_no_log_behind(
     instance: dg.DagsterInstance,
 ) -> None:
-    defs = build_defs(load_settings("starter"))
-    assert not rebuild_when_inputs_change([dg.AssetKey("a")]).is_serializable
+    settings = load_settings("starter")
+    defs = build_defs(settings)
+    policy = rebuild_when_inputs_change([dg.AssetKey("a")], Deployment(settings))
+    assert not policy.is_serializable
     # As the daemon asks for a tick: what is logged goes into a file of the tick.
     with dg.SensorEvaluationContext(
         instance.get_ref(),
@@ -518,6 +524,62 @@ def test_the_policy_sees_the_whole_way_up_but_not_past_a_schedule() -> None:
     assert "dreambooth_checkpoint" not in above("published_scores")
     assert above("tuned_generations") == {"dreambooth_checkpoint", "prompt_suite"}
     assert above("base_generations") == {"prompt_suite"}
+
+
+def test_after_a_change_of_the_base_model_what_its_checkpoint_draws_waits_for_a_training(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    """Neither drawn by a checkpoint of one model with the settings of another, nor compared."""
+    before, after = (
+        load_settings(profile, store=tmp_path / "store") for profile in ("starter", "sd21")
+    )
+    old = fingerprint(before.base_model, before.root)
+    new = known_fingerprint(after.base_model, after.root) or "downloaded"
+    for checkpoint, model, settings in (("1", old, before), ("2", new, after)):
+        facts = {"base_model": model, "base_model_name": settings.base_model.id}
+        Store(tmp_path / "store").add_results(CHECKPOINT, {checkpoint: facts})
+    report_all_made(
+        build_defs(before),
+        instance,
+        tuned_generations={"checkpoint_id": "1"},
+        base_generations={MODEL_FINGERPRINT: old},
+    )
+    daemon = Daemon(build_defs(before), instance)
+    assert daemon.tick() == []
+    definitions = build_defs(after)
+    daemon.load(definitions)
+    specs = {spec.key.to_user_string(): spec for spec in definitions.resolve_all_asset_specs()}
+
+    def requested() -> set[str]:
+        """What a tick requests; the runs come to nothing."""
+        names = set(daemon.tick())
+        for run_id in [*daemon.queue]:
+            daemon.cancel(run_id)
+        return names
+
+    drawn = requested()
+    assert {"base_generations", "resized_posters"} <= drawn
+    compare = {"clip_scores", "titled_posters", "contact_sheet", "champion_generations"}
+    assert not drawn & {"tuned_generations", *compare}
+    report_made(specs["base_generations"], instance, {MODEL_FINGERPRINT: new}, "2")
+    assert requested() == {"champion"}, "which serves the base model"
+    daemon.sweep()
+    another = "but the checkpoint 1 was tuned from the base model"
+    assert f"tuned_generations: its code or settings changed, {another}" in daemon.said
+    assert f"contact_sheet: base_generations changed, {another}" in daemon.said
+    assert not {"tuned_generations", *compare} & {*daemon.sweep()}
+    # The training, and with it what follows.
+    report_made(specs["dreambooth_checkpoint"], instance, {}, "2")
+    assert "tuned_generations" in requested()
+    read = {"dreambooth_checkpoint": "2"}
+    report_made(specs["tuned_generations"], instance, {"checkpoint_id": "2"}, "2", read)
+    assert requested() >= {"clip_scores", "titled_posters", "contact_sheet"}
+
+
+def test_a_retraining_also_draws_with_the_base_model_that_it_starts_from() -> None:
+    """Else its checkpoint would be compared with the model of before another one was chosen."""
+    job = build_defs(load_settings("starter")).resolve_job_def("retrain")
+    assert dg.AssetKey("base_generations") in job.asset_layer.executable_asset_keys
 
 
 def test_a_tick_without_a_change_requests_nothing_and_is_cheap(

@@ -20,6 +20,7 @@ from posterpipe.core.arrivals import holdout_entries
 from posterpipe.core.decisions import DECISION_COLUMNS, GATE, write_decisions
 from posterpipe.core.images import png_bytes, resize_posters
 from posterpipe.core.landing import scan, scan_holdout
+from posterpipe.core.provenance import CHECKPOINT
 from posterpipe.core.store import Store
 from posterpipe.core.training_set import build_training_set
 from posterpipe.core.variants import BASE_VARIANTS, TUNED_VARIANTS
@@ -138,6 +139,7 @@ class World:
             cells = [(v, p, s) for v in variants for p, s in (("cat", 1), ("cat", 2), ("sea", 3))]
             drawn = pd.DataFrame(cells, columns=["variant", "prompt_id", "seed"]).assign(
                 generation_key=[" ".join(map(str, cell)) for cell in cells],
+                checkpoint_id=name,
                 image=picture,
                 status="ok",
                 reason="",
@@ -615,6 +617,12 @@ def test_scores_that_stay_behind_the_images_are_noticed_by_the_scheduled_check(
     ]
     world.score()
     assert freshness(world).passed
+    world.change("tuned_generations", 1, generation_key="yet another image")
+    assert not freshness(world).passed
+    # After a change of the profile the base model's images wait for a checkpoint of theirs.
+    world.store.add_results(CHECKPOINT, {"tuned_generations": {"base_model": "another"}})
+    held_back = freshness(world)
+    assert held_back.passed and "tuned from the base model another" in str(held_back.description)
 
 
 def test_the_scheduled_check_waits_until_something_was_scored(instance: dg.DagsterInstance) -> None:

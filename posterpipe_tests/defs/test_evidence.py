@@ -3,6 +3,7 @@ collapsed, incomplete, black. Their images are hand-made; encoders, statistics a
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import shutil
 import tempfile
@@ -32,10 +33,10 @@ from posterpipe.core.decisions import (
 from posterpipe.core.generations import COLUMNS, generation_key
 from posterpipe.core.images import png_bytes
 from posterpipe.core.landing import scan_holdout
-from posterpipe.core.provenance import CHECKPOINT, record_table
+from posterpipe.core.provenance import CHECKPOINT, BaseModelsDiffer, record_table
 from posterpipe.core.store import Store, table_version
 from posterpipe.core.warehouse import WarehouseError
-from posterpipe.defs import checks, evidence
+from posterpipe.defs import checks, evidence, reports, scoring
 from posterpipe.defs.resources import FAILED_ITEMS, TABLES, Deployment, store_tables
 from posterpipe.defs.staleness import stale_assets
 from posterpipe.settings import ModelRef, Settings, load_settings
@@ -116,9 +117,11 @@ class World:
     def train(
         self, checkpoint: str, draw: Draw, posters: Sequence[Image.Image] | None = None
     ) -> None:
-        """A new checkpoint arrives, trained on some posters, with what it draws."""
+        """A new checkpoint of the model "base" arrives, trained on some posters, with what it
+        draws."""
         trained_on = self.put_in(self.posters(range(12)) if posters is None else posters)
-        self.store.add_results(CHECKPOINT, {checkpoint: {"training_set": trained_on}})
+        facts = {"training_set": trained_on, "base_model": "base"}
+        self.store.add_results(CHECKPOINT, {checkpoint: facts})
         self.keep("tuned_generations", self.images(checkpoint, "dreambooth", draw))
 
     def put_in(self, posters: Sequence[Image.Image]) -> str:
@@ -182,6 +185,15 @@ class World:
         """Materialize the assets, or those named; the row of `champion`."""
         self.materialize(*names)
         return self.store.read_table("champion").iloc[0]
+
+    def materialize(self, asset: dg.AssetsDefinition) -> None:
+        """Make another asset, as a person does by hand."""
+        definitions = self.definitions()
+        inputs = [
+            dg.AssetSpec(key).with_io_manager_key(TABLES)
+            for key in asset.keys_by_input_name.values()
+        ]
+        dg.materialize([asset, *inputs], instance=self.instance, resources=definitions.resources)
 
     def checks(self) -> dict[str, bool]:
         return {e.check_name: e.passed for e in self.result.get_asset_check_evaluations()}
@@ -312,6 +324,33 @@ def test_a_good_checkpoint_is_promoted_and_served(served: World) -> None:
     (served.store.root / "checkpoints" / "good" / "model_index.json").write_text("{}")
     served.judge("champion")
     assert served.checks()["served_checkpoint_is_sound"]
+
+
+def test_a_checkpoint_of_another_base_model_is_neither_judged_nor_served_nor_compared(
+    world: World,
+) -> None:
+    world.train("good", drawn_by(FILM))
+    own = world.store.read_table("base_generations")
+    first = world.judge()
+    assert first["checkpoint_id"] == "good"
+    # As after a change of the profile, until a checkpoint of its base model is trained.
+    world.keep("base_generations", world.images("other", "sd", drawn_by(OTHER + 1)))
+    row = world.judge()
+    assert (row["checkpoint_id"], row["kind"], row["decision"]) == ("other", "base", "hold")
+    assert "good was tuned from the base model base, and the base model is other" in row["reason"]
+    assert "run the job `retrain`" in row["reason"]
+    assert world.checks()["served_checkpoint_is_sound"]
+    assert world.stale() == {}
+    decisions = read_decisions(world.deployment.warehouse)
+    assert decisions["base_model"].tolist() == ["base"]
+    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+    with pytest.raises(GateError, match="has not seen the checkpoint good of the base model other"):
+        pin(decisions, "good", "other", who="Ida Moss", why="it sells", decided_at=now)
+    for compares in (scoring.clip_scores, reports.growth_chart, reports.contact_sheet):
+        with pytest.raises(BaseModelsDiffer, match="nothing is drawn with it or compared"):
+            world.materialize(compares)
+    world.keep("base_generations", own)
+    pd.testing.assert_series_equal(world.judge(), first)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Drawing as assets: what could not be drawn is tried again, and who lost the device is named."""
+"""Drawing as assets: what could not be drawn is tried again, who lost the device is named, and no
+checkpoint draws for another base model."""
 
 from __future__ import annotations
 
@@ -8,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pandas as pd
 import pytest
 
+from posterpipe.core.models import fingerprint
+from posterpipe.core.provenance import CHECKPOINT, BaseModelsDiffer
 from posterpipe.core.sampler import ImageRequest, Sampler
 from posterpipe.defs import retries
-from posterpipe.defs.generation import base_generations, prompt_suite
+from posterpipe.defs.generation import base_generations, prompt_suite, tuned_generations
 from posterpipe.defs.resources import FAILED_ITEMS, TABLES, Deployment, store_tables
 from posterpipe.defs.sweep import stale_sweep
 from posterpipe.settings import load_settings
@@ -51,6 +55,32 @@ def daemon(tmp_path: Path, instance: dg.DagsterInstance) -> Daemon:
         resources={"deployment": deployment, TABLES: store_tables(deployment)},
     )
     return Daemon(definitions, instance)
+
+
+def test_a_checkpoint_of_another_base_model_draws_nothing(
+    daemon: Daemon, tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    """As after a change of the profile: the sampler is that of the new one."""
+    assert daemon.run("prompt_suite")
+    deployment = daemon.definitions.resources["deployment"]  # type: ignore[index]
+    facts = {"base_model": "another", "base_model_name": "its name"}
+    deployment.store.add_results(CHECKPOINT, {"tuned": facts})
+    row = {"checkpoint_id": "tuned", "path": "checkpoints/tuned", "training_set": "", **facts}
+    deployment.store.write_table("dreambooth_checkpoint", pd.DataFrame([row]))
+    inputs = [
+        dg.AssetSpec(name).with_io_manager_key(TABLES)
+        for name in ("prompt_suite", "dreambooth_checkpoint")
+    ]
+    own = fingerprint(deployment.settings.base_model, deployment.settings.root)
+    told = (
+        f"tuned was tuned from the base model another, and the base model is {own} now.*`retrain`"
+    )
+    with pytest.raises(BaseModelsDiffer, match=told):
+        dg.materialize(
+            [tuned_generations, *inputs],
+            instance=instance,
+            resources=daemon.definitions.resources,
+        )
 
 
 def fail_with(monkeypatch: pytest.MonkeyPatch, message: str) -> None:

@@ -114,7 +114,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         last = connection.execute("select generation_key from fct_image where seed = 13").df()
         delete_titles(connection, last["generation_key"])
     shutil.copyfile(deployment.warehouse_path, root / "without_reports.duckdb")
-    assets = with_policy(reports.models_and_publication(dbt_reports.dbt_project(settings)))
+    assets = with_policy(
+        reports.models_and_publication(dbt_reports.dbt_project(settings)), deployment
+    )
     (root / "home").mkdir()
     with dg.DagsterInstance.local_temp(str(root / "home")) as instance:
         result = run(assets, deployment, instance)
@@ -683,7 +685,8 @@ def test_a_failing_test_keeps_the_publication_of_before(world: World) -> None:
     test.write_text("select * from {{ ref('leaderboard') }}", "utf-8")
     try:
         assets = with_policy(
-            reports.models_and_publication(dbt_reports.dbt_project(world.settings))
+            reports.models_and_publication(dbt_reports.dbt_project(world.settings)),
+            world.deployment,
         )
         result = run(assets, world.deployment, world.instance, ("leaderboard", "published_scores"))
         assert not result.success

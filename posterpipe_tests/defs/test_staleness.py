@@ -402,7 +402,7 @@ def test_a_device_that_is_gone_is_waited_for_ever_more_seldom_and_not_for_ever(
 
     world.load(
         dg.Definitions(
-            assets=with_policy([world._asset("a"), on_the_gpu]),
+            assets=with_policy([world._asset("a"), on_the_gpu], world.resources["deployment"]),
             sensors=[stale_sweep],
             resources=world.resources,
         )

@@ -123,6 +123,7 @@ def score_freshness(
     now: dt.datetime,
     max_delay_hours: float,
     max_age_days: float | None,
+    held_back: str = "",
 ) -> Finding:
     """Whether `clip_scores` holds the scores of the current generations, and how old they are.
 
@@ -130,7 +131,8 @@ def score_freshness(
     of them was materialized, `scored_at`: when the scores were; `waiting_since`: since when images
     without a score are in these tables, by generation_key, where it is another time. None may wait
     longer than `max_delay_hours`; a run may be at it. With `max_age_days` the scores may not be
-    older than that, even where nothing has changed.
+    older than that, even where nothing has changed. `held_back`: why nothing is to be scored now,
+    so that images may wait; "" where they are to be.
     """
     waiting = unscored(scores, generations)
     gone = scores[~scores["generation_key"].isin(generations["generation_key"])]
@@ -150,10 +152,11 @@ def score_freshness(
     old = max_age_days is not None and age > max_age_days
     current = len(generations) - len(waiting)
     return Finding(
-        passed=not late and not old,
+        passed=bool(held_back) or not (late or old),
         summary=f"{current} of {len(generations)} current images have their score, {len(gone)} "
         f"scores are of former ones; last scored {_ago(now - scored_at)}"
-        + (f", {delay:.1f} h behind the generations" if len(offenders) else ""),
+        + (f", {delay:.1f} h behind the generations" if len(offenders) else "")
+        + (f": {held_back}" if held_back else ""),
         remedy="materialize clip_scores; if a run of it failed, its log tells why. The limits are "
         "checks.max_scoring_delay_hours and checks.max_score_age_days",
         expected=f"all scored within {max_delay_hours:g} h"
