@@ -1,12 +1,14 @@
 """What all tests share: how long a session may take, and in which order.
 
-What belongs here: what holds for every test. What does not: fixtures that some ask for, which lie
-beside their tests.
+What belongs here: what holds for every test, and what tests of several folders share. What does
+not: other fixtures, which lie beside their tests.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,26 @@ def _no_file_outlives_a_power_failure() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda file: None)
         yield
+
+
+@pytest.fixture(scope="session")
+def published_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of `report_world`: read it only. dbt takes long to make it, so it is one for all
+    processes that share the tests."""
+    from posterpipe_tests.report_world import publish_world
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    world, done = shared / "published-world", shared / "published-world.done"
+    with open(shared / "published-world.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(world, ignore_errors=True)
+            world.mkdir()
+            publish_world(world)
+            done.touch()
+    return world
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,16 +6,13 @@ What does not: expectations about its pages.
 
 from __future__ import annotations
 
-import atexit
 import colorsys
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 
 import duckdb
@@ -39,14 +36,11 @@ GONE = ("prompt-02", 11, "dreambooth")
 """The image whose file is no longer there."""
 
 
-@cache
-def published_world() -> Path:
-    """A store of 8 prompts of the study and 2 hostile ones; one for all tests of a process.
+def publish_world(folder: Path) -> None:
+    """Fills a store with 8 prompts of the study and 2 hostile ones, and publishes it.
 
-    Read it only: `copy_of` gives one to change.
+    The fixture `published_world` is one that all tests share; `copy_of` gives one to change.
     """
-    folder = Path(tempfile.mkdtemp(prefix="report-world-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     warehouse = study.fill(folder / "warehouse.duckdb", prompts=8, seeds=3, blocked=2)
     _add_hostile(warehouse)
     dbt = Path(sys.executable).with_name("dbt")
@@ -68,7 +62,6 @@ def published_world() -> Path:
             list(GONE),
         ).fetchall()
     draw_images(folder, (path for (path,) in paths))
-    return folder
 
 
 def copy_of(world: Path, target: Path) -> Path:

@@ -30,7 +30,6 @@ from typer.main import get_command
 from posterpipe.cli import app
 from posterpipe.core.prompts import load_suite
 from posterpipe.settings import Group, Settings, TrainingSettings, default_root, load_settings
-from posterpipe_tests.report_world import published_world
 
 ROOT = default_root()
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -274,10 +273,12 @@ def test_settings_and_files_that_are_named_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.name)
-def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs(
+    page: Path, tmp_path: Path, published_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = [block.text for block in blocks("python") if block.page == page]
     if "data/store" in "".join(code):
-        monkeypatch.chdir(published(tmp_path))
+        monkeypatch.chdir(published(tmp_path, published_world))
     else:
         monkeypatch.chdir(ROOT)
     script = tmp_path / "page.py"
@@ -285,18 +286,18 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     runpy.run_path(str(script))
 
 
-def published(folder: Path) -> Path:
+def published(folder: Path, world: Path) -> Path:
     """A folder with a small study's publication where the guides have it."""
     store = folder / "data" / "store"
     store.parent.mkdir()
-    store.symlink_to(published_world())
+    store.symlink_to(world)
     return folder
 
 
 @pytest.mark.parametrize("page", pages_with("sql"), ids=lambda page: page.name)
-def test_queries_find_something_in_a_published_database(page: Path) -> None:
+def test_queries_find_something_in_a_published_database(page: Path, published_world: Path) -> None:
     queries = [block for block in blocks("sql") if block.page == page]
-    database = published_world() / "public" / "scores.duckdb"
+    database = published_world / "public" / "scores.duckdb"
     with duckdb.connect(str(database), read_only=True) as connection:
         for block in queries:
             if "{{" in block.text:
@@ -306,9 +307,11 @@ def test_queries_find_something_in_a_published_database(page: Path) -> None:
                 assert result.description and result.fetchall(), f"{block}: {statement.query}"
 
 
-def test_the_query_of_the_readme_gives_every_image_once_by_the_metric_of_the_leaderboard() -> None:
+def test_the_query_of_the_readme_gives_every_image_once_by_the_metric_of_the_leaderboard(
+    published_world: Path,
+) -> None:
     (block,) = (block for block in blocks("sql") if block.page == ROOT / "README.md")
-    database = published_world() / "public" / "scores.duckdb"
+    database = published_world / "public" / "scores.duckdb"
     with duckdb.connect(str(database), read_only=True) as connection:
         shown = connection.sql(block.text.rstrip().rstrip(";")).df()
         images = connection.sql("select count(*) from prompt_drilldown").fetchall()
@@ -320,8 +323,8 @@ def test_the_query_of_the_readme_gives_every_image_once_by_the_metric_of_the_lea
     assert by_prompt.groupby("variant").mean().to_dict() == pytest.approx(dict(means), abs=1e-5)
 
 
-def test_every_table_and_column_is_described_in_the_database_itself() -> None:
-    database = published_world() / "public" / "scores.duckdb"
+def test_every_table_and_column_is_described_in_the_database_itself(published_world: Path) -> None:
+    database = published_world / "public" / "scores.duckdb"
     with duckdb.connect(str(database), read_only=True) as connection:
         undescribed = connection.execute(
             """

@@ -13,7 +13,6 @@ import pytest
 from posterpipe.core.score_report import write_report
 from posterpipe_tests.browser.conftest import Violations
 from posterpipe_tests.core.score_report.test_score_report import enlarged
-from posterpipe_tests.report_world import published_world
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -22,10 +21,10 @@ PAGES = ("index", "gallery", "copying", "legibility", "gate", "data", "glossary"
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    world = published_world()
+def report(published_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site") / "report"
-    return write_report(world / "public" / "scores.duckdb", world, folder).index.parent
+    database = published_world / "public" / "scores.duckdb"
+    return write_report(database, published_world, folder).index.parent
 
 
 def address(report: Path, page: str, anchor: str = "") -> str:
@@ -244,9 +243,9 @@ def test_nothing_is_fetched_from_elsewhere(page: Page, report: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large(published_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of more than a thousand images."""
-    own = enlarged(published_world(), tmp_path_factory.mktemp("large") / "store", 11)
+    own = enlarged(published_world, tmp_path_factory.mktemp("large") / "store", 11)
     written = write_report(own / "public" / "scores.duckdb", own, own / "public" / "report")
     assert written.images >= 1_000
     return written.index.parent

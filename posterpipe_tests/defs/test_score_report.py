@@ -10,12 +10,12 @@ import pytest
 from posterpipe.defs.resources import Deployment
 from posterpipe.defs.score_report import score_report
 from posterpipe.settings import load_settings
-from posterpipe_tests.report_world import copy_of, published_world
+from posterpipe_tests.report_world import copy_of
 
 
 @pytest.fixture
-def deployment(tmp_path: Path) -> Deployment:
-    store = copy_of(published_world(), tmp_path / "store")
+def deployment(tmp_path: Path, published_world: Path) -> Deployment:
+    store = copy_of(published_world, tmp_path / "store")
     return Deployment(load_settings(store=store))
 
 

@@ -35,7 +35,6 @@ from posterpipe_tests.report_world import (
     HOSTILE_ID,
     LONG,
     copy_of,
-    published_world,
 )
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -110,8 +109,8 @@ def assert_whole(folder: Path) -> dict[str, Parsed]:
 
 
 @pytest.fixture(scope="module")
-def world() -> Path:
-    return published_world()
+def world(published_world: Path) -> Path:
+    return published_world
 
 
 @pytest.fixture(scope="module")
