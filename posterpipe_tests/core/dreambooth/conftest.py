@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from posterpipe.core.dreambooth import checkpoint
 from posterpipe.core.dreambooth.config import RunConfig
-from posterpipe.core.dreambooth.reports import StepReport, TrainResult
+from posterpipe.core.dreambooth.reports import Journal, StepReport, TrainResult, draw_curves
 from posterpipe.settings import SamplerSettings, TrainingSettings
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
 
@@ -26,6 +27,23 @@ CAPTIONS = (
     "animated movie poster titled 'comet'",
     "only one rocket with a red title",
 )
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _curves_are_drawn_once() -> Iterator[None]:
+    """The picture of a run's curves takes as long as its few steps: that of the first run is all
+    others' as well. `test_pipeline.py` and `test_reports.py` look at pictures of their own."""
+    pictures: list[bytes] = []
+
+    def draw(path: Path, journal: Journal) -> None:
+        if not pictures:
+            draw_curves(path, journal)
+            pictures.append(path.read_bytes())
+        path.write_bytes(pictures[0])
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint, "draw_curves", draw)
+        yield
 
 
 @pytest.fixture(scope="session")
