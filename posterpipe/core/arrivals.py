@@ -221,9 +221,9 @@ def missing_holdout(folder: Path, entries: Sequence[Entry], store: Store) -> str
     if not held:
         return ""
     return (
-        f"no posters in {folder}, and {_count(held, 'poster')} of before held out: mount it, or "
-        f"set {HOLDOUT.setting} to where they lie; to hold none out any more, put a note into it, "
-        "such as README.md"
+        f"no posters in {folder}, which held {_count(held, 'poster')} before: mount it, or set "
+        f"{HOLDOUT.setting} to where they lie; to hold none out any more, put a note into it, such "
+        "as README.md"
     )
 
 

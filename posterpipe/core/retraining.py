@@ -116,7 +116,7 @@ def _worth(
     days = f"{age / DAY:.1f}"
     what = f"the training set changed: {changes}, the first {days} days ago"
     if situation.changed_at and age >= settings.max_age_days * DAY:
-        return True, f"{what} (after {settings.max_age_days:g} days few are worth it as well)"
+        return True, f"{what} (after {settings.max_age_days:g} days even few are enough)"
     return False, f"{what}; waiting for {least} changes or {settings.max_age_days:g} days"
 
 

@@ -50,10 +50,12 @@ def device_obstacle(gone_at: Sequence[float]) -> str:
 
     tried = max(gone_at) - min(gone_at)
     if tried >= GIVE_UP_SECONDS:
-        return f"its device was gone {len(gone_at)} times: mend it, and materialize the asset"
+        return (
+            f"its GPU was lost {len(gone_at)} times: look at the machine, and materialize the asset"
+        )
     again = max(gone_at) + pause_after(tried)
     if now() < again:
-        return f"its device was gone; it is tried again after {clock(again)}"
+        return f"its GPU was lost; it is tried again after {clock(again)}"
     return ""
 
 

@@ -230,7 +230,7 @@ def test_held_out_posters_stay_while_nothing_is_mounted_where_they_lie(
     if not missing:
         place.holdout.mkdir()
     assert place.settle() == []
-    assert f"no posters in {place.holdout}, and 1 poster of before held out" in place.said
+    assert f"no posters in {place.holdout}, which held 1 poster before" in place.said
     assert "POSTERPIPE_HOLDOUT" in place.said
     # Nor when somebody asks for the asset.
     assert not place.daemon.run("holdout_posters")

@@ -136,7 +136,7 @@ def test_a_device_that_is_gone_is_told_with_the_asset_that_lost_it(
     assert not daemon.run("base_generations")
     assert "base_generations: the sampler can no longer use its device" in last_failure(daemon)
     assert [daemon.sweep(), daemon.sweep()] == [[], []]
-    assert "its device was gone; it is tried again after" in daemon.said
+    assert "its GPU was lost; it is tried again after" in daemon.said
 
 
 def test_a_prompt_that_the_base_model_would_cut_is_refused_where_the_model_is_here(

@@ -365,7 +365,9 @@ def test_a_holdout_folder_that_is_not_mounted_holds_the_training_back(
     held = pd.DataFrame({"poster_id": ["one"], "status": ["ok"]})
     Store(nights.settings.store).write_table("holdout_posters", held)
     assert nights.tick() is None
-    assert f"but no posters in {tmp_path / 'not mounted'}, and 1 poster of before" in nights.said
+    assert (
+        f"but no posters in {tmp_path / 'not mounted'}, which held 1 poster before" in nights.said
+    )
 
 
 def test_there_is_one_training_at_a_time(nights: Nights) -> None:

@@ -422,7 +422,7 @@ def test_a_device_that_is_gone_is_waited_for_ever_more_seldom_and_not_for_ever(
     assert world.started == ["a", "b", "a", "b", "b"]
     for pause in (1, 1, 2, 4, 8, 16, 24, 24, 24, 24, 24, 24):
         assert [world.sweep(), world.sweep()] == [[], []]
-        assert "b: a changed, but its device was gone; it is tried again after" in world.said
+        assert "b: a changed, but its GPU was lost; it is tried again after" in world.said
         clock += pause * hour - 1
         assert [world.sweep(), world.sweep()] == [[], []]
         clock += 1
@@ -430,7 +430,7 @@ def test_a_device_that_is_gone_is_waited_for_ever_more_seldom_and_not_for_ever(
         assert world.work() == [False]
     clock += 1000 * hour
     assert [world.sweep(), world.sweep()] == [[], []]
-    assert "b: a changed, but its device was gone 14 times" in world.said
+    assert "b: a changed, but its GPU was lost 14 times" in world.said
     # After a change of the input it is another matter, and other failures are counted as ever.
     failed.clear()
     world.change("a", "3")

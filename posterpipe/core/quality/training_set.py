@@ -57,7 +57,7 @@ def shrinkage(
     compared = (
         f"{len(before)} were trained on last ({share:.1%} fewer; at most {max_share:.1%} may be)"
         if before
-        else "nothing to compare with was trained on"
+        else "no earlier training to compare with"
     )
     return Finding(
         passed=share <= max_share,

@@ -17,8 +17,8 @@ from posterpipe.core.score_report.data import Row, missing, number, text
 DASH = "–"
 """Where there is nothing to show."""
 
-ALIKE = "all prompts alike"
-"""Instead of an interval: no spread between the prompts, and so no word about others."""
+ALIKE = "no spread between prompts"
+"""Instead of an interval, which says nothing about other prompts then."""
 
 ROWS_SHOWN = 200
 """Of long lists: the published database has all of them."""
@@ -29,6 +29,7 @@ DECIDED = {"promote": "promoted", "hold": "held", "reject": "rejected"}
 
 
 def count(row: Row | None, name: str) -> int:
+    """A whole number of a row; 0 where there is none."""
     value = number(row[name]) if row else None
     return int(value) if value is not None else 0
 
@@ -39,10 +40,12 @@ def heads(*names: str) -> list[dict[str, Any]]:
 
 
 def code(value: Any) -> Markup:
+    """A name as it is written in SQL and settings."""
     return Markup("<code>{}</code>").format(text(value))
 
 
 def rounded(value: Any, digits: int = 3) -> str:
+    """A number in words, whole ones without digits behind the point."""
     known = number(value)
     if known is None:
         return DASH
@@ -72,6 +75,7 @@ def interval(
 
 
 def moment(value: Any) -> str:
+    """Day and minute in UTC; "" for none."""
     if missing(value) or not isinstance(value, dt.datetime):
         return ""
     return f"{value.day} {value:%B %Y, %H:%M} UTC"
@@ -86,19 +90,23 @@ def verdict(effect: Row | None) -> str:
 
 
 def day(value: Any) -> str:
+    """The day without its year; "" for none."""
     return "" if missing(value) or not isinstance(value, dt.datetime) else f"{value.day} {value:%b}"
 
 
 def short(value: Any, length: int = 12) -> str:
+    """The beginning of an id."""
     return text(value)[:length]
 
 
 def cut(value: str, length: int) -> str:
+    """A text in one line of so many letters at most."""
     value = " ".join(value.split())
     return value if len(value) <= length else value[: length - 1].rstrip() + "…"
 
 
 def plural(count: int, word: str) -> str:
+    """A count and its word."""
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
@@ -113,6 +121,7 @@ def share(value: Any) -> str:
 
 
 def shares(row: Row, low: str, high: str) -> str:
+    """An interval of shares of 1 in per cent."""
     bounds = number(row[low]), number(row[high])
     if bounds[0] is None or bounds[1] is None:
         return DASH
