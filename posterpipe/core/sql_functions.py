@@ -26,6 +26,7 @@ class Plugin(BasePlugin):
     """What dbt-duckdb calls with each database that it opens."""
 
     def configure_connection(self, conn: duckdb.DuckDBPyConnection) -> None:
+        """Makes the functions known to it."""
         register(conn)
 
 

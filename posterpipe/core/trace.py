@@ -102,7 +102,8 @@ class Poster:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What a checkpoint was trained on. `steps`: how it came about, see `provenance.steps_to`."""
+    """What a checkpoint was trained on. `steps`: how it came about, see
+    `provenance.training_steps`."""
 
     version: str
     steps: list[dict[str, Any]]

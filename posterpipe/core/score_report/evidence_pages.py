@@ -53,6 +53,7 @@ from posterpipe.core.score_report.words import (
 
 
 def copying_context(published: Published, pictures: Pictures) -> dict[str, Any]:
+    """For `copying.html.j2`: how near images come to training posters; which count as copies."""
     files = gallery_files(published)
     compared = [(prompt, shot, shot.nearest) for prompt, shot in published.shots if shot.nearest]
     flagged = [one for one in compared if one[2].copied]
@@ -174,6 +175,7 @@ def _nearness(compared: Sequence[tuple[Prompt, Shot, Nearest]]) -> Markup | None
 
 
 def legibility_context(published: Published, pictures: Pictures) -> dict[str, Any]:
+    """For `legibility.html.j2`: how many titles can be read, drawn or set in type, and examples."""
     table = published.rows("legibility")
     lettering = {"set": "set in type", "drawn": "as drawn"}
     rows = [
@@ -265,6 +267,7 @@ def _title_examples(published: Published, pictures: Pictures) -> list[dict[str, 
 
 
 def gate_context(published: Published) -> dict[str, Any]:
+    """For `gate.html.j2`: the gate's rule, and every decision with its checks, the latest first."""
     checks: dict[str, list[Row]] = {}
     for row in published.rows("gate_checks"):
         checks.setdefault(text(row["decision_id"]), []).append(row)
@@ -311,6 +314,7 @@ def _decision(row: Row, checks: Sequence[Row]) -> dict[str, Any]:
 
 
 def data_context(published: Published) -> dict[str, Any]:
+    """For `data.html.j2`: what is wrong with the data, how fresh it is, and unscored images."""
     unscored = [
         [prompt.prompt_id, shot.seed, variant_name(shot.variant), shot.status,
          cut(shot.reason, 200) or "not scored"]
@@ -443,6 +447,7 @@ def _checkpoints_section(published: Published) -> dict[str, Any]:
 
 
 def glossary_context(published: Published) -> dict[str, Any]:
+    """For `glossary.html.j2`: the scorer, and between which cosines the images lie."""
     encoder = next(
         (
             text(row["encoder"])

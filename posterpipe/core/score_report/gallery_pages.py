@@ -67,6 +67,8 @@ def gallery_files(published: Published) -> dict[str, str]:
 
 
 def gallery_contexts(published: Published, pictures: Pictures) -> list[tuple[str, dict[str, Any]]]:
+    """For `gallery.html.j2`: the file of each page with the images of its prompts, and on every one
+    all prompts by their effect, the least first."""
     chunks = _gallery_chunks(published)
     files = gallery_files(published)
     ranked = sorted(
@@ -184,12 +186,16 @@ def _shot(prompt: Prompt, shot: Shot, pictures: Pictures) -> dict[str, Any]:
 
 
 def picture_of(pictures: Pictures, stored: Stored | None) -> Picture | None:
+    """The files of a stored image; None where there is none, or its file is gone."""
     return pictures.get(stored.blob) if stored else None
 
 
 def alt_text(prompt: Prompt, variant: str, seed: int) -> str:
+    """An image in words, for who does not see it."""
     return f"{variant_name(variant)}, seed {seed}: {cut(prompt.score_text or prompt.prompt, 120)}"
 
 
 def shot_address(files: Mapping[str, str], prompt: Prompt, seed: int) -> str:
+    """Where the images of a prompt and seed stand, relative to the report; `files` as of
+    `gallery_files`."""
     return f"{files[prompt.prompt_id]}#{slug_of(prompt.prompt_id)}/{seed}"

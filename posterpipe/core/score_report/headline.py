@@ -37,10 +37,12 @@ class Change:
 
     @property
     def told(self) -> str:
+        """The mean with its interval, in words."""
         return f"{charts.signed(self.mean)} ({self.span})"
 
     @property
     def span(self) -> str:
+        """The interval in words."""
         return f"{charts.signed(self.low)} to {charts.signed(self.high)}"
 
 

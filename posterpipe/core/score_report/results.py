@@ -57,6 +57,7 @@ def first_words(published: Published) -> tuple[str, str]:
 
 
 def index_context(published: Published, pictures: Pictures) -> dict[str, Any]:
+    """For `index.html.j2`: what the scores say, from the headline to single prompts."""
     board = {text(row["variant"]): row for row in _by_headline(published)}
     title, lede = headline(published, board)
     growth, growth_rows = _growth(board)

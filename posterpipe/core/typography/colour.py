@@ -43,6 +43,7 @@ def contrast_ratio(one: np.ndarray | Colour, other: np.ndarray | Colour) -> np.n
 
 
 def mixed(one: np.ndarray | Colour, other: np.ndarray | Colour, share: float) -> Colour:
+    """A colour between two of sRGB, 0 to 255: `one` at a share of 0, `other` at 1."""
     first, second = np.asarray(one, dtype=float), np.asarray(other, dtype=float)
     r, g, b = (round(float(v)) for v in first + (second - first) * share)
     return (r, g, b)

@@ -185,6 +185,7 @@ def coverage(package: str, path: str) -> frozenset[str]:
 
 @lru_cache(maxsize=256)
 def font_at(package: str, path: str, size: int) -> ImageFont.FreeTypeFont:
+    """A font of a package at `size` pixels an em; a variable one at the weight _HEAVY."""
     engine = ImageFont.Layout.RAQM if layout_engine() == "raqm" else ImageFont.Layout.BASIC
     font = ImageFont.truetype(str(files(package) / path), size, layout_engine=engine)
     if "wght" in path:

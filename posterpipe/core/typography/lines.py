@@ -114,6 +114,7 @@ class Measured:
 
 
 def measure(lettering: Lettering, lines: Sequence[str], size: int) -> Measured:
+    """What `lines` measure in the lettering's font at `size` pixels an em."""
     font = font_at(lettering.package, lettering.path, size)
     widths, starts, above, below, reach = [], [], 0.0, 0.0, 0.0
     for line in lines:
