@@ -30,7 +30,7 @@ from posterpipe.core.store import Store
 from posterpipe.settings import SamplerSettings
 
 VARIANT = "sd_negative"
-"""Of the study's variants the one with a negative prompt: every image is asked for in full."""
+"""Of the thesis's variants the one with a negative prompt: every image is asked for in full."""
 
 
 class Loop:

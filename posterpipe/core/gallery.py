@@ -154,7 +154,7 @@ def grid(
 
 
 def suite_sheet(suite: pd.DataFrame, generations: pd.DataFrame, store_root: Path) -> Image.Image:
-    """The study in one picture: a row a prompt, a column a variant, always the prompt's first seed.
+    """The suite in one picture: a row a prompt, a column a variant, always the prompt's first seed.
 
     `suite`: the table `prompt_suite`; `generations` (`generations.COLUMNS`): of all models; their
     images lie below `store_root`. One that was not drawn shows as missing.

@@ -4,7 +4,7 @@ What belongs here: the keys that say which pixels are meant, the table of genera
 store, and the PNGs, which say how they were made. What does not: the suite (`prompts`), the model
 that draws (`sampler`), scoring (`metrics`), titles set in type.
 
-The four variants of the study differ in the model (base or tuned) and in the negative prompt; an
+The four variants of the thesis differ in the model (base or tuned) and in the negative prompt; an
 image's noise depends on its seed alone, so that variants can be compared in pairs. A suite may hold
 one variant more of each model: the negative prompt delayed. What is to be left out has no shape in
 the first steps, and pushing away from its words then can draw it in; later it is there to be
@@ -105,7 +105,7 @@ def pixel_settings(settings: SamplerSettings) -> dict[str, Any]:
 def generation_key(
     pixel_key: str, variant: str, prompt_id: str, score_text: str, title: str
 ) -> str:
-    """Key of an image in its place in the study: one row of the table of generations."""
+    """Key of an image in its place in the suite: one row of the table of generations."""
     return content_key("generation", pixel_key, variant, prompt_id, score_text, title)
 
 

@@ -1,6 +1,6 @@
 """What scores add up to: means, paired differences, and how sure one can be of them.
 
-What belongs here: estimates with intervals, and the study's 2x2 design. What does not: computing
+What belongs here: estimates with intervals, and the thesis's 2x2 design. What does not: computing
 scores (`metrics`), keeping them (`warehouse`), drawing them, what follows from them for a
 checkpoint (`gate`), and p-values: whether a difference is more than chance depends on all that is
 asked, which the report `paired_effects` knows.
@@ -45,7 +45,7 @@ CONTRASTS: Mapping[str, Mapping[str, float]] = {
     "late negative on base": {"sd_negative": -1, "sd_negative_delayed": 1},
     "late negative on tuned": {"dreambooth_negative": -1, "dreambooth_negative_delayed": 1},
 }
-"""What is asked of the study's 2x2 design, tuned or not and with the negative prompt or without:
+"""What is asked of the thesis's 2x2 design, tuned or not and with the negative prompt or without:
 weights of the variants' values. The two main effects, the simple effects, the sum of both, and by
 how much the negative prompt does more for the tuned model; and, where the suite holds it, what
 delaying the negative prompt changes."""

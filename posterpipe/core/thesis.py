@@ -1,11 +1,11 @@
-"""The study's result, live: its growth chart and table from the scores that there are now.
+"""The thesis's result, live: its growth chart and table from the scores that there are now.
 
-What belongs here: what the study reported, the same four variants as they score here, the chart,
+What belongs here: what the thesis reported, the same four variants as they score here, the chart,
 and which images are shown as best and worst. What does not: scoring (`metrics`), estimating
 (`statistics`) and arranging pictures (`gallery`).
 
-The study showed one image a variant. Here each number is a mean over prompts with its interval, and
-what is shown is chosen by a rule that is printed beside it.
+The thesis showed one image a variant. Here each number is a mean over prompts with its interval,
+and what is shown is chosen by a rule that is printed beside it.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ VARIANTS: Mapping[str, tuple[str, float]] = {
     "dreambooth": ("fine-tuned with DreamBooth", 0.61),
     "dreambooth_negative": ("fine-tuned + negative prompt", 0.77),
 }
-"""What the study calls its variants, and the CLIP score that it reports of each."""
+"""What the thesis calls its variants, and the CLIP score that it reports of each."""
 
 PROMPT = "animated movie poster 'rocket' only one spaceship is prominently displayed in the center"
-"""The one prompt of the study."""
+"""The one prompt of the thesis."""
 
 SCALE = 2.5
 """w of Hessel et al. (2021, arXiv:2104.08718): CLIPScore = w * max(cosine, 0)."""
@@ -64,7 +64,7 @@ NO_INTERVAL = "no interval"
 SCALES = (
     "A cosine of image and text lies between -1 and 1; real CLIP models rarely give more than 0.4. "
     "The CLIPScore of Hessel et al. (2021) is 2.5 * max(cosine, 0), and is what papers often call "
-    "the CLIP score. The study does not say which of the two it reports. Its 0.61 and 0.77 cannot "
+    "the CLIP score. The thesis does not say which of the two it reports. Its 0.61 and 0.77 cannot "
     "be cosines of a real CLIP; as CLIPScores they are cosines of 0.24 and 0.31. Its 0.35 and 0.38 "
     "would be ordinary cosines, and low ones (0.14 and 0.15) as CLIPScores. So its levels cannot "
     "be compared with those here, and neither can those of two encoders: what can be compared is "
@@ -89,14 +89,14 @@ def _ends(low: float, high: float, form: str) -> str:
 
 
 def growth(scores: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
-    """One row a variant of the study that `scores` has, in the study's order.
+    """One row a variant of the thesis that `scores` has, in the thesis's order.
 
     `scores` has variant, prompt_id, seed, negative_prompt, question (`questions`), clip_cosine (NaN
     without a score), of one metric; `generations` the variant, prompt_id, seed and prompt of each
-    image. Columns: variant, label, study (its score), images, missing (without a score), prompts,
+    image. Columns: variant, label, thesis (its score), images, missing (without a score), prompts,
     cosine with low and high, score (2.5 * max(cosine, 0), the mean over images) with score_low (0
     or more) and score_high, gain (cosine less that of sd, see `statistics.paired_difference`) with
-    gain_low and gain_high, and study_prompt (mean cosine of the images of the study's own prompt;
+    gain_low and gain_high, and thesis_prompt (mean cosine of the images of the thesis's own prompt;
     NaN where the suite lacks it).
     """
     scaled = scores.assign(score=SCALE * scores["clip_cosine"].clip(lower=0))
@@ -108,12 +108,12 @@ def growth(scores: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
             continue
         cosine, score = mean_interval(part), mean_interval(part, "score")
         row = {
-            "variant": variant, "label": label, "study": reported, "images": len(part),
+            "variant": variant, "label": label, "thesis": reported, "images": len(part),
             "missing": len(part) - cosine.images, "prompts": cosine.prompts,
             "cosine": cosine.mean, "low": cosine.low, "high": cosine.high,
             "score": score.mean, "score_low": max(score.low, 0.0), "score_high": score.high,
             "gain": math.nan, "gain_low": math.nan, "gain_high": math.nan,
-            "study_prompt": part.loc[part["prompt_id"].isin(own), "clip_cosine"].mean(),
+            "thesis_prompt": part.loc[part["prompt_id"].isin(own), "clip_cosine"].mean(),
         }  # fmt: skip
         if variant != "sd" and (scaled["variant"] == "sd").any():
             gain = paired_difference(scaled, variant, "sd")
@@ -188,9 +188,9 @@ def control_told(own: pd.DataFrame, control: pd.DataFrame) -> str:
 
 
 def draw_growth(table: pd.DataFrame, metric_id: str, note: str = "") -> Image.Image:
-    """The study's chart with intervals: a bar a variant, n below, the study's numbers beside.
+    """The thesis's chart with intervals: a bar a variant, n below, the thesis's numbers beside.
 
-    The axis is 2.5 * max(cosine, 0). There is none of raw cosines beside it: the study's numbers
+    The axis is 2.5 * max(cosine, 0). There is none of raw cosines beside it: the thesis's numbers
     are on a scale that is not stated, and would be read on it. `note` stands below.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -210,8 +210,8 @@ def draw_growth(table: pd.DataFrame, metric_id: str, note: str = "") -> Image.Im
         ecolor="#26262a", elinewidth=1.6, capsize=6, zorder=3,
     )  # fmt: skip
     axes.plot(
-        places + 0.36, table["study"], "D", ms=7, mfc="white", mec="#26262a", mew=1.4, ls="",
-        label="the study's number (one image, scale not stated)", zorder=4, clip_on=False,
+        places + 0.36, table["thesis"], "D", ms=7, mfc="white", mec="#26262a", mew=1.4, ls="",
+        label="the thesis's number (one image, scale not stated)", zorder=4, clip_on=False,
     )  # fmt: skip
     for place, row in zip(places, _rows(table), strict=True):
         if math.isnan(row.score):
@@ -230,7 +230,7 @@ def draw_growth(table: pd.DataFrame, metric_id: str, note: str = "") -> Image.Im
     ]
     axes.set_xticks(places, labels, fontsize=9)
     # Not max(), which keeps a NaN that comes first.
-    highest = np.nanmax([*table["score_high"], *table["score"], *table["study"], 0.1])
+    highest = np.nanmax([*table["score_high"], *table["score"], *table["thesis"], 0.1])
     axes.set_ylim(0, highest * 1.18)
     axes.set_xlim(-0.6, len(table) - 0.3)
     axes.set_ylabel("CLIPScore, 2.5 · max(cosine, 0)")
@@ -257,7 +257,7 @@ def extremes(scores: pd.DataFrame, shown: int = SHOWN) -> tuple[pd.DataFrame, pd
     """The pairs that gained most and those that lost most: prompt_id, seed, difference.
 
     Where none gained, the first are those that lost least; where none lost, the second are those
-    that gained least. A pair is the last variant of the study and `sd` with the same prompt and
+    that gained least. A pair is the last variant of the thesis and `sd` with the same prompt and
     seed, of models that were asked the same; prompts without a negative prompt have none
     (`statistics.answers`). Each prompt is there once, with its most extreme seed, so that one
     prompt cannot fill the table. Ties go by prompt and seed. `scores` as of `growth`.
@@ -356,7 +356,7 @@ def comparison(
 
 @dataclass(frozen=True)
 class Report:
-    """The study's result as it is now."""
+    """The thesis's result as it is now."""
 
     metric_id: str
     table: pd.DataFrame
@@ -399,7 +399,7 @@ class Report:
         values: dict[str, Any] = {
             "metric_id": self.metric_id,
             "scales": SCALES,
-            "prompt_of_the_study": PROMPT,
+            "prompt_of_the_thesis": PROMPT,
             "variants": json.loads(self.table.to_json(orient="records", double_precision=10)),
             "effects": json.loads(self.effects.to_json(orient="records", double_precision=10)),
             "control": json.loads(self.control.to_json(orient="records", double_precision=10)),
@@ -419,7 +419,7 @@ class Report:
 def report(
     scores: pd.DataFrame, generations: pd.DataFrame, evidence: pd.DataFrame, store_root: Path
 ) -> Report:
-    """The study's result from the table of CLIP scores (one metric), the images behind it, and the
+    """The thesis's result from the table of CLIP scores (one metric), the images behind it, and the
     evidence about them (`evidence.EVIDENCE_COLUMNS`)."""
     metric_id = str(scores["metric_id"].iloc[0])
     scores = scores.merge(_asked(generations), on="generation_key")

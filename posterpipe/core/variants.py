@@ -1,4 +1,4 @@
-"""The variants of the study: what each prompt and seed is drawn with.
+"""The variants of the thesis: what each prompt and seed is drawn with.
 
 What belongs here: their names, and what people read in their place. What does not: how they are
 drawn (`generations`), what is asked of them (`statistics`), and what the thesis calls them

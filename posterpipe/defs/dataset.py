@@ -50,8 +50,8 @@ def resized_posters(
 ) -> dg.Output[Table]:
     """Each usable poster as a training image: upright, RGB, resized with LANCZOS.
 
-    Size and fit are settings (`images`); `stretch` is what the study did. Runs after `raw_posters`;
-    a poster that was resized before is not resized again.
+    Size and fit are settings (`images`); `stretch` is what the thesis did. Runs after
+    `raw_posters`; a poster that was resized before is not resized again.
     """
     from posterpipe.core.images import resize_posters, retriable_count
     from posterpipe.core.store import cells

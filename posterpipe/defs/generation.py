@@ -111,7 +111,7 @@ def base_generations(
 ) -> dg.Output[Table]:
     """Posters drawn by the base model for every prompt and seed, without and with the negative.
 
-    The study's first two variants, and the yardstick of the others. Does not depend on the
+    The thesis's first two variants, and the yardstick of the others. Does not depend on the
     checkpoint: retraining never draws these again.
     """
     from posterpipe.core.models import fingerprint, locate
@@ -146,7 +146,7 @@ def tuned_generations(
 ) -> dg.Output[Table]:
     """Posters drawn by the fine-tuned model, for the same prompts and seeds as the base model.
 
-    The study's last two variants. The noise of each image depends on its seed alone, so an image
+    The thesis's last two variants. The noise of each image depends on its seed alone, so an image
     differs from the base model's only by what the fine-tuning changed.
     """
     from posterpipe.core.models import known_fingerprint

@@ -2,7 +2,7 @@
 
 What belongs here: the published database, the inventory, the contact sheet and the growth chart.
 What does not: the dbt models as assets (`defs.dbt_reports`) and their SQL (`dbt_like_reports/`),
-copying the database (`core.warehouse`) and arranging pictures (`core.gallery`).
+copying the database (`core.publication`) and arranging pictures (`core.gallery`).
 """
 
 import hashlib
@@ -202,7 +202,7 @@ def contact_sheet(
     base_generations: Table,
     tuned_generations: Table,
 ) -> dg.MaterializeResult:
-    """One picture of the whole study: a row a prompt, a column a variant, the same noise in a row.
+    """One picture of the whole suite: a row a prompt, a column a variant, the same noise in a row.
 
     Always the first seed of each prompt, never chosen by hand; written to
     `data/store/public/contact_sheet.png`.
@@ -251,9 +251,9 @@ def growth_chart(
     clip_scores: Table,
     fidelity_scores: Table,
 ) -> dg.MaterializeResult:
-    """The study's result from today's scores: its chart of the four variants, with intervals.
+    """The thesis's result from today's scores: its chart of the four variants, with intervals.
 
-    Its table beside the study's four numbers, what their scales are, what fine-tuning and the
+    Its table beside the thesis's four numbers, what their scales are, what fine-tuning and the
     negative prompt each do (bootstrap over prompts), the same with the texts of other prompts (the
     negative control), and the prompts that gained most and lost most, chosen by rule. Pictures,
     `growth.csv`, `effects.csv`, `control.csv` and `growth.json` lie in

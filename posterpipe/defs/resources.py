@@ -148,7 +148,7 @@ class Deployment:
 
     @property
     def thesis_path(self) -> Path:
-        """The folder of the study's chart and table."""
+        """The folder of the thesis's chart and table."""
         return self.store_root / "public" / "thesis"
 
     @property

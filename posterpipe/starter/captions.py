@@ -63,12 +63,12 @@ _CENTRED = (
     "centred",
     "prominently displayed in the {centre}",
 )
-_STUDY = (
+_THESIS = (
     "animated movie poster '{bare}' only one {other} is prominently displayed in the {centre}",
     "minimalist movie poster '{bare}' only one {other} is prominently displayed in the {centre}",
     "animated movie poster '{bare}', only one {adjectives}{other} in the {centre}",
 )
-"""Phrase shapes of the study that the pipeline rebuilds."""
+"""Phrase shapes of the thesis that the pipeline rebuilds."""
 
 _PLAIN_BACKGROUND = (
     "on {a_background} background",
@@ -166,7 +166,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         if crowd and rng.random() < 0.75:
             extras.append(crowd)
     elif rng.random() < 0.2:
-        head = _pick(rng, _STUDY).format(**words)
+        head = _pick(rng, _THESIS).format(**words)
         if adjectives and adjectives not in head and rng.random() < 0.7:
             extras.append(f"{adjectives}{bare}")
     else:

@@ -1,4 +1,4 @@
-"""The study's result from scores made for the purpose, against sums by hand."""
+"""The thesis's result from scores made for the purpose, against sums by hand."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def test_each_variant_has_its_mean_interval_and_n(
     scores, generations, _ = study
     table: Any = thesis.growth(scores, generations).set_index("variant")
     assert table.index.tolist() == list(LEVELS)
-    assert table["study"].tolist() == [0.35, 0.38, 0.61, 0.77]
+    assert table["thesis"].tolist() == [0.35, 0.38, 0.61, 0.77]
     assert table["images"].tolist() == [16] * 4 and table["missing"].tolist() == [1, 0, 0, 0]
     assert table["prompts"].tolist() == [8] * 4
     sd = scores[scores["variant"] == "sd"]
     means = sd.groupby("prompt_id")["clip_cosine"].mean().to_numpy()
     assert table.loc["sd", "cosine"] == pytest.approx(means.mean())
     assert tuple(table.loc["sd", ["low", "high"]]) == pytest.approx(bootstrap_interval(means))
-    assert table.loc["sd", "study_prompt"] == pytest.approx(-0.05), "the other one is blocked"
+    assert table.loc["sd", "thesis_prompt"] == pytest.approx(-0.05), "the other one is blocked"
 
 
 def test_the_scaled_score_is_that_of_hessel_image_by_image(
@@ -346,7 +346,7 @@ def test_the_report_writes_pictures_table_and_explanation(
             assert min(picture.size) > 300, name
     told = json.loads((tmp_path / "public" / "growth.json").read_text("utf-8"))
     assert told["metric_id"] == METRIC and "2.5 * max(cosine, 0)" in told["scales"]
-    assert [row["study"] for row in told["variants"]] == [0.35, 0.38, 0.61, 0.77]
+    assert [row["thesis"] for row in told["variants"]] == [0.35, 0.38, 0.61, 0.77]
     assert told["variants"][0]["gain"] is None
     assert told["best"]["pairs"][0]["prompt_id"] == "rocket"
     assert "most above" in told["best"]["rule"] and "least above" in told["worst"]["rule"]

@@ -1,4 +1,4 @@
--- The study's 2 x 2 design (tuned or not, with the negative prompt or without), asked eight
+-- The thesis's 2 x 2 design (tuned or not, with the negative prompt or without), asked eight
 -- questions, and two more where the suite delays the negative prompt. Weights are those of the
 -- variants' values; a cell that lacks a variant of the comparison is left out, and so is one whose
 -- models were asked in other words, drew with another sampler, or had another negative prompt. Where a prompt has

@@ -1,7 +1,7 @@
 """DreamBooth: fine-tuning Stable Diffusion 1.x and 2.x on posters with a caption each.
 
 Ruiz et al. 2023 (arXiv:2208.12242) teach a diffusion model by training it further on a few images;
-here every image brings its own caption, as in the study that posterpipe rebuilds.
+here every image brings its own caption, as in the thesis that posterpipe rebuilds.
 
 What belongs here: a training set and a base model in, a finished model out. What does not: how
 posters become a training set (`training_set`), how images are drawn (`sampler`), and anything of

@@ -268,7 +268,7 @@ def points_chart(
     """Points with intervals from left to right, joined by a line: growth, or a trend.
 
     `name`: unique on the page. `beside`: a second series on the same places, drawn as squares and
-    without intervals (another study's). `reference`: a level across the chart, with its interval as
+    without intervals (the thesis's). `reference`: a level across the chart, with its interval as
     a band. `within`: as of `nice_scale`.
     """
     everything = [*points, *beside, *([reference] if reference else [])]
