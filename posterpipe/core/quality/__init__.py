@@ -8,6 +8,7 @@ A module for each thing that is looked at, and `finding` for what all of them re
 names what is wrong by the names that people know: files of the landing folder, prompts and seeds.
 """
 
+# ruff: noqa: F401  (the names that the package gives)
 from __future__ import annotations
 
 from posterpipe.core.quality.captions import (
@@ -55,39 +56,3 @@ from posterpipe.core.quality.training_set import (
     long_captions,
     shrinkage,
 )
-
-__all__ = [
-    "Finding",
-    "blank_generations",
-    "blank_reason",
-    "blank_training_images",
-    "caption_diversity",
-    "copied_posters",
-    "distinct_n",
-    "enough_posters",
-    "enough_rows",
-    "failed_share",
-    "holdout_overlap",
-    "image_statistics",
-    "impossible_cosines",
-    "incomplete_rows",
-    "long_captions",
-    "missing_images",
-    "near_duplicates",
-    "ngrams",
-    "prompts_sharing_seeds",
-    "rejected_champion",
-    "rejected_share",
-    "repeated_captions",
-    "repeated_share",
-    "score_freshness",
-    "shrinkage",
-    "some_held_out",
-    "source_names",
-    "stored_statistics",
-    "unmeasured_images",
-    "unread_titles",
-    "unscored",
-    "unset_titles",
-    "words",
-]
