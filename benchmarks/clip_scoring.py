@@ -40,7 +40,8 @@ from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.prompts import load_suite
 from posterpipe.core.store import Store
-from posterpipe.settings import ModelRef, Precision, ScorerSettings, load_settings
+from posterpipe.setting_types import Precision
+from posterpipe.settings import ModelRef, ScorerSettings, load_settings
 from posterpipe.starter.render import render
 from posterpipe.starter.world import sample_scene
 

@@ -106,7 +106,7 @@ def run_ours(
     """Trains with the trainer of this project; with `adam_waits`, 8-bit Adam goes through the
     parameters as bitsandbytes does. Raises RunFailed."""
     from posterpipe.core.dreambooth.config import RunConfig, Versions
-    from posterpipe.settings import TrainingSettings
+    from posterpipe.training_settings import TrainingSettings
 
     config = RunConfig(
         base_model=base,

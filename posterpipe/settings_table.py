@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from posterpipe.settings import TrainingSettings, default_root
+from posterpipe.settings import default_root
+from posterpipe.training_settings import TrainingSettings
 
 GUIDE = Path("docs/training.md")
 MARKS = ("<!-- training settings: begin -->", "<!-- training settings: end -->")

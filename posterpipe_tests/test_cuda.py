@@ -40,7 +40,8 @@ from posterpipe.core.dreambooth.train import train
 from posterpipe.core.generations import blocked_reason
 from posterpipe.core.models import give_memory_back
 from posterpipe.core.sampler import ImageRequest, Sampler
-from posterpipe.settings import SamplerSettings, TrainingSettings, default_root
+from posterpipe.settings import SamplerSettings, default_root
+from posterpipe.training_settings import TrainingSettings
 from posterpipe_tests.core.dreambooth.conftest import losses, unet_weights, write_training_set
 from posterpipe_tests.core.dreambooth.test_optimizers import (
     assert_same_bits,

@@ -29,7 +29,9 @@ from typer.main import get_command
 
 from posterpipe.cli import app
 from posterpipe.core.prompts import load_suite
-from posterpipe.settings import Group, Settings, TrainingSettings, default_root, load_settings
+from posterpipe.setting_types import Group
+from posterpipe.settings import Settings, default_root, load_settings
+from posterpipe.training_settings import TrainingSettings
 
 ROOT = default_root()
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))

@@ -9,17 +9,17 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from posterpipe.core.listing import open_place
+from posterpipe.setting_types import Group
 from posterpipe.settings import (
     PROFILES,
-    Group,
     ModelRef,
     Settings,
     SettingsError,
-    TrainingSettings,
     default_root,
     load_settings,
     profile_path,
 )
+from posterpipe.training_settings import TrainingSettings
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from posterpipe.settings import TrainingSettings, default_root
+from posterpipe.settings import default_root
 from posterpipe.settings_table import (
     GUIDE,
     described,
@@ -13,6 +13,7 @@ from posterpipe.settings_table import (
     tables,
     unit_of,
 )
+from posterpipe.training_settings import TrainingSettings
 
 COUNTED = (int, float)
 

@@ -22,7 +22,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from posterpipe.settings import Group, ModelRef, Settings
+from posterpipe.setting_types import Group
+from posterpipe.settings import ModelRef, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from posterpipe.core.errors import first_line
 from posterpipe.core.files import sha256_of
 from posterpipe.core.store import content_key
-from posterpipe.settings import ModelRef, Precision
+from posterpipe.setting_types import Precision
+from posterpipe.settings import ModelRef
 
 if TYPE_CHECKING:
     import torch

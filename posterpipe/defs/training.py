@@ -33,8 +33,9 @@ from posterpipe.defs.resources import (
     thumbnails,
 )
 from posterpipe.defs.staleness import held_out_version
-from posterpipe.settings import SettingsError, TrainingSettings
+from posterpipe.settings import SettingsError
 from posterpipe.settings_table import described
+from posterpipe.training_settings import TrainingSettings
 
 if TYPE_CHECKING:
     from posterpipe.core.dreambooth.reports import StepReport

@@ -186,7 +186,7 @@ class World:
         self.materialize(*names)
         return self.store.read_table("champion").iloc[0]
 
-    def materialize(self, asset: dg.AssetsDefinition) -> None:
+    def make_by_hand(self, asset: dg.AssetsDefinition) -> None:
         """Make another asset, as a person does by hand."""
         definitions = self.definitions()
         inputs = [
@@ -348,7 +348,7 @@ def test_a_checkpoint_of_another_base_model_is_neither_judged_nor_served_nor_com
         pin(decisions, "good", "other", who="Ida Moss", why="it sells", decided_at=now)
     for compares in (scoring.clip_scores, reports.growth_chart, reports.contact_sheet):
         with pytest.raises(BaseModelsDiffer, match="nothing is drawn with it or compared"):
-            world.materialize(compares)
+            world.make_by_hand(compares)
     world.keep("base_generations", own)
     pd.testing.assert_series_equal(world.judge(), first)
 

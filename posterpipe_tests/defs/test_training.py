@@ -34,8 +34,9 @@ from posterpipe.defs.training import (
     launchpad_fields,
     training_settings,
 )
-from posterpipe.settings import SettingsError, TrainingSettings, default_root, load_settings
+from posterpipe.settings import SettingsError, default_root, load_settings
 from posterpipe.settings_table import described
+from posterpipe.training_settings import TrainingSettings
 from posterpipe_tests.core.dreambooth.conftest import write_training_set
 from posterpipe_tests.core.tiny_blip import build_tiny_blip
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion

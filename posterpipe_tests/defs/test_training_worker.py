@@ -25,7 +25,7 @@ from posterpipe.core.dreambooth.guards import trains_in
 from posterpipe.core.dreambooth.launch import launch_command
 from posterpipe.defs import training
 from posterpipe.defs.training import WORKER, _Reports
-from posterpipe.settings import TrainingSettings
+from posterpipe.training_settings import TrainingSettings
 from posterpipe_tests.core.dreambooth.conftest import write_training_set
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
 

@@ -18,7 +18,7 @@ from posterpipe.core.dreambooth import objective
 from posterpipe.core.dreambooth.draws import Stream, vary_caption
 from posterpipe.core.dreambooth.latents import Latents
 from posterpipe.core.dreambooth.objective import PredictionType
-from posterpipe.settings import TrainingSettings
+from posterpipe.training_settings import TrainingSettings
 
 
 @dataclass(frozen=True)

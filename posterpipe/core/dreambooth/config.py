@@ -1,8 +1,8 @@
 """What one training run is told, and the id of the checkpoint it makes.
 
 What belongs here: `RunConfig` and its TOML form, the versions of its inputs, `checkpoint_id`. What
-does not: the knobs themselves (`posterpipe.settings.TrainingSettings`) and anything that needs
-torch: Dagster's code location imports this module.
+does not: the knobs themselves (`posterpipe.training_settings`) and anything that needs torch:
+Dagster's code location imports this module.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from posterpipe.core.dreambooth.effects import deciding
 from posterpipe.core.dreambooth.errors import TrainingError, TrainingSetError
 from posterpipe.core.files import sha256_of
-from posterpipe.settings import SamplerSettings, TrainingSettings
+from posterpipe.settings import SamplerSettings
+from posterpipe.training_settings import TrainingSettings
 
 TRAINER_VERSION = "3"
 """Raised when the same config would give other weights, so that old checkpoints keep their id; also

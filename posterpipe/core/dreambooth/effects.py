@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from posterpipe.settings import TrainingSettings
+from posterpipe.training_settings import TrainingSettings
 
 WATCHING = frozenset(
     {

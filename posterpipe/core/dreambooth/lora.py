@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.errors import first_line
-from posterpipe.settings import TrainingSettings
+from posterpipe.training_settings import TrainingSettings
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -21,7 +21,7 @@ from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.memory import doubt, is_out_of_memory
 from posterpipe.core.models import give_memory_back
-from posterpipe.settings import TrainingSettings
+from posterpipe.training_settings import TrainingSettings
 
 _FOR_IMAGES = 0.25
 """Share of the memory that a fitting run leaves to what images need on their way through a model:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posterpipe.settings import TrainingSettings
+from posterpipe.training_settings import TrainingSettings
 
 
 def make_optimizer(

@@ -62,7 +62,7 @@ from posterpipe.core.dreambooth.saves import (
 from posterpipe.core.dreambooth.schedule import learning_rate
 from posterpipe.core.memory import doubt, is_out_of_memory
 from posterpipe.core.models import give_memory_back
-from posterpipe.settings import TrainingSettings
+from posterpipe.training_settings import TrainingSettings
 
 _SAVES, _LOWEST = "saves", "lowest"
 _AGREE_EVERY_STEPS = 10

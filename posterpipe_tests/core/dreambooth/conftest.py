@@ -17,7 +17,8 @@ from torch import Tensor
 from posterpipe.core.dreambooth import checkpoint
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.reports import Journal, StepReport, TrainResult, draw_curves
-from posterpipe.settings import SamplerSettings, TrainingSettings
+from posterpipe.settings import SamplerSettings
+from posterpipe.training_settings import TrainingSettings
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
 
 CAPTIONS = (

@@ -9,7 +9,7 @@ from posterpipe.core.dreambooth.batches import Batch, Feed, Source, fixed_batche
 from posterpipe.core.dreambooth.draws import Stream, StreamName
 from posterpipe.core.dreambooth.latents import Latents, Shape
 from posterpipe.core.dreambooth.objective import PredictionType
-from posterpipe.settings import TrainingSettings
+from posterpipe.training_settings import TrainingSettings
 
 ALPHAS_BAR = torch.linspace(0.999, 0.001, 1000)
 WIDE, TALL = (4, 2, 4), (4, 4, 2)

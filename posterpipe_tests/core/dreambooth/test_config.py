@@ -16,7 +16,8 @@ from posterpipe.core.dreambooth.config import (
 )
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.launch import launch_command
-from posterpipe.settings import TrainingSettings, default_root, load_settings
+from posterpipe.settings import default_root, load_settings
+from posterpipe.training_settings import TrainingSettings
 from posterpipe_tests.core.dreambooth.conftest import MakeConfig, write_training_set
 
 VERSIONS = Versions(training_set="set", base_model="base")

@@ -9,7 +9,7 @@ import pytest
 from posterpipe.core.dreambooth.config import Versions, checkpoint_id
 from posterpipe.core.dreambooth.effects import remarks
 from posterpipe.core.dreambooth.train import train
-from posterpipe.settings import TrainingSettings
+from posterpipe.training_settings import TrainingSettings
 from posterpipe_tests.core.dreambooth.conftest import MakeConfig
 
 VERSIONS = Versions(training_set="set", base_model="base")

@@ -12,7 +12,7 @@ from transformers import CLIPTextModel
 from posterpipe.core.dreambooth.base_model import count_parameters, load_unet
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.memory import InParts, advice, memory_hint, models_gib
-from posterpipe.settings import TrainingSettings
+from posterpipe.training_settings import TrainingSettings
 from posterpipe_tests.core.dreambooth.conftest import MakeConfig
 
 SD21 = {"unet": 865_910_724, "text_encoder": 340_387_840}

@@ -21,7 +21,8 @@ from posterpipe.core.dreambooth.optimizers import InMemoryOrder, MovingAverage, 
 from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.saves import pack, unpack
 from posterpipe.core.dreambooth.train import train
-from posterpipe.settings import TrainingSettings, default_root
+from posterpipe.settings import default_root
+from posterpipe.training_settings import TrainingSettings
 from posterpipe_tests.core.dreambooth.conftest import MakeConfig
 
 
