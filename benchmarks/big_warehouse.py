@@ -16,11 +16,14 @@ METRICS = (
     "nearest_training", "diversity", "title_distance.drawn", "title_exact.drawn", "title_exact.set",
 )  # fmt: skip
 PROMPTS = 50
+BLOCKED = f"(i < {4 * PROMPTS} AND i % 4 = 0)"
+"""Of the i-th image: the first of `sd` of each prompt."""
 
 
 def build(path: Path, *, scores: int, current: bool) -> Warehouse:
     """A warehouse with `scores` rows of fct_score: ten metrics of every image, four variants of
-    every prompt and seed. `current`: whether its images are the ones that reports are about."""
+    every prompt and seed. Of each prompt, the base model's first image is black, so that its pairs
+    have to be looked up. `current`: whether its images are the ones that reports are about."""
     warehouse = Warehouse(path)
     images = scores // len(METRICS)
     with warehouse.write() as connection:
@@ -55,8 +58,8 @@ def build(path: Path, *, scores: int, current: bool) -> Warehouse:
                 'checkpoint ' || i % 2 AS checkpoint_id,
                 sha256('blob ' || i) AS image,
                 'blobs/' || i || '.png' AS image_path,
-                'ok' AS status,
-                '' AS reason,
+                CASE WHEN {BLOCKED} THEN 'blocked' ELSE 'ok' END AS status,
+                CASE WHEN {BLOCKED} THEN 'all black' ELSE '' END AS reason,
                 64 AS width,
                 96 AS height,
                 '{{}}' AS settings,
@@ -73,10 +76,12 @@ def build(path: Path, *, scores: int, current: bool) -> Warehouse:
             SELECT
                 sha256('image ' || i) AS generation_key,
                 metric_id,
-                0.25 + 0.02 * sin((i // 4) % {PROMPTS}) + 0.01 * (i % 4)
-                    + 0.05 * (hash(i, metric_id) % 1000 / 1000.0 - 0.5) AS value,
-                'ok' AS status,
-                '' AS reason,
+                CASE WHEN NOT {BLOCKED} THEN
+                    0.25 + 0.02 * sin((i // 4) % {PROMPTS}) + 0.01 * (i % 4)
+                    + 0.05 * (hash(i, metric_id) % 1000 / 1000.0 - 0.5)
+                END AS value,
+                CASE WHEN {BLOCKED} THEN 'blocked' ELSE 'ok' END AS status,
+                CASE WHEN {BLOCKED} THEN 'all black' ELSE '' END AS reason,
                 TIMESTAMP '2026-01-01' + INTERVAL (i // 200) MINUTE AS scored_at,
                 'run ' || i // 200 AS run_id
             FROM range({images}) AS numbers(i)

@@ -23,9 +23,12 @@ import pytest
 import yaml
 from dagster_dbt import DbtProject
 
+from benchmarks.big_warehouse import build
+from benchmarks.leaderboard_5m import compiled
 from posterpipe.core import statistics, thesis
 from posterpipe.core.decisions import DECISION_COLUMNS, champion_of, verdicts
 from posterpipe.core.score_report.data import TO_BASELINE
+from posterpipe.core.sql_functions import register
 from posterpipe.core.warehouse import Warehouse, delete_titles
 from posterpipe.defs import dbt_reports, reports
 from posterpipe.defs.alerts import reason_of
@@ -343,6 +346,38 @@ def test_the_leaderboard_is_what_python_computes(world: World) -> None:
             np.testing.assert_allclose(got[column].astype(float), wanted, atol=1e-6, err_msg=column)
         missing = got["blocked"] + got["failed"]
         assert missing.tolist() == expected["missing"].tolist()
+
+
+def test_pairs_are_looked_up_in_their_own_prompt_where_prompts_share_their_seeds(
+    tmp_path: Path,
+) -> None:
+    count = 50_000
+    warehouse = build(tmp_path / "warehouse.duckdb", scores=count, current=True)
+    query = compiled(tmp_path, warehouse.path)
+    with duckdb.connect(str(warehouse.path)) as connection:
+        register(connection)
+
+        def rows_looked_at() -> int:
+            """By the step of the query that has most."""
+            explain = f"explain (analyze, format json) {query}"
+            ((_, plan),) = connection.execute(explain).fetchall()
+            return max(map(int, re.findall(r'"intermediate_rows": (\d+)', plan)))
+
+        assert connection.execute(
+            "select count(distinct prompt_id) from fct_image where status = 'blocked'"
+        ).fetchall() == [(50,)]
+        assert rows_looked_at() == count
+        connection.execute(
+            """
+            update fct_score set value = null, status = 'failed'
+            where generation_key in (
+                select min(generation_key) from fct_image
+                where variant = 'sd' and status = 'ok'
+                group by prompt_id
+            )
+            """
+        )
+        assert rows_looked_at() == count
 
 
 def test_the_leaderboard_and_the_growth_chart_tell_the_same_numbers(world: World) -> None:

@@ -2,10 +2,11 @@
 --
 -- Millions of scores are joined to their images once and added up by numbers instead of names.
 -- Differences are between images of the same prompt and seed, asked in the same words and drawn with
--- the same sampler: those of a variant and prompt are of one table, so all alike in that. Where both variants have a score for
--- the same seeds, that is the difference of the prompt's means; only for prompts where one is
--- missing are the pairs looked up, and a score without its partner left out. Where a prompt has no
--- negative prompt, a negative variant is the image of the one without again, and no answer.
+-- the same sampler: those of a variant and prompt are of one table, so all alike in that. A seed of
+-- which a variant lacks the image (a black one, say) is kept apart from the sum of the prompt's
+-- others, so that it can be left out of the differences that lack it. Only where a metric lacks
+-- further scores are the pairs looked up, and a score without its partner left out. Where a prompt
+-- has no negative prompt, a negative variant is the image of the one without again, and no answer.
 with metrics as (
     select * from {{ ref('stg_metrics') }}
     where is_current
@@ -20,6 +21,7 @@ images as materialized (
         negative_prompt,
         seed,
         checkpoint_id,
+        status,
         settings
     from {{ ref('stg_current_images') }}
 ),
@@ -42,6 +44,14 @@ numbered_images as materialized (
         images.generation_key,
         images.seed,
         answers.answer,
+        case
+            when
+                (images.prompt_id, images.seed) in (
+                    select (prompt_id, seed) from images
+                    where status <> 'ok'
+                )
+                then images.seed
+        end as seed_apart,
         images.generation_key in (
             select generation_key from {{ source('warehouse', 'fct_title') }}
         ) as is_lettered
@@ -54,6 +64,7 @@ scores as not materialized (
     select
         score.metric_id,
         image.answer,
+        image.seed_apart,
         image.seed,
         score.value,
         score.status
@@ -64,17 +75,31 @@ scores as not materialized (
         and {{ is_asked('score.metric_id', 'image.is_lettered') }}
 ),
 
-sums as materialized (
+parts as materialized (
     select
         metric_id,
         answer,
+        seed_apart,
         count(*) as images,
         count(value) as scored,
         count(*) filter (where value is null and status = 'blocked') as blocked,
-        avg(value) as mean,
+        sum(value) as total,
         sum(least(value, 0)) as below_0,
         bit_xor(hash(seed)) filter (where value is not null) as seeds
     from scores
+    group by metric_id, answer, seed_apart
+),
+
+sums as (
+    select
+        metric_id,
+        answer,
+        sum(images) as images,
+        sum(scored) as scored,
+        sum(blocked) as blocked,
+        sum(total) / sum(scored) as mean,
+        sum(below_0) / sum(scored) as mean_below_0
+    from parts
     group by metric_id, answer
 ),
 
@@ -84,54 +109,80 @@ prompts as (
         answers.variant,
         answers.prompt_id,
         answers.checkpoint_id,
-        answers.is_compared,
-        answers.question,
-        sums.answer,
         sums.images,
         sums.scored,
         sums.blocked,
-        metrics.scale,
         {{ as_averaged('sums.mean', 'metrics.scale') }} as mean,
         -- 2.5 x max(cosine, 0) of each image, then the mean (Hessel et al. 2021).
         case
             when sums.metric_id like 'clip\_t.%' escape '\'
-                then 2.5 * (sums.mean - sums.below_0 / sums.scored)
-        end as clip_score,
-        sums.seeds
+                then 2.5 * (sums.mean - sums.mean_below_0)
+        end as clip_score
     from sums
     inner join answers on answers.answer = sums.answer
     inner join metrics on metrics.metric_id = sums.metric_id
 ),
 
-beside_sd as (
+-- Materialized, as `others` below, so that the next join has all of its keys: without the answer,
+-- each part meets those of all prompts.
+compared_parts as materialized (
     select
-        prompts.metric_id,
-        prompts.variant,
-        prompts.prompt_id,
-        prompts.answer,
+        parts.metric_id,
+        answers.variant,
+        answers.prompt_id,
+        answers.answer,
         base.answer as base_answer,
-        prompts.scale,
-        prompts.scored as pairs,
-        prompts.mean - base.mean as difference,
-        prompts.seeds = base.seeds and prompts.scored = base.scored as is_complete
-    from prompts
-    inner join prompts as base
+        parts.seed_apart,
+        parts.scored,
+        parts.total,
+        parts.seeds
+    from answers
+    inner join answers as base
         on
             base.variant = 'sd'
-            and base.metric_id = prompts.metric_id
-            and base.prompt_id = prompts.prompt_id
-            and base.question = prompts.question
-    where prompts.is_compared
+            and base.prompt_id = answers.prompt_id
+            and base.question = answers.question
+    inner join parts on parts.answer = answers.answer
+    where answers.is_compared
+),
+
+beside_sd as (
+    select
+        own.metric_id,
+        own.variant,
+        own.prompt_id,
+        own.answer,
+        own.base_answer,
+        metrics.scale,
+        sum(own.scored) as pairs,
+        sum(own.total) / sum(own.scored) as other,
+        sum(base.total) / sum(base.scored) as base,
+        bool_and(own.scored = base.scored and own.seeds is not distinct from base.seeds)
+            as is_complete
+    from compared_parts as own
+    inner join parts as base
+        on
+            base.answer = own.base_answer
+            and base.metric_id = own.metric_id
+            and base.seed_apart is not distinct from own.seed_apart
+    inner join metrics on metrics.metric_id = own.metric_id
+    where own.seed_apart is null or (own.scored > 0 and base.scored > 0)
+    group by
+        own.metric_id,
+        own.variant,
+        own.prompt_id,
+        own.answer,
+        own.base_answer,
+        metrics.scale
 ),
 
 incomplete as (
     select
         metric_id,
         answer,
-        base_answer,
-        scale
+        base_answer
     from beside_sd
-    where is_complete is not true
+    where not is_complete
 ),
 
 incomplete_scores as materialized (
@@ -146,41 +197,58 @@ incomplete_scores as materialized (
         )
 ),
 
-pairs_looked_up as (
+others as materialized (
     select
         incomplete.metric_id,
         incomplete.answer,
-        incomplete.scale,
-        count(*) as pairs,
-        avg(other.value) as other,
-        avg(base.value) as base
+        incomplete.base_answer,
+        other.seed,
+        other.value
     from incomplete
     inner join incomplete_scores as other
         on other.metric_id = incomplete.metric_id and other.answer = incomplete.answer
-    inner join incomplete_scores as base
-        on
-            base.metric_id = incomplete.metric_id
-            and base.answer = incomplete.base_answer
-            and base.seed = other.seed
-    where other.value is not null and base.value is not null
-    group by incomplete.metric_id, incomplete.answer, incomplete.scale
+    where other.value is not null
 ),
 
-prompt_differences as (
+pairs_looked_up as (
+    select
+        others.metric_id,
+        others.answer,
+        count(*) as pairs,
+        avg(others.value) as other,
+        avg(base.value) as base
+    from others
+    inner join incomplete_scores as base
+        on
+            base.metric_id = others.metric_id
+            and base.answer = others.base_answer
+            and base.seed = others.seed
+    where base.value is not null
+    group by others.metric_id, others.answer
+),
+
+pairs as (
     select
         beside_sd.metric_id,
         beside_sd.variant,
         beside_sd.prompt_id,
-        case when beside_sd.is_complete then beside_sd.pairs else looked_up.pairs end as pairs,
-        case
-            when beside_sd.is_complete then beside_sd.difference
-            else
-                {{ as_averaged('looked_up.other', 'looked_up.scale') }}
-                - {{ as_averaged('looked_up.base', 'looked_up.scale') }}
-        end as difference
+        beside_sd.scale,
+        if(beside_sd.is_complete, beside_sd.pairs, looked_up.pairs) as pairs,
+        if(beside_sd.is_complete, beside_sd.other, looked_up.other) as other,
+        if(beside_sd.is_complete, beside_sd.base, looked_up.base) as base
     from beside_sd
     left join pairs_looked_up as looked_up
         on looked_up.metric_id = beside_sd.metric_id and looked_up.answer = beside_sd.answer
+),
+
+prompt_differences as (
+    select
+        metric_id,
+        variant,
+        prompt_id,
+        pairs,
+        {{ as_averaged('other', 'scale') }} - {{ as_averaged('base', 'scale') }} as difference
+    from pairs
 ),
 
 means as (
