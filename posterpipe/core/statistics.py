@@ -137,8 +137,8 @@ class Effect:
     """Cohen's d of the prompts' differences, of logarithms where ratios are told, with Hedges'
     correction for few (`hedges_g`)."""
     win_rate: float
-    """Share of prompts on the better side, ties half; 0.5 is no preference. NaN where neither side
-    is the better one."""
+    """Share of prompts on the better side, ties half, those by rounding too; 0.5 is no preference.
+    NaN where neither side is the better one."""
     win_low: float
     win_high: float
     """Wilson interval of the win rate."""
@@ -244,7 +244,8 @@ def effect_of(contrast: str, cells: pd.DataFrame, *, better: str = "higher") -> 
     by_prompt = cells.groupby("prompt_id", sort=True)["difference"].mean().to_numpy(dtype=float)
     low, high = bootstrap_interval(by_prompt)
     side = {"higher": 1.0, "lower": -1.0}.get(better, math.nan)
-    wins = float((side * np.sign(by_prompt)).sum() + len(by_prompt)) / 2
+    signs = np.where(np.abs(by_prompt) > NO_SPREAD, np.sign(by_prompt), 0.0)
+    wins = float((side * signs).sum() + len(by_prompt)) / 2
     win_low, win_high = wilson_interval(wins, len(by_prompt))
     return Effect(
         contrast=contrast,
@@ -269,7 +270,7 @@ def hedges_g(differences: np.ndarray) -> float:
         return math.nan
     mean = float(np.mean(differences))
     if not has_spread(differences):
-        return 0.0 if mean == 0 else math.nan
+        return 0.0 if abs(mean) <= NO_SPREAD else math.nan
     return mean / float(np.std(differences, ddof=1)) * (1 - 3 / (4 * (n - 1) - 1))
 
 

@@ -431,6 +431,22 @@ def test_effect_sizes_and_shares_by_hand() -> None:
     assert all(math.isnan(bound) for bound in wilson_interval(0, 0))
 
 
+def test_what_differs_by_rounding_alone_is_won_by_neither_side() -> None:
+    # The fine-tuning changes nothing, and the negative prompt much: -a/2 - b/2 + a/2 + b/2.
+    rng = np.random.default_rng(0)
+    images: list[tuple[str, str, int, float | None]] = []
+    for prompt in range(24):
+        without, with_negative = rng.normal(0.25, 0.03), rng.normal(0.35, 0.03)
+        for variant in VARIANTS:
+            value = with_negative if variant.endswith("negative") else without
+            images.append((variant, f"p{prompt}", 1, value))
+    found = effects(table(images)).set_index("contrast")
+    for contrast in ("tuned", "interaction", "tuned without negative"):
+        assert found["win_rate"][contrast] == 0.5 and found["effect_size"][contrast] == 0
+        assert abs(found["estimate"][contrast]) < 1e-15
+    assert found["win_rate"]["negative"] > 0.9
+
+
 def test_too_little_gives_no_interval() -> None:
     assert all(math.isnan(bound) for bound in bootstrap_interval(np.array([0.3])))
     nothing = mean_interval(table([("sd", "a", 1, None)]))

@@ -1,7 +1,8 @@
 -- Every checkpoint is held against the posters that it was trained on, the base model against those
 -- of the checkpoint that it was last compared with: ids of these metrics name the training set. One
 -- row is of one suite and one setting of the sampler, those of today: the share of copies depends on
--- both.
+-- both. Where there are several sets of posters that a checkpoint was held against, the one in use
+-- now counts, else the one that was scored last.
 --
 -- The base model saw neither set of posters: its gap is how the two sets differ, and the zero of the
 -- gap. `gap_diff_to_sd` is the gap less that, image by image as in `leaderboard`.
@@ -20,12 +21,13 @@ measures as (
         metric_id,
         encoder,
         preprocessing,
+        is_current as is_used,
         case
             {%- for name, prefix in measures.items() %}
             when metric_id like '{{ prefix }}%' then '{{ name }}'
             {%- endfor %}
         end as measure
-    from {{ source('warehouse', 'dim_metric') }}
+    from {{ ref('stg_metrics') }}
 ),
 
 prompt_means as (
@@ -37,6 +39,7 @@ prompt_means as (
         measures.preprocessing,
         measures.measure,
         score.metric_id,
+        measures.is_used,
         count(*) as images,
         count(score.value) as compared,
         avg(score.value) as mean,
@@ -54,7 +57,8 @@ prompt_means as (
         measures.encoder,
         measures.preprocessing,
         measures.measure,
-        score.metric_id
+        score.metric_id,
+        measures.is_used
 ),
 
 all_estimates as (
@@ -65,6 +69,7 @@ all_estimates as (
         preprocessing,
         measure,
         metric_id,
+        is_used,
         cast(sum(images) as bigint) as images,
         cast(sum(compared) as bigint) as compared,
         avg(mean) as mean,
@@ -73,7 +78,7 @@ all_estimates as (
         max(scored_at) as scored_at,
         bool_or(is_current) as is_current
     from prompt_means
-    group by checkpoint_id, variant, encoder, preprocessing, measure, metric_id
+    group by checkpoint_id, variant, encoder, preprocessing, measure, metric_id, is_used
 ),
 
 estimates as (
@@ -81,7 +86,8 @@ estimates as (
     from all_estimates
     qualify row_number() over (
         partition by checkpoint_id, variant, encoder, preprocessing, measure
-        order by scored_at desc, metric_id
+        -- After a change there and back, what was scored first is in use again.
+        order by is_used desc, scored_at desc, metric_id
     ) = 1
 ),
 

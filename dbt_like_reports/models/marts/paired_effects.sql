@@ -117,7 +117,9 @@ estimates as (
         avg(difference) as mean,
         stddev_samp(difference) as deviation,
         bootstrap_interval(list(difference order by prompt_id)) as ends,
-        (count(*) + sum(sign(difference))) / 2 as positives
+        -- A tie is one by rounding as well.
+        (count(*) + sum(case when abs(difference) > {{ no_spread() }} then sign(difference) else 0 end))
+        / 2 as positives
     from prompt_differences
     group by metric_id, comparison
 ),
@@ -158,7 +160,7 @@ measured as (
         {{ t_p_value('estimates.mean', 'estimates.deviation', 'estimates.prompts') }} as p_value,
         -- Hedges' g: the mean over the deviation, corrected for few prompts.
         case
-            when estimates.prompts > 2 and estimates.mean = 0 then 0
+            when estimates.prompts > 2 and abs(estimates.mean) <= {{ no_spread() }} then 0
             when estimates.prompts > 2 and estimates.deviation > {{ no_spread() }} then
                 round(
                     estimates.mean / estimates.deviation

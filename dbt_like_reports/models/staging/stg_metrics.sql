@@ -39,11 +39,23 @@ told_apart as (
         ) as encoders
     from labelled
     left join used on used.metric_id = labelled.metric_id
+),
+
+named as (
+    select
+        *,
+        case when encoders > 1 then label || ' (' || encoder || ')' else label end as name
+    from told_apart
 )
 
 select
     metric_id,
-    case when encoders > 1 then label || ' (' || encoder || ')' else label end as metric,
+    -- Of two versions of one encoder, or of one metric, nothing but the id tells them apart.
+    case
+        when is_current and count(*) over (partition by name, is_current) > 1
+            then name || ' (' || metric_id || ')'
+        else name
+    end as metric,
     encoder,
     preprocessing,
     description,
@@ -62,4 +74,4 @@ select
     is_current,
     place,
     first_seen_at
-from told_apart
+from named
