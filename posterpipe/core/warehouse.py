@@ -24,10 +24,12 @@ Tables (times are UTC; `run_id` names the Dagster run that wrote the row):
     clip_scores         the view that most analysts read
 
 Rows are only ever added, and adding one twice changes nothing. The exceptions: a row with status
-failed, which a later success replaces; what is not known of a checkpoint (NULL), which is filled in
-when it is; fct_nearest, fct_title and fct_reading, where the latest measurement of a key counts,
-since it also depends on the holdout posters and the lettering, and of which the last two lose the
-images that are lettered no more; and the tables current_..., which are replaced as a whole.
+failed, which a later success replaces; the file of an image that was drawn again since its own was
+lost, which may differ in the rounding of its pixels; what is not known of a checkpoint (NULL),
+which is filled in when it is; fct_nearest, fct_title and fct_reading, where the latest measurement
+of a key counts, since it also depends on the holdout posters and the lettering, and of which the
+last two lose the images that are lettered no more; and the tables current_..., which are replaced
+as a whole.
 """
 
 from __future__ import annotations
@@ -531,9 +533,10 @@ class Warehouse:
 def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pd.DataFrame) -> int:
     """Add rows by column name; columns that are left out are NULL, keys that exist are left alone.
 
-    In fct_image and fct_score a row that has failed is replaced by one that has not; in
-    fct_nearest, fct_title and fct_reading a row is replaced by one that says something else.
-    Returns how many of the rows are in the table now that were not.
+    In fct_image and fct_score a row that has failed is replaced by one that has not, and a row of
+    fct_image names the file of the image that was drawn last; in fct_nearest, fct_title and
+    fct_reading a row is replaced by one that says something else. Returns how many of the rows are
+    in the table now that were not.
     """
     if rows.empty:
         return 0
@@ -561,12 +564,20 @@ def _news(connection: duckdb.DuckDBPyConnection, table: str, rows: pd.DataFrame)
     rows = rows.loc[good_first.drop_duplicates(keys).index.sort_values()]
     connection.register("new_keys", rows[keys])
     looked_for = " AND ".join(f"{key} IN (SELECT {key} FROM new_keys)" for key in keys)
+    image = "image" if table == "fct_image" else "NULL"
     there = connection.execute(
-        f"SELECT {', '.join(keys)}, status AS known FROM {table} WHERE {looked_for}"
+        f"SELECT {', '.join(keys)}, status AS known, {image} AS known_image FROM {table} "
+        f"WHERE {looked_for}"
     ).df()
     connection.unregister("new_keys")
     there = there.drop_duplicates(keys)
-    known = rows[keys].merge(there, on=keys, how="left")["known"].to_numpy()
+    held = rows[keys].merge(there, on=keys, how="left")
+    known = held["known"].to_numpy()
+    if table == "fct_image":
+        drawn = ~pd.isna(known) & (known != "failed") & (rows["status"] != "failed").to_numpy()
+        again = drawn & (held["known_image"].to_numpy() != rows["image"].to_numpy())
+        if again.any():
+            _name_files(connection, rows.loc[again, ["generation_key", "image", "image_path"]])
     replaces = (known == "failed") & (rows["status"] != "failed").to_numpy()
     if replaces.any():
         connection.register("replaced", rows.loc[replaces, keys])
@@ -574,6 +585,19 @@ def _news(connection: duckdb.DuckDBPyConnection, table: str, rows: pd.DataFrame)
         connection.execute(f"DELETE FROM {table} USING replaced WHERE {same}")
         connection.unregister("replaced")
     return rows[pd.isna(known) | replaces]
+
+
+def _name_files(connection: duckdb.DuckDBPyConnection, drawn: pd.DataFrame) -> None:
+    """Images (generation_key, image, image_path) that were drawn again: other bytes, same key."""
+    connection.register("drawn_again", drawn)
+    connection.execute(
+        """
+        UPDATE fct_image SET image = drawn_again.image, image_path = drawn_again.image_path
+        FROM drawn_again
+        WHERE fct_image.generation_key = drawn_again.generation_key
+        """
+    )
+    connection.unregister("drawn_again")
 
 
 HELD_COLUMNS = ("generation_key", "value", "status", "reason")

@@ -155,6 +155,22 @@ def test_a_failure_is_replaced_by_a_later_success_and_not_the_other_way(
     assert {row[0]: row[10] for row in everything(warehouse)["fct_image"]}["g4"] == "ok"
 
 
+def test_an_image_that_was_drawn_again_is_named_by_its_new_file(warehouse: Warehouse) -> None:
+    fill(warehouse)
+    before = everything(warehouse)
+    # The file was lost; drawn in a batch of another size, its pixels are rounded otherwise.
+    again = {"image": "1" * 64, "image_path": "blobs/11/1.png"}
+    fill(warehouse, [generation("g1", **again), *GENERATIONS[1:]], [score("g1", 0.9)], LATER)
+    after = everything(warehouse)
+    assert after["fct_score"] == before["fct_score"]
+    first, *others = after["fct_image"]
+    assert first[8:10] == ("1" * 64, "blobs/11/1.png") and others == before["fct_image"][1:]
+    assert (*first[:8], *first[10:]) == (*before["fct_image"][0][:8], *before["fct_image"][0][10:])
+    # One that cannot be drawn again keeps its place.
+    fill(warehouse, [generation("g1", status="failed"), *GENERATIONS[1:]], SCORES, LATER)
+    assert everything(warehouse) == after
+
+
 def test_what_is_current_is_what_was_named_last(warehouse: Warehouse) -> None:
     fill(warehouse)
     fill(warehouse, [GENERATIONS[1], generation("g5")], [score("g5", 0.3)])
