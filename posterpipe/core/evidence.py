@@ -177,7 +177,8 @@ def measure(
     }
     if preference is not None:
         roles[preference[0].metric_id] = "preference"
-    lost = {one.nearest_id: one.lost for one in compared}
+    # Sets that differ in lost posters only have one id: then the challenger's, the first, counts.
+    lost = {one.nearest_id: one.lost for one in reversed(compared)}
     table = _evidence_table(generations, [*metrics, *others], everything, nearest, roles, lost)
     return Measured(metrics, table, nearest, fidelity.calibrations)
 

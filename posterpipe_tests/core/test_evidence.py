@@ -153,6 +153,26 @@ def test_each_checkpoint_is_held_against_what_it_was_trained_on(
     assert sorted(name.partition(".")[0] for name in described - used) == kinds
 
 
+def test_a_lost_training_poster_is_counted_beside_a_champion_that_was_trained_on_the_others(
+    store: Store, warehouse: Warehouse, settings: Settings
+) -> None:
+    seen = posters(store, "training", [i for i in pictures(4, 25) if i])
+    lost, *kept = seen.files
+    trained = {"new": seen, "old": Posters("training", {key: seen.files[key] for key in kept})}
+    seen.files[lost].unlink()
+    tables = [
+        generations(store, pictures(2, seed), variant="dreambooth", checkpoint=name)
+        for seed, name in enumerate(trained)
+    ]
+    evidence = measure(
+        store, warehouse, pd.concat(tables, ignore_index=True), trained,
+        posters(store, "holdout", [i for i in pictures(3, 26) if i]), settings, NoProgress(),
+        challenger="new", run_id="run",
+    )  # fmt: skip
+    copies = evidence.table[evidence.table["role"] == "copies"]
+    assert copies.loc[copies["checkpoint_id"] == "new", "lost_posters"].tolist() == [1, 1]
+
+
 def test_measuring_again_changes_nothing(
     store: Store, warehouse: Warehouse, settings: Settings
 ) -> None:

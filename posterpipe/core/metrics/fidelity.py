@@ -291,8 +291,9 @@ def compare_with_posters(
     `generations` as of `generations.COLUMNS`; `training`: what their models were trained on;
     `holdout`: what none was (`never_trained_on`). Posters in the form in which they were trained
     on, so that a shape is not mistaken for a style. Only embeddings and hashes that the store lacks
-    are computed. A poster that cannot be read is left out of its set; with no readable one in
-    either set, every row has failed with the reason. Raises ModelMissing.
+    are computed. A poster that cannot be read is left out of its set, which is another one then:
+    ids of metrics name the posters that were compared. With no readable one in either set, every
+    row has failed with the reason. Raises ModelMissing.
     """
     drawn = generations[generations["status"] == "ok"]
     control = dict(sorted(training.files.items())[:CONTROL_POSTERS])
@@ -317,7 +318,7 @@ def compare_with_posters(
         calibrations[measured.encoder] = measured.calibration
         nearest.append(measured.nearest(drawn, hashes))
         lost |= training.files.keys() - embeddings.vectors.keys()
-    hash_metric = _hash_metric(training)
+    hash_metric = _hash_metric(digest(key for key in training.files if key in hashes))
     metrics.append(hash_metric)
     distances = _hash_distances(drawn, hashes, training)
     unreadable = {str(key): f"the image {UNREADABLE}" for key in drawn["generation_key"]}
@@ -353,7 +354,7 @@ class _Measured:
         self.holdout = holdout
         self.seen = [key for key in training.files if key in embeddings.vectors]
         self.unseen = [key for key in holdout.files if key in embeddings.vectors]
-        self.measures = _measures(settings, root, training, holdout)
+        self.measures = _measures(settings, root, digest(self.seen), digest(self.unseen))
         self.calibration = CopyCalibration((), alarm)
         self.strangers = list(holdout.files)
         if self.seen and self.unseen:
@@ -435,20 +436,24 @@ class _Measured:
 
 
 def _measures(
-    settings: ScorerSettings, root: Path, training: Posters, holdout: Posters
+    settings: ScorerSettings, root: Path, training: str, holdout: str
 ) -> dict[str, Metric]:
-    """The metrics of one encoder."""
+    """The metrics of one encoder; `training` and `holdout`: digests of the posters compared with.
+
+    Rows of one id never change. Were those that cannot be read just now in the digest, numbers
+    without them would stay when they are put back.
+    """
     encoder = encoder_id(settings, root)
     kind = "DINO" if "dino" in encoder.lower() else "CLIP-I"
-    both = digest([training.digest, holdout.digest])
+    both = digest([training, holdout])
     told = {
         "holdout": (
-            f"similarity.holdout.{holdout.digest}",
+            f"similarity.holdout.{holdout}",
             "holdout",
             "mean cosine with posters that were never trained on, -1 to 1",
         ),
         "training": (
-            f"similarity.training.{training.digest}",
+            f"similarity.training.{training}",
             "training",
             "mean cosine with the posters trained on, -1 to 1",
         ),
@@ -459,7 +464,7 @@ def _measures(
             "base model's is the zero",
         ),
         "nearest": (
-            f"nearest.training.{training.digest}",
+            f"nearest.training.{training}",
             "nearest training poster",
             "cosine with the nearest poster trained on, -1 to 1",
         ),
@@ -476,9 +481,9 @@ def _measures(
 # --- perceptual hashes --------------------------------------------------------------------------
 
 
-def _hash_metric(training: Posters) -> Metric:
+def _hash_metric(training: str) -> Metric:
     return Metric(
-        metric_id=f"phash.training.{training.digest}.v{HASH_VERSION}",
+        metric_id=f"phash.training.{training}.v{HASH_VERSION}",
         name="perceptual hash distance",
         encoder="",
         revision="",

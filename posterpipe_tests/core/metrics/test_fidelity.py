@@ -325,6 +325,35 @@ def test_training_posters_that_cannot_be_read_are_counted(store: Store, root: Pa
     assert of(unknown, "CLIP-I holdout").status.tolist() == ["ok"]
 
 
+@pytest.mark.parametrize("lacking", ["training", "holdout"])
+def test_numbers_without_a_poster_that_cannot_be_read_do_not_stay_when_it_is_put_back(
+    store: Store, root: Path, lacking: str
+) -> None:
+    table = generations(store, pictures(2, 55))
+    sets = {
+        name: posters(store, name, pictures(3, seed))
+        for name, seed in (("training", 56), ("holdout", 57))
+    }
+    path = next(iter(sets[lacking].files.values()))
+    whole = path.read_bytes()
+    path.unlink()
+    without = compared(store, root, table, sets["training"], sets["holdout"])
+    store.put(whole, ".png")
+    result = compared(store, root, table, sets["training"], sets["holdout"])
+    named = {metric.name: metric.metric_id for metric in result.metrics}
+    before = {metric.name: metric.metric_id for metric in without.metrics}
+    changed = {name for name, metric_id in named.items() if before[name] != metric_id}
+    of_training = {"CLIP-I training", "CLIP-I nearest training poster", "perceptual hash distance"}
+    assert changed == {
+        "CLIP-I overfit gap", *(of_training if lacking == "training" else {"CLIP-I holdout"})
+    }  # fmt: skip
+    fewer = Posters(lacking, dict(list(sets[lacking].files.items())[1:]))
+    sets[lacking] = fewer
+    alone = compared(store, root, table, sets["training"], sets["holdout"])
+    assert {metric.metric_id for metric in alone.metrics} == set(before.values())
+    pd.testing.assert_frame_equal(without.scores, alone.scores)
+
+
 def test_the_scorer_serves_where_no_encoder_is_configured() -> None:
     scorer = ModelRef(id="data/models/starter/scorer", revision=None)
     (only,) = evidence_encoders(EvidenceSettings(), scorer)
