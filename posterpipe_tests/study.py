@@ -265,7 +265,8 @@ def _read(
 
 
 def decisions() -> pd.DataFrame:
-    """The gate held the first checkpoint, a person pinned it and let go, the second is promoted."""
+    """The gate held the first checkpoint, a person pinned it and let go, the second is promoted,
+    with PickScore, which was not measured before."""
     checks = [
         {"name": "complete", "outcome": "pass", "value": 0.0, "low": None, "high": None,
          "limit": 0.0, "reason": "36 of 36 cells have a score"},
@@ -278,15 +279,19 @@ def decisions() -> pd.DataFrame:
     rows = pd.concat([rows, pinned], ignore_index=True)
     free = unpin(rows, BASE, who="ada", why="enough", decided_at=NOW + dt.timedelta(hours=3))
     passed = [{**check, "outcome": "pass"} for check in checks]
-    promoted = pd.DataFrame([_decision("promote", NEW, BASE, passed, 30)])
+    preferred = {"estimate": 0.4, "low": 0.1, "high": 0.7, "prompts": 24, "win_rate": 0.875,
+                 "win_low": 0.69, "win_high": 0.957}  # fmt: skip
+    beside = {"sensitivity": 0.72, "lost": 0, "preference": preferred,
+              "specific": preferred | {"estimate": -0.01, "low": -0.02, "high": 0.003}}  # fmt: skip
+    promoted = pd.DataFrame([_decision("promote", NEW, BASE, passed, 30, **beside)])
     return pd.concat([rows, free, promoted], ignore_index=True)
 
 
 def _decision(
-    verdict: str, checkpoint: str, before: str, checks: list[dict], hours: int
+    verdict: str, checkpoint: str, before: str, checks: list[dict], hours: int, **beside: object
 ) -> dict[str, object]:
     numbers = {"checks": checks, "expected": 36, "missing": 0, "blocked": 1, "copies": 2,
-               "compared": 35}  # fmt: skip
+               "compared": 35, **beside}  # fmt: skip
     return {
         "decision_id": content_key(verdict, checkpoint, hours),
         "decided_at": NOW + dt.timedelta(hours=hours),

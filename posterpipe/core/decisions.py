@@ -72,10 +72,12 @@ def decision_row(
         "blocked_of_champion": evidence.blocked_of_champion,
         "copies": evidence.copies,
         "compared": evidence.compared,
+        "sensitivity": evidence.sensitivity,
         "lost": evidence.lost,
     }
-    if evidence.specific is not None:
-        numbers["specific"] = asdict(evidence.specific)
+    for name, effect in (("specific", evidence.specific), ("preference", evidence.preference)):
+        if effect is not None:
+            numbers[name] = asdict(effect)
     if evidence.clip_to_base is not None:
         numbers["missing_of_base"] = evidence.missing_of_base
     row = _row(

@@ -617,7 +617,16 @@ def test_people_who_prefer_it_make_up_for_fidelity() -> None:
     evidence = judged(fidelity=0.6005).evidence
     liked = dataclasses.replace(evidence.fidelity, win_rate=0.9, win_low=0.7, win_high=0.97)
     with_preference = dataclasses.replace(evidence, preference=liked)
-    assert decide(with_preference, SETTINGS).verdict == "promote"
+    decision = decide(with_preference, SETTINGS)
+    assert decision.verdict == "promote"
+    # What decided is in the row, as are the other numbers that checks read.
+    numbers = json.loads(decision_row(decision, history(), "base", decided_at=START)["numbers"][0])
+    told = numbers["preference"]
+    assert (told["win_rate"], told["win_low"], told["win_high"]) == (0.9, 0.7, 0.97)
+    assert told["low"] < told["estimate"] < told["high"] and told["prompts"] == 24
+    assert numbers["sensitivity"] == 0.9 and "specific" not in numbers
+    unknown = decision_row(judged(sensitivity=math.nan), history(), "base", decided_at=START)
+    assert json.loads(unknown["numbers"][0])["sensitivity"] is None
     unsure = dataclasses.replace(liked, win_low=0.45)
     assert decide(dataclasses.replace(evidence, preference=unsure), SETTINGS).verdict == "hold"
 

@@ -549,6 +549,12 @@ def test_who_is_champion_after_each_decision_is_what_the_gate_says(world: World)
     assert expected == [study.BASE, study.OLD, study.BASE, study.NEW]
     assert log["is_latest"].tolist() == [False, False, False, True]
     assert log["checks_undecided"].tolist() == [1, 0, 0, 0]
+    # Decisions of before these numbers were told, and of people, have none.
+    told = ["copy_sensitivity", "specific_difference", "preference_difference",
+            "preference_low_95", "preference_high_95", "preference_prompts",
+            "preference_win_rate", "preference_win_low_95", "preference_win_high_95"]  # fmt: skip
+    assert log[told].iloc[:-1].isna().all(axis=None)
+    assert log[told].iloc[-1].tolist() == [0.72, -0.01, 0.4, 0.1, 0.7, 24, 0.875, 0.69, 0.957]
     trend = world.query("from checkpoint_trend where is_headline")
     assert set(trend.loc[trend["is_champion"], "checkpoint_id"]) == {study.NEW}
     assert set(trend["checkpoint_id"]) == {study.BASE, study.OLD, study.NEW}

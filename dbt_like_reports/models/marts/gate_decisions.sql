@@ -40,8 +40,32 @@ select
     cast(
         json_extract_string(decisions.numbers, '$.blocked_of_champion') as bigint
     ) as champion_blocked_images,
+    cast(
+        json_extract_string(decisions.numbers, '$.missing_of_base') as bigint
+    ) as base_missing_images,
     cast(json_extract_string(decisions.numbers, '$.compared') as bigint) as compared_images,
     cast(json_extract_string(decisions.numbers, '$.copies') as bigint) as copied_images,
+    cast(json_extract_string(decisions.numbers, '$.sensitivity') as double) as copy_sensitivity,
+    cast(json_extract_string(decisions.numbers, '$.lost') as bigint) as lost_posters,
+    {%- for name in ('specific', 'preference') %}
+    cast(
+        json_extract_string(decisions.numbers, '$.{{ name }}.estimate') as double
+    ) as {{ name }}_difference,
+    cast(json_extract_string(decisions.numbers, '$.{{ name }}.low') as double) as {{ name }}_low_95,
+    cast(json_extract_string(decisions.numbers, '$.{{ name }}.high') as double) as {{ name }}_high_95,
+    cast(
+        json_extract_string(decisions.numbers, '$.{{ name }}.prompts') as bigint
+    ) as {{ name }}_prompts,
+    {%- endfor %}
+    cast(
+        json_extract_string(decisions.numbers, '$.preference.win_rate') as double
+    ) as preference_win_rate,
+    cast(
+        json_extract_string(decisions.numbers, '$.preference.win_low') as double
+    ) as preference_win_low_95,
+    cast(
+        json_extract_string(decisions.numbers, '$.preference.win_high') as double
+    ) as preference_win_high_95,
     decisions.champion_after,
     decisions.place = max(decisions.place) over () as is_latest
 from decisions

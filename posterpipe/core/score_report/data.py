@@ -72,7 +72,10 @@ MARTS: Mapping[str, tuple[str, ...]] = {
     ),
     "gate_decisions": (
         "decision_id", "decided_at", "checkpoint_id", "champion_before", "decision", "reason",
-        "decided_by", "by_person", "champion_after",
+        "decided_by", "by_person", "champion_after", "copy_sensitivity", "specific_difference",
+        "specific_low_95", "specific_high_95", "specific_prompts", "preference_difference",
+        "preference_low_95", "preference_high_95", "preference_prompts", "preference_win_rate",
+        "preference_win_low_95", "preference_win_high_95",
     ),
     "gate_checks": (
         "decision_id", "place", "check_name", "outcome", "value", "low_95", "high_95",

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from posterpipe.core.gate import RULE
+from posterpipe.core.gate import LEAST_SENSITIVITY, RULE
 from posterpipe.core.score_report import charts
 from posterpipe.core.score_report.data import (
     BASELINE,
@@ -307,7 +307,48 @@ def _decision(row: Row, checks: Sequence[Row]) -> dict[str, Any]:
             }
             for check in checks
         ],
+        "beside": _beside_checks(row),
     }
+
+
+def _beside_checks(row: Row) -> list[dict[str, Any]]:
+    """What checks read beside their own number, where it was measured."""
+    found = []
+    if number(row["copy_sensitivity"]) is not None:
+        found.append(
+            {
+                "name": "altered posters found",
+                "value": rounded(row["copy_sensitivity"]),
+                "interval": DASH,
+                "limit": rounded(LEAST_SENSITIVITY),
+                "reason": "copies: share of training posters, cut and compressed a bit, that would "
+                "count as copies",
+            }
+        )
+    if number(row["specific_difference"]) is not None:
+        found.append(
+            {
+                "name": "CLIP-T specific",
+                "value": charts.signed(row["specific_difference"]),
+                "interval": interval(row, "specific_low_95", "specific_high_95", sign=True),
+                "limit": DASH,
+                "reason": "CLIP-T: own text less those of other prompts, challenger less champion, "
+                f"{count(row, 'specific_prompts')} prompts",
+            }
+        )
+    if number(row["preference_win_rate"]) is not None:
+        found.append(
+            {
+                "name": "preferred by PickScore",
+                "value": rounded(row["preference_win_rate"]),
+                "interval": interval(row, "preference_win_low_95", "preference_win_high_95"),
+                "limit": rounded(0.5),
+                "reason": f"fidelity: share of {count(row, 'preference_prompts')} prompts; the "
+                f"difference of PickScore is {charts.signed(row['preference_difference'])} "
+                f"({interval(row, 'preference_low_95', 'preference_high_95', sign=True)})",
+            }
+        )
+    return found
 
 
 # --- data quality ---------------------------------------------------------------------------------

@@ -140,6 +140,8 @@ def test_every_section_is_there_and_filled(pages: dict[str, Parsed]) -> None:
     assert "THING 1" in pages["legibility.html"].text
     assert "by ada" in pages["gate.html"].text and "36 of 36 cells" in pages["gate.html"].text
     assert RULE in " ".join(pages["gate.html"].text.split())
+    told = "share of 24 prompts; the difference of PickScore is +0.400 (+0.100 to +0.700)"
+    assert pages["gate.html"].text.count(told) == 1, "of the decision that has it"
     data = pages["data.html"].text
     assert "resembles another" in data and "This publication" in data and "publishi" in data
     assert "What does 0.30 mean?" in pages["glossary.html"].text
