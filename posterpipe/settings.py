@@ -149,7 +149,11 @@ class SamplerSettings(Group):
         "dpmsolver++", description="dpmsolver++ is DPMSolverMultistepScheduler"
     )
     batch_size: int = Field(
-        8, ge=0, description="images drawn at once; 0: found by trial. Halved when memory runs out"
+        8,
+        ge=0,
+        description="images drawn at once; 0: found by trial. Halved when memory runs out. Another "
+        "size rounds some pixels otherwise: with 0, a run that goes on after a kill may differ in "
+        "these from one that was not interrupted",
     )
     precision: Precision = Field("fp32", description="of the computation")
     negative_from: float = Field(

@@ -179,9 +179,11 @@ def generate(
     model serves, the latter for prompts that hold them; `base_dir` is the model behind LoRA weights
     (see `Sampler`); `model_id` is the model's fingerprint or the checkpoint's id, under which its
     images are kept. The model is loaded only if something is missing. Finished images are kept when
-    a run is stopped. A batch that fails is drawn again one by one; an image that still fails is a
-    row with status failed and is tried again next time. Raises SamplerError when there is no image
-    at all then, DeviceGone where no further one can be drawn, and ModelMissing.
+    a run is stopped; the next one draws the others to the same bytes, unless the batch has another
+    size then, since it was found by trial or memory ran out: that rounds pixels otherwise. A batch
+    that fails is drawn again one by one; an image that still fails is a row with status failed and
+    is tried again next time. Raises SamplerError when there is no image at all then, DeviceGone
+    where no further one can be drawn, and ModelMissing.
     """
     prompts = suite_prompts(suite) if isinstance(suite, pd.DataFrame) else list(suite)
     known = (*VARIANTS, *DELAYED_VARIANTS)

@@ -246,7 +246,10 @@ class Sampler:
         return images
 
     def settle_batch_size(self, images: int) -> None:
-        """Finds by trial how many of `images` are best drawn at once, where no setting says."""
+        """Finds by trial how many of `images` are best drawn at once, where no setting says.
+
+        Times decide, so the next trial may find another size, all the more for fewer images.
+        """
         if self.batch_size == 0:
             images = max(1, images)
             most = best_batch_size(self._time_a_step, min(MOST_AT_ONCE, images))
