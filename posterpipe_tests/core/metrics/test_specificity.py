@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from posterpipe.core.metrics import encoders
+from posterpipe.core.metrics.clip import cosines
 from posterpipe.core.metrics.specificity import (
     PromptSpecificity,
     measure_specificity,
@@ -121,6 +122,41 @@ def test_the_negative_control_shows_no_effect_of_following_prompts() -> None:
     )
     assert specific.low > 0.1
     assert control.low < 0 < control.high
+
+
+def test_with_the_prompts_permuted_a_planted_effect_is_gone() -> None:
+    """The negative control of the statistics: images are scored with another prompt's text."""
+    rng = np.random.default_rng(11)
+    prompts, seeds, studies = 24, 4, 200
+    own = np.repeat(np.arange(prompts), seeds)
+    called = {"own": 0, "permuted": 0}
+
+    def unit(vectors: np.ndarray) -> np.ndarray:
+        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+    for _ in range(studies):
+        texts = unit(rng.normal(size=(prompts, 64)))
+        # Along one random circle, so that none keeps its own.
+        circle = rng.permutation(prompts)
+        permuted = np.empty(prompts, dtype=int)
+        permuted[circle] = np.roll(circle, 1)
+        images = {
+            variant: unit(follows * texts[own] + unit(rng.normal(size=(prompts * seeds, 64))))
+            for variant, follows in {"sd": 0.3, "dreambooth": 0.5}.items()
+        }
+        for name, asked in (("own", own), ("permuted", permuted[own])):
+            scores = [
+                pd.DataFrame(
+                    {"variant": variant, "prompt_id": own, "seed": np.arange(len(own)),
+                     "clip_cosine": cosines(drawn, texts[asked])}
+                )
+                for variant, drawn in images.items()
+            ]  # fmt: skip
+            found = effect(pd.concat(scores), name, CONTRASTS["tuned without negative"])
+            called[name] += not found.low < 0 < found.high
+    assert called["own"] == studies
+    # As often as 95 % intervals miss a truth of 0.
+    assert 0.02 * studies <= called["permuted"] <= 0.08 * studies, called
 
 
 def test_a_text_that_fits_as_well_counts_half() -> None:
