@@ -120,6 +120,17 @@ def instance(tmp_path: Path, empty_home: Path) -> Iterator[dg.DagsterInstance]:
 
 
 @pytest.fixture
+def instance_with_logs(tmp_path: Path, empty_home: Path) -> Iterator[dg.DagsterInstance]:
+    """The same, which keeps on disk what runs and ticks log, as Dagster does unless told
+    otherwise."""
+    home = tmp_path / "dagster_home_with_logs"
+    shutil.copytree(empty_home, home)
+    (home / "dagster.yaml").write_text("telemetry: {enabled: false}")
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        yield instance
+
+
+@pytest.fixture
 def make_world(tmp_path: Path, instance: dg.DagsterInstance) -> MakeWorld:
     """`make_world(a="", b="a", c="a b", checked="a")`: a world of assets and what they read."""
 

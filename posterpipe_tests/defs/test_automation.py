@@ -489,7 +489,7 @@ def test_the_policy_and_the_sweep_run_unless_told_otherwise() -> None:
 
 
 def test_the_policy_is_evaluated_where_its_condition_is_known_and_leaves_no_log_behind(
-    instance: dg.DagsterInstance,
+    instance_with_logs: dg.DagsterInstance,
 ) -> None:
     settings = load_settings("starter")
     defs = build_defs(settings)
@@ -497,7 +497,7 @@ def test_the_policy_is_evaluated_where_its_condition_is_known_and_leaves_no_log_
     assert not policy.is_serializable
     # As the daemon asks for a tick: what is logged goes into a file of the tick.
     with dg.SensorEvaluationContext(
-        instance.get_ref(),
+        instance_with_logs.get_ref(),
         log_key=["__repository__", "automation", "1"],
         repository_name="__repository__",
         repository_def=defs.get_repository_def(),
@@ -507,7 +507,8 @@ def test_the_policy_is_evaluated_where_its_condition_is_known_and_leaves_no_log_
     judged = {one.key for one in evaluated.automation_condition_evaluations}
     assert dg.AssetKey("resized_posters") in judged and not evaluated.run_requests
     # It is asked every 15 seconds, for ever.
-    left = [file for file in Path(instance.root_directory).rglob("*") if "automation" in str(file)]
+    home = Path(instance_with_logs.root_directory)
+    left = [file for file in home.rglob("*") if "automation" in str(file)]
     assert left == []
 
 

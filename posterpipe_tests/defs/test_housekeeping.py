@@ -55,27 +55,30 @@ def tick(instance: dg.DagsterInstance, name: str, days_ago: float) -> Path:
 
 
 def test_logs_of_ticks_go_after_a_week_and_those_of_others_stay(
-    instance: dg.DagsterInstance,
+    instance_with_logs: dg.DagsterInstance,
 ) -> None:
-    old, young = tick(instance, "talkative", KEPT_DAYS + 1), tick(instance, "talkative", 6)
-    others = tick(instance, "of_another_code_location", KEPT_DAYS + 1)
-    run = dg.materialize([posters], instance=instance)
-    (ofrun,) = Path(instance.root_directory, "storage", run.run_id).rglob("*.err")
+    old, young = (
+        tick(instance_with_logs, "talkative", KEPT_DAYS + 1),
+        tick(instance_with_logs, "talkative", 6),
+    )
+    others = tick(instance_with_logs, "of_another_code_location", KEPT_DAYS + 1)
+    run = dg.materialize([posters], instance=instance_with_logs)
+    (ofrun,) = Path(instance_with_logs.root_directory, "storage", run.run_id).rglob("*.err")
     os.utime(ofrun, (0, 0))
-    assert "1 logs of ticks" in look(instance)
+    assert "1 logs of ticks" in look(instance_with_logs)
     assert [file.exists() for file in (old, young, others, ofrun)] == [False, True, True, True]
-    assert "0 logs of ticks" in look(instance)
+    assert "0 logs of ticks" in look(instance_with_logs)
 
 
 def test_a_look_ends_in_time_and_the_next_one_goes_on(
-    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+    instance_with_logs: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = tick(instance, "talkative", KEPT_DAYS + 1)
+    old = tick(instance_with_logs, "talkative", KEPT_DAYS + 1)
     with monkeypatch.context() as slow:
         slow.setattr("posterpipe.defs.housekeeping.SECONDS_A_LOOK", 0.0)
-        look(instance)
+        look(instance_with_logs)
     assert old.exists()
-    look(instance)
+    look(instance_with_logs)
     assert not old.exists()
 
 
