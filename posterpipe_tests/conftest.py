@@ -38,6 +38,11 @@ def _what_was_imported_stays() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Lets all go as usual: DuckDB's bindings tell of what is left, on the screen."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def published_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store of `report_world`: read it only. dbt takes long to make it, so it is one for all

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from posterpipe.core.dreambooth import checkpoint
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.reports import Journal, StepReport, TrainResult, draw_curves
 from posterpipe.settings import SamplerSettings
@@ -30,8 +29,8 @@ CAPTIONS = (
 )
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _curves_are_drawn_once() -> Iterator[None]:
+@pytest.fixture(scope="package")
+def curves_drawn_once() -> Iterator[None]:
     """The picture of a run's curves takes as long as its few steps: that of the first run is all
     others' as well. `test_pipeline.py` and `test_reports.py` look at pictures of their own."""
     pictures: list[bytes] = []
@@ -43,7 +42,7 @@ def _curves_are_drawn_once() -> Iterator[None]:
         path.write_bytes(pictures[0])
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checkpoint, "draw_curves", draw)
+        patched.setattr("posterpipe.core.dreambooth.checkpoint.draw_curves", draw)
         yield
 
 
@@ -121,7 +120,9 @@ def interrupt_at(step: int) -> Callable[[StepReport], None]:
 
 
 @pytest.fixture
-def make_config(tmp_path: Path, base_model: Path, training_set: Path) -> MakeConfig:
+def make_config(
+    tmp_path: Path, base_model: Path, training_set: Path, curves_drawn_once: None
+) -> MakeConfig:
     """A RunConfig of a few fast steps; keywords change the training settings."""
 
     def make(
