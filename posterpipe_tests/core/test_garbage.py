@@ -8,8 +8,6 @@ import multiprocessing
 import os
 import random
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -23,7 +21,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from typer.testing import CliRunner, Result
 
+from posterpipe.cli import app
 from posterpipe.core.arrivals import holdout_entries
 from posterpipe.core.decisions import GATE, write_decisions
 from posterpipe.core.evidence import held_out
@@ -41,7 +41,6 @@ from posterpipe.core.progress import NoProgress
 from posterpipe.core.provenance import CHECKPOINT, TABLE, TRAINING_SET, lineage_path
 from posterpipe.core.store import Store, StoreError, compute_missing
 from posterpipe.core.warehouse import Warehouse
-from posterpipe_tests.core.test_holdout_set import settings_for as holdout_settings
 from posterpipe_tests.core.tiny_blip import build_tiny_blip
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -211,6 +210,9 @@ def training(store: Store, name: str, trains_on: str) -> Path:
 def test_nothing_goes_that_is_made_of_the_held_out_posters_of_now(
     store: Store, tmp_path: Path
 ) -> None:
+    # It imports torch, which the other processes of these tests can do without.
+    from posterpipe_tests.core.test_holdout_set import settings_for as holdout_settings
+
     (tmp_path / "holdout").mkdir()
     for number in range(3):
         pixels = np.random.default_rng(number).integers(0, 256, (120, 80, 3), dtype=np.uint8)
@@ -610,10 +612,9 @@ def test_a_step_and_gc_at_full_speed_beside_each_other(tmp_path: Path) -> None:
 # -- the command ---------------------------------------------------------------------------------
 
 
-def gc(store: Store, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "POSTERPIPE_STORE": str(store.root), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "posterpipe.cli", "gc", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+def gc(store: Store, *arguments: str) -> Result:
+    environment = {"POSTERPIPE_STORE": str(store.root), "COLUMNS": "200"}
+    return CliRunner().invoke(app, ["gc", *arguments], env=environment)
 
 
 def test_the_command_lists_and_only_with_yes_removes(store: Store) -> None:
@@ -621,12 +622,12 @@ def test_the_command_lists_and_only_with_yes_removes(store: Store) -> None:
     store.write_table("t", table_of(named))
     age(store.root)
     listed = gc(store)
-    assert listed.returncode == 0, listed.stderr
+    assert listed.exit_code == 0, listed.output
     assert f"{unnamed}.png" in listed.stdout and "2.5 MB" in listed.stdout
     assert "Nothing was removed" in listed.stdout and "--yes" in listed.stdout
     assert store.path(unnamed, ".png").exists()
     done = gc(store, "--yes")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     assert "Removed 1 items, 2.5 MB" in done.stdout
     assert not store.path(unnamed, ".png").exists()
     assert "Nothing to remove" in gc(store, "--yes").stdout
