@@ -203,9 +203,9 @@ def studio(browser: Browser, deployment: Deployment) -> Iterator[tuple[str, byte
         page.get_by_role("heading", level=1).wait_for()
         page.locator(".st-key-do-example-0 button").click()  # puts in words and title
         page.get_by_text("Title, lettering, seed, model").click()
-        if not page.get_by_text(re.compile("^Champion ")).count():  # the base model is served
-            page.get_by_label("Model", exact=True).click()
-            page.get_by_role("option", name=re.compile("^Checkpoint ")).first.click()
+        page.wait_for_timeout(2000)  # drawn anew with the example, the page closes an open list
+        page.get_by_label("Model", exact=True).click()
+        page.get_by_role("option", name=re.compile("^(Champion|Checkpoint) ")).first.click()
         page.get_by_role("button", name="Generate").click()
         page.get_by_role("button", name="Save Poster").first.wait_for()
         page.get_by_role("button", name="Cancel").wait_for(state="detached")
