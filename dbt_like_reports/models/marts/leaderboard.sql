@@ -7,87 +7,110 @@
 -- others, so that it can be left out of the differences that lack it. Only where a metric lacks
 -- further scores are the pairs looked up, and a score without its partner left out. Where a prompt
 -- has no negative prompt, a negative variant is the image of the one without again, and no answer.
-with metrics as (
-    select * from {{ ref('stg_metrics') }}
+with metrics as materialized (
+    select
+        *,
+        row_number() over () as number
+    from {{ ref('stg_metrics') }}
     where is_current
 ),
 
-images as materialized (
+-- Hashes stand for names: of 64 bits, they are added up by faster, and are found without a join.
+images as (
     select
         generation_key,
-        variant,
-        prompt_key,
-        prompt_id,
-        negative_prompt,
         seed,
-        checkpoint_id,
-        status,
-        settings
+        hash(variant, prompt_id) as answer,
+        case
+            when
+                (prompt_id, seed) in (
+                    select (prompt_id, seed) from {{ ref('stg_current_images') }}
+                    where status <> 'ok'
+                )
+                then seed
+        end as seed_apart,
+        generation_key in (
+            select generation_key from {{ source('warehouse', 'fct_title') }}
+        ) as is_lettered
     from {{ ref('stg_current_images') }}
-),
-
-answers as materialized (
-    select
-        variant,
-        prompt_id,
-        min(checkpoint_id) as checkpoint_id,
-        variant <> 'sd' and (variant not like '%negative%' or min(negative_prompt) <> '')
-            as is_compared,
-        {{ question('min(prompt_key)', 'min(settings)') }} as question,
-        row_number() over () as answer
-    from images
-    group by variant, prompt_id
 ),
 
 numbered_images as materialized (
     select
-        images.generation_key,
-        images.seed,
-        answers.answer,
-        case
-            when
-                (images.prompt_id, images.seed) in (
-                    select (prompt_id, seed) from images
-                    where status <> 'ok'
-                )
-                then images.seed
-        end as seed_apart,
-        images.generation_key in (
-            select generation_key from {{ source('warehouse', 'fct_title') }}
-        ) as is_lettered
+        generation_key,
+        answer,
+        seed,
+        hash(seed) as seed_number,
+        seed_apart,
+        is_lettered,
+        hash(answer, seed_apart, is_lettered) as part
     from images
-    inner join answers
-        on answers.variant = images.variant and answers.prompt_id = images.prompt_id
 ),
 
-scores as not materialized (
+-- What is said of a part in names, once for its images.
+named_parts as materialized (
     select
-        score.metric_id,
-        image.answer,
-        image.seed_apart,
-        image.seed,
-        score.value,
-        score.status
+        part,
+        any_value(answer) as answer,
+        any_value(seed_apart) as seed_apart,
+        any_value(is_lettered) as is_lettered,
+        any_value(generation_key) as generation_key
+    from numbered_images
+    group by part
+),
+
+answers as materialized (
+    select
+        image.variant,
+        image.prompt_id,
+        image.checkpoint_id,
+        image.variant <> 'sd'
+            and (image.variant not like '%negative%' or image.negative_prompt <> '')
+            as is_compared,
+        {{ question('image.prompt_key', 'image.settings') }} as question,
+        firsts.answer
+    from (
+        select
+            answer,
+            any_value(generation_key) as generation_key
+        from named_parts
+        group by answer
+    ) as firsts
+    inner join {{ ref('stg_current_images') }} as image
+        on image.generation_key = firsts.generation_key
+),
+
+numbered_parts as (
+    select
+        metrics.number as metric,
+        image.part,
+        count(*) as images,
+        count(score.value) as scored,
+        count(if(score.value is null and score.status = 'blocked', 1, null)) as blocked,
+        sum(score.value) as total,
+        sum(least(score.value, 0)) as below_0,
+        bit_xor(if(score.value is null, 0, image.seed_number)) as seeds
     from {{ source('warehouse', 'fct_score') }} as score
     inner join numbered_images as image on image.generation_key = score.generation_key
-    where
-        score.metric_id in (select metric_id from metrics)
-        and {{ is_asked('score.metric_id', 'image.is_lettered') }}
+    inner join metrics on metrics.metric_id = score.metric_id
+    group by metrics.number, image.part
 ),
 
 parts as materialized (
     select
-        metric_id,
-        answer,
-        seed_apart,
-        count(*) as images,
-        count(value) as scored,
-        count(*) filter (where value is null and status = 'blocked') as blocked,
-        sum(value) as total,
-        sum(least(value, 0)) as below_0,
-        bit_xor(hash(seed)) filter (where value is not null) as seeds
-    from scores
-    group by metric_id, answer, seed_apart
+        metrics.metric_id,
+        named_parts.answer,
+        named_parts.seed_apart,
+        numbered_parts.images,
+        numbered_parts.scored,
+        numbered_parts.blocked,
+        numbered_parts.total,
+        numbered_parts.below_0,
+        numbered_parts.seeds
+    from numbered_parts
+    inner join metrics on metrics.number = numbered_parts.metric
+    inner join named_parts on named_parts.part = numbered_parts.part
+    where {{ is_asked('metrics.metric_id', 'named_parts.is_lettered') }}
 ),
 
 sums as (
@@ -186,15 +209,21 @@ incomplete as (
 ),
 
 incomplete_scores as materialized (
-    select *
-    from scores
+    select
+        score.metric_id,
+        image.answer,
+        image.seed,
+        score.value
+    from {{ source('warehouse', 'fct_score') }} as score
+    inner join numbered_images as image on image.generation_key = score.generation_key
     where
-        metric_id in (select metric_id from incomplete)
-        and answer in (
+        score.metric_id in (select metric_id from incomplete)
+        and image.answer in (
             select answer from incomplete
             union
             select base_answer from incomplete
         )
+        and {{ is_asked('score.metric_id', 'image.is_lettered') }}
 ),
 
 others as materialized (
