@@ -227,7 +227,7 @@ def _evidence_table(
     first = nearest.drop_duplicates("generation_key").set_index("generation_key")
     copies = table["role"] == "copies"
     keys = table["generation_key"].where(copies)
-    table["nearest_poster"] = keys.map(first["nearest_poster"]).fillna("")
+    table["nearest_poster"] = keys.map(first["nearest_poster"]).astype(object).fillna("")
     table["copied"] = keys.map(first["copied"]).astype("boolean")
     table["copy_threshold"] = keys.map(first["similarity_threshold"]).astype(float)
     table["copy_sensitivity"] = keys.map(first["copy_sensitivity"]).astype(float)

@@ -459,6 +459,15 @@ def require_base_model(
         )
 
 
+def base_and_tuned(store: Store, base: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
+    """The images of the base model and of a tuned one in one table (`generations.COLUMNS`). Raises
+    BaseModelsDiffer where the one is not tuned from the other."""
+    require_base_model(
+        store, str(tuned["checkpoint_id"].iloc[0]), str(base["checkpoint_id"].iloc[0])
+    )
+    return pd.concat([base, tuned], ignore_index=True)
+
+
 def _other_settings(store: Store, record: Mapping[str, Any], checkpoint_id: str) -> str:
     wanted = checkpoint_facts(store, [checkpoint_id]).get(checkpoint_id, {}).get("settings") or {}
     found = record.get("settings") or {}

@@ -20,8 +20,8 @@ from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARI
 from posterpipe.defs.arrivals import REASON_TAG
 from posterpipe.defs.automation import BY_HAND
 from posterpipe.defs.resources import TABLE_VERSION, Deployment, Table, table_preview
-from posterpipe.defs.retraining import CHECKPOINT, TRAINING_SET
-from posterpipe.defs.staleness import used_version
+from posterpipe.defs.retraining import TRAINING_SET
+from posterpipe.defs.staleness import CHECKPOINT, used_version
 from posterpipe.defs.timing import cron_of
 from posterpipe.settings import Settings
 
@@ -561,21 +561,17 @@ def clip_scores_checks(
 ) -> Iterator[dg.AssetCheckResult]:
     """The checks of `clip_scores`."""
     from posterpipe.core import quality
-    from posterpipe.core.provenance import BaseModelsDiffer, require_base_model
+    from posterpipe.core.provenance import BaseModelsDiffer, base_and_tuned
 
     def freshness() -> "Finding":
         import pandas as pd
 
         limits = deployment.settings.checks
-        generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
         held_back = ""
         try:
-            require_base_model(
-                deployment.store,
-                str(tuned_generations["checkpoint_id"].iloc[0]),
-                str(base_generations["checkpoint_id"].iloc[0]),
-            )
+            generations = base_and_tuned(deployment.store, base_generations, tuned_generations)
         except BaseModelsDiffer as error:
+            generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
             held_back = str(error)
         return quality.score_freshness(
             clip_scores,

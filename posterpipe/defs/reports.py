@@ -207,18 +207,12 @@ def contact_sheet(
     Always the first seed of each prompt, never chosen by hand; written to
     `data/store/public/contact_sheet.png`.
     """
-    import pandas as pd
 
     from posterpipe.core.gallery import markdown_image, of_first_seed, suite_sheet
-    from posterpipe.core.provenance import require_base_model
+    from posterpipe.core.provenance import base_and_tuned
     from posterpipe.core.store import write_atomic
 
-    require_base_model(
-        deployment.store,
-        str(tuned_generations["checkpoint_id"].iloc[0]),
-        str(base_generations["checkpoint_id"].iloc[0]),
-    )
-    generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
+    generations = base_and_tuned(deployment.store, base_generations, tuned_generations)
     sheet = suite_sheet(prompt_suite, generations, deployment.store_root)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
@@ -260,18 +254,12 @@ def growth_chart(
     `data/store/public/thesis/`. Which effects are more than chance, all questions counted, the
     report `paired_effects` says.
     """
-    import pandas as pd
 
     from posterpipe.core import thesis
     from posterpipe.core.gallery import markdown_image
-    from posterpipe.core.provenance import require_base_model
+    from posterpipe.core.provenance import base_and_tuned
 
-    require_base_model(
-        deployment.store,
-        str(tuned_generations["checkpoint_id"].iloc[0]),
-        str(base_generations["checkpoint_id"].iloc[0]),
-    )
-    generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
+    generations = base_and_tuned(deployment.store, base_generations, tuned_generations)
     report = thesis.report(clip_scores, generations, fidelity_scores, deployment.store_root)
     folder = deployment.thesis_path
     report.write(folder)

@@ -21,6 +21,7 @@ from posterpipe.defs.arrivals import REASON_TAG, UNFINISHED, reading_problem
 from posterpipe.defs.automation import retrain
 from posterpipe.defs.resources import DATA_VERSION, Deployment
 from posterpipe.defs.staleness import (
+    CHECKPOINT,
     is_of,
     latest_materializations,
     stale_assets,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from posterpipe.core.retraining import Situation
 
 TRAINING_SET = dg.AssetKey("training_csv")
-CHECKPOINT = dg.AssetKey("dreambooth_checkpoint")
 
 STATE_TAG = "posterpipe/training_state"
 """Tag of the runs that the schedule starts: what was to be trained, after which checkpoint."""

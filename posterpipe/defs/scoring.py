@@ -52,22 +52,16 @@ def clip_scores(
     Rows are only added; the view `clip_scores` of the published database is what analysts read.
     An image that was scored before is not scored again.
     """
-    import pandas as pd
 
     from posterpipe.core.history import record_history
     from posterpipe.core.metrics.base import unread_count
     from posterpipe.core.metrics.clip import score_generations
     from posterpipe.core.models import fingerprint
-    from posterpipe.core.provenance import environment, require_base_model
+    from posterpipe.core.provenance import base_and_tuned, environment
 
-    require_base_model(
-        deployment.store,
-        str(tuned_generations["checkpoint_id"].iloc[0]),
-        str(base_generations["checkpoint_id"].iloc[0]),
-    )
     settings = deployment.settings
     warehouse = deployment.warehouse.prepare()
-    generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
+    generations = base_and_tuned(deployment.store, base_generations, tuned_generations)
     with naming_the_asset(context):
         scored = score_generations(
             deployment.store,
