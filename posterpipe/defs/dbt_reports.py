@@ -130,8 +130,18 @@ class _Translator(DagsterDbtTranslator):
         # Every table of the warehouse is written by the one asset that its source names.
         super().__init__(DagsterDbtTranslatorSettings(enable_duplicate_source_asset_keys=True))
         self._variables: dict[Path, Mapping[str, Any]] = {}
+        self._specs: dict[tuple[int, str], dg.AssetSpec] = {}
 
     def get_asset_spec(
+        self, manifest: Mapping[str, Any], unique_id: str, project: DbtProject | None
+    ) -> dg.AssetSpec:
+        # Asked again for each dependency of each model.
+        known = (id(manifest), unique_id)
+        if known not in self._specs:
+            self._specs[known] = self._asset_spec(manifest, unique_id, project)
+        return self._specs[known]
+
+    def _asset_spec(
         self, manifest: Mapping[str, Any], unique_id: str, project: DbtProject | None
     ) -> dg.AssetSpec:
         spec = super().get_asset_spec(manifest, unique_id, project)
@@ -336,7 +346,7 @@ def _assets_of_tables(project: DbtProject) -> dict[str, dg.AssetKey]:
         if node["resource_type"] in ("model", "seed", "snapshot")
     }
     return {
-        table: translator.get_asset_spec(manifest, name, project).key
+        table: translator.get_asset_key(translator.get_resource_props(manifest, name))
         for table, name in tables.items()
     }
 
