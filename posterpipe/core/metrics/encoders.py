@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -56,7 +57,12 @@ _SEEN = {"crop": "crop", "pad": "pad2"}
 """What an encoder sees, with a number that is raised when it sees other pixels. `pad2` shows the
 whole image also where a model's own preprocessing cuts the middle out of a larger square."""
 
+T = TypeVar("T")
+
 _KEPT_TEXTS = 4096
+
+_WIDTH = 8
+"""Tokens of a text are filled up to a multiple of this, so that short ones stay quick."""
 
 _SAVE_EVERY = 256
 """Embeddings that a kill may lose."""
@@ -151,11 +157,17 @@ class _Encoder:
 
     def prepared_features(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
         """Image embeddings of length 1, float32 (batch, dimension), of what `prepare` gave."""
-        size = self.settings.batch_size
-        if self.device.type == "cpu":
-            size = min(size, _CPU_BATCH)
-        parts = [self._features(prepared[i : i + size]) for i in range(0, len(prepared), size)]
+        parts = [
+            self._features(_filled_up(part, self._batch))[: len(part)]
+            for part in _parts(prepared, self._batch)
+        ]
         return np.concatenate([np.zeros((0, self.dimension), np.float32), *parts])
+
+    @property
+    def _batch(self) -> int:
+        """How many images or texts go through the model at once, neither more nor fewer."""
+        size = self.settings.batch_size
+        return min(size, _CPU_BATCH) if self.device.type == "cpu" else size
 
     @cached_property
     def _preparation(self) -> Preparation:
@@ -237,10 +249,8 @@ class ClipEncoder(_Encoder):
         if len(self._texts) + len(new) > _KEPT_TEXTS:
             self._texts.clear()
             new = list(dict.fromkeys(texts))
-        size = self.settings.batch_size
-        for start in range(0, len(new), size):
-            part = new[start : start + size]
-            self._texts.update(zip(part, self._encode(part), strict=True))
+        if new:
+            self._texts.update(zip(new, self._encode(new), strict=True))
         nothing = np.zeros((0, self.dimension), np.float32)
         return np.stack([self._texts[text] for text in texts]) if texts else nothing
 
@@ -248,22 +258,36 @@ class ClipEncoder(_Encoder):
         return projected(self.model.get_image_features(pixel_values=pixels))
 
     def _encode(self, texts: list[str]) -> np.ndarray:
+        # The tokenizer cuts long texts, since it keeps the end token, which CLIP reads.
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_tokens).input_ids
+        of_width: dict[int, list[int]] = {}
+        for place, row in enumerate(tokens):
+            width = min(math.ceil(len(row) / _WIDTH) * _WIDTH, self.max_tokens)
+            of_width.setdefault(width, []).append(place)
+        vectors = np.zeros((len(texts), self.dimension), np.float32)
+        for width, places in of_width.items():
+            for part in _parts(places, self._batch):
+                rows = [tokens[place] for place in _filled_up(part, self._batch)]
+                vectors[part] = self._encode_tokens(rows, width)[: len(part)]
+        return vectors
+
+    def _encode_tokens(self, tokens: list[list[int]], width: int) -> np.ndarray:
+        """Of rows of token ids, which are filled up to `width`."""
         import torch
 
-        # The tokenizer cuts long texts, since it keeps the end token, which CLIP reads.
-        tokens = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        filled = self.tokenizer.pad(
+            {"input_ids": tokens}, padding="max_length", max_length=width, return_tensors="pt"
         )
         with (
             self._noticing_a_gone_device(),
             torch.inference_mode(),
             computing_in(self.precision, self.device),
         ):
-            tokens = tokens.to(self.device)
+            filled = filled.to(self.device)
             return unit(
                 projected(
                     self.model.get_text_features(
-                        input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+                        input_ids=filled.input_ids, attention_mask=filled.attention_mask
                     )
                 )
             )
@@ -287,6 +311,17 @@ class DinoEncoder(_Encoder):
 
     def _forward(self, pixels: Tensor) -> Tensor:
         return self.model(pixel_values=pixels).last_hidden_state[:, 0]
+
+
+def _parts(some: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (some[start : start + size] for start in range(0, len(some), size))
+
+
+def _filled_up(some: Sequence[T], size: int) -> list[T]:
+    """As many as `size`, the last one again and again. The last bits of a product of matrices
+    depend on their shape, and those of an embedding must not depend on how many others were
+    missing beside it: the same inputs give the same tables, whatever was there before."""
+    return [*some, *repeat(some[-1], size - len(some))]
 
 
 def projected(features: Any) -> Tensor:
@@ -407,10 +442,9 @@ def _encoded(
     opened = partial(_opened, encoder, images, alteration)
     if best_device().type == "cpu":
         size = min(size, _CPU_BATCH)
-        parts = (keys[start : start + size] for start in range(0, len(keys), size))
         yield from parallel_map(
             lambda part: _features(encoder, [opened(key) for key in part]),
-            parts,
+            _parts(keys, size),
             prepare_thread=_one_core,
         )
         return

@@ -188,6 +188,23 @@ def test_an_image_is_encoded_once_and_comes_back_to_the_bit(
         kept_embeddings(store, settings("clip", preprocessing="pad"), root, images, NoProgress())
 
 
+def test_an_embedding_is_the_same_to_the_bit_whatever_was_missing_beside_it() -> None:
+    starter = load_settings("starter")
+    images = [image.resize((64, 96)) for image in some_images()] * 5
+    texts = [
+        f"a poster of a {name}" + " and a moon" * n for n, name in enumerate(["cat", "sea"] * 9)
+    ]
+    encoder = image_encoder(starter.scorer, starter.root)
+    assert isinstance(encoder, ClipEncoder)
+    seen, read = encoder.image_features(images), encoder.text_features(texts)
+    for start, end in [(0, 1), (1, 3), (7, 12), (4, 18)]:
+        some = encoder.image_features(images[start:end])
+        np.testing.assert_array_equal(some, seen[start:end])
+        another = image_encoder(starter.scorer, starter.root)  # that has read nothing yet
+        assert isinstance(another, ClipEncoder)
+        np.testing.assert_array_equal(another.text_features(texts[start:end]), read[start:end])
+
+
 def test_one_unreadable_image_does_not_stop_the_others(
     store: Store, root: Path, tmp_path: Path
 ) -> None:
