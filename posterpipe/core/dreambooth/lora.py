@@ -6,7 +6,7 @@ read. What does not: training them (`learner`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from posterpipe.core.dreambooth.errors import TrainingError
-from posterpipe.core.errors import first_line
 from posterpipe.training_settings import TrainingSettings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 _ADAPTER = "default"
+_LAYERS = (nn.Linear, nn.Conv2d)
 TARGETS = {"unet": "lora_targets", "text_encoder": "lora_text_encoder_targets"}
 """The setting that names the layers, by model."""
 
@@ -42,21 +42,43 @@ def add_lora(
 
     The frozen weights take `dtype`, the matrices are fp32. A starts normally distributed and B at
     zero, so that the model is at first the base model. Raises TrainingError where no layer has one
-    of the names.
+    of the names, or one of another kind has it.
     """
     for name, model in models.items():
+        _check_targets(name, model, getattr(settings, TARGETS[name]))
         model.requires_grad_(False).to(dtype)
-        try:
-            cast(Any, model).add_adapter(_config(name, settings))
-        except ValueError as error:
-            wanted = getattr(settings, TARGETS[name])
-            raise TrainingError(
-                f"training.{TARGETS[name]}: the {name} has no layer named {', '.join(wanted)} "
-                f"({first_line(error)}); name layers that it has"
-            ) from error
+        cast(Any, model).add_adapter(_config(name, settings))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+
+
+def _check_targets(name: str, model: nn.Module, targets: Sequence[str]) -> None:
+    """peft leaves out a name that no layer has as long as another one is found, and puts LoRA on
+    embeddings as well, of which the files that others read have none."""
+    unknown, others = [], []
+    for target in targets:
+        named = {
+            path: module
+            for path, module in model.named_modules()
+            if path == target or path.endswith(f".{target}")
+        }
+        wrong = {path: one for path, one in named.items() if not isinstance(one, _LAYERS)}
+        if len(wrong) == len(named):
+            unknown.append(target)
+        else:
+            others += [f"{path} is a {type(one).__name__}" for path, one in wrong.items()]
+    setting = f"training.{TARGETS[name]}"
+    if unknown:
+        raise TrainingError(
+            f"{setting}: the {name} has no linear or convolution layer named "
+            f"{', '.join(unknown)}; name layers that it has"
+        )
+    if others:
+        raise TrainingError(
+            f"{setting}: these names mean layers of the {name} that are no linear or convolution "
+            f"layers as well ({others[0]}); write more of them, such as to_out.0 for 0"
+        )
 
 
 def lora_deltas(model: nn.Module) -> dict[str, Tensor]:

@@ -11,11 +11,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from posterpipe.core.dreambooth.base_model import load_text_encoder, load_unet
 from posterpipe.core.dreambooth.errors import TrainingError
-from posterpipe.core.dreambooth.lora import KOHYA_NAME
+from posterpipe.core.dreambooth.lora import KOHYA_NAME, add_lora, lora_deltas
 from posterpipe.core.dreambooth.train import train
 from posterpipe.core.sampler import LORA_WEIGHTS, Sampler
 from posterpipe.settings import SamplerSettings
+from posterpipe.training_settings import TrainingSettings
 from posterpipe_tests.core.dreambooth.conftest import (
     MakeConfig,
     equal,
@@ -221,6 +223,37 @@ def test_it_learns_with_gradient_checkpointing_as_without(make_config: MakeConfi
     assert losses(plain)[0] != losses(plain)[-1]
 
 
-def test_a_name_that_no_layer_has_is_refused(make_config: MakeConfig) -> None:
-    with pytest.raises(TrainingError, match=r"lora_targets: the unet has no layer named nothing"):
-        train(make_config(**LORA, lora_targets=("nothing",)))
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"lora_targets": ("nothing",)},
+            "lora_targets: the unet has no linear or convolution layer named nothing;",
+        ),
+        ({"lora_targets": ("to_q", "to_kk", "proj_inn")}, "layer named to_kk, proj_inn;"),
+        ({"lora_targets": ("attn1",)}, "the unet has no linear or convolution layer named attn1;"),
+        ({"lora_targets": ("to_out",)}, "layer named to_out;"),
+        ({"lora_targets": ("norm1",)}, "layer named norm1;"),
+        ({"lora_targets": ("to_q", "0")}, "(down_blocks.0 is a "),
+        (
+            {"lora_text_encoder_targets": ("q_proj", "position_embedding")},
+            "lora_text_encoder_targets: the text_encoder has no linear or convolution layer named "
+            "position_embedding;",
+        ),
+        ({"lora_text_encoder_targets": ("token_embedding",)}, "layer named token_embedding;"),
+    ],
+)
+def test_each_name_must_be_that_of_layers_which_the_written_files_can_have(
+    base_model: Path, settings: dict[str, Any], words: str
+) -> None:
+    models = {"unet": load_unet(base_model), "text_encoder": load_text_encoder(base_model)}
+    with pytest.raises(TrainingError) as caught:
+        add_lora(models, TrainingSettings(**LORA, **settings), torch.float32)
+    assert words in str(caught.value)
+
+
+def test_a_layer_can_be_named_in_full(base_model: Path) -> None:
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    unet = load_unet(base_model)
+    add_lora({"unet": unet}, TrainingSettings(**LORA, lora_targets=(name,)), torch.float32)
+    assert list(lora_deltas(unet)) == [f"{name}.weight"]
