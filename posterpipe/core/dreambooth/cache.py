@@ -41,12 +41,12 @@ def cached_tensors(
     compute: gets the indices of the missing keys, each key once, and yields (index, tensors) as
     they come; each is on disk at once, so that a killed run need not do it again. It is not called
     when nothing is missing. A damaged file is made again, and `log` is told. Raises TrainingError
-    for a file that cannot be written.
+    for a folder or file that cannot be written.
     """
     known: dict[str, Tensors] = {}
     for key in keys:
         path = folder / f"{key}.safetensors"
-        if key in known or not path.exists():
+        if key in known or not os.path.exists(path):  # which also answers for what is no folder
             continue
         try:
             known[key] = load_file(path)
@@ -55,7 +55,8 @@ def cached_tensors(
             log(f"{path} is damaged ({error}) and made again")
     missing = {key: index for index, key in enumerate(keys) if key not in known}
     if missing:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing("latents and text embeddings", folder):
+            folder.mkdir(parents=True, exist_ok=True)
         for index, tensors in compute(sorted(missing.values())):
             owned = {name: value.cpu().contiguous() for name, value in tensors.items()}
             path = folder / f"{keys[index]}.safetensors"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -58,7 +59,8 @@ def write_checkpoint(
     lost: int | None,
     processes: int,
 ) -> None:
-    """Writes the finished directory under a temporary name and renames it to `output_dir`.
+    """Writes the finished directory under a temporary name and renames it to `output_dir`, whose
+    lock is held.
 
     trained: models by the name of their folder, cast in place to the precision of the base's
     files; all other parts are the base's own files. With LoRA their merged weights are written, so
@@ -69,10 +71,7 @@ def write_checkpoint(
     own. What was written by `write_export` goes into its folder `exports`.
     """
     final = config.output_dir
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in final.parent.glob(f".{final.name}.*.tmp"):
-        shutil.rmtree(abandoned)
-    temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
+    temporary = _temporary(final)
     _copy_base(config, temporary, trained)
     if config.training.method == "lora":
         write_lora(temporary, trained, config.training)
@@ -96,6 +95,30 @@ def write_checkpoint(
     sync_tree(temporary)
     os.replace(temporary, final)
     sync_path(final.parent)
+
+
+def try_output(config: RunConfig) -> None:
+    """Raises OSError where `write_checkpoint` could not write: an empty folder goes the way of the
+    finished one, and is removed. The lock of `output_dir` is held."""
+    temporary = _temporary(config.output_dir)
+    try:
+        os.replace(temporary, config.output_dir)
+    except OSError:
+        temporary.rmdir()
+        raise
+    config.output_dir.rmdir()
+
+
+def _temporary(final: Path) -> Path:
+    """A new folder beside `final`. Those of processes that were killed are removed: none that lives
+    writes there now."""
+    names = re.compile(rf"\.{re.escape(final.name)}\.\d+\.tmp")
+    for path in final.parent.iterdir():
+        if names.fullmatch(path.name):
+            shutil.rmtree(path)
+    temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
+    temporary.mkdir()
+    return temporary
 
 
 def exports_folder(config: RunConfig, run: str) -> Path:
@@ -146,9 +169,10 @@ def _copy_base(config: RunConfig, folder: Path, trained: Mapping[str, nn.Module]
 def read_result(config: RunConfig, run: str) -> TrainResult | None:
     """The result of a run that has finished before, None when there is none.
 
-    Raises TrainingError when `output_dir` holds something else.
+    An empty folder is none: the finished one takes its place. Raises TrainingError when
+    `output_dir` holds something else.
     """
-    if not config.output_dir.exists():
+    if not os.path.lexists(config.output_dir) or _is_empty(config.output_dir):
         return None
     path = config.output_dir / RECORD_NAME
     try:
@@ -169,6 +193,13 @@ def read_result(config: RunConfig, run: str) -> TrainResult | None:
     except (OSError, ValueError, KeyError, TypeError):
         found = f"something that is no checkpoint of posterpipe (no good {RECORD_NAME})"
     raise TrainingError(f"{config.output_dir}: it holds {found}; remove it or change output_dir")
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        return not folder.is_symlink() and next(folder.iterdir(), None) is None
+    except OSError:
+        return False
 
 
 @torch.no_grad()

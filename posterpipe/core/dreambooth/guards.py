@@ -1,4 +1,4 @@
-"""What surrounds a run: its lock, the signal to stop, a disk that is full.
+"""What surrounds a run: its locks, the signal to stop, a disk that is full.
 
 What belongs here: dealings with the operating system. What does not: training (`train`), saves,
 memory (`memory`).
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -36,25 +37,60 @@ def only_run_in(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Holds the lock of a work folder. The system lets go of it when the process dies.
 
     Waits for another process rather than failing: it may be the same training, orphaned by a
-    killed parent, and then its result is used.
+    killed parent, and then its result is used. Raises TrainingError for a folder that cannot be
+    used.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    spoken = -math.inf
-    with open(folder / "lock", "a+", encoding="utf-8") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() - spoken > _WAITING_LINE_EVERY_SECONDS:
-                    lock.seek(0)
-                    log(f"{folder}: waiting for process {lock.read().strip()}, which trains here")
-                    spoken = time.monotonic()
-                time.sleep(0.5)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+    with contextlib.ExitStack() as stack:
+        with writing("the lock of runs in progress", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(folder / "lock", "a+", encoding="utf-8"))
+            _take(lock, lambda holder: log(f"{folder}: waiting for {holder}, which trains here"))
         yield
+
+
+@contextlib.contextmanager
+def only_writer_of(path: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock of a folder that is to appear; it lies beside it and goes in the end.
+
+    Runs with several work folders may have one `path`. Waits as `only_run_in` does. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    place = path.with_name(f".{path.name}.lock.tmp")
+    while True:
+        with open(place, "a+", encoding="utf-8") as lock:
+            _take(lock, lambda holder: log(f"{path}: waiting for {holder}, which writes it"))
+            if not _is_at(place, lock):  # the one before has removed it
+                continue
+            try:
+                yield
+            finally:
+                place.unlink(missing_ok=True)
+            return
+
+
+def _take(lock: IO[str], waits: Callable[[str], None]) -> None:
+    """Locks a file and writes into it who did; `waits` is told who has it, once a minute."""
+    spoken = -math.inf
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() - spoken > _WAITING_LINE_EVERY_SECONDS:
+                lock.seek(0)
+                waits(f"process {lock.read().strip()}")
+                spoken = time.monotonic()
+            time.sleep(0.5)
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def trains_in(folder: Path) -> str | None:
@@ -130,5 +166,5 @@ def writing(what: str, path: Path) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error)
         raise TrainingError(
             f"{path}: {what} could not be written ({reason}); what was written before is as it "
-            "was: make room, or the folder writable, and start the same run again"
+            "was: make room, or the folder writable, or change it, and start the same run again"
         ) from error

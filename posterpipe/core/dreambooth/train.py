@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from posterpipe.core.dreambooth.batches import Batch, Feed
 from posterpipe.core.dreambooth.checkpoint import (
     exports_folder,
     read_result,
+    try_output,
     write_checkpoint,
     write_export,
 )
@@ -42,7 +43,7 @@ from posterpipe.core.dreambooth.data import read_training_set
 from posterpipe.core.dreambooth.draws import positions, step_seed
 from posterpipe.core.dreambooth.effects import remarks
 from posterpipe.core.dreambooth.errors import TrainingDiverged, TrainingError, TrainingStopped
-from posterpipe.core.dreambooth.guards import only_run_in, stop_signal, writing
+from posterpipe.core.dreambooth.guards import only_run_in, only_writer_of, stop_signal, writing
 from posterpipe.core.dreambooth.holdout import holdout_loss, lowest, stopped_falling
 from posterpipe.core.dreambooth.inputs import read_inputs
 from posterpipe.core.dreambooth.learner import Learner
@@ -116,6 +117,11 @@ def train(
     try:
         with only_run_in(config.work_dir, say) if main else contextlib.nullcontext():
             result = read_result(config, run) if main else None
+            if main and result is None:
+                with _only_writer(config, say):
+                    result = read_result(config, run)
+                    if result is None:  # what cannot be written is told before the first step
+                        try_output(config)
             if _agree(accelerator, result is not None):
                 say(f"{config.output_dir} is there already, complete")
                 resumed_from = 0
@@ -394,8 +400,9 @@ def _train(
                 settled = time.perf_counter()
 
     if main:
-        with writing("the finished model", config.output_dir):
-            _finish(config, versions, run, accelerator.num_processes, learner, journal, log)
+        with _only_writer(config, log):
+            if read_result(config, run) is None:  # or another run was quicker
+                _finish(config, versions, run, accelerator.num_processes, learner, journal, log)
         _remove_saves(config, run)
     return first_step
 
@@ -437,6 +444,16 @@ def _finish(
         lost=lost,
         processes=processes,
     )
+
+
+@contextlib.contextmanager
+def _only_writer(config: RunConfig, log: Callable[[str], None]) -> Iterator[None]:
+    """While inside, no run with another work folder writes the finished model."""
+    with (
+        writing("the finished model", config.output_dir),
+        only_writer_of(config.output_dir, log),
+    ):
+        yield
 
 
 def _remove_saves(config: RunConfig, run: str) -> None:

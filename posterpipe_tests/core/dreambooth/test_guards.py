@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +56,29 @@ def test_whoever_trains_in_a_folder_is_waited_for_unless_he_did_before(tmp_path:
         guards.wait_until_none_trains(tmp_path / "work", 0.0, besides=None)
     waits(besides=None)
     assert guards.trains_in(tmp_path / "work") is None
+
+
+def test_who_writes_a_folder_is_waited_for_and_leaves_no_lock(tmp_path: Path) -> None:
+    said: list[str] = []
+    inside: list[int] = []
+
+    def write(number: int) -> None:
+        with guards.only_writer_of(tmp_path / "new" / "out", said.append):
+            inside.append(number)
+            time.sleep(0.05)
+            assert inside == [number]
+            inside.clear()
+
+    with ThreadPoolExecutor(3) as pool:
+        with guards.only_writer_of(tmp_path / "new" / "out", said.append):
+            others = [pool.submit(write, number) for number in range(3)]
+            while len(said) < 3:
+                time.sleep(0.01)
+            assert not inside
+        for other in others:
+            other.result()
+    assert f"out: waiting for process {os.getpid()}, which writes it" in said[0]
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_ctrl_c_while_loading_ends_with_a_sentence(

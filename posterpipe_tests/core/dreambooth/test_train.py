@@ -32,6 +32,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from posterpipe.core.dreambooth import objective
 from posterpipe.core.dreambooth.base_model import load_text_encoder, load_vae
 from posterpipe.core.dreambooth.batches import Batch
+from posterpipe.core.dreambooth.checkpoint import try_output
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.draws import Draw, Stream
 from posterpipe.core.dreambooth.errors import (
@@ -41,6 +42,7 @@ from posterpipe.core.dreambooth.errors import (
     TrainingSetError,
     TrainingStopped,
 )
+from posterpipe.core.dreambooth.guards import only_writer_of
 from posterpipe.core.dreambooth.holdout import holdout_loss
 from posterpipe.core.dreambooth.learner import Learner, precision_remarks
 from posterpipe.core.dreambooth.reports import StepReport
@@ -363,6 +365,7 @@ def test_the_scaler_of_fp16_is_saved_and_taken_up_again(make_config: MakeConfig)
 
 def test_a_finished_run_is_not_done_again(make_config: MakeConfig) -> None:
     config = make_config()
+    config.output_dir.mkdir(parents=True)  # an empty folder, as some make one first
     first = train(config)
     seen: list[StepReport] = []
     again = train(config, seen.append)
@@ -493,6 +496,68 @@ def test_what_is_missing_is_named_in_one_sentence(
     (unreadable / "0002.png").write_bytes(b"no picture")
     with pytest.raises(TrainingSetError, match=r"0002\.png: not a readable image"):
         train(make_config(parts={"training_set": unreadable}))
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"output_dir": "file/out"}, "file/out: the finished model could not be written (File ex"),
+        ({"output_dir": "o" * 250}, "o: the finished model could not be written (File name too lo"),
+        ({"output_dir": "link"}, "link: it holds something that is no checkpoint of posterpipe"),
+        ({"output_dir": "file"}, "file: it holds something that is no checkpoint of posterpipe"),
+        ({"work_dir": "file"}, "file: the lock of runs in progress could not be written (File ex"),
+        ({"work_dir": "file/in/it"}, "in/it: the lock of runs in progress could not be written"),
+        ({"cache_dir": "file"}, "file: latents and text embeddings could not be written (File ex"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_named_before_the_first_step(
+    make_config: MakeConfig, tmp_path: Path, parts: dict[str, str], words: str
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    seen: list[StepReport] = []
+    with pytest.raises(TrainingError) as caught:
+        train(make_config(parts={name: tmp_path / at for name, at in parts.items()}), seen.append)
+    assert words in str(caught.value) and not seen
+    assert not [path for path in tmp_path.rglob(".*")]
+
+
+def test_of_two_runs_with_one_output_the_later_one_takes_the_result_or_says_whose_it_is(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    first = train(make_config("first"))
+    out = {"output_dir": tmp_path / "out"}
+
+    def is_overtaken(report: StepReport) -> None:
+        if report.step == report.total:
+            shutil.copytree(first.output_dir, tmp_path / "out")
+
+    same = train(make_config("same", parts=out), is_overtaken)
+    assert same.reports == first.reports and same.output_dir == tmp_path / "out"
+
+    shutil.rmtree(tmp_path / "out")
+    other = make_config("other", parts=out, seed=3)
+    with pytest.raises(
+        TrainingError, match=rf"out: it holds the checkpoint {first.checkpoint_id}, and this run m"
+    ):
+        train(other, is_overtaken)
+    shutil.rmtree(tmp_path / "out")
+    assert train(other).resumed_from == 4
+    assert not [path for path in tmp_path.glob(".*")]
+
+
+def test_what_a_killed_process_left_of_a_model_is_removed_and_nothing_of_another_one(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(parts={"output_dir": tmp_path / "out"})
+    left, of_another = tmp_path / ".out.123.tmp", tmp_path / ".out.b.123.tmp"
+    left.mkdir()
+    of_another.mkdir()
+    with only_writer_of(config.output_dir, print):
+        try_output(config)
+    assert not config.output_dir.exists()
+    assert [path.name for path in tmp_path.glob(".*")] == [of_another.name]
 
 
 def changed(path: Path, **values: Any) -> None:
