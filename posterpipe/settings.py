@@ -38,6 +38,11 @@ PROFILES = Path(__file__).parent / "profiles"
 CLIP_TOKENS = 77
 """What the text encoders of Stable Diffusion 1 and 2 read, start and end token included."""
 
+_MOST_STEPS = {"dpmsolver++": 995, "ddim": 1000}
+"""Steps that a scheduler can make of the 1,000 timesteps of Stable Diffusion: with more, two fall
+on one timestep. The bound of dpmsolver++ is that of a cosine schedule, of which it leaves the last
+timesteps out."""
+
 DEFAULT_TEMPLATE = "{trigger} {caption}"
 
 
@@ -139,7 +144,10 @@ class CaptionerSettings(Group):
 class SamplerSettings(Group):
     """How images are drawn."""
 
-    num_inference_steps: Positive = Field(25, description="denoising steps an image")
+    num_inference_steps: Positive = Field(
+        25,
+        description="denoising steps an image; dpmsolver++ makes at most 995, ddim 1000",
+    )
     guidance_scale: float = Field(
         7.5, ge=1, description="how strictly the prompt is followed; 1 leaves the negative unused"
     )
@@ -175,6 +183,18 @@ class SamplerSettings(Group):
         description="true decodes one image at a time, which needs the least memory; false a whole "
         "batch; none: as many as make up 512x512 pixels",
     )
+
+    @model_validator(mode="after")
+    def _no_timestep_comes_twice(self) -> Self:
+        """Where one does, dpmsolver++ divides by zero, and ddim refuses. euler draws between them
+        as well."""
+        most = _MOST_STEPS.get(self.scheduler)
+        if most is not None and self.num_inference_steps > most:
+            raise ValueError(
+                f"num_inference_steps is {self.num_inference_steps}, and {self.scheduler} makes at "
+                f"most {most}; lower it, or change scheduler"
+            )
+        return self
 
 
 SAMPLING_SPEED = {"batch_size", "compile", "channels_last", "vae_slicing"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from posterpipe.core import sampler as sampler_module
 from posterpipe.core.generations import blocked_reason, pixel_key
@@ -22,8 +24,10 @@ from posterpipe.core.sampler import (
     SamplerError,
     best_batch_size,
     initial_latents,
+    make_scheduler,
     text_limit,
 )
+from posterpipe.settings import SamplerSettings
 from posterpipe_tests.core.drawing import (
     REQUESTS,
     SETTINGS,
@@ -128,6 +132,23 @@ def test_every_scheduler_and_precision_draws(
     (image,) = Sampler(model_dir, settings, model_id="tiny")(REQUESTS[:1])
     assert image.size == (TINY_WIDTH, TINY_HEIGHT) and image.mode == "RGB"
     assert blocked_reason(image) == ""
+
+
+@pytest.mark.parametrize(("name", "most"), [("dpmsolver++", 995), ("ddim", 1000)])
+def test_the_most_steps_that_the_settings_allow_are_those_that_a_solver_can_make(
+    model_dir: Path, name: Literal["dpmsolver++", "ddim"], most: int
+) -> None:
+    def timesteps(steps: int) -> list[int]:
+        solver = make_scheduler(model_dir, name)
+        solver.set_timesteps(steps)
+        return solver.timesteps.tolist()
+
+    SamplerSettings(scheduler=name, num_inference_steps=most)
+    assert len(set(timesteps(most))) == most
+    with pytest.raises(ValidationError, match=f"{most + 1}, and {re.escape(name)} makes at most"):
+        SamplerSettings(scheduler=name, num_inference_steps=most + 1)
+    with pytest.raises((ValueError, AssertionError)):
+        assert len(set(timesteps(most + 1))) == most + 1
 
 
 def test_without_guidance_the_negative_prompt_is_not_asked(model_dir: Path) -> None:
