@@ -6,16 +6,27 @@ What belongs here: their base class, and kinds of values that several have. What
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+def no_bool_for_a_number(cls: type[BaseModel], value: Any, field: ValidationInfo) -> Any:
+    """Raises ValueError for true or false where pydantic would take it for 1 or 0."""
+    kind = cls.model_fields[str(field.field_name)].annotation
+    if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+        raise ValueError("Input should not be true or false")
+    return value
+
+
 class Group(BaseModel):
-    """A group of settings: unknown names are refused, values never change after loading."""
+    """A group of settings: unknown names are refused, and true and false where a number is due;
+    values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    _no_bool_for_a_number = field_validator("*", mode="before")(no_bool_for_a_number)

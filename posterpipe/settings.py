@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError as VariableError
 
-from posterpipe.setting_types import Group, Positive, Precision, Share
+from posterpipe.setting_types import Group, Positive, Precision, Share, no_bool_for_a_number
 from posterpipe.training_settings import TrainingSettings
 from posterpipe.variables import PREFIX, is_told, malformed_variables, problem, unknown_variables
 
@@ -492,6 +492,8 @@ class Settings(BaseSettings):
     checks: CheckSettings = CheckSettings()
     automation: AutomationSettings = AutomationSettings()
     alerts: AlertSettings = AlertSettings()
+
+    _no_bool_for_a_number = field_validator("*", mode="before")(no_bool_for_a_number)
 
     @field_validator("captions", "holdout", "prompt_suite", "store", mode="before")
     @classmethod

@@ -67,11 +67,15 @@ def default_of(field: FieldInfo) -> str:
 def bounds_of(field: FieldInfo) -> str:
     """The bounds of a number in words, "" for none."""
     return ", ".join(
-        f"{words} {getattr(limit, bound):g}"
+        f"{words} {_number(getattr(limit, bound))}"
         for limit in (*field.metadata, *_limits(field.annotation))
         for bound, words in _BOUNDS
         if getattr(limit, bound, None) is not None
     )
+
+
+def _number(limit: float) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 def _limits(annotation: Any) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from posterpipe.setting_types import Group, Positive, Precision
 
@@ -34,8 +34,11 @@ class TrainingSettings(Group):
     goes beyond it is off.
 
     Each setting tells its meaning, its unit, and where its default comes from; the launchpad and
-    docs/training.md show all of it (`settings_table`).
+    docs/training.md show all of it (`settings_table`). A number is finite unless its setting allows
+    another one: most would train nothing but NaN.
     """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     seed: int = knob(
         777, "of the order of samples, their noise and their timesteps", unit="", source=_THESIS
@@ -81,6 +84,7 @@ class TrainingSettings(Group):
         unit="minutes",
         source=_NOT_IN_THESIS,
         gt=0,
+        allow_inf_nan=True,
     )
 
     # ---- what is trained
@@ -203,6 +207,7 @@ class TrainingSettings(Group):
         unit="signal-to-noise ratio",
         source=_NOT_IN_THESIS,
         gt=0,
+        allow_inf_nan=True,
     )
     offset_noise: float = knob(
         0.0,
@@ -252,6 +257,7 @@ class TrainingSettings(Group):
         unit="norm of all gradients",
         source="diffusers' train_dreambooth.py",
         gt=0,
+        allow_inf_nan=True,
     )
     mixed_precision: Precision = knob(
         "bf16",
@@ -346,6 +352,7 @@ class TrainingSettings(Group):
         unit="",
         source=_OWN,
         ge=0,
+        le=2**63 - 1,
     )
     log_every_steps: Positive = knob(
         10, "between two reports of the loss", unit="optimizer steps", source=_OWN

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -120,6 +122,8 @@ def test_broken_toml_names_file_and_line(tmp_path: Path) -> None:
         ("POSTERPIPE_TRAINING__OPTIMIZER", "sgd", "training.optimizer: .*adamw"),
         ("POSTERPIPE_SAMPLER__STEPS", "5", "POSTERPIPE_SAMPLER__STEPS: there is no such setting"),
         ("POSTERPIPE_SAMPLER__BATCH_SIZE", "many", "sampler.batch_size: .*integer"),
+        ("POSTERPIPE_TRAINING__LORA_ALPHA", "inf", "training.lora_alpha: .*finite"),
+        ("POSTERPIPE_TRAINING__SAMPLE_SEED", str(2**64 - 1), "training.sample_seed: .*less than"),
     ],
 )
 def test_a_wrong_setting_is_named(
@@ -128,6 +132,42 @@ def test_a_wrong_setting_is_named(
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=problem):
         load_settings()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_number_of_the_training_is_finite_unless_a_limit_without_end_means_something(
+    value: float,
+) -> None:
+    endless = {"max_grad_norm", "time_limit_minutes", "snr_gamma"}
+    for name, field in TrainingSettings.model_fields.items():
+        if float in (field.annotation, *get_args(field.annotation)):
+            if name in endless and value == math.inf:
+                assert getattr(TrainingSettings(**{name: value}), name) == value
+            else:
+                with pytest.raises(ValidationError, match=name):
+                    TrainingSettings(**{name: value})
+
+
+def test_true_is_no_number(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    starter = profile_path("starter").read_text("utf-8")
+    mine.write_text(re.sub("^max_train_steps = .*", "max_train_steps = true", starter, flags=re.M))
+    with pytest.raises(SettingsError, match=r"training\.max_train_steps: .*not be true or false"):
+        load_settings(str(mine))
+    with pytest.raises(SettingsError, match=r"max_concurrent: .*not be true or false"):
+        load_settings(max_concurrent=True)
+    for wrong in ({"learning_rate": True}, {"ema_decay": False}, {"holdout_every_steps": True}):
+        with pytest.raises(ValidationError, match="not be true or false"):
+            TrainingSettings(**wrong)
+
+
+def test_numbers_and_switches_may_be_written_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTERPIPE_TRAINING__MAX_TRAIN_STEPS", "7")
+    monkeypatch.setenv("POSTERPIPE_TRAINING__COMPILE", "1")
+    monkeypatch.setenv("POSTERPIPE_SAMPLER__VAE_SLICING", "true")
+    settings = load_settings()
+    assert settings.training.max_train_steps == 7
+    assert settings.training.compile is True and settings.sampler.vae_slicing is True
 
 
 def test_all_wrong_settings_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

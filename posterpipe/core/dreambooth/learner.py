@@ -68,7 +68,7 @@ class Learner:
             rate = settings.text_encoder_learning_rate or settings.learning_rate
             self.peak_rates.append(rate)
         if settings.method == "lora":
-            torch.manual_seed(settings.seed)  # its matrices begin at random
+            torch.manual_seed(settings.seed % 2**64)  # its matrices begin at random
             add_lora(self.models, settings, self._dtype)
         self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         unet.to(memory_format=self._layout)

@@ -217,8 +217,9 @@ def test_models_from_the_middle_of_a_run_are_the_small_files(make_config: MakeCo
 
 
 def test_it_learns_with_gradient_checkpointing_as_without(make_config: MakeConfig) -> None:
-    plain = train(make_config("plain", **LORA))
-    saving = train(make_config("saving", **LORA, gradient_checkpointing=True))
+    # Seeds beyond those that torch takes count anew.
+    plain = train(make_config("plain", **LORA, seed=777 + 2**64))
+    saving = train(make_config("saving", **LORA, seed=777, gradient_checkpointing=True))
     assert losses(plain) == pytest.approx(losses(saving))
     assert losses(plain)[0] != losses(plain)[-1]
 
