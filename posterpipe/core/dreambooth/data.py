@@ -8,6 +8,7 @@ does not: how the set was made (`training_set`), latents (`latents`), the order 
 from __future__ import annotations
 
 import csv
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def read_training_set(folder: Path) -> list[Example]:
     """
     path = folder / CSV_NAME
     remedy = "materialize the asset that makes it again"
+    line = 1  # where the row begins that is read
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
@@ -49,6 +51,7 @@ def read_training_set(folder: Path) -> list[Example]:
                     f"{path}:1: the column {' and '.join(sorted(absent))} is missing; {remedy}"
                 )
             examples = []
+            line = reader.line_num + 1
             for row in reader:
                 name, caption = row["file_name"], row["caption"]
                 if row.get(None) or name is None or caption is None:
@@ -64,19 +67,33 @@ def read_training_set(folder: Path) -> list[Example]:
                         "beside training.csv"
                     )
                 examples.append(Example(folder / name, caption))
+                line = reader.line_num + 1
     except OSError as error:
         raise TrainingSetError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise TrainingSetError(f"{path}: not a CSV in UTF-8 ({error}); {remedy}") from error
+    except UnicodeDecodeError as error:
+        raise TrainingSetError(f"{path}: not in UTF-8 ({error}); {remedy}") from error
+    except csv.Error as error:
+        raise TrainingSetError(f"{path}:{line}: {_in_words(error)}; {remedy}") from error
     if not examples:
         raise TrainingSetError(f"{path}: no rows; {remedy} from at least one usable image")
-    missing = [example.image.name for example in examples if not example.image.is_file()]
+    # Unlike `is_file`, which raises OSError for a name that is too long to be any file's.
+    missing = [example.image.name for example in examples if not os.path.isfile(example.image)]
     if missing:
         more = f" and {len(missing) - _NAMED_AT_MOST} more" if len(missing) > _NAMED_AT_MOST else ""
         raise TrainingSetError(
             f"{path}: {', '.join(missing[:_NAMED_AT_MOST])}{more} missing in {folder}; {remedy}"
         )
     return examples
+
+
+def _in_words(error: csv.Error) -> str:
+    said = str(error)
+    if said == "unexpected end of data":
+        return "a quote is opened there and not closed"
+    if said.startswith("field larger"):
+        most = csv.field_size_limit()
+        return f"a cell has more than {most} characters, or its quote is not closed"
+    return f"no row of a CSV ({said})"
 
 
 def load_pixels(path: Path, size: tuple[int, int] | None) -> Tensor:

@@ -35,7 +35,18 @@ def test_rows_come_in_the_order_of_the_csv(training_set: Path) -> None:
         ("file_name,caption\n0000.png,a cat\n0001.png, \n", "training.csv:3: no caption"),
         ("file_name,caption\n../0000.png,a cat\n", "outside the folder"),
         ("file_name,caption\n0000.png,a cat\nnone.png,a dog\n", "none.png missing"),
-        ('file_name,caption\n0000.png,"a cat\n', "not a CSV"),
+        (f"file_name,caption\n{'a' * 300}.png,a cat\n", "aaa.png missing"),
+        ("file_name,caption\n0000.png,a \0cat\n0\0.png,a dog\n", "0\0.png missing"),
+        (
+            'file_name,caption\n0000.png,"a\ncat"\n0001.png,"a dog\n0002.png,a cow\n',
+            "training.csv:4: a quote is opened there and not closed",
+        ),
+        (
+            f"file_name,caption\n0000.png,a cat\n0001.png,{'a' * 131_073}\n",
+            "training.csv:3: a cell has more than 131072 characters, or its quote is not closed",
+        ),
+        ('file_name,caption\n0000.png,"a" cat\n', "training.csv:2: no row of a CSV ("),
+        ('"file_name,caption\n', "training.csv:1: a quote"),
     ],
 )
 def test_a_broken_csv_is_named_with_its_line(copied: Path, text: str, words: str) -> None:
@@ -49,7 +60,7 @@ def test_a_csv_in_another_encoding_is_named(copied: Path) -> None:
     (copied / "training.csv").write_bytes(
         "file_name,caption\n0000.png,caf\u00e9\n".encode("latin-1")
     )
-    with pytest.raises(TrainingSetError, match="UTF-8"):
+    with pytest.raises(TrainingSetError, match="not in UTF-8"):
         read_training_set(copied)
 
 
