@@ -94,12 +94,16 @@ def problem(settings: type[BaseModel], place: tuple[int | str, ...], message: st
 
     `place` as pydantic gives it; nothing where several settings do not go together.
     """
-    said = message.removeprefix("Value error, ")  # pydantic's words for what a validator said
-    told = ": ".join(filter(None, [".".join(str(part) for part in place), said]))
+    told = ": ".join(filter(None, [".".join(str(part) for part in place), in_our_words(message)]))
     key = _variable(place)
     given = any(name.upper() == key and value for name, value in os.environ.items())
     kinds = _variables(settings)
     return f"{told}: {_form(key, kinds[key])}" if given and _example(kinds.get(key)) else told
+
+
+def in_our_words(message: str) -> str:
+    """A message of pydantic, without what it puts before that of a validator."""
+    return message.removeprefix("Value error, ")
 
 
 def malformed_variables(settings: type[BaseModel]) -> list[str]:

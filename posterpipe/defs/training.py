@@ -36,6 +36,7 @@ from posterpipe.defs.staleness import held_out_version
 from posterpipe.settings import SettingsError
 from posterpipe.settings_table import described
 from posterpipe.training_settings import TrainingSettings
+from posterpipe.variables import in_our_words
 
 if TYPE_CHECKING:
     from posterpipe.core.dreambooth.reports import StepReport
@@ -85,7 +86,8 @@ def training_settings(base: TrainingSettings, overrides: Mapping[str, Any]) -> T
         return TrainingSettings(**{**base.model_dump(), **overrides})
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc']) or 'training'}: {item['msg']}"
+            f"{'.'.join(str(part) for part in item['loc']) or 'training'}: "
+            f"{in_our_words(item['msg'])}"
             for item in error.errors()
         )
         raise SettingsError(f"config of dreambooth_checkpoint: {problems}; correct it") from error

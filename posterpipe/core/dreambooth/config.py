@@ -24,6 +24,7 @@ from posterpipe.core.dreambooth.errors import TrainingError, TrainingSetError
 from posterpipe.core.files import sha256_of
 from posterpipe.settings import SamplerSettings
 from posterpipe.training_settings import TrainingSettings
+from posterpipe.variables import in_our_words
 
 TRAINER_VERSION = "3"
 """Raised when the same config would give other weights, so that old checkpoints keep their id; also
@@ -123,7 +124,7 @@ class RunConfig(BaseModel):
             raise TrainingError(f"{path}: not valid TOML: {error}; mend that line") from error
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
+                f"{'.'.join(str(part) for part in item['loc'])}: {in_our_words(item['msg'])}"
                 for item in error.errors()
             )
             raise TrainingError(f"{path}: {problems}; correct it there") from error

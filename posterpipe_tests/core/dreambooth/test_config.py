@@ -45,6 +45,11 @@ def test_toml_gives_the_same_config_back(make_config: MakeConfig, tmp_path: Path
         ("width = 33", "width: Input should be a multiple of 8"),
         ("speed = 3", "speed: Extra inputs"),
         ("[training]\nlearning_rate = 0", "training.learning_rate: Input should be greater than 0"),
+        (
+            "[training]\nmax_train_steps = true",
+            "max_train_steps: Input should not be true or false",
+        ),
+        ("[sampler]\nscheduler = 'ddim'\nnum_inference_steps = 1001", "sampler: num_inference_st"),
     ],
 )
 def test_a_wrong_config_names_the_file_and_the_key(tmp_path: Path, text: str, words: str) -> None:
