@@ -16,7 +16,7 @@ from typing import Any
 
 from posterpipe.core.score_report import charts
 from posterpipe.core.score_report.data import BASELINE, TUNED, Published, Row, number, text
-from posterpipe.core.score_report.words import count, interval, plural, rounded, verdict
+from posterpipe.core.score_report.words import ALIKE, DASH, count, plural, rounded, verdict
 
 SPECIFIC, CONTROL, RANK = "clip_specific", "clip_control", "clip_rank"
 """How the ids of the metrics begin that `core.metrics.specificity` measures."""
@@ -30,10 +30,21 @@ class Change:
     """What fine-tuning changed, without negative prompt: a mean with its 95 % interval."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+    """None of one prompt, and where all prompts differ by the same: the change was measured, but
+    says nothing about other prompts."""
+    prompts: int
     finding: str
     """That of `paired_effects`; "" where it was not computed."""
+
+    @property
+    def direction(self) -> str:
+        """higher or lower where the interval holds no zero, or without one where it was found so;
+        else ""."""
+        if self.low is not None and self.high is not None:
+            return "higher" if self.low > 0 else "lower" if self.high < 0 else ""
+        return self.finding if self.finding in ("higher", "lower") else ""
 
     @property
     def told(self) -> str:
@@ -42,7 +53,9 @@ class Change:
 
     @property
     def span(self) -> str:
-        """The interval in words."""
+        """The interval in words, or why there is none."""
+        if self.low is None or self.high is None:
+            return ALIKE if self.prompts > 1 else "one prompt"
         return f"{charts.signed(self.low)} to {charts.signed(self.high)}"
 
 
@@ -63,16 +76,17 @@ def board_of(published: Published, kind: str) -> Board:
 
 
 def change_of(published: Published, board: Board) -> Change | None:
-    """None where there is no interval."""
+    """None without a pair of scores of both models."""
     row = board.get(TUNED)
     if row is None or BASELINE not in board:
         return None
     values = [number(row[name]) for name in ("diff_to_sd", "diff_low_95", "diff_high_95")]
     mean, low, high = values
-    if mean is None or low is None or high is None:
+    if mean is None:
         return None
     effect = _effect(published, board)
-    return Change(mean, low, high, text(effect["finding"]) if effect else "")
+    finding = text(effect["finding"]) if effect else ""
+    return Change(mean, low, high, count(row, "diff_prompts"), finding)
 
 
 def _effect(published: Published, board: Board) -> Row | None:
@@ -91,24 +105,32 @@ def headline(published: Published, board: Board) -> tuple[str, str]:
             "The pipeline has not published any scored image. This page fills by itself as soon as "
             "it has.",
         )
-    if BASELINE not in board or number(board.get(TUNED, {}).get("diff_to_sd")) is None:
+    own = change_of(published, board)
+    if own is None:
         return (
             "Scores without a comparison",
             f"There are {len(published.shots)} images, but not of both the base and the fine-tuned "
             "model with scores for the same prompt and seed, so that nothing can be said about "
-            "fine-tuning yet.",
+            f"fine-tuning yet.{_blocked_told(published)}",
         )
-    prompts = count(board[TUNED], "diff_prompts")
-    own = change_of(published, board)
-    if own is None:
+    prompts = own.prompts
+    if prompts < 2:
         return (
             "Too few prompts to tell",
             f"Fine-tuning was compared on {plural(prompts, 'prompt')}. That says nothing about "
-            "others: an interval needs two or more that do not all differ by the same.",
+            "others: an interval needs two or more.",
         )
     specific = change_of(published, board_of(published, SPECIFIC))
     control = change_of(published, board_of(published, CONTROL))
-    if own.low <= 0 <= own.high:
+    if own.low is None and own.mean == 0:
+        said = f"On none of {prompts} prompts does fine-tuning change the CLIP cosine."
+    elif own.low is None:
+        said = (
+            f"On each of {prompts} prompts fine-tuning changes the CLIP cosine by "
+            f"{charts.signed(own.mean)}. How other prompts would vary is not seen by such a suite: "
+            "there is no interval."
+        )
+    elif not own.direction:
         said = (
             f"Fine-tuning changes the CLIP cosine by {charts.signed(own.mean)}, but the 95 % "
             f"interval, {own.span} over {prompts} prompts, holds zero."
@@ -116,16 +138,28 @@ def headline(published: Published, board: Board) -> tuple[str, str]:
     else:
         said = (
             "Compared image by image with the base model, on the same prompts, seeds and noise, "
-            f"fine-tuning {'raises' if own.low > 0 else 'changes'} the CLIP cosine by {own.told}, "
-            f"a 95 % interval over {prompts} prompts."
+            f"fine-tuning {'raises' if own.direction == 'higher' else 'changes'} the CLIP cosine "
+            f"by {own.told}, a 95 % interval over {prompts} prompts."
         )
     title, rest = _judged(own, specific, control)
     return title, f"{said} {rest}".strip()
 
 
+def _blocked_told(published: Published) -> str:
+    """How many images of the two that are compared are blocked, and have no score therefore; ""
+    of none."""
+    told = []
+    for variant, name in ((BASELINE, "the base"), (TUNED, "the fine-tuned model")):
+        own = [shot for _, shot in published.shots if shot.variant == variant]
+        blocked = sum(shot.status == "blocked" for shot in own)
+        if blocked:
+            told.append(f"{blocked} of {plural(len(own), 'image')} of {name}")
+    return f" Blocked: {' and '.join(told)}." if told else ""
+
+
 def _judged(own: Change, specific: Change | None, control: Change | None) -> tuple[str, str]:
     """The title, and what the negative control says."""
-    direction = "higher" if own.low > 0 else "lower" if own.high < 0 else ""
+    direction = own.direction
     if specific is None or control is None:
         title = f"Fine-tuning scores {direction} with CLIP"
         rest = (
@@ -157,11 +191,10 @@ def _judged(own: Change, specific: Change | None, control: Change | None) -> tup
         "lower": "Fine-tuning scores lower; whether for the prompts is open",
         "": "No difference that this suite can show",
     }[direction]
-    left = (
-        "that is not told apart from zero, all questions counted"
-        if specific.finding
-        else "whether that is more than chance was not computed"
-    )
+    left = {
+        "": "whether that is more than chance was not computed",
+        "all alike": "no prompt differs in it",
+    }.get(specific.finding, "that is not told apart from zero, all questions counted")
     return title, f"{others}. What is left is {specific.told}; {left}."
 
 
@@ -173,11 +206,16 @@ def control_context(published: Published, board: Board) -> dict[str, Any]:
         ("Own less others", board_of(published, SPECIFIC)),
         ("Share of others that fit less (chance: 0.5)", board_of(published, RANK)),
     ]
-    changes = [change_of(published, own) for _, own in boards]
-    if any(change is None for change in changes):
+    shown = [
+        (name, own, change_of(published, own))
+        for name, own in boards
+        if BASELINE in own and TUNED in own
+    ]
+    # Beside nothing to hold it against, the score alone is no control.
+    if len(shown) < 2:
         return {"control": [], "control_told": ""}
     scale = charts.row_scale(
-        (bound for change in changes if change for bound in (change.low, change.mean, change.high)),
+        (n for _, _, change in shown if change for n in (change.low, change.mean, change.high)),
         include=(0.0,),
     )
     rows = [
@@ -185,21 +223,24 @@ def control_context(published: Published, board: Board) -> dict[str, Any]:
             "name": name,
             "base": rounded(own[BASELINE]["mean"]),
             "tuned": rounded(own[TUNED]["mean"]),
-            "difference": charts.signed(change.mean),
-            "interval": interval(own[TUNED], "diff_low_95", "diff_high_95", sign=True),
+            "difference": charts.signed(change.mean) if change else DASH,
+            "interval": change.span if change else DASH,
             "plot": charts.interval_row(
-                change.mean, change.low, change.high, scale, variant=TUNED, zero=0.0
+                *((change.mean, change.low, change.high) if change else (None, None, None)),
+                scale,
+                variant=TUNED,
+                zero=0.0,
             ),
             "css": verdict(_effect(published, own)),
         }
-        for (name, own), change in zip(boards, changes, strict=True)
-        if change
+        for name, own, change in shown
     ]
-    own, others = changes[0], changes[1]
-    assert own is not None and others is not None, "looked at above"
+    own, others = change_of(published, board), change_of(published, board_of(published, CONTROL))
     told = (
         f"From base to fine-tuned, the raw cosine with the own prompt changes by {own.told}, and "
         f"that with the other prompts of the suite by {others.told}."
+        if own and others
+        else ""
     )
     return {
         "control": rows,

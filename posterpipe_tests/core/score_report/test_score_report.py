@@ -148,6 +148,7 @@ def test_every_section_is_there_and_filled(pages: dict[str, Parsed]) -> None:
 
 
 Change = tuple[float, float, float, str]
+NONE = math.nan
 
 
 def changed(world: Path, **changes: Change) -> Published:
@@ -280,6 +281,47 @@ def test_the_copying_page_tells_the_gap_less_that_of_the_base_model(
     assert "0 is ideal" not in everything
 
 
+def test_the_negative_control_stays_where_a_row_of_it_has_no_interval(
+    world: Path, tmp_path: Path
+) -> None:
+    """A good model ranks every image's own text first, before training and after."""
+    store = copy_of(world, tmp_path)
+    with duckdb.connect(str(store / "public" / "scores.duckdb")) as connection:
+        connection.execute(
+            "UPDATE leaderboard SET mean = 1, low_95 = NULL, high_95 = NULL, diff_to_sd = 0, "
+            "diff_low_95 = NULL, diff_high_95 = NULL WHERE metric_id = ?",
+            [study.RANK],
+        )
+    write_report(store / "public" / "scores.duckdb", store, tmp_path / "report")
+    text = assert_whole(tmp_path / "report")["index.html"].text
+    assert "have not been held against" not in text and "Own less others" in text
+    assert "(chance: 0.5) 1 1 0.000 no spread between prompts" in text
+    assert "with the other prompts of the suite by" in text
+    # Measured is one thing, not measured another: then the row is not there.
+    alone = changed(world, own=UP, specific=UP, control=OPEN)
+    board = alone.marts["leaderboard"]
+    marts = {**alone.marts, "leaderboard": board[board["metric_id"] != study.RANK]}
+    alone = Published(marts, alone.prompts)
+    rows = control_context(alone, board_of(alone, "clip_t"))["control"]
+    assert [row["name"] for row in rows][-1] == "Own less others"
+
+
+def test_prompts_that_all_change_by_the_same_are_not_too_few(world: Path) -> None:
+    title, said = told(world, own=(0.0, NONE, NONE, "all alike"), specific=OPEN, control=OPEN)
+    assert title == "No difference that this suite can show" and "On none of 10 prompts" in said
+    title, said = told(world, own=(0.1, NONE, NONE, "higher"), specific=OPEN, control=UP)
+    assert title == "Fine-tuning scores higher; whether for the prompts is open"
+    assert "On each of 10 prompts" in said and "there is no interval" in said
+    alike = (0.1, NONE, NONE, "higher")
+    title, said = told(world, own=UP, specific=alike, control=OPEN)
+    assert title == "Fine-tuning follows the prompts better"
+    assert "more: +0.100 (no spread between prompts)" in said
+    one = changed(world, own=(0.1, NONE, NONE, "too few prompts"))
+    one.marts["leaderboard"].loc[:, "diff_prompts"] = 1
+    title, said = first_words(one)
+    assert title == "Too few prompts to tell" and "compared on 1 prompt." in said
+
+
 def test_a_share_is_under_no_head_of_cosines_and_on_no_axis_beyond_1(world: Path) -> None:
     published = read_published(world / "public" / "scores.duckdb")
     board, trend = (published.marts[name].copy() for name in ("leaderboard", "checkpoint_trend"))
@@ -323,7 +365,10 @@ def test_a_base_model_whose_images_are_all_blocked_breaks_no_page(
         )
     write_report(store / "public" / "scores.duckdb", store, tmp_path / "report")
     pages = assert_whole(tmp_path / "report")
-    assert "Scores without a comparison" in pages["index.html"].text
+    text = pages["index.html"].text
+    assert "Scores without a comparison" in text
+    assert "Blocked: 28 of 28 images of the base" in text
+    assert "have not been held against" not in text and "Own less others" in text
     assert not re.search(r"\bnan\b", " ".join(page.text for page in pages.values()))
 
 
