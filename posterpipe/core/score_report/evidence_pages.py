@@ -43,17 +43,23 @@ from posterpipe.core.score_report.words import (
     heads,
     interval,
     moment,
+    plural,
     rounded,
     share,
     shares,
     short,
 )
+from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS
 
 # --- overfitting and copies -----------------------------------------------------------------------
 
 
 def copying_context(published: Published, pictures: Pictures) -> dict[str, Any]:
-    """For `copying.html.j2`: how near images come to training posters; which count as copies."""
+    """For `copying.html.j2`: how near images come to training posters; which count as copies.
+
+    Copies are those of the fine-tuned model. Images of the base are flagged by chance, since it saw
+    none of the posters: they are told apart, as the yardstick.
+    """
     files = gallery_files(published)
     compared = [(prompt, shot, shot.nearest) for prompt, shot in published.shots if shot.nearest]
     flagged = [one for one in compared if one[2].copied]
@@ -74,30 +80,68 @@ def copying_context(published: Published, pictures: Pictures) -> dict[str, Any]:
         }
         for prompt, shot, nearest in flagged[:COPIES_SHOWN]
     ]
+    tuned = [one for one in compared if one[1].variant not in OF_BASE]
+    copies = [one for one in tuned if one[2].copied]
+    found = _would_find(published, tuned)
     if not compared:
         headline = "Images have not been compared with posters yet"
-    elif not flagged and all(nearest.threshold is None for _, _, nearest in compared):
+    elif not tuned:
+        headline = "No image of a fine-tuned model has been compared with posters yet"
+    elif not copies and all(nearest.threshold is None for _, _, nearest in tuned):
         headline = "No image equals a training poster; too few holdout posters tell what is a copy"
-    elif not flagged:
-        headline = "No image counts as a copy"
-    elif len(flagged) == 1:
-        headline = f"One image of {len(compared)} counts as a copy"
+    elif not copies and found is not None and found < LEAST_SENSITIVITY:
+        headline = f"No copy was found, but only {share(found)} of them would be"
+    elif not copies:
+        headline = "No image of the fine-tuned model counts as a copy"
     else:
-        headline = f"{len(flagged)} images of {len(compared)} count as copies"
-    told = "The nearest first."
+        of = f"{plural(len(tuned), 'image')} of the fine-tuned model"
+        headline = (
+            f"One of {of} counts as a copy"
+            if len(copies) == 1
+            else f"{len(copies)} of {of} count as copies"
+        )
+    told = []
+    if tuned and not copies:
+        told.append(
+            f"None of {plural(len(tuned), 'image')} of the fine-tuned model counts as a copy of a "
+            "training poster."
+        )
+    if cards:
+        told.append("The nearest first.")
     if len(flagged) > COPIES_SHOWN:
-        told += f" {COPIES_SHOWN} of {len(flagged)} are shown."
+        told.append(f"{COPIES_SHOWN} of {len(flagged)} are shown.")
+    if by_base := len(compared) - len(tuned):
+        told.append(
+            f"Of the base model, which saw none of these posters, {len(flagged) - len(copies)} of "
+            f"{plural(by_base, 'image')} would count: so many do without any copying."
+        )
     return {
         "headline": headline,
         "boards": _nearness_tables(published),
         "histogram": _nearness(compared),
         "copies": cards,
-        "copies_told": told,
-        "compared": len(compared),
+        "copies_told": " ".join(told),
     }
 
 
 COPIES_SHOWN = 60
+
+OF_BASE = (*BASE_VARIANTS, DELAYED_VARIANTS[0])
+"""Variants whose images are no copies, however near they come."""
+
+
+def _would_find(
+    published: Published, compared: Sequence[tuple[Prompt, Shot, Nearest]]
+) -> float | None:
+    """Which share of altered training posters would count as copies, by the threshold of these
+    images; None where it was not measured."""
+    limits = {nearest.threshold for _, _, nearest in compared}
+    known = [
+        number(row["copy_sensitivity"])
+        for row in published.rows("overfit_and_copy")
+        if row["is_current"] and number(row["copy_threshold"]) in limits
+    ]
+    return min((share for share in known if share is not None), default=None)
 
 
 def _nearness_tables(published: Published) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
 from posterpipe.core.score_report import charts
 from posterpipe.core.score_report.data import BASELINE, TUNED, Published, Row, number, text
 from posterpipe.core.score_report.words import ALIKE, DASH, count, plural, rounded, verdict
@@ -225,12 +227,7 @@ def control_context(published: Published, board: Board) -> dict[str, Any]:
             "tuned": rounded(own[TUNED]["mean"]),
             "difference": charts.signed(change.mean) if change else DASH,
             "interval": change.span if change else DASH,
-            "plot": charts.interval_row(
-                *((change.mean, change.low, change.high) if change else (None, None, None)),
-                scale,
-                variant=TUNED,
-                zero=0.0,
-            ),
+            "plot": _plot(change, scale),
             "css": verdict(_effect(published, own)),
         }
         for name, own, change in shown
@@ -247,3 +244,9 @@ def control_context(published: Published, board: Board) -> dict[str, Any]:
         "control_axis": charts.axis_row(scale, sign=True),
         "control_told": told,
     }
+
+
+def _plot(change: Change | None, scale: charts.Scale) -> Markup:
+    if change is None:
+        return charts.interval_row(None, None, None, scale, zero=0.0)
+    return charts.interval_row(change.mean, change.low, change.high, scale, variant=TUNED, zero=0.0)

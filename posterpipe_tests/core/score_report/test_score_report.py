@@ -23,6 +23,7 @@ from posterpipe.core.gate import RULE
 from posterpipe.core.publication import publish_scores
 from posterpipe.core.score_report import Written, results, write_report
 from posterpipe.core.score_report.data import Published, read_published
+from posterpipe.core.score_report.evidence_pages import copying_context
 from posterpipe.core.score_report.gallery_pages import IMAGES_A_PAGE, slug_of
 from posterpipe.core.score_report.headline import board_of, control_context
 from posterpipe.core.score_report.pages import PAGES
@@ -438,6 +439,34 @@ def test_the_copying_page_tells_which_share_of_copies_would_be_found(
 ) -> None:
     text = pages["copying.html"].text
     assert "Copy from Would find Copies" in text and "0.850 72 %" in text
+
+
+def test_copies_are_counted_among_images_of_the_tuned_model_and_only_where_they_would_be_found(
+    world: Path, pages: dict[str, Parsed], tmp_path: Path
+) -> None:
+    store = copy_of(world, tmp_path)
+    with duckdb.connect(str(store / "public" / "scores.duckdb")) as connection:
+        counts = connection.execute(
+            "SELECT count(*) FILTER (WHERE copied), count(nearest_similarity) "
+            "FROM prompt_drilldown GROUP BY variant LIKE 'sd%' ORDER BY variant LIKE 'sd%'"
+        ).fetchall()
+    (copies, tuned), (by_chance, base) = counts
+    text = pages["copying.html"].text
+    assert copies > 1 and by_chance > 1
+    assert f"{copies} of {tuned} images of the fine-tuned model count as copies" in text
+    assert f"none of these posters, {by_chance} of {base} images would count" in text
+
+    def headline(sensitivity: float) -> str:
+        with duckdb.connect(str(store / "public" / "scores.duckdb")) as connection:
+            connection.execute(
+                "UPDATE prompt_drilldown SET copied = false WHERE copied AND variant NOT LIKE 'sd%'"
+            )
+            connection.execute("UPDATE overfit_and_copy SET copy_sensitivity = ?", [sensitivity])
+        published = read_published(store / "public" / "scores.duckdb")
+        return str(copying_context(published, {})["headline"])
+
+    assert headline(0.72) == "No image of the fine-tuned model counts as a copy"
+    assert headline(0.2) == "No copy was found, but only 20 % of them would be"
 
 
 def test_prompts_without_spread_are_told_in_words_and_not_as_an_interval(
