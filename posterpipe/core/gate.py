@@ -294,9 +294,16 @@ def _not_inferior(evidence: Evidence, settings: GateSettings) -> Check:
         reason += f"; own text less those of other prompts {_interval(specific)}"
         margin = settings.specific_margin
         if specific.high < -(margin or 0.0) and not _few(specific, settings):
-            reason += ": its images tell the prompts apart less"
-            # Not rejected: how much of that a style may cost is for people to say.
-            outcome = "open" if outcome == "pass" and margin is not None else outcome
+            if margin is None:
+                # Nobody asked beforehand: one of many questions, which the score report counts.
+                reason += (
+                    ", an interval below zero when taken alone; the score report says whether it "
+                    "is told apart from zero with all questions counted"
+                )
+            else:
+                reason += ": its images tell the prompts apart less"
+                # Not rejected: how much of that a style may cost is for people to say.
+                outcome = "open" if outcome == "pass" else outcome
     return replace(check, outcome=outcome, reason=reason)
 
 
