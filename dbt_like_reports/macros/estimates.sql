@@ -32,18 +32,60 @@
 {%- endmacro %}
 
 {#
-  An end of an interval of a metric, which does not leave the metric's range: a share or a distance
-  of titles, and a rank among texts, lie between 0 and 1. (greatest() and least() pass over NULL,
-  which has to stay.)
+  The lowest (`end` is 0) or highest (1) value that a metric can have; NULL where there is none, as of
+  PickScore. Cosines lie between -1 and 1, and one less another between -2 and 2.
+#}
+{% macro range_end(metric_id, end) -%}
+    case
+        when regexp_matches({{ metric_id }}, '^(title_|clip_rank[.])') then {{ [0, 1][end] }}
+        when regexp_matches({{ metric_id }}, '^(clip_t|clip_control|similarity|nearest)[.]')
+            then {{ [-1, 1][end] }}
+        when regexp_matches({{ metric_id }}, '^(clip_specific|overfit_gap)[.]')
+            then {{ [-2, 2][end] }}
+        when starts_with({{ metric_id }}, 'diversity.') then {{ [0, 2][end] }}
+        when starts_with({{ metric_id }}, 'phash.') then {{ [0, 64][end] }}
+    end
+{%- endmacro %}
+
+{#
+  An end of an interval of a metric, which does not leave the metric's range: that of few prompts
+  would. (greatest() and least() pass over NULL, which has to stay where it is the value.)
 #}
 {% macro within_range(value, metric_id) -%}
     case
-        when
-            {{ value }} is not null
-            and regexp_matches({{ metric_id }}, '^(title_|clip_rank[.])')
-        then
-            round(least(1, greatest(0, {{ value }})), 6)
-        else round({{ value }}, 6)
+        when {{ value }} is not null then
+            round(
+                least(
+                    greatest({{ value }}, {{ range_end(metric_id, 0) }}),
+                    {{ range_end(metric_id, 1) }}
+                ),
+                6
+            )
+    end
+{%- endmacro %}
+
+{#
+  The largest difference of `as_averaged` that a metric can have, `times` over: differences of
+  differences have two. NULL where there is none.
+#}
+{% macro largest_difference(metric_id, scale, times=1) -%}
+    {{ times }} * case
+        when {{ scale }} = 'ratio' then ln({{ range_end(metric_id, 1) }} / {{ ratio_floor() }})
+        else {{ range_end(metric_id, 1) }} - {{ range_end(metric_id, 0) }}
+    end
+{%- endmacro %}
+
+{# An end of an interval of a difference of `as_averaged`, as `as_difference`, likewise in range. #}
+{% macro difference_within_range(difference, metric_id, scale, times=1) -%}
+    {%- set largest = largest_difference(metric_id, scale, times) -%}
+    case
+        when {{ difference }} is not null then
+            round(
+                {{ as_difference(
+                    "least(greatest(" ~ difference ~ ", -(" ~ largest ~ ")), " ~ largest ~ ")", scale
+                ) }},
+                6
+            )
     end
 {%- endmacro %}
 

@@ -97,7 +97,7 @@ def growth(scores: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
     cosine with low and high, score (2.5 * max(cosine, 0), the mean over images) with score_low (0
     or more) and score_high, gain (cosine less that of sd, see `statistics.paired_difference`) with
     gain_low and gain_high, and thesis_prompt (mean cosine of the images of the thesis's own prompt;
-    NaN where the suite lacks it).
+    NaN where the suite lacks it). Intervals of few prompts end where the values do.
     """
     scaled = scores.assign(score=SCALE * scores["clip_cosine"].clip(lower=0))
     own = generations.loc[generations["prompt"] == PROMPT, "prompt_id"].unique()
@@ -110,14 +110,16 @@ def growth(scores: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
         row = {
             "variant": variant, "label": label, "thesis": reported, "images": len(part),
             "missing": len(part) - cosine.images, "prompts": cosine.prompts,
-            "cosine": cosine.mean, "low": cosine.low, "high": cosine.high,
-            "score": score.mean, "score_low": max(score.low, 0.0), "score_high": score.high,
+            "cosine": cosine.mean, "low": max(cosine.low, -1.0), "high": min(cosine.high, 1.0),
+            "score": score.mean, "score_low": max(score.low, 0.0),
+            "score_high": min(score.high, SCALE),
             "gain": math.nan, "gain_low": math.nan, "gain_high": math.nan,
             "thesis_prompt": part.loc[part["prompt_id"].isin(own), "clip_cosine"].mean(),
         }  # fmt: skip
         if variant != "sd" and (scaled["variant"] == "sd").any():
             gain = paired_difference(scaled, variant, "sd")
-            row |= {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
+            low, high = max(gain.low, -2.0), min(gain.high, 2.0)
+            row |= {"gain": gain.mean, "gain_low": low, "gain_high": high}
         rows.append(row)
     return pd.DataFrame(rows)
 

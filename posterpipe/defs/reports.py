@@ -234,7 +234,7 @@ def contact_sheet(
     group_name="reports",
     kinds={"python", "pillow"},
     owners=["team:analytics"],
-    code_version="6",
+    code_version="7",
 )
 def growth_chart(
     context: dg.AssetExecutionContext,

@@ -63,6 +63,20 @@ def test_each_variant_has_its_mean_interval_and_n(
     assert table.loc["sd", "thesis_prompt"] == pytest.approx(-0.05), "the other one is blocked"
 
 
+def test_intervals_of_two_prompts_end_where_cosines_and_scores_do(
+    study: tuple[pd.DataFrame, pd.DataFrame, Path],
+) -> None:
+    scores, generations, _ = study
+    apart = scores["prompt_id"].map({"p1": 0.9, "p2": 0.1})
+    sign = np.where(scores["variant"] == "sd", 0, apart)
+    two = scores.assign(clip_cosine=sign)[apart.notna()]
+    table: Any = thesis.growth(two, generations).set_index("variant").loc["dreambooth"]
+    assert table["prompts"] == 2
+    assert (table["low"], table["high"]) == (-1, 1)
+    assert (table["score_low"], table["score_high"]) == (0, 2.5)
+    assert (table["gain_low"], table["gain_high"]) == (-2, 2)
+
+
 def test_the_scaled_score_is_that_of_hessel_image_by_image(
     study: tuple[pd.DataFrame, pd.DataFrame, Path],
 ) -> None:

@@ -343,6 +343,8 @@ def test_the_leaderboard_is_what_python_computes(world: World) -> None:
             wanted = expected[name].astype(float)
             if str(metric_id).startswith("title_") and name in ("low", "high"):
                 wanted = wanted.clip(0, 1)
+            if str(metric_id).startswith("title_") and name.startswith("difference_"):
+                wanted = wanted.clip(-1, 1)
             np.testing.assert_allclose(got[column].astype(float), wanted, atol=1e-6, err_msg=column)
         missing = got["blocked"] + got["failed"]
         assert missing.tolist() == expected["missing"].tolist()
@@ -467,6 +469,12 @@ def test_the_paired_effects_are_what_python_computes(world: World) -> None:
             better=str(own["better"].iloc[0]), scale=scale_of(metric_id),
         ).set_index("contrast")  # fmt: skip
         got = own.set_index("comparison").loc[expected.index]
+        most = np.array([largest(metric_id, comparison) for comparison in expected.index])
+        lowest, highest = (-most, most)
+        if scale_of(metric_id) == "ratio":
+            lowest, highest = np.expm1(-most), np.expm1(most)
+        for name in ("low", "high"):
+            expected[name] = expected[name].clip(lowest, highest)
         for column, name in (
             ("mean_difference", "estimate"), ("effect_size", "effect_size"),
             ("win_rate", "win_rate"), ("win_low_95", "win_low"), ("win_high_95", "win_high"),
@@ -478,6 +486,21 @@ def test_the_paired_effects_are_what_python_computes(world: World) -> None:
     assert effects.loc[effects["better"].isin(["neither", "nearer 0"]), "win_rate"].isna().all()
     assert effects.loc[effects["better"].isin(["higher", "lower"]), "win_rate"].notna().all()
     assert {"neither", "lower"} < set(effects["better"])
+
+
+WIDTHS = {
+    "title_": 1.0, "clip_rank.": 1.0, "clip_t.": 2.0, "clip_control.": 2.0, "similarity.": 2.0,
+    "nearest.": 2.0, "clip_specific.": 4.0, "overfit_gap.": 4.0, "phash.": 64.0,
+    "diversity.": math.log(2 / statistics.RATIO_FLOOR),
+}  # fmt: skip
+"""From the lowest to the highest value of a metric, by how its id begins; of logarithms where it is
+compared by them."""
+
+
+def largest(metric_id: object, comparison: object) -> float:
+    """The most by which a metric can differ; of ratios, before they are told as such."""
+    (width,) = (width for start, width in WIDTHS.items() if str(metric_id).startswith(start))
+    return width * (2 if comparison == "interaction" else 1)
 
 
 def by_prompt(rows: pd.DataFrame, effect: Any) -> pd.Series:
@@ -499,15 +522,19 @@ def test_what_is_detectable_counts_the_questions_of_its_family(world: World) -> 
     assert primary == [study.HEADLINE, "tuned without negative"]
     questions = effects.groupby("family")["p_value"].count()
     assert questions["headline"] == 8 < questions["guard"] < questions["other"]
+    beyond = 0
     row: Any
     for row in effects.itertuples():
         expected = smallest_detectable(
             by_prompt(rows, row).to_numpy(),
             tests=1 if row.is_primary else int(questions[row.family]),
         )
+        if expected > largest(row.metric_id, row.comparison):
+            expected, beyond = math.nan, beyond + 1
         if row.scale == "ratio":
             expected = math.expm1(expected)
         assert row.detectable_difference == pytest.approx(expected, abs=3e-6, nan_ok=True)
+    assert beyond > 0, "two titles show nothing that titles could differ by"
 
 
 def test_p_values_of_effects_are_students_and_corrected_by_holm(
@@ -706,6 +733,33 @@ def test_p_values_of_t_in_sql_are_right_for_few_and_many_prompts(world: World) -
         assert p_value == pytest.approx(expected, abs=2e-6), (m, n)
     unknown = duckdb.execute(f"select {sql} from (values (0.3, 0.1, 1)) as t(m, s, n)").fetchall()
     assert unknown == [(None,)]
+
+
+def test_intervals_end_where_values_and_differences_of_a_metric_do(world: World) -> None:
+    """An interval of two prompts reaches 12.7 standard errors to either side."""
+    macro = macros(world)
+    ranges = {
+        study.HEADLINE: (-1, 1), study.CONTROL: (-1, 1), study.NEAREST: (-1, 1),
+        study.SPECIFIC: (-2, 2), study.GAP: (-2, 2), study.RANK: (0, 1),
+        study.DIVERSITY: (0, 2), "phash.training.x.v1": (0, 64), "title_exact.set.x.v1": (0, 1),
+        "pickscore.x.v1": (-147, 147),
+    }  # fmt: skip
+    for metric_id, (low, high) in ranges.items():
+        ends = ", ".join(macro.within_range(n, f"'{metric_id}'") for n in (-147, 147, "null"))
+        assert duckdb.execute(f"select {ends}").fetchall() == [(low, high, None)], metric_id
+        if metric_id == study.DIVERSITY or metric_id.startswith("pickscore"):
+            continue
+        ends = ", ".join(
+            macro.difference_within_range(n, f"'{metric_id}'", "'difference'", times)
+            for n, times in ((-147, 1), (147, 1), (147, 2), ("null", 1))
+        )
+        width = high - low
+        expected = (max(-width, -147), width, min(2 * width, 147), None)
+        assert duckdb.execute(f"select {ends}").fetchall() == [expected], metric_id
+    # No mean of images is further from another than the highest is from the floor of logarithms.
+    most = 2 / statistics.RATIO_FLOOR
+    sql = macro.difference_within_range(50, f"'{study.DIVERSITY}'", "'ratio'")
+    assert duckdb.execute(f"select {sql}").fetchone() == (pytest.approx(most - 1),)
 
 
 def test_the_p_value_of_prompts_that_all_differ_by_the_same_is_that_of_their_signs(

@@ -328,12 +328,17 @@ select
     coalesce(differences.prompts, 0) as diff_prompts,
     coalesce(differences.pairs, 0) as pairs,
     round({{ as_difference('differences.mean', 'metrics.scale') }}, 6) as diff_to_sd,
-    round({{ as_difference('differences.ends.low', 'metrics.scale') }}, 6) as diff_low_95,
-    round({{ as_difference('differences.ends.high', 'metrics.scale') }}, 6) as diff_high_95,
+    {{ difference_within_range('differences.ends.low', 'means.metric_id', 'metrics.scale') }}
+        as diff_low_95,
+    {{ difference_within_range('differences.ends.high', 'means.metric_id', 'metrics.scale') }}
+        as diff_high_95,
     round(means.clip_score, 6) as clip_score,
     case when means.clip_score_ends is not null then round(greatest(0, means.clip_score_ends.low), 6)
     end as clip_score_low_95,
-    round(means.clip_score_ends.high, 6) as clip_score_high_95
+    case
+        when means.clip_score_ends is not null
+            then round(least(2.5, means.clip_score_ends.high), 6)
+    end as clip_score_high_95
 from means
 inner join metrics on metrics.metric_id = means.metric_id
 left join differences

@@ -192,11 +192,13 @@ select
     round(found.holdout, 6) as holdout_similarity,
     round(found.training, 6) as training_similarity,
     round(found.gap, 6) as overfit_gap,
-    round(found.gap_ends.low, 6) as gap_low_95,
-    round(found.gap_ends.high, 6) as gap_high_95,
+    {{ within_range('found.gap_ends.low', "'overfit_gap.'") }} as gap_low_95,
+    {{ within_range('found.gap_ends.high', "'overfit_gap.'") }} as gap_high_95,
     round(beside_sd.difference, 6) as gap_diff_to_sd,
-    round(beside_sd.ends.low, 6) as gap_diff_low_95,
-    round(beside_sd.ends.high, 6) as gap_diff_high_95,
+    {{ difference_within_range('beside_sd.ends.low', "'overfit_gap.'", "'difference'") }}
+        as gap_diff_low_95,
+    {{ difference_within_range('beside_sd.ends.high', "'overfit_gap.'", "'difference'") }}
+        as gap_diff_high_95,
     round(found.nearest, 6) as nearest_mean,
     round(found.nearest_highest, 6) as nearest_highest,
     round(copies.copy_threshold, 6) as copy_threshold,

@@ -10,7 +10,14 @@ with scores as (
 ),
 
 comparisons as (
-    select *
+    select
+        *,
+        -- How many differences between two values it adds up.
+        (
+            {%- for variant in variants %}
+            abs({{ variant }}){{ ' +' if not loop.last }}
+            {%- endfor %}
+        ) / 2 as differences
     from (
         values
             (1, 'tuned', 'tuned vs base, whatever the negative prompt', -.5, -.5, .5, .5, 0, 0),
@@ -155,8 +162,14 @@ measured as (
         estimates.prompts,
         cast(estimates.pairs as bigint) as pairs,
         round({{ as_difference('estimates.mean', 'metrics.scale') }}, 6) as mean_difference,
-        round({{ as_difference('estimates.ends.low', 'metrics.scale') }}, 6) as low_95,
-        round({{ as_difference('estimates.ends.high', 'metrics.scale') }}, 6) as high_95,
+        {{ difference_within_range(
+            'estimates.ends.low', 'estimates.metric_id', 'metrics.scale', 'comparisons.differences'
+        ) }} as low_95,
+        {{ difference_within_range(
+            'estimates.ends.high', 'estimates.metric_id', 'metrics.scale', 'comparisons.differences'
+        ) }} as high_95,
+        {{ largest_difference('estimates.metric_id', 'metrics.scale', 'comparisons.differences') }}
+            as largest,
         {{ t_p_value('estimates.mean', 'estimates.deviation', 'estimates.prompts') }} as p_value,
         -- Hedges' g: the mean over the deviation, corrected for few prompts.
         case
@@ -212,6 +225,21 @@ corrected as (
         -- The question that was named beforehand stands alone.
         case when is_primary then 1 else questions end as counted
     from ranked
+),
+
+-- What a study of this size finds with a power of 80 % (Bloom 1995), where the p-value has to pass
+-- the correction of the smallest one.
+studied as (
+    select
+        *,
+        case
+            when deviation > {{ no_spread() }} then
+                (
+                    student_quantile(1 - 0.025 / counted, prompts - 1)
+                    + student_quantile(0.8, prompts - 1)
+                ) * deviation / sqrt(prompts)
+        end as detectable
+    from corrected
 )
 
 select
@@ -247,16 +275,12 @@ select
     win_rate,
     win_low_95,
     win_high_95,
-    -- What a study of this size finds with a power of 80 % (Bloom 1995), where the p-value has to
-    -- pass the correction of the smallest one.
+    -- None that a metric can have may be large enough.
     case
-        when deviation > {{ no_spread() }} then round({{ as_difference(
-            "(student_quantile(1 - 0.025 / counted, prompts - 1)"
-            ~ " + student_quantile(0.8, prompts - 1)) * deviation / sqrt(prompts)",
-            'scale'
-        ) }}, 6)
+        when detectable > largest then null
+        else round({{ as_difference('detectable', 'scale') }}, 6)
     end as detectable_difference
-from corrected
+from studied
 order by
     is_headline desc,
     metric_place,
