@@ -41,8 +41,13 @@ from posterpipe.core.progress import NoProgress
 from posterpipe.core.quality import copied_posters
 from posterpipe.core.store import Store, table_version
 from posterpipe.core.warehouse import Warehouse, WarehouseError
-from posterpipe.settings import Settings, load_settings
-from posterpipe_tests.core.metrics.tiny import build_tiny_clip, generations, posters
+from posterpipe.settings import ModelRef, Settings, load_settings
+from posterpipe_tests.core.metrics.tiny import (
+    build_tiny_clip,
+    build_tiny_dino,
+    generations,
+    posters,
+)
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +176,28 @@ def test_a_lost_training_poster_is_counted_beside_a_champion_that_was_trained_on
     )  # fmt: skip
     copies = evidence.table[evidence.table["role"] == "copies"]
     assert copies.loc[copies["checkpoint_id"] == "new", "lost_posters"].tolist() == [1, 1]
+
+
+def test_of_two_encoders_the_first_says_what_is_a_copy(
+    store: Store, warehouse: Warehouse, settings: Settings
+) -> None:
+    build_tiny_dino(settings.root / "models" / "dino", version=2)
+    encoders = [ModelRef(id=f"models/{name}", revision=None) for name in ("clip", "dino")]
+    # Every other new poster gives an alarm, so that the two often disagree.
+    often = {"image_encoders": tuple(encoders), "copy_alarm": 0.49}
+    two = settings.model_copy(update={"evidence": settings.evidence.model_copy(update=often)})
+    seen = posters(store, "training", [i for i in pictures(6, 2) if i])
+    evidence = measured(store, warehouse, generations(store, pictures(16, 3)), two, seen)
+    copies = evidence.table[evidence.table["role"] == "copies"].set_index("generation_key")
+    by_encoder = evidence.nearest.set_index(["metric_id", "generation_key"])
+    (first,) = copies["metric_id"].unique()
+    (second,) = set(evidence.nearest["metric_id"]) - {first}
+    own, other = (by_encoder.loc[name].loc[copies.index] for name in (first, second))
+    assert "CLIP-I" in set(copies["metric"]).pop()
+    assert copies["copied"].tolist() == own["copied"].tolist() != other["copied"].tolist()
+    thresholds = (copies["copy_threshold"], own["similarity_threshold"])
+    assert thresholds[0].tolist() == thresholds[1].tolist()
+    assert not thresholds[0].isin(other["similarity_threshold"]).any()
 
 
 def test_measuring_again_changes_nothing(

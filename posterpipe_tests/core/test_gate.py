@@ -310,6 +310,30 @@ def test_a_checkpoint_that_has_memorised_its_posters_is_rejected() -> None:
     assert judged(copies=9).verdict == "promote"  # 4.7 %
 
 
+def test_a_lost_training_poster_holds_since_copies_of_it_are_not_seen() -> None:
+    whole = judged().evidence
+    decision = decide(dataclasses.replace(whole, lost=1), SETTINGS)
+    assert decision.verdict == "hold"
+    assert [name for name, how in outcomes(decision).items() if how == "open"] == ["copies"]
+    assert "1 of the posters that the checkpoint was trained on cannot be read" in decision.reason
+    copied = dataclasses.replace(whole, lost=1, copies=60)
+    assert decide(copied, SETTINGS).verdict == "reject", "what is seen is enough"
+
+
+@pytest.mark.parametrize("share", [0.0, 12 / 192])
+def test_as_many_copies_and_blocked_images_as_the_limits_say_pass(share: float) -> None:
+    count = round(share * 192)
+    evidence = dataclasses.replace(judged().evidence, blocked=count, copies=count)
+    at_limit = GateSettings(copy_limit=share, blocked_limit=share)
+    assert decide(evidence, at_limit).verdict == "promote"
+    for worse, name in (
+        (dataclasses.replace(evidence, blocked=count + 1), "blocked images"),
+        (dataclasses.replace(evidence, copies=count + 1), "copies"),
+    ):
+        failed = [check.name for check in decide(worse, at_limit).checks if check.outcome == "fail"]
+        assert failed == [name]
+
+
 def test_a_collapsed_checkpoint_is_rejected() -> None:
     decision = judged(diversity=0.02)
     assert decision.verdict == "reject"
@@ -397,6 +421,8 @@ def test_a_checkpoint_that_draws_black_images_is_rejected() -> None:
     decision = judged(blocked=12)
     assert decision.verdict == "reject" and decision.evidence.blocked == 12
     assert "12 of 192 images are black" in decision.reason
+    (check,) = [check for check in decision.checks if check.name == "blocked images"]
+    assert check.value == 12 / 192, "a share of all that were asked for"
     # Blocked ones are answered: they count, and nothing is missing.
     assert outcomes(decision)["complete"] == "pass"
     assert judged(blocked=3).verdict == "promote"
@@ -543,6 +569,14 @@ def test_what_no_image_has_is_a_reason_of_its_own() -> None:
     assert decision.verdict == "reject"
 
 
+def test_where_nothing_has_a_preference_what_is_less_like_film_posters_is_rejected() -> None:
+    evidence = dataclasses.replace(judged(fidelity=0.55).evidence, unmeasured={"preference": "off"})
+    decision = decide(evidence, SETTINGS)
+    assert decision.verdict == "reject"
+    assert [name for name, how in outcomes(decision).items() if how == "fail"] == ["fidelity"]
+    assert "lower than the champion's by more than the margin" in decision.reason
+
+
 def test_a_base_model_that_draws_black_only_is_the_reason() -> None:
     own, old = images("new", tuned=True), images("old", tuned=True)
     black = BASE.assign(status="blocked")
@@ -630,6 +664,13 @@ def test_people_who_prefer_it_make_up_for_fidelity() -> None:
     assert json.loads(unknown["numbers"][0])["sensitivity"] is None
     unsure = dataclasses.replace(liked, win_low=0.45)
     assert decide(dataclasses.replace(evidence, preference=unsure), SETTINGS).verdict == "hold"
+    few_prompts = dataclasses.replace(liked, prompts=SETTINGS.min_prompts - 1)
+    assert decide(dataclasses.replace(evidence, preference=few_prompts), SETTINGS).verdict == "hold"
+    # Either is enough, as `RULE` says: also where it is surely farther from film posters.
+    worse = judged(fidelity=0.55).evidence
+    assert decide(worse, SETTINGS).verdict == "reject"
+    assert decide(dataclasses.replace(worse, preference=liked), SETTINGS).verdict == "promote"
+    assert decide(dataclasses.replace(worse, preference=unsure), SETTINGS).verdict == "reject"
 
 
 def test_the_very_same_model_is_neither_better_nor_worse() -> None:

@@ -239,6 +239,22 @@ def test_copies_are_found_and_new_images_are_not(store: Store, root: Path) -> No
     assert bits[4] == expected == result.nearest.hash_distance[4]
 
 
+def test_an_altered_training_poster_among_the_holdout_posters_leaves_the_bound_of_hashes(
+    store: Store, root: Path
+) -> None:
+    seen, unseen = pictures(8, 20), pictures(8, 22)
+    training = posters(store, "training", seen)
+    drawn = generations(store, pictures(1, 23))
+    # Too far from its poster for one that was trained on, too near for a bound of the others.
+    leaked = altered(seen[5])
+    assert 4 < hash_distance(perceptual_hash(seen[5]), perceptual_hash(leaked)) <= 10
+    thresholds = []
+    for held in (unseen, [*unseen, leaked]):
+        result = compared(store, root, drawn, training, posters(store, "holdout", held))
+        thresholds += result.nearest.hash_threshold.tolist()
+    assert thresholds == [10, 10]
+
+
 def test_ids_change_with_the_posters_and_nothing_else(store: Store, root: Path) -> None:
     seen, unseen = pictures(4, 30), pictures(3, 31)
     table = generations(store, pictures(2, 32))
