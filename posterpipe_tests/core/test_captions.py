@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 import unicodedata
 from pathlib import Path
@@ -357,6 +358,30 @@ def test_unchanged_sidecars_are_not_read_again(project: Project, tmp_path: Path)
     assert read == ["tree.txt"]
     assert first["caption"].tolist() == ["a cat", "a tree"]
     assert second["caption"].tolist() == ["a cat", "an old tree"]
+
+
+@pytest.mark.parametrize("changed", ["time", "inode"])
+def test_a_sidecar_of_the_same_size_is_read_again(
+    project: Project, tmp_path: Path, changed: str
+) -> None:
+    store = Store(tmp_path / "store")
+    sidecar = project.landing / "cat.txt"
+    project.sidecar("cat.txt", "a cat")
+    before = sidecar.stat()
+    assert project.read(store)["caption"].tolist() == ["a cat"]
+    if changed == "time":
+        project.sidecar("cat.txt", "a dog")
+        later = before.st_mtime_ns + 1
+        os.utime(sidecar, ns=(later, later))
+    else:
+        other = tmp_path / "other.txt"
+        other.write_text("a dog", "utf-8")
+        os.utime(other, ns=(before.st_mtime_ns, before.st_mtime_ns))
+        os.replace(other, sidecar)
+    now = sidecar.stat()
+    same = (now.st_ino == before.st_ino, now.st_mtime_ns == before.st_mtime_ns)
+    assert same == (changed == "time", changed == "inode") and now.st_size == before.st_size
+    assert project.read(store)["caption"].tolist() == ["a dog"]
 
 
 def test_sidecars_in_a_bucket_are_read(project: Project) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from typing import ClassVar
@@ -128,6 +129,9 @@ def test_a_portable_digest_is_that_of_the_same_files_on_another_host() -> None:
     here = [Entry("a.png", 1, 2, "inode 3", 0o644)]
     there = [Entry("a.png", 1, 2, "inode 4", 0o600)]
     assert listing_digest(here) != listing_digest(there)
+    # Either alone is another listing on this one: a file replaced, one that became readable.
+    assert listing_digest([replace(here[0], identity="inode 4")]) != listing_digest(here)
+    assert listing_digest([replace(here[0], mode=0o600)]) != listing_digest(here)
     assert listing_digest(here, portable=True) == listing_digest(there, portable=True)
     for other in (Entry("b.png", 1, 2, ""), Entry("a.png", 2, 2, ""), Entry("a.png", 1, 3, "")):
         assert listing_digest([other], portable=True) != listing_digest(here, portable=True)
@@ -145,6 +149,33 @@ def test_a_file_that_is_not_the_listed_one_any_more_is_refused(place: Place) -> 
     remove(place, "a.png")
     with pytest.raises(FileNotFoundError):
         place.read(entry)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"before")
+    place = Folder(tmp_path)
+    (entry,) = place.entries()
+    with pytest.raises(SourceChanged, match=r"a\.png"), place._open(entry) as file:
+        assert file.read() == b"before"
+        path.write_bytes(b"longer than before")
+
+
+def test_a_file_that_another_of_its_size_and_time_took_the_place_of_is_refused(
+    tmp_path: Path,
+) -> None:
+    landing = tmp_path / "landing"
+    landing.mkdir()
+    (landing / "a.png").write_bytes(b"before")
+    place = Folder(landing)
+    (entry,) = place.entries()
+    (tmp_path / "b.png").write_bytes(b"other!")
+    os.utime(tmp_path / "b.png", ns=(entry.mtime_ns, entry.mtime_ns))
+    os.replace(tmp_path / "b.png", landing / "a.png")
+    for use in (place.read, place.sha256):
+        with pytest.raises(SourceChanged):
+            use(entry)
+    assert listing_digest(place.entries()) != listing_digest([entry])
 
 
 def test_a_folder_that_is_not_there_says_what_to_do(tmp_path: Path) -> None:
@@ -207,6 +238,25 @@ def test_a_bucket_that_is_not_there_is_told_from_one_without_objects(
         Bucket("versioned://mistyped/posters").entries()
     versioned.store["bucket/other/a.png"] = MemoryFile(data=b"1")
     assert Bucket("versioned://bucket/posters").entries() == []
+
+
+def test_what_arrives_in_a_bucket_is_seen_by_whoever_has_listed_it(
+    versioned: type[Versioned], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = versioned.find
+
+    def find(self: Versioned, path: str, **options: object) -> dict:
+        if path not in self.dircache:  # fsspec's, which keeps what a driver was told
+            self.dircache[path] = told(self, path, **options)
+            return told(self, path, **options)
+        return self.dircache[path]
+
+    monkeypatch.setattr(versioned, "find", find)
+    place = Bucket("versioned://bucket/posters")
+    for name in ("a.png", "b.png"):
+        versioned.store[f"bucket/posters/{name}"] = MemoryFile(data=b"1")
+        for bucket in (place, Bucket(place.location)):
+            assert bucket.entries()[-1].name == name
 
 
 def test_names_of_objects_may_begin_with_a_slash(versioned: type[Versioned]) -> None:
