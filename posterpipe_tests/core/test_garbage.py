@@ -486,6 +486,32 @@ def test_what_is_used_between_finding_and_removing_stays(store: Store) -> None:
     assert store.path(a, ".png").exists() and folder.exists()
 
 
+def test_while_something_is_removed_nobody_can_mark_anything_as_used(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    images(store, "one", "another")
+    (store.root / "training_sets" / (64 * "a")).mkdir(parents=True)
+    age(store.root)
+    garbage = find_garbage(store)
+    wanted = {item.path for item in garbage.items}
+    removed: set[Path] = set()
+
+    def alone(remove: Any) -> Any:
+        def removes(path: Any, *arguments: Any, **options: Any) -> None:
+            if path in wanted:
+                with open(store.root / "garbage.lock") as lock, pytest.raises(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                removed.add(path)
+            remove(path, *arguments, **options)
+
+        return removes
+
+    for name in ("unlink", "rename"):
+        monkeypatch.setattr(os, name, alone(getattr(os, name)))
+    assert len(remove_garbage(store, garbage).removed) == len(removed) == 3 and removed == wanted
+
+
 def test_what_cannot_be_removed_is_named_and_the_rest_goes(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

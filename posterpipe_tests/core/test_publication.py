@@ -21,6 +21,7 @@ from posterpipe.core import publication
 from posterpipe.core.publication import PublishError, publish_scores
 from posterpipe.core.warehouse import SCHEMA_VERSION, TABLES, VIEWS, Warehouse, WarehouseMissing
 from posterpipe.core.warehouse_comments import COMMENTS
+from posterpipe_tests.core.conftest import Disk
 from posterpipe_tests.core.test_warehouse import fill, generation, hold, score
 
 
@@ -175,6 +176,14 @@ def test_the_last_few_publications_stay_and_each_is_whole(
         os.stat(public / "scores.duckdb").st_ino == os.stat(snapshots[-1] / "scores.duckdb").st_ino
     )
     assert (public / "parquet").resolve() == (snapshots[-1] / "parquet").resolve()
+
+
+def test_a_publication_survives_a_power_cut_and_its_database_comes_first(
+    warehouse: Warehouse, public: Path, disk: Disk
+) -> None:
+    snapshot = publish_scores(warehouse.path, public, run_id="run").snapshot
+    assert disk.renamed == [snapshot, public / "scores.duckdb", public / "parquet"]
+    assert disk.half == [] and disk.unnamed == {}
 
 
 def test_a_clock_that_is_set_back_takes_no_publication_away(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from posterpipe.core.dreambooth.saves import newest_save, pack, unpack, write_save
-from posterpipe_tests.core.conftest import disk_is_full
+from posterpipe_tests.core.conftest import Disk, disk_is_full
 
 
 def add(folder: Path, step: int, *, run: str = "mine", keep: int = 2) -> Path:
@@ -53,6 +53,22 @@ def test_old_saves_go_only_after_the_new_one_is_whole(
     assert save is not None and save.step == 30
     add(tmp_path, 40)
     assert names(tmp_path) == ["step-00000030", "step-00000040"]
+
+
+def test_a_save_survives_a_power_cut_before_older_ones_go(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(tmp_path, 10)
+    removed: list[Path] = []
+
+    def remove(folder: Path) -> None:
+        assert not disk.unnamed, "the newer one would be lost with it"
+        removed.append(folder)
+
+    monkeypatch.setattr("posterpipe.core.dreambooth.saves.shutil.rmtree", remove)
+    old, new = tmp_path / "step-00000010", add(tmp_path, 20, keep=1)
+    assert disk.renamed == [old, new] and disk.half == []
+    assert removed == [old]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone", "no manifest", "foreign"])
