@@ -697,8 +697,17 @@ def write_atomic(path: Path, data: bytes, *, sealed: bool = False) -> None:
 
 def fsync_folder(folder: Path) -> None:
     """Make renames inside a folder survive a power cut, where the system can."""
+    _fsync(folder)
+
+
+def fsync_file(path: Path) -> None:
+    """Make the bytes of a file that another one wrote survive a power cut, where the system can."""
+    _fsync(path)
+
+
+def _fsync(path: Path) -> None:
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
     except OSError:
         return  # folders cannot be opened on Windows
     try:

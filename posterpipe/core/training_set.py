@@ -30,6 +30,7 @@ import pandas as pd
 from posterpipe.core.store import (
     Store,
     cells,
+    fsync_file,
     fsync_folder,
     unchanged,
     write_atomic,
@@ -166,3 +167,4 @@ def _link(store: Store, image: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)  # a file system without hard links
+        fsync_file(Path(target))  # its time says that it is whole

@@ -21,6 +21,7 @@ from posterpipe.core.training_set import (
     training_caption,
 )
 from posterpipe.settings import DEFAULT_TEMPLATE
+from posterpipe_tests.core.conftest import Disk
 
 CAPTIONS = ['a red rocket, titled "Go"', "a blue\ncastle ", "eine gelbe Tür"]
 
@@ -202,7 +203,7 @@ def test_images_of_the_store_cannot_be_written_to_through_a_set(store: Store) ->
 
 
 def test_without_hard_links_images_are_copied(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch, disk: Disk
 ) -> None:
     def no_links(source: Path, target: Path) -> None:
         raise PermissionError("Operation not permitted")
@@ -212,6 +213,8 @@ def test_without_hard_links_images_are_copied(
     frame, folder, _ = build_training_set(store, resized, captions)
     copies = [folder / name for name in frame["file_name"]]
     assert all(copy.stat().st_nlink == 1 for copy in copies)
+    # By its time a copy counts as whole: it has to be that on the disk as well.
+    assert folder in disk.renamed and disk.half == [] and disk.unnamed == {}
     # A changed copy is no damage to the store.
     before = copies[0].read_bytes()
     save_over(copies[0], b"another picture")

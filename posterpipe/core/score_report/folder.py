@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from posterpipe.core.store import fsync_folder
+from posterpipe.core.store import fsync_file, fsync_folder
 
 LEFT_SECONDS = 86_400.0
 """What a killed process has left is removed when it is older than this."""
@@ -32,9 +32,10 @@ _CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 def replaced_folder(target: Path) -> Iterator[Path]:
     """An empty folder beside `target`, which takes its place when the block ends without an error.
 
-    On an error `target` stays as it was. Where the system can exchange two folders (Linux), no
-    moment is without `target`; elsewhere it is two renames, and the first is undone if the second
-    fails. A link in the place of `target` is replaced, and what it led to is left alone.
+    On an error `target` stays as it was, and a power cut leaves one of the two, whole. Where the
+    system can exchange two folders (Linux), no moment is without `target`; elsewhere it is two
+    renames, and the first is undone if the second fails. A link in the place of `target` is
+    replaced, and what it led to is left alone.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -44,10 +45,20 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
+        _put_on_disk(new)
         _take_place(new, target, target.with_name(f".{target.name}.{mark}.old.tmp"))
         fsync_folder(target.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _put_on_disk(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            fsync_folder(path)
+        elif path.stat().st_nlink == 1:  # what is linked is there already
+            fsync_file(path)
+    fsync_folder(folder)
 
 
 def _take_place(new: Path, target: Path, old: Path) -> None:

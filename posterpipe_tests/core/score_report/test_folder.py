@@ -10,6 +10,7 @@ import pytest
 
 from posterpipe.core.score_report import folder
 from posterpipe.core.score_report.folder import replaced_folder
+from posterpipe_tests.core.conftest import Disk
 
 
 def write(target: Path, content: str) -> None:
@@ -24,7 +25,7 @@ def read(target: Path) -> set[str]:
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_the_new_one_takes_the_place_of_the_old(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, disk: Disk
 ) -> None:
     if not exchange:  # as on systems that cannot
         monkeypatch.setattr(folder, "_exchange", lambda one, other: False)
@@ -33,6 +34,7 @@ def test_the_new_one_takes_the_place_of_the_old(
         write(target, content)
         assert read(target) == {content}
         assert [one.name for one in tmp_path.iterdir()] == ["report"]
+        assert disk.half == [] and disk.unnamed == {}, "a power cut leaves a part of it"
 
 
 def test_no_moment_is_without_a_folder(tmp_path: Path) -> None:
