@@ -145,8 +145,9 @@ def test_captions_stay_as_they_are_by_default() -> None:
     assert {vary(seed) for seed in range(20)} == {"a poster, red, a rocket, minimalist"}
 
 
-def test_captions_are_dropped_as_often_as_asked() -> None:
-    dropped = sum(vary(seed, dropout=0.1) == "" for seed in range(4000))
+@pytest.mark.parametrize("shuffle", [False, True], ids=["in their order", "shuffled"])
+def test_captions_are_dropped_as_often_as_asked(shuffle: bool) -> None:
+    dropped = sum(vary(seed, dropout=0.1, shuffle=shuffle) == "" for seed in range(4000))
     # Binomial: standard deviation sqrt(4000 * 0.1 * 0.9) = 19.
     assert abs(dropped - 400) < 4 * 19
     assert all(vary(seed, dropout=1.0) == "" for seed in range(20))

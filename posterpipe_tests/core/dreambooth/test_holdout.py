@@ -17,6 +17,11 @@ def test_the_lowest_so_far_counts_only_with_enough_gain() -> None:
     assert lowest([1.0, 1.0, 1.0], 0) == 0
 
 
+def test_the_gain_asked_for_is_a_share_of_the_loss_however_small_that_is() -> None:
+    assert lowest([0.02, 0.018], 0.01) == 1
+    assert lowest([20.0, 19.9], 0.01) == 0
+
+
 def test_a_loss_that_is_no_number_is_never_the_lowest_nor_a_measurement() -> None:
     assert lowest([math.nan, 3, 2, math.nan], 0) == 2
     assert lowest([math.nan, -math.inf], 0) == -1

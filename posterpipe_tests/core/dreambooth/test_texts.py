@@ -111,6 +111,13 @@ def test_a_text_says_the_same_whatever_comes_with_it(base_model: Path) -> None:
     assert torch.equal(together[1], alone[0])
 
 
+def test_a_frozen_encoder_answers_in_fp32_also_where_autocast_is_on(base_model: Path) -> None:
+    outside = frozen(base_model, Counted(base_model))(["a red rocket"])
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = frozen(base_model, Counted(base_model))(["a red rocket"])
+    assert torch.equal(inside, outside)
+
+
 def test_a_text_encoder_without_its_last_layer_says_what_clip_skip_says(
     base_model: Path, tmp_path: Path, make_config: MakeConfig
 ) -> None:

@@ -64,6 +64,17 @@ def test_dino_is_the_class_token_of_plain_transformers(root: Path, model: str) -
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
 
 
+def test_embeddings_have_length_1_in_fp32_also_where_a_model_computes_in_a_short_precision() -> (
+    None
+):
+    import torch
+
+    features = torch.randn(8, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    vectors = encoders_module.unit(features)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+
+
 def test_clip_images_are_those_of_plain_transformers(root: Path) -> None:
     import torch
     from transformers import CLIPImageProcessorPil, CLIPModel
