@@ -1,4 +1,4 @@
-"""How often a run saves, by a clock of the tests' own."""
+"""How often a run saves and when its time is over, by a clock of the tests' own."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from posterpipe.core.dreambooth.learner import Learner
 from posterpipe.core.dreambooth.pace import SavePace
 from posterpipe.core.dreambooth.saves import write_save
 from posterpipe.core.dreambooth.train import train
-from posterpipe_tests.core.dreambooth.conftest import MakeConfig
+from posterpipe_tests.core.dreambooth.conftest import MakeConfig, interrupt_at
 
 
 class Clock:
-    """Time passes where a test says so."""
+    """Time passes where a test says so, in one of the trainer's modules."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: str = "pace") -> None:
         self.now = 0.0
         time = SimpleNamespace(perf_counter=lambda: self.now)
-        monkeypatch.setattr("posterpipe.core.dreambooth.pace.time", time)
+        monkeypatch.setattr(f"posterpipe.core.dreambooth.{module}.time", time)
 
 
 def test_a_slow_save_waits_for_twenty_times_what_the_last_one_took(
@@ -122,3 +122,22 @@ def test_a_slow_save_that_comes_due_seldom_is_not_put_off(
     config = make_config(max_train_steps=6, save_every_steps=2)
     saved, _ = run_by_the_clock(config, monkeypatch, step_seconds=30.0, save_seconds=3.0)
     assert saved == [2, 4, 6]
+
+
+def test_a_time_limit_counts_the_time_before_a_run_was_taken_up_again(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch, "train")
+    add_gradients = Learner.add_gradients
+
+    def add(learner: Learner, step: int, batches: Any) -> Any:
+        clock.now += 10.0
+        return add_gradients(learner, step, batches)
+
+    monkeypatch.setattr(Learner, "add_gradients", add)
+    config = make_config(max_train_steps=9, save_every_steps=1, time_limit_minutes=25 / 60)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt_at(3))
+    result = train(config)
+    assert result.resumed_from == 2
+    assert (result.ended_by, result.steps) == ("time_limit", 3)

@@ -349,8 +349,11 @@ def test_a_run_with_all_that_can_be_combined_goes_on_to_the_same_bits(
         assert equal(load_file(files[0]), load_file(files[1])), name
 
 
-def test_the_scaler_of_fp16_is_saved_and_taken_up_again(make_config: MakeConfig) -> None:
+def test_the_scaler_of_fp16_and_losses_not_yet_told_are_saved_and_taken_up_again(
+    make_config: MakeConfig,
+) -> None:
     settings = {"mixed_precision": "fp16", "max_train_steps": 6, "save_every_steps": 2}
+    settings |= {"log_every_steps": 5}
     whole, cut = make_config("whole", **settings), make_config("cut", **settings)
     uninterrupted = train(whole)
     with pytest.raises(KeyboardInterrupt):
@@ -359,6 +362,7 @@ def test_the_scaler_of_fp16_is_saved_and_taken_up_again(make_config: MakeConfig)
     assert state["scaler"]["scale"] > 0 and state["scaler"]["_growth_tracker"] >= 0
     resumed = train(cut)
     assert resumed.resumed_from == 4 and losses(resumed) == losses(uninterrupted)
+    assert [r.step for r in resumed.reports] == [1, 5, 6]  # the second is of steps 2 to 5
     assert equal(unet_weights(whole.output_dir), unet_weights(cut.output_dir))
     assert equal(text_weights(whole.output_dir), text_weights(cut.output_dir))
 
@@ -911,9 +915,16 @@ def test_fp16_whose_gradients_always_overflow_ends_the_run_and_names_a_precision
         lambda prediction, wanted: real(NoGradient.apply(prediction.float()), wanted),
     )
     config = make_config(
-        mixed_precision="fp16", max_train_steps=100, log_every_steps=10, train_text_encoder=False
+        mixed_precision="fp16",
+        max_train_steps=100,
+        log_every_steps=10,
+        save_every_steps=8,
+        train_text_encoder=False,
     )
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt_at(10))
     # 65,536, halved at every step, is less than 1 after 17; the next report is that of step 20.
+    # It goes on from step 8, and counts those before.
     with pytest.raises(
         TrainingDiverged,
         match=r"fp16 overflows: 20 of the first 20 steps .* 20 in a row.*mixed_precision, now fp16",
@@ -938,6 +949,9 @@ def test_fp16_leaves_out_a_step_whose_loss_overflows_and_goes_on(
 
     monkeypatch.setattr(objective, "squared_errors", overflowing)
     result = train(config)
+    # Gradients are clipped, and told, as they are without the scaler's factor.
+    plain = train(make_config("fp32", max_train_steps=1, train_text_encoder=False))
+    assert result.reports[0].grad_norm == pytest.approx(plain.reports[0].grad_norm, rel=0.05)
     assert [report.loss is None for report in result.reports] == [False, False, True, False]
     assert [report.grad_norm is None for report in result.reports] == [False, False, True, False]
     assert [report.skipped_steps for report in result.reports] == [0, 0, 1, 1]
@@ -1011,7 +1025,7 @@ def test_zero_terminal_snr_goes_into_the_finished_schedule(
 def test_the_held_out_loss_is_measured_at_fixed_questions(
     make_config: MakeConfig, other_set: Path, tmp_path: Path, buckets: bool
 ) -> None:
-    settings: dict[str, Any] = {"max_train_steps": 4, "holdout_every_steps": 2}
+    settings: dict[str, Any] = {"max_train_steps": 4, "holdout_every_steps": 3}
     settings |= {"log_every_steps": 10}
     parts: dict[str, Any] = {"holdout_set": other_set}
     if buckets:
@@ -1019,7 +1033,8 @@ def test_the_held_out_loss_is_measured_at_fixed_questions(
         mixed = write_training_set(tmp_path / "mixed", seed=6, sizes=sizes)
         parts = {"holdout_set": mixed, "buckets": True}
     result = train(make_config("one", parts=parts, **settings))
-    assert [measured.step for measured in result.holdout] == [0, 2, 4]
+    # Before the first step, when it is due, and of the weights that are left in the end.
+    assert [measured.step for measured in result.holdout] == [0, 3, 4]
     again = train(make_config("other", parts=parts, **settings, seed=3, train_batch_size=1))
     # Before anything is learnt, the seed and the batch make no difference.
     assert again.holdout[0].loss == pytest.approx(result.holdout[0].loss, abs=1e-6)
