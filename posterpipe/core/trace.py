@@ -193,7 +193,7 @@ def _trace(store: Store, connection: duckdb.DuckDBPyConnection, image: dict[str,
     scores = [
         Score(
             metric_id=row["metric_id"],
-            metric=row["name"] or row["metric_id"],
+            metric=row["label"] or row["metric_id"],
             value=row["value"],
             status=row["status"],
             reason=row["reason"],
@@ -203,8 +203,10 @@ def _trace(store: Store, connection: duckdb.DuckDBPyConnection, image: dict[str,
         )
         for row in _rows(
             connection,
-            "SELECT fct_score.*, dim_metric.name FROM fct_score LEFT JOIN dim_metric "
-            "USING (metric_id) WHERE generation_key = ? ORDER BY scored_at, metric_id",
+            # As the reports have it: CLIP-T is two metrics.
+            "SELECT fct_score.*, CASE WHEN name = 'CLIP-T' THEN name || ' ' || preprocessing "
+            "ELSE name END AS label FROM fct_score LEFT JOIN dim_metric USING (metric_id) "
+            "WHERE generation_key = ? ORDER BY scored_at, metric_id",
             [key],
         )
     ]

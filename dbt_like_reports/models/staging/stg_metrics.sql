@@ -1,10 +1,11 @@
 -- `current_metric` holds a metric once for every step that uses it. In a warehouse that was filled
--- before there was that table, all metrics count.
+-- before there was that table, all metrics count. `place` goes by step, in whose order the names of
+-- steps sort, so that metrics that are measured together stand together.
 with used as (
     select
         metric_id,
         bool_or(step = 'clip_scores') as is_headline,
-        min(place) as place
+        row_number() over (order by min((step, place))) as place
     from {{ source('warehouse', 'current_metric') }}
     group by metric_id
     union all

@@ -485,7 +485,10 @@ def _metrics_section(published: Published) -> dict[str, Any]:
                 text(row["name"]), text(row["description"]), text(row["preprocessing"]),
                 code(row["metric_id"]),
             ]
-            for row in published.rows("dim_metric")
+            for row in sorted(
+                published.rows("dim_metric"),
+                key=lambda row: (text(row["name"]), text(row["preprocessing"])),
+            )
         ],
         "absent": "No metric has been used yet.",
         "assets": ["clip_scores"],

@@ -17,6 +17,7 @@ from posterpipe.core.score_report import charts
 from posterpipe.core.score_report.data import (
     BASELINE,
     TUNED,
+    Prompt,
     Published,
     Row,
     number,
@@ -71,7 +72,7 @@ def index_context(published: Published, pictures: Pictures) -> dict[str, Any]:
         "growth": growth,
         "growth_rows": growth_rows,
         "scales": thesis.SCALES,
-        "n_prompts": count(first, "prompts"),
+        "n_prompts": plural(count(first, "prompts"), "prompt"),
         **control_context(published, board),
         "boards": _boards(published),
         "effects": _effects(published),
@@ -416,16 +417,23 @@ def _extremes_told(published: Published) -> str:
     return "Where fine-tuning gained most and lost most"
 
 
-def _extremes(published: Published, pictures: Pictures) -> list[dict[str, Any]]:
-    """The two best and the two worst prompts, by what fine-tuning changed."""
+def _most_changed(published: Published) -> list[Prompt]:
+    """The two prompts that gained most and the two that lost most by fine-tuning; where none gained
+    or none lost, those that lost or gained least."""
     known = sorted(
         (prompt for prompt in published.prompts if prompt.effect is not None),
         key=lambda prompt: (-(prompt.effect or 0.0), prompt.prompt_id),
     )
+    gained = [prompt for prompt in known if (prompt.effect or 0.0) > 0] or known
+    lost = [prompt for prompt in known if (prompt.effect or 0.0) < 0] or known
+    return [*gained[:2], *(prompt for prompt in lost[-2:] if prompt not in gained[:2])]
+
+
+def _extremes(published: Published, pictures: Pictures) -> list[dict[str, Any]]:
+    """Cards of `_most_changed`: the base model's and the tuned one's image of the first seed."""
     files = gallery_files(published)
-    chosen = known if len(known) <= 4 else [*known[:2], *known[-2:]]
     cards = []
-    for prompt in chosen:
+    for prompt in _most_changed(published):
         seed = prompt.seeds[0]
         pair = [prompt.shots.get((seed, variant)) for variant in (BASELINE, TUNED)]
         shown = [picture_of(pictures, shot.image if shot else None) for shot in pair]

@@ -780,3 +780,15 @@ def test_the_best_and_the_worst_are_called_gains_and_losses_only_where_they_are(
     assert told(0.2, -0.1, None) == "Where fine-tuning gained most and lost most"
     assert "no prompt lost" in told(0.2, 0.1) and "lost most" not in told(0.2, 0.1)
     assert "no prompt gained" in told(-0.2, -0.1) and "gained most" not in told(-0.2, -0.1)
+
+
+def test_a_gain_is_not_shown_among_the_losses() -> None:
+    def shown(*effects: float | None) -> list[float | None]:
+        prompts = [SimpleNamespace(effect=e, prompt_id=str(n)) for n, e in enumerate(effects)]
+        chosen = results._most_changed(cast(Any, SimpleNamespace(prompts=prompts)))
+        return [prompt.effect for prompt in chosen]
+
+    assert shown(0.1, 0.5, None, 0.3, -0.2, 0.4) == [0.5, 0.4, -0.2]
+    assert shown(0.1, 0.5, 0.3, 0.4, 0.2) == [0.5, 0.4, 0.2, 0.1]
+    assert shown(-0.1, -0.5, -0.3, 0.4) == [0.4, -0.3, -0.5]
+    assert shown(0.1) == [0.1] and shown(0.2, 0.1) == [0.2, 0.1]
