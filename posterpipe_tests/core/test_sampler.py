@@ -125,11 +125,22 @@ def test_images_are_those_of_the_diffusers_pipeline(
 
 @pytest.mark.parametrize("scheduler", ["dpmsolver++", "ddim", "euler"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_scheduler_and_precision_draws(
-    model_dir: Path, scheduler: str, precision: str
+def test_every_scheduler_and_precision_draws_and_is_solved_in_fp32(
+    model_dir: Path, scheduler: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = SETTINGS.model_copy(update={"scheduler": scheduler, "precision": precision})
-    (image,) = Sampler(model_dir, settings, model_id="tiny")(REQUESTS[:1])
+    sampler = Sampler(model_dir, settings, model_id="tiny")
+    solver: Any = sampler.scheduler
+    solve = solver.step
+    solved: list[str] = []
+
+    def step(predicted: Any, timestep: Any, latents: Any, **values: Any) -> Any:
+        solved.extend([str(predicted.dtype), str(latents.dtype)])
+        return solve(predicted, timestep, latents, **values)
+
+    monkeypatch.setattr(solver, "step", step)
+    (image,) = sampler(REQUESTS[:1])
+    assert set(solved) == {"torch.float32"}
     assert image.size == (TINY_WIDTH, TINY_HEIGHT) and image.mode == "RGB"
     assert blocked_reason(image) == ""
 

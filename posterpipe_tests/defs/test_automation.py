@@ -370,6 +370,15 @@ def test_a_job_that_stopped_early_makes_nothing_run_that_is_up_to_date(chain: Wo
     assert [chain.tick() for _ in range(4)] == [[]] * 4
 
 
+def test_a_job_that_fails_is_not_made_again_by_the_policy(chain: World) -> None:
+    """What then stays stale is for the sweep."""
+    chain.broken.add("b")
+    chain.outside["a"] = "2"
+    assert not chain.run("a", "b", "c")
+    assert chain.contents["a"] == "2" and "b" in chain.stale()
+    assert [chain.tick() for _ in range(4)] == [[]] * 4
+
+
 # ---- checks and trainings -----------------------------------------------------------------------
 
 

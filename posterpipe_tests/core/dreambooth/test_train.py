@@ -971,14 +971,15 @@ def test_the_moving_average_is_that_of_the_weights_after_each_step(
         config = make_config(f"{steps}", parts={"base_model": base}, max_train_steps=steps)
         train(config)
         after.append(unet_weights(config.output_dir))
-    averaged = make_config("ema", parts={"base_model": base}, max_train_steps=3, ema_decay=0.15)
+    averaged = make_config("ema", parts={"base_model": base}, max_train_steps=3, ema_decay=0.24)
     train(averaged)
     name = "conv_in.weight"
     wanted = after[0][name]
     for number, weights in enumerate(after[1:]):
-        kept = min(0.15, (1 + number) / (10 + number))
+        kept = min(0.24, (1 + number) / (10 + number))  # less in the first two steps
         wanted = kept * wanted + (1 - kept) * weights[name]
-    torch.testing.assert_close(unet_weights(averaged.output_dir)[name], wanted)
+    # A weight moves by 1e-3 in a step.
+    torch.testing.assert_close(unet_weights(averaged.output_dir)[name], wanted, rtol=0, atol=1e-6)
 
 
 def test_the_text_encoder_stops_where_it_should(make_config: MakeConfig) -> None:

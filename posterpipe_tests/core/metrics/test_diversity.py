@@ -84,3 +84,5 @@ def test_the_id_names_the_prompts_and_seeds(store: Store, root: Path) -> None:
     assert diversity_metric(table, SETTINGS, root) == diversity_metric(shuffled, SETTINGS, root)
     fewer = diversity_metric(table.iloc[:3], SETTINGS, root)
     assert fewer.metric_id != diversity_metric(table, SETTINGS, root).metric_id
+    others = diversity_metric(table.assign(seed=table["seed"] + 100), SETTINGS, root)
+    assert others.metric_id != diversity_metric(table, SETTINGS, root).metric_id
