@@ -70,6 +70,9 @@ _SAVE_EVERY = 256
 _CPU_BATCH = 16
 """Images that go through a model at once on a CPU at most: activations then stay in its caches."""
 
+_CPU_TEXTS = 8
+"""Texts, of which a suite has few of each length: more would be filled up with repetitions."""
+
 
 def encoder_id(settings: ScorerSettings, root: Path) -> str:
     """`<preprocessing>.<model>.<fingerprint>`, with the precision where it is not fp32.
@@ -157,17 +160,16 @@ class _Encoder:
 
     def prepared_features(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
         """Image embeddings of length 1, float32 (batch, dimension), of what `prepare` gave."""
+        size = self._batch(_CPU_BATCH)
         parts = [
-            self._features(_filled_up(part, self._batch))[: len(part)]
-            for part in _parts(prepared, self._batch)
+            self._features(_filled_up(part, size))[: len(part)] for part in _parts(prepared, size)
         ]
         return np.concatenate([np.zeros((0, self.dimension), np.float32), *parts])
 
-    @property
-    def _batch(self) -> int:
+    def _batch(self, on_a_cpu: int) -> int:
         """How many images or texts go through the model at once, neither more nor fewer."""
         size = self.settings.batch_size
-        return min(size, _CPU_BATCH) if self.device.type == "cpu" else size
+        return min(size, on_a_cpu) if self.device.type == "cpu" else size
 
     @cached_property
     def _preparation(self) -> Preparation:
@@ -265,9 +267,10 @@ class ClipEncoder(_Encoder):
             width = min(math.ceil(len(row) / _WIDTH) * _WIDTH, self.max_tokens)
             of_width.setdefault(width, []).append(place)
         vectors = np.zeros((len(texts), self.dimension), np.float32)
+        size = self._batch(_CPU_TEXTS)
         for width, places in of_width.items():
-            for part in _parts(places, self._batch):
-                rows = [tokens[place] for place in _filled_up(part, self._batch)]
+            for part in _parts(places, size):
+                rows = [tokens[place] for place in _filled_up(part, size)]
                 vectors[part] = self._encode_tokens(rows, width)[: len(part)]
         return vectors
 
