@@ -262,9 +262,6 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
                 "n": f"{count(row, 'prompts')} · {count(row, 'pairs')}",
             }
         )
-    detectable = [
-        n for n in (number(row["detectable_difference"]) for row in rows) if n is not None
-    ]
     first = rows[0]
     note = ""
     if by == "ratio":
@@ -273,15 +270,7 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
             "less. Prompts differ so much by this metric that one of them would decide an "
             "arithmetic mean. "
         )
-    if detectable:
-        most = max(count(row, "prompts") for row in rows)
-        ends = min(detectable), max(detectable)
-        least, largest = (change(n, by) if by == "ratio" else charts.plain(n) for n in ends)
-        note += (
-            f"With {most} prompts this suite finds {by}s from {least} to {largest} on, depending "
-            "on the question, four times of five, the correction counted. Smaller ones may be "
-            "there unseen. "
-        )
+    note += _finds(rows, by)
     if first["family"] == "guard":
         note += (
             "This metric watches for harm: “not told apart” does not say that there is none, nor "
@@ -415,6 +404,33 @@ def _extremes_told(published: Published) -> str:
     if not any(effect > 0 for effect in effects):
         return "Where fine-tuning lost least and lost most (no prompt gained)"
     return "Where fine-tuning gained most and lost most"
+
+
+def _finds(rows: Sequence[Row], by: str) -> str:
+    """What the suite would find by a metric, from its rows of `paired_effects`; `by`: difference or
+    ratio."""
+    asked = [row for row in rows if number(row["low_95"]) is not None]
+    known = [number(row["detectable_difference"]) for row in asked]
+    detectable = sorted(n for n in known if n is not None)
+    if not detectable:
+        return ""
+    least, largest = (
+        change(n, by) if by == "ratio" else charts.plain(n) for n in (detectable[0], detectable[-1])
+    )
+    span = (
+        f"{least} on" if least == largest else f"{least} to {largest} on, depending on the question"
+    )
+    told = (
+        f"With {max(count(row, 'prompts') for row in rows)} prompts this suite finds {by}s from "
+        f"{span}, four times of five, the correction counted. "
+        "Smaller ones may be there unseen. "
+    )
+    if beyond := len(known) - len(detectable):
+        told += (
+            f"On {plural(beyond, 'question')} of {len(known)} none that the metric could show is "
+            "large enough. "
+        )
+    return told
 
 
 def _most_changed(published: Published) -> list[Prompt]:

@@ -792,3 +792,14 @@ def test_a_gain_is_not_shown_among_the_losses() -> None:
     assert shown(0.1, 0.5, 0.3, 0.4, 0.2) == [0.5, 0.4, 0.2, 0.1]
     assert shown(-0.1, -0.5, -0.3, 0.4) == [0.4, -0.3, -0.5]
     assert shown(0.1) == [0.1] and shown(0.2, 0.1) == [0.2, 0.1]
+
+
+def test_what_the_suite_would_find_leaves_out_questions_that_it_cannot_answer() -> None:
+    def told(*detectable: float | None) -> str:
+        rows = [{"low_95": -0.1, "detectable_difference": d, "prompts": 2} for d in detectable]
+        alike = {"low_95": None, "detectable_difference": None, "prompts": 2}
+        return results._finds([*rows, alike], "difference")
+
+    assert "from 0.200 to 0.400 on" in told(0.4, 0.2) and "of 2 none" not in told(0.4, 0.2)
+    assert "from 0.459 on" in told(None, 0.459) and "On 1 question of 2 none" in told(None, 0.459)
+    assert told(None) == "" == told()
