@@ -149,7 +149,10 @@ class SamplerSettings(Group):
         description="denoising steps an image; dpmsolver++ makes at most 995, ddim 1000",
     )
     guidance_scale: float = Field(
-        7.5, ge=1, description="how strictly the prompt is followed; 1 leaves the negative unused"
+        7.5,
+        ge=1,
+        allow_inf_nan=False,
+        description="how strictly the prompt is followed; 1 leaves the negative unused",
     )
     width: Positive = Field(512, multiple_of=8, description="pixels")
     height: Positive = Field(512, multiple_of=8, description="pixels")

@@ -123,6 +123,7 @@ def test_broken_toml_names_file_and_line(tmp_path: Path) -> None:
         ("POSTERPIPE_SAMPLER__STEPS", "5", "POSTERPIPE_SAMPLER__STEPS: there is no such setting"),
         ("POSTERPIPE_SAMPLER__BATCH_SIZE", "many", "sampler.batch_size: .*integer"),
         ("POSTERPIPE_TRAINING__LORA_ALPHA", "inf", "training.lora_alpha: .*finite"),
+        ("POSTERPIPE_SAMPLER__GUIDANCE_SCALE", "inf", "sampler.guidance_scale: .*finite"),
         ("POSTERPIPE_TRAINING__SAMPLE_SEED", str(2**64 - 1), "training.sample_seed: .*less than"),
     ],
 )
