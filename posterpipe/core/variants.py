@@ -24,6 +24,9 @@ BASE_VARIANTS, TUNED_VARIANTS = VARIANTS[:2], VARIANTS[2:]
 DELAYED_VARIANTS = ("sd_negative_delayed", "dreambooth_negative_delayed")
 """The same with the negative prompt delayed, for prompts of the suite that hold `negative_from`."""
 
+OF_BASE, OF_TUNED = (*BASE_VARIANTS, DELAYED_VARIANTS[0]), (*TUNED_VARIANTS, DELAYED_VARIANTS[1])
+"""All that either model draws."""
+
 LABELS: Mapping[str, str] = {
     "sd": "Base",
     "sd_negative": "Base + negative",

@@ -11,7 +11,7 @@ from typing import Any
 
 import dagster as dg
 
-from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
+from posterpipe.core.variants import OF_BASE, OF_TUNED
 from posterpipe.defs.resources import (
     FAILED_ITEMS,
     MODEL_FINGERPRINT,
@@ -122,7 +122,7 @@ def base_generations(
         context,
         deployment,
         prompt_suite,
-        (*BASE_VARIANTS, DELAYED_VARIANTS[0]),
+        OF_BASE,
         locate(settings.base_model, settings.root),
         model_id,
         {"model": settings.base_model.id, MODEL_FINGERPRINT: model_id},
@@ -172,7 +172,7 @@ def tuned_generations(
         context,
         deployment,
         prompt_suite,
-        (*TUNED_VARIANTS, DELAYED_VARIANTS[1]),
+        OF_TUNED,
         folder,
         checkpoint["checkpoint_id"],
         {"checkpoint_id": checkpoint["checkpoint_id"]},

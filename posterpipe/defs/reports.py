@@ -207,7 +207,6 @@ def contact_sheet(
     Always the first seed of each prompt, never chosen by hand; written to
     `data/store/public/contact_sheet.png`.
     """
-
     from posterpipe.core.gallery import markdown_image, of_first_seed, suite_sheet
     from posterpipe.core.provenance import base_and_tuned
     from posterpipe.core.store import write_atomic
@@ -254,7 +253,6 @@ def growth_chart(
     `data/store/public/thesis/`. Which effects are more than chance, all questions counted, the
     report `paired_effects` says.
     """
-
     from posterpipe.core import thesis
     from posterpipe.core.gallery import markdown_image
     from posterpipe.core.provenance import base_and_tuned

@@ -49,7 +49,7 @@ from posterpipe.core.score_report.words import (
     shares,
     short,
 )
-from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS
+from posterpipe.core.variants import OF_BASE
 
 # --- overfitting and copies -----------------------------------------------------------------------
 
@@ -125,9 +125,6 @@ def copying_context(published: Published, pictures: Pictures) -> dict[str, Any]:
 
 
 COPIES_SHOWN = 60
-
-OF_BASE = (*BASE_VARIANTS, DELAYED_VARIANTS[0])
-"""Variants whose images are no copies, however near they come."""
 
 
 def _would_find(
