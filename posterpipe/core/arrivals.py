@@ -12,7 +12,6 @@ long to wait, never what is new.
 from __future__ import annotations
 
 import datetime as dt
-import errno
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,16 +191,9 @@ def _without_posters(location: str) -> Source:
 
 
 def holdout_entries(folder: Path) -> list[Entry]:
-    """The listing of the holdout folder, which need not be there. Raises OSError where it is there
-    and cannot be listed."""
-    if not folder.exists():
-        return []
-    try:
-        return Folder(folder, HOLDOUT).entries()
-    except PlaceMissing as error:
-        raise NotADirectoryError(
-            errno.ENOTDIR, "not a folder that can be listed", folder
-        ) from error
+    """The listing of the holdout folder, which need not be there. Raises PlaceMissing where it is
+    there and cannot be listed."""
+    return Folder(folder, HOLDOUT).entries() if folder.exists() else []
 
 
 def missing_holdout(folder: Path, entries: Sequence[Entry], store: Store) -> str:
@@ -229,8 +221,11 @@ def missing_holdout(folder: Path, entries: Sequence[Entry], store: Store) -> str
 
 def holdout_source(folder: Path, store: Store, settings: AutomationSettings, now: float) -> Source:
     """The source of `holdout_posters`: a folder that may be empty or missing as long as no poster
-    is held out (see `missing_holdout`). Raises OSError."""
-    entries = holdout_entries(folder)
+    is held out (see `missing_holdout`)."""
+    try:
+        entries = holdout_entries(folder)
+    except PlaceMissing as error:
+        return Source("", "", problem=str(error))
     if missing := missing_holdout(folder, entries, store):
         return Source("", "", problem=missing)
     posters = poster_entries(entries)

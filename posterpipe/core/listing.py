@@ -233,6 +233,10 @@ class Folder(Place):
 
     def entries(self) -> list[Entry]:
         """See `Place.entries`. A nested folder that cannot be entered is a problem's entry."""
+        if self.path.exists() and not self.path.is_dir():
+            raise PlaceMissing(
+                f"{self.path}: this is a file; set {self.role.setting} to the folder of posters"
+            )
         if not self.path.is_dir():
             raise PlaceMissing(
                 f"{self.path}: this folder of posters is not there; create it and put posters in, "

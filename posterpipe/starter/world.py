@@ -60,13 +60,13 @@ AFLOAT = frozenset({"sailboat", "whale"})
 
 _SYMMETRIC = frozenset({"rocket", "tree", "balloon", "mushroom", "robot"})
 
-_TITLE_FIRST = (
+TITLE_FIRST = (
     "Barley", "Biscuit", "Borrowed", "Button", "Copper", "Crooked", "Drowsy", "Feather",
     "Ginger", "Humble", "Juniper", "Lantern", "Lopsided", "Marzipan", "Mellow", "Nimble",
     "Paper", "Pepper", "Plum", "Pocket", "Saffron", "Sunday", "Tangerine", "Thistle",
     "Tinsel", "Velvet", "Wander", "Whistle", "Willow", "Woollen",
 )  # fmt: skip
-_TITLE_SECOND: dict[str, tuple[str, ...]] = {
+TITLE_SECOND: dict[str, tuple[str, ...]] = {
     "rocket": ("Orbit", "Comet", "Liftoff", "Countdown", "Sailor"),
     "sailboat": ("Regatta", "Harbour", "Breeze", "Mariner", "Lagoon"),
     "whale": ("Fathom", "Tide", "Spout", "Deep", "Current"),
@@ -158,9 +158,9 @@ def halo_colours(object_colour: str, background: str) -> tuple[str, ...]:
 
 def sample_title(rng: np.random.Generator, kind: str) -> str:
     """Invent a film title of two or three words; one in four has nothing to do with the object."""
-    first = str(rng.choice(_TITLE_FIRST))
-    about = kind if rng.random() < 0.75 else str(rng.choice(list(_TITLE_SECOND)))
-    second = str(rng.choice(_TITLE_SECOND[about]))
+    first = str(rng.choice(TITLE_FIRST))
+    about = kind if rng.random() < 0.75 else str(rng.choice(list(TITLE_SECOND)))
+    second = str(rng.choice(TITLE_SECOND[about]))
     return f"The {first} {second}" if rng.random() < 0.25 else f"{first} {second}"
 
 

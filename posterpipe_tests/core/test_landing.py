@@ -25,7 +25,7 @@ from posterpipe.core.landing import (
     scan,
     unread_count,
 )
-from posterpipe.core.listing import HOLDOUT, Bucket, Entry, Folder
+from posterpipe.core.listing import HOLDOUT, Bucket, Entry, Folder, PlaceMissing
 from posterpipe.core.memory import TOO_LITTLE_MEMORY
 from posterpipe.core.store import Store
 from posterpipe.settings import ImageSettings
@@ -136,7 +136,7 @@ def test_an_empty_or_missing_folder_is_an_error_with_a_remedy(
 
 def test_a_holdout_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(NotADirectoryError, match="file"):
+    with pytest.raises(PlaceMissing, match=r"/file: this is a file; set POSTERPIPE_HOLDOUT to"):
         holdout_entries(tmp_path / "file")
 
 

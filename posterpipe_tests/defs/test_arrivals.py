@@ -213,7 +213,7 @@ def test_held_out_posters_are_looked_for_whether_or_not_there_is_a_folder(place:
     assert place.settle() == []
     place.holdout.write_text("no folder")
     assert place.settle() == []
-    assert f"{place.holdout}: cannot be read (not a folder" in place.said
+    assert f"{place.holdout}: this is a file; set POSTERPIPE_HOLDOUT to the folder" in place.said
 
 
 @pytest.mark.parametrize("missing", [True, False], ids=["missing", "empty"])

@@ -15,9 +15,9 @@ import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from posterpipe.core.dreambooth.effects import deciding
 from posterpipe.core.dreambooth.errors import TrainingError, TrainingSetError
@@ -87,6 +87,18 @@ class RunConfig(BaseModel):
         None, description="versions of the inputs; measured from the files when not given"
     )
 
+    @model_validator(mode="after")
+    def _keeps_work_out_of_the_checkpoint(self) -> Self:
+        # It appears whole, by a rename; whatever lay there before would stand in its way.
+        output = Path(os.path.abspath(self.output_dir))
+        for name, folder in (("work_dir", self.work_dir), ("cache_dir", self.cache)):
+            if Path(os.path.abspath(folder)).is_relative_to(output):
+                raise ValueError(
+                    f"{name}: {folder} lies in output_dir, {self.output_dir}, which is to hold the "
+                    "finished model alone; choose a folder beside it"
+                )
+        return self
+
     @property
     def size(self) -> tuple[int, int] | None:
         """Width and height in pixels that every training image must have; None for buckets."""
@@ -124,7 +136,9 @@ class RunConfig(BaseModel):
             raise TrainingError(f"{path}: not valid TOML: {error}; mend that line") from error
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(str(part) for part in item['loc'])}: {in_our_words(item['msg'])}"
+                ": ".join(
+                    filter(None, [".".join(map(str, item["loc"])), in_our_words(item["msg"])])
+                )
                 for item in error.errors()
             )
             raise TrainingError(f"{path}: {problems}; correct it there") from error

@@ -60,6 +60,19 @@ def test_a_wrong_config_names_the_file_and_the_key(tmp_path: Path, text: str, wo
     assert "run.toml" in str(caught.value) and words in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["work_dir", "cache_dir"])
+@pytest.mark.parametrize("inside", ["model", "model/cache", "elsewhere/../model/cache"])
+def test_a_run_does_not_work_within_the_folder_of_the_finished_model(
+    tmp_path: Path, name: str, inside: str
+) -> None:
+    folders = {"output_dir": "model", "work_dir": "work", name: inside}
+    places = "".join(f"{key} = '{folder}'\n" for key, folder in folders.items())
+    path = tmp_path / "run.toml"
+    path.write_text(f"base_model = 'base'\ntraining_set = 'set'\nwidth = 64\nheight = 64\n{places}")
+    with pytest.raises(TrainingError, match=rf"run\.toml: {name}: .* lies in output_dir, model"):
+        RunConfig.from_toml(path)
+
+
 def guide() -> str:
     return (default_root() / "docs" / "training.md").read_text("utf-8")
 
