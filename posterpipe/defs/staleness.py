@@ -94,10 +94,11 @@ _LIMITS: Mapping[str, tuple[str, ...]] = {
 the store, since its checks run with it; what comes out is the same, so nothing else follows."""
 
 _CHECKED_WITH: Mapping[str, Callable[[Settings], list[Any]]] = {
-    # Its check counts tokens as the base model's text encoder does.
+    # Their texts are counted in tokens as the base model's text encoder does.
+    "prompt_suite": lambda s: [s.base_model.model_dump(mode="json")],
     "training_csv": lambda s: [s.base_model.model_dump(mode="json")],
 }
-"""What else the checks of an asset depend on, with the same effect."""
+"""What else an asset is judged by, in its checks or while it is read, with the same effect."""
 
 
 def _judging(settings: Settings) -> list[Any]:
@@ -128,7 +129,7 @@ def with_settings_in_code_version(assets: Iterable[Any], settings: Settings) -> 
 
     def spec_with_settings(spec: dg.AssetSpec) -> dg.AssetSpec:
         name = spec.key.to_user_string()
-        if name not in _DECIDING and name not in _LIMITS:
+        if not any(name in rules for rules in (_DECIDING, _LIMITS, _CHECKED_WITH)):
             return spec
         deciding = _DECIDING[name](settings) if name in _DECIDING else []
         if name in _CHECKED_WITH:
