@@ -30,7 +30,7 @@ from PIL import Image
 
 from benchmarks.rows import Row
 from posterpipe.core.captioner import Captioner, caption_files
-from posterpipe.core.models import torch_dtype
+from posterpipe.core.devices import torch_dtype
 from posterpipe.settings import CaptionerSettings, ModelRef
 
 POSTER_SIZE = (1400, 2100)

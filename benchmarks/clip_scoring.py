@@ -34,8 +34,9 @@ import torch
 from PIL import Image
 
 from benchmarks.rows import Row
+from posterpipe.core.devices import best_device, torch_dtype
 from posterpipe.core.metrics.clip import ClipTextSimilarity, clip_t_scores
-from posterpipe.core.models import best_device, locate, torch_dtype
+from posterpipe.core.models import locate
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.prompts import load_suite

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from posterpipe.core.devices import best_device, torch_dtype, usable_precision
 from posterpipe.core.generations import generate
-from posterpipe.core.models import best_device, torch_dtype, usable_precision
 from posterpipe.core.parallel import cores
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.prompts import Prompt

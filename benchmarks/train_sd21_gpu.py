@@ -111,7 +111,7 @@ def run(
     """
     import torch
 
-    from posterpipe.core.models import give_memory_back
+    from posterpipe.core.devices import give_memory_back
 
     if not rehearse and not torch.cuda.is_available():
         return
@@ -367,9 +367,9 @@ def _step_flops(base: Path, batch: int, side: int, text_encoder: bool) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from posterpipe.core.devices import best_device
     from posterpipe.core.dreambooth.base_model import load_text_encoder, load_unet
     from posterpipe.core.dreambooth.texts import Tokens
-    from posterpipe.core.models import best_device
 
     device = best_device()
     unet: Any = load_unet(base).to(device, torch.bfloat16)
@@ -391,8 +391,8 @@ def _vae_seconds(base: Path, batch: int, side: int) -> float:
     """What encoding a batch in bf16 takes, as a trainer does that caches no latents."""
     import torch
 
+    from posterpipe.core.devices import best_device
     from posterpipe.core.dreambooth.base_model import load_vae
-    from posterpipe.core.models import best_device
 
     device = best_device()
     vae: Any = load_vae(base).to(device, torch.bfloat16)
@@ -404,9 +404,9 @@ def _text_encoder_seconds(base: Path, batch: int, side: int) -> float:
     """What a batch of captions takes in bf16, as a trainer does that keeps no hidden states."""
     import torch
 
+    from posterpipe.core.devices import best_device
     from posterpipe.core.dreambooth.base_model import load_text_encoder
     from posterpipe.core.dreambooth.texts import Tokens
-    from posterpipe.core.models import best_device
 
     device = best_device()
     encoder: Any = load_text_encoder(base).to(device, torch.bfloat16)

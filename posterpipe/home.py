@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from posterpipe.core.store import write_atomic
+from posterpipe.core.files import write_atomic
 from posterpipe.settings import default_root
 
 _MARK = "# Written by posterpipe and renewed by it until something here is changed: {}\n"

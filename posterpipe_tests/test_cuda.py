@@ -26,6 +26,7 @@ from diffusers.models import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from posterpipe.core.devices import give_memory_back
 from posterpipe.core.dreambooth import checkpoint, objective
 from posterpipe.core.dreambooth.base_model import load_vae
 from posterpipe.core.dreambooth.config import RunConfig
@@ -38,7 +39,6 @@ from posterpipe.core.dreambooth.reports import StepReport, TrainResult
 from posterpipe.core.dreambooth.saves import Save, newest_save, write_save
 from posterpipe.core.dreambooth.train import train
 from posterpipe.core.generations import blocked_reason
-from posterpipe.core.models import give_memory_back
 from posterpipe.core.sampler import ImageRequest, Sampler
 from posterpipe.settings import SamplerSettings, default_root
 from posterpipe.training_settings import TrainingSettings

@@ -26,8 +26,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from posterpipe.core.files import write_atomic
 from posterpipe.core.progress import NoProgress, Progress
-from posterpipe.core.store import BUSY_SECONDS, write_atomic
+from posterpipe.core.store import BUSY_SECONDS
 
 ELSEWHERE, WHOLE = "elsewhere", "backup.json"
 

@@ -18,19 +18,17 @@ import pandas as pd
 from PIL import Image
 
 from posterpipe.core.captions import HumanCaption
-from posterpipe.core.errors import first_line
-from posterpipe.core.memory import TOO_LITTLE_MEMORY, doubt, is_out_of_memory
-from posterpipe.core.models import (
+from posterpipe.core.devices import (
     DeviceGone,
     best_device,
-    fingerprint,
     give_memory_back,
-    locate,
     noticing_a_gone_device,
-    quiet_hub,
     torch_dtype,
     usable_precision,
 )
+from posterpipe.core.errors import first_line
+from posterpipe.core.memory import TOO_LITTLE_MEMORY, doubt, is_out_of_memory
+from posterpipe.core.models import fingerprint, locate, quiet_hub
 from posterpipe.core.parallel import cores
 from posterpipe.core.progress import NoProgress, Progress
 from posterpipe.core.store import Store, cells, compute_missing, content_key

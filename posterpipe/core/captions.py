@@ -28,6 +28,7 @@ from typing import Any
 
 import pandas as pd
 
+from posterpipe.core.files import write_atomic
 from posterpipe.core.landing import (
     CHANGED,
     EXTENSIONS,
@@ -40,7 +41,7 @@ from posterpipe.core.landing import (
 from posterpipe.core.listing import Entry, Folder, Place, SourceChanged, source_name, suffix
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import NoProgress, Progress
-from posterpipe.core.store import Store, cells, compute_missing, content_key, write_atomic
+from posterpipe.core.store import Store, cells, compute_missing, content_key
 
 COLUMNS = ["source_name", "caption", "origin", "status", "reason"]
 

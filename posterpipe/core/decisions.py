@@ -21,8 +21,9 @@ from typing import Any
 import duckdb
 import pandas as pd
 
+from posterpipe.core.files import write_atomic
 from posterpipe.core.gate import Decision, Verdict
-from posterpipe.core.store import content_key, write_atomic
+from posterpipe.core.store import content_key
 from posterpipe.core.warehouse import Warehouse, WarehouseError, insert
 
 GATE = "gate"

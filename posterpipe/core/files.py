@@ -1,13 +1,31 @@
-"""What is known of a file from outside.
+"""Files: the digest of one, what tells cheaply that it is another, and writing it whole.
 
-What belongs here: the digest of its bytes, and what tells cheaply that it is another one. What does
-not: files by their content (`store`), folders of models (`models`) and listings (`listing`).
+What belongs here: what is known of a file from outside, writing that survives a power cut, and
+seals. What does not: files by their content (`store`), folders of models (`models`) and listings
+(`listing`).
+
+A sealed file is never to be changed: its owner may not write to it, and its modification time is a
+whole second, which the system hardly ever gives a file that is written. So one that somebody saved
+over, perhaps through another link to it, is told without reading it (`unchanged`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
+import time
+import uuid
+from contextlib import suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file without permission to be written cannot be removed
+    fcntl = None  # type: ignore[assignment]
+
+SECOND = 1_000_000_000
+"""In nanoseconds."""
 
 Signature = tuple[int, int, int]
 """Time of the last change in nanoseconds, size in bytes, inode."""
@@ -26,3 +44,74 @@ def file_signature(path: Path) -> Signature | None:
     except OSError:
         return None
     return stats.st_mtime_ns, stats.st_size, stats.st_ino
+
+
+def unchanged(path: Path | str, blob: str) -> bool:
+    """Whether a file holds the bytes of that sha256 (hex).
+
+    A sealed one is believed; any other is read, and sealed when it holds them, as blobs from before
+    there were seals. False where it cannot be read.
+    """
+    try:
+        if os.stat(path).st_mtime_ns % SECOND == 0:
+            return True
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != blob:
+                return False
+    except OSError:
+        return False
+    with suppress(OSError):  # not ours: it is read again the next time
+        mark_used(path, 0)
+    return True
+
+
+def mark_used(path: Path | str | int, fraction: int) -> None:
+    """Marks a file as used now, with that many nanoseconds in its time: 0 for what is sealed.
+    Raises OSError."""
+    moment = time.time_ns() // SECOND * SECOND + fraction
+    try:
+        os.utime(path, ns=(moment, moment))
+    except PermissionError:
+        os.utime(path)  # whoever may write may say that it is now, only the owner when it was
+
+
+def write_atomic(path: Path, data: bytes, *, sealed: bool = False) -> None:
+    """Write a file so that others see all of it or nothing, even after a power cut.
+
+    `sealed`: it is not to be changed (see above). Raises OSError, which names the file.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            if sealed and fcntl is not None:
+                # The owner's permission only: those who share the store by their group need theirs
+                # to mark the file as used, and to link to it.
+                mode = os.fstat(file.fileno()).st_mode
+                os.fchmod(file.fileno(), stat.S_IMODE(mode) & ~stat.S_IWUSR)
+                mark_used(file.fileno(), 0)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk is told without one
+        raise
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Make the bytes of a file that another one wrote, or the renames inside a folder, survive a
+    power cut, where the system can."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return  # folders cannot be opened on Windows
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # some network file systems refuse; the rename itself is still atomic
+    finally:
+        os.close(handle)

@@ -25,15 +25,15 @@ import pandas as pd
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from posterpipe.core.errors import named_line
-from posterpipe.core.memory import TOO_LITTLE_MEMORY, doubt, is_out_of_memory
-from posterpipe.core.models import (
+from posterpipe.core.devices import (
     DeviceGone,
     best_device,
     give_memory_back,
     noticing_a_gone_device,
     usable_precision,
 )
+from posterpipe.core.errors import named_line
+from posterpipe.core.memory import TOO_LITTLE_MEMORY, doubt, is_out_of_memory
 from posterpipe.core.parallel import cores
 from posterpipe.core.progress import Progress
 from posterpipe.core.prompts import Prompt, suite_prompts

@@ -37,15 +37,8 @@ from typing import Any
 
 import pandas as pd
 
-from posterpipe.core.store import (
-    Store,
-    TableMissing,
-    cells,
-    content_key,
-    table_version,
-    write_atomic,
-    writing,
-)
+from posterpipe.core.files import write_atomic
+from posterpipe.core.store import Store, TableMissing, cells, content_key, table_version, writing
 from posterpipe.settings import default_root
 
 ENVIRONMENT = "environment"

@@ -30,7 +30,7 @@ from pathlib import Path
 import duckdb
 
 from posterpipe.core.errors import first_line
-from posterpipe.core.store import fsync_folder
+from posterpipe.core.files import fsync
 from posterpipe.core.warehouse import (
     BUSY_SECONDS,
     SCHEMA_VERSION,
@@ -127,9 +127,9 @@ def publish_scores(
             _verify(database, rows, private)
             _settle(database)
             _write_parquet(database, folder / PARQUET)
-            fsync_folder(folder)
+            fsync(folder)
             os.rename(folder, snapshots / publication_id)
-            fsync_folder(snapshots)
+            fsync(snapshots)
             _point_at(snapshots / publication_id, public)
         except (duckdb.Error, OSError) as error:
             raise _not_published(public, error) from error
@@ -309,7 +309,7 @@ def _write_parquet(database: Path, folder: Path) -> None:
                 "(FORMAT parquet, COMPRESSION zstd)"
             )
             _settle(file)
-    fsync_folder(folder)
+    fsync(folder)
 
 
 def _settle(file: Path) -> None:
@@ -331,7 +331,7 @@ def _point_at(snapshot: Path, public: Path) -> None:
         parquet.symlink_to(Path(SNAPSHOTS, snapshot.name, PARQUET), target_is_directory=True)
         os.replace(database, public / DATABASE)
         os.replace(parquet, public / PARQUET)
-        fsync_folder(public)
+        fsync(public)
 
 
 @contextmanager

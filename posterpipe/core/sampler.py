@@ -18,19 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from posterpipe.core.devices import best_device, computing_in, torch_dtype, usable_precision
 from posterpipe.core.errors import named_line
 from posterpipe.core.memory import doubt, is_out_of_memory
-from posterpipe.core.models import (
-    ModelMissing,
-    best_device,
-    cached_snapshot,
-    computing_in,
-    is_on_hub,
-    locate,
-    quiet_hub,
-    torch_dtype,
-    usable_precision,
-)
+from posterpipe.core.models import ModelMissing, cached_snapshot, is_on_hub, locate, quiet_hub
 from posterpipe.core.prompts import TextLimit
 from posterpipe.settings import ModelRef, SamplerSettings
 

@@ -17,9 +17,8 @@ one store at the same time. Whoever counts on something that is there already sa
 (as `has`, `put`, `read_table` and `compute_missing` do), and works inside a `lease`: `garbage`
 tells why that is enough.
 
-Blobs are sealed: their owner may not write to them, and their modification time is a whole second,
-which the system hardly ever gives a file that is written. So a blob that somebody saved over,
-perhaps through its link in a training set, is told without reading it (`unchanged`).
+Blobs are sealed (`files`), so that one that somebody saved over, perhaps through its link in a
+training set, is told without reading it.
 """
 
 from __future__ import annotations
@@ -31,10 +30,8 @@ import json
 import math
 import os
 import sqlite3
-import stat
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -45,6 +42,7 @@ import pandas as pd
 import pyarrow as pa
 from pydantic import BaseModel
 
+from posterpipe.core.files import SECOND, mark_used, unchanged, write_atomic
 from posterpipe.core.leases import Leases, open_lock
 
 try:
@@ -65,8 +63,6 @@ REFRESH_SECONDS = 600.0
 # What reading a Parquet file raises whose bytes are not those that were written; for want of memory
 # Arrow raises something else.
 DAMAGED = (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError)
-
-_SECOND = 1_000_000_000  # in nanoseconds
 
 # `used_at`: seconds since 1970, of the last use.
 _SCHEMA = """
@@ -166,11 +162,11 @@ class Store:
             changed_at = os.stat(path).st_mtime_ns
         except OSError:
             return False
-        if time.time() - changed_at / _SECOND < REFRESH_SECONDS:
+        if time.time() - changed_at / SECOND < REFRESH_SECONDS:
             return True
         with self.turn():
             try:
-                _date(path, changed_at % _SECOND)
+                mark_used(path, changed_at % SECOND)
             except FileNotFoundError:
                 return False
             except OSError:
@@ -638,81 +634,3 @@ def _cannot_be_written(why: object) -> str:
         f"cannot be written ({why}); make room on the disk, make the store's folder writable, or "
         "choose another one with POSTERPIPE_STORE. What was done is kept: run it again"
     )
-
-
-def unchanged(path: Path | str, blob: str) -> bool:
-    """Whether a file holds the bytes of that sha256 (hex).
-
-    A sealed one is believed; any other is read, and sealed when it holds them, as blobs from before
-    there were seals. False where it cannot be read.
-    """
-    try:
-        if os.stat(path).st_mtime_ns % _SECOND == 0:
-            return True
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != blob:
-                return False
-    except OSError:
-        return False
-    with suppress(OSError):  # not ours: it is read again the next time
-        _date(path, 0)
-    return True
-
-
-def _date(path: Path | str | int, fraction: int) -> None:
-    """Marks a file as used now, with that many nanoseconds in its time: 0 for what is sealed."""
-    moment = time.time_ns() // _SECOND * _SECOND + fraction
-    try:
-        os.utime(path, ns=(moment, moment))
-    except PermissionError:
-        os.utime(path)  # whoever may write may say that it is now, only the owner when it was
-
-
-def write_atomic(path: Path, data: bytes, *, sealed: bool = False) -> None:
-    """Write a file so that others see all of it or nothing, even after a power cut.
-
-    `sealed`: it is not to be changed (see above). Raises OSError, which names the file.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            if sealed and fcntl is not None:  # Windows would not let it be removed either
-                # The owner's permission only: those who share the store by their group need theirs
-                # to mark the file as used, and to link to it.
-                mode = os.fstat(file.fileno()).st_mode
-                os.fchmod(file.fileno(), stat.S_IMODE(mode) & ~stat.S_IWUSR)
-                _date(file.fileno(), 0)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(path)  # a full disk is told without one
-        raise
-    fsync_folder(path.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut, where the system can."""
-    _fsync(folder)
-
-
-def fsync_file(path: Path) -> None:
-    """Make the bytes of a file that another one wrote survive a power cut, where the system can."""
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return  # folders cannot be opened on Windows
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass  # some network file systems refuse; the rename itself is still atomic
-    finally:
-        os.close(handle)

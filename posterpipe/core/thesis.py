@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from posterpipe.core.files import write_atomic
 from posterpipe.core.gallery import Picture, grid
 from posterpipe.core.statistics import (
     QUESTION,
@@ -32,7 +33,6 @@ from posterpipe.core.statistics import (
     mean_interval,
     paired_difference,
 )
-from posterpipe.core.store import write_atomic
 from posterpipe.core.variants import DELAYED_VARIANTS, is_tuned
 
 VARIANTS: Mapping[str, tuple[str, float]] = {

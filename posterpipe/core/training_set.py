@@ -27,15 +27,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from posterpipe.core.store import (
-    Store,
-    cells,
-    fsync_file,
-    fsync_folder,
-    unchanged,
-    write_atomic,
-    writing,
-)
+from posterpipe.core.files import fsync, unchanged, write_atomic
+from posterpipe.core.store import Store, cells, writing
 from posterpipe.settings import DEFAULT_TEMPLATE
 
 COLUMNS = ["file_name", "caption", "poster_id", "image"]
@@ -152,7 +145,7 @@ def _write(store: Store, frame: pd.DataFrame, text: str, folder: Path) -> None:
             # Another process was first, with the same content.
             if not _is_complete(folder, frame, text):
                 raise
-        fsync_folder(folder.parent)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -167,4 +160,4 @@ def _link(store: Store, image: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)  # a file system without hard links
-        fsync_file(Path(target))  # its time says that it is whole
+        fsync(Path(target))  # its time says that it is whole

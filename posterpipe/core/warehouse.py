@@ -55,7 +55,8 @@ import duckdb
 import pandas as pd
 
 from posterpipe.core.errors import first_line
-from posterpipe.core.store import content_key, fsync_folder, write_atomic, writing
+from posterpipe.core.files import fsync, write_atomic
+from posterpipe.core.store import content_key, writing
 from posterpipe.core.variants import is_tuned
 
 SCHEMA_VERSION = 5
@@ -439,7 +440,7 @@ class Warehouse:
             for left in (new, new.with_name(f"{new.name}.wal")):
                 with contextlib.suppress(OSError):
                     left.unlink()
-        fsync_folder(self.path.parent)
+        fsync(self.path.parent)
 
     def _state(self, noted: _State | None) -> _State | None:
         """How far the file has got; None where there is none.

@@ -89,7 +89,7 @@ def _of(sources: str, manifest: Path) -> str:
 
 
 def _write_manifest(project: DbtProject) -> None:
-    from posterpipe.core.store import write_atomic
+    from posterpipe.core.files import write_atomic
 
     target = project.manifest_path.parent
     target.mkdir(exist_ok=True)

@@ -207,9 +207,9 @@ def contact_sheet(
     Always the first seed of each prompt, never chosen by hand; written to
     `data/store/public/contact_sheet.png`.
     """
+    from posterpipe.core.files import write_atomic
     from posterpipe.core.gallery import markdown_image, of_first_seed, suite_sheet
     from posterpipe.core.provenance import base_and_tuned
-    from posterpipe.core.store import write_atomic
 
     generations = base_and_tuned(deployment.store, base_generations, tuned_generations)
     sheet = suite_sheet(prompt_suite, generations, deployment.store_root)

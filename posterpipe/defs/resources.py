@@ -170,7 +170,7 @@ class Deployment:
 @contextmanager
 def naming_the_asset(context: dg.AssetExecutionContext) -> Iterator[None]:
     """While inside, that the accelerator is gone is told with the name of the asset being made."""
-    from posterpipe.core.models import DeviceGone
+    from posterpipe.core.devices import DeviceGone
 
     try:
         yield

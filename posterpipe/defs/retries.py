@@ -16,7 +16,7 @@ GIVE_UP_SECONDS = 7 * 86_400.0
 """What failed for so long is tried again only when an input, code or a setting changes."""
 
 DEVICE_GONE = "DeviceGone"
-"""Name of the error of `core.models` after which another process may do what this one could not."""
+"""Name of the error of `core.devices` after which another process may do what this one cannot."""
 
 _TRIES = 20
 """Materializations looked at to see how long items have failed: a week takes twelve."""

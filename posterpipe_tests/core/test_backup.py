@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 
 from posterpipe.core.backup import ELSEWHERE, WHOLE, BackupError, back_up
+from posterpipe.core.files import unchanged
 from posterpipe.core.publication import publish_scores
-from posterpipe.core.store import Store, unchanged
+from posterpipe.core.store import Store
 from posterpipe.core.warehouse import Warehouse, insert
 from posterpipe_tests.core.test_warehouse import score
 

@@ -20,9 +20,10 @@ from posterpipe.core.captioner import (
     retriable_count,
 )
 from posterpipe.core.captions import HumanCaption
+from posterpipe.core.devices import DeviceGone
 from posterpipe.core.images import png_bytes
 from posterpipe.core.memory import TOO_LITTLE_MEMORY
-from posterpipe.core.models import DeviceGone, ModelMissing
+from posterpipe.core.models import ModelMissing
 from posterpipe.core.store import Store
 from posterpipe.settings import CaptionerSettings, ModelRef, default_root, load_settings
 from posterpipe_tests.core.tiny_blip import WORDS, build_tiny_blip

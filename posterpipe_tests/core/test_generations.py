@@ -14,6 +14,7 @@ from PIL import Image
 
 from posterpipe.core import generations, models
 from posterpipe.core import sampler as sampler_module
+from posterpipe.core.devices import DeviceGone
 from posterpipe.core.generations import (
     COLUMNS,
     blocked_reason,
@@ -22,7 +23,6 @@ from posterpipe.core.generations import (
     pixel_key,
 )
 from posterpipe.core.memory import TOO_LITTLE_MEMORY
-from posterpipe.core.models import DeviceGone
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.prompts import Prompt, suite_table
 from posterpipe.core.sampler import ImageRequest, Sampler, SamplerError

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posterpipe.core.files import write_atomic
 from posterpipe.core.store import (
     Store,
     StoreError,
@@ -26,7 +27,6 @@ from posterpipe.core.store import (
     compute_missing,
     content_key,
     table_version,
-    write_atomic,
 )
 from posterpipe.settings import ImageSettings
 from posterpipe_tests.core.conftest import disk_is_full

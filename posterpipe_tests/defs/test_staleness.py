@@ -14,7 +14,7 @@ import dagster as dg
 import pandas as pd
 import pytest
 
-from posterpipe.core.models import DeviceGone
+from posterpipe.core.devices import DeviceGone
 from posterpipe.definitions import build_defs
 from posterpipe.defs import retries
 from posterpipe.defs.arrivals import REASON_TAG

@@ -16,11 +16,11 @@ import torch
 from diffusers.models import AutoencoderKL
 from torch import Tensor
 
+from posterpipe.core.devices import whole_fp32
 from posterpipe.core.dreambooth.cache import Tensors, cached_tensors, key_of
 from posterpipe.core.dreambooth.config import hash_files
 from posterpipe.core.dreambooth.data import Example, check_size, load_pixels
 from posterpipe.core.files import sha256_of
-from posterpipe.core.models import whole_fp32
 
 _LATENTS_VERSION = 3
 """Raised when the same image would give another latent; part of every key."""

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
+from posterpipe.core.devices import torch_dtype
 from posterpipe.core.dreambooth import objective
 from posterpipe.core.dreambooth.base_model import load_text_encoder, load_unet
 from posterpipe.core.dreambooth.batches import Batch
@@ -28,7 +29,6 @@ from posterpipe.core.dreambooth.optimizers import InMemoryOrder, MovingAverage, 
 from posterpipe.core.dreambooth.saves import Save, pack, unpack
 from posterpipe.core.dreambooth.texts import FrozenTexts, Tokens, TrainedTexts, encoder_key
 from posterpipe.core.memory import is_out_of_memory
-from posterpipe.core.models import torch_dtype
 
 _LONGEST_REASON = 200
 

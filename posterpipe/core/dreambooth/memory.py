@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posterpipe.core.devices import give_memory_back
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.memory import doubt, is_out_of_memory
-from posterpipe.core.models import give_memory_back
 from posterpipe.training_settings import TrainingSettings
 
 _FOR_IMAGES = 0.25

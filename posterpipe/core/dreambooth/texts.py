@@ -15,11 +15,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from posterpipe.core.devices import whole_fp32
 from posterpipe.core.dreambooth.base_model import load_tokenizer
 from posterpipe.core.dreambooth.batches import to_device
 from posterpipe.core.dreambooth.cache import Tensors, cached_tensors, key_of
 from posterpipe.core.dreambooth.config import hash_files
-from posterpipe.core.models import whole_fp32
 
 _EMBEDDINGS_VERSION = 1
 """Raised when the same text would give other hidden states; part of every key."""

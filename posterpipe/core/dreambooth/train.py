@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
+from posterpipe.core.devices import give_memory_back
 from posterpipe.core.dreambooth.base_model import check_base_model
 from posterpipe.core.dreambooth.batches import Batch, Feed
 from posterpipe.core.dreambooth.checkpoint import (
@@ -62,7 +63,6 @@ from posterpipe.core.dreambooth.saves import (
 )
 from posterpipe.core.dreambooth.schedule import learning_rate
 from posterpipe.core.memory import doubt, is_out_of_memory
-from posterpipe.core.models import give_memory_back
 from posterpipe.training_settings import TrainingSettings
 
 _SAVES, _LOWEST = "saves", "lowest"

@@ -20,9 +20,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from posterpipe.core.devices import usable_precision
 from posterpipe.core.metrics.base import Metric, encoder_metric, record_scores, score_rows
 from posterpipe.core.metrics.encoders import ClipEncoder, encoder_id, kept_embeddings
-from posterpipe.core.models import usable_precision
 from posterpipe.core.progress import Progress
 from posterpipe.core.store import Store, compute_missing, content_key
 from posterpipe.core.warehouse import Warehouse

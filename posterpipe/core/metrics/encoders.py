@@ -27,20 +27,17 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
-from posterpipe.core.errors import first_line
-from posterpipe.core.images import UNREADABLE
-from posterpipe.core.metrics.pixels import Preparation
-from posterpipe.core.models import (
-    ModelMissing,
+from posterpipe.core.devices import (
     best_device,
     computing_in,
-    fingerprint,
-    locate,
     noticing_a_gone_device,
-    quiet_hub,
     torch_dtype,
     usable_precision,
 )
+from posterpipe.core.errors import first_line
+from posterpipe.core.images import UNREADABLE
+from posterpipe.core.metrics.pixels import Preparation
+from posterpipe.core.models import ModelMissing, fingerprint, locate, quiet_hub
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import Progress
 from posterpipe.core.store import Store, compute_missing, content_key

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from posterpipe.core.files import unchanged
 from posterpipe.core.images import PLAIN_HASHES
 from posterpipe.core.quality.finding import Finding, share_of
 from posterpipe.core.quality.posters import source_names
-from posterpipe.core.store import cells, unchanged
+from posterpipe.core.store import cells
 
 _PAIRS_AT_ONCE = 4_000_000
 """Bounds the memory of comparing hashes: 8 bytes a pair."""

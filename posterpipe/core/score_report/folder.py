@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from posterpipe.core.store import fsync_file, fsync_folder
+from posterpipe.core.files import fsync
 
 LEFT_SECONDS = 86_400.0
 """What a killed process has left is removed when it is older than this."""
@@ -47,18 +47,16 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         yield new
         _put_on_disk(new)
         _take_place(new, target, target.with_name(f".{target.name}.{mark}.old.tmp"))
-        fsync_folder(target.parent)
+        fsync(target.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
 def _put_on_disk(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.is_dir():
-            fsync_folder(path)
-        elif path.stat().st_nlink == 1:  # what is linked is there already
-            fsync_file(path)
-    fsync_folder(folder)
+        if path.is_dir() or path.stat().st_nlink == 1:
+            fsync(path)
+    fsync(folder)
 
 
 def _take_place(new: Path, target: Path, old: Path) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from posterpipe.core import models
+from posterpipe.core import devices
+from posterpipe.core.devices import DeviceGone
 from posterpipe.core.metrics import encoders as encoders_module
 from posterpipe.core.metrics.clip import clip_t_id
 from posterpipe.core.metrics.encoders import (
@@ -21,7 +22,7 @@ from posterpipe.core.metrics.encoders import (
     image_encoder,
     kept_embeddings,
 )
-from posterpipe.core.models import DeviceGone, ModelMissing
+from posterpipe.core.models import ModelMissing
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.store import Store
 from posterpipe.settings import ModelRef, ScorerSettings, load_settings
@@ -112,11 +113,11 @@ def test_the_id_names_the_precision_that_is_computed_in(
 
     half, exact = settings("dinov2", precision="fp16"), settings("dinov2")
     scorer = settings("clip", precision="fp16")
-    for module in (models, encoders_module):
+    for module in (devices, encoders_module):
         monkeypatch.setattr(module, "best_device", lambda: torch.device("cpu"))
     assert image_encoder(half, root).encoder_id == encoder_id(exact, root)
     assert clip_t_id(scorer, root) == clip_t_id(settings("clip"), root)
-    monkeypatch.setattr(models, "best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(devices, "best_device", lambda: torch.device("cuda"))
     assert encoder_id(half, root) == f"{encoder_id(exact, root)}.fp16"
     assert clip_t_id(scorer, root) == f"{clip_t_id(settings('clip'), root)}.fp16"
 
