@@ -58,6 +58,33 @@ def trace(
 
 
 @app.command()
+def draw(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A Stable Diffusion model: a directory of diffusers, one with LoRA weights of "
+            "diffusers, or a hub id."
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(help="Where the images go.")],
+    suite: Annotated[
+        Path | None, typer.Option(help="The prompts; those of the setting where it is left out.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The model of LoRA weights; base_model of the profile if left out."),
+    ] = None,
+) -> None:
+    """Draw the prompt suite with any model into a folder, with the sampler's settings.
+
+    Nothing of it is scored or becomes an asset.
+    """
+    from posterpipe.commands.draw import run_draw
+
+    raise typer.Exit(run_draw(model, folder, suite=suite, base=base))
+
+
+@app.command()
 def gc(
     yes: Annotated[bool, typer.Option("--yes", help="Remove it; else it is only listed.")] = False,
     keep: Annotated[

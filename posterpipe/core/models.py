@@ -240,5 +240,5 @@ def _hub_answers() -> bool:
 def quiet_hub() -> None:
     """Keep the hub's and transformers' routine messages out of the log."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    for name in ("huggingface_hub", "httpx", "transformers", "diffusers"):
+    for name in ("huggingface_hub", "httpx", "transformers", "diffusers", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)

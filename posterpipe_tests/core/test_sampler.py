@@ -18,7 +18,6 @@ from posterpipe.core.generations import blocked_reason, pixel_key
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.prompts import PromptSuiteError, load_suite
 from posterpipe.core.sampler import (
-    LORA_WEIGHTS,
     ImageRequest,
     Sampler,
     SamplerError,
@@ -31,6 +30,7 @@ from posterpipe.settings import SamplerSettings
 from posterpipe_tests.core.drawing import (
     REQUESTS,
     SETTINGS,
+    lora_and_merged,
     pixels,
     tf32_switches,
     with_batch,
@@ -435,31 +435,6 @@ def test_a_compiled_model_draws_the_same_images(model_dir: Path) -> None:
         compiled, Sampler(model_dir, SETTINGS, model_id="tiny")(REQUESTS), strict=True
     ):
         assert abs(pixels(one) - pixels(other)).max() <= 1
-
-
-def lora_and_merged(model_dir: Path, folder: Path, strength: float) -> tuple[Path, Path]:
-    """A directory of random LoRA weights, and one of the whole model with them added in fp32."""
-    import torch
-    from diffusers import StableDiffusionPipeline
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        model_dir, torch_dtype=torch.float32, safety_checker=None
-    )
-    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]))
-    with torch.no_grad():
-        for name, parameter in pipeline.unet.named_parameters():
-            if "lora" in name:
-                parameter.normal_(0, strength, generator=torch.Generator().manual_seed(len(name)))
-    state = get_peft_model_state_dict(pipeline.unet)
-    lora, merged = folder / "lora", folder / "merged"
-    StableDiffusionPipeline.save_lora_weights(lora, unet_lora_layers=state)
-    assert (lora / LORA_WEIGHTS).is_file()
-    pipeline.unet.fuse_lora()
-    pipeline.unet.unload_lora()
-    pipeline.save_pretrained(merged, safe_serialization=True)
-    return lora, merged
 
 
 def test_lora_weights_are_added_to_their_model(model_dir: Path, tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""Any model answers the suite, in a folder that people look at."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from posterpipe.core import generations
+from posterpipe.core.models import ModelMissing
+from posterpipe.core.progress import NoProgress
+from posterpipe.core.prompts import Prompt
+from posterpipe.core.sampler import Sampler
+from posterpipe.core.store import Store
+from posterpipe.core.suite_folder import FIELDS, INDEX, SHEET, AnyModel, draw_into, find_model
+from posterpipe.settings import ModelRef
+from posterpipe_tests.core.drawing import REQUESTS, SETTINGS, SUITE, lora_and_merged, pixels
+
+
+def drawn(folder: Path, store: Store, model: AnyModel, suite: list[Prompt] = SUITE) -> pd.DataFrame:
+    return draw_into(folder, store, suite, model, SETTINGS, NoProgress())
+
+
+def found(model: Path, base: Path) -> AnyModel:
+    return find_model(ModelRef(id=str(model)), ModelRef(id=str(base)), model.parent)
+
+
+def test_the_folder_has_an_image_a_question_an_index_and_a_sheet(
+    store: Store, model_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "new" / "folder"
+    delayed = Prompt("whale", "a teal whale", "a whale", "busy", "", (4,), 0.5)
+    index = drawn(folder, store, found(model_dir, model_dir), [*SUITE, delayed])
+    names = ["rocket/1", "rocket/1_negative", "rocket/2", "rocket/2_negative", "cat/3"]
+    names += ["whale/4", "whale/4_negative", "whale/4_negative_delayed"]
+    assert sorted(index["file"]) == sorted(f"{name}.png" for name in names)
+    kept = pd.read_csv(folder / INDEX, keep_default_na=False)
+    assert tuple(kept.columns) == FIELDS and kept["file"].tolist() == index["file"].tolist()
+    with Image.open(folder / "rocket" / "1_negative.png") as image:
+        assert "Negative prompt: busy" in image.text["parameters"]  # type: ignore[attr-defined]
+    with Image.open(folder / SHEET) as sheet:
+        assert sheet.width > 400
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) == len(names) + 2
+
+
+def test_what_was_drawn_before_is_taken_from_the_store_and_a_folder_keeps_what_else_it_holds(
+    store: Store, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = found(model_dir, model_dir)
+    drawn(tmp_path / "one", store, model)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "notes.txt").write_text("mine")
+    monkeypatch.setattr(generations, "Sampler", None)  # drawing would fail
+    drawn(tmp_path / "two", store, model)
+    assert (tmp_path / "two" / "notes.txt").read_text() == "mine"
+    for name in ("rocket/2.png", SHEET, INDEX):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    os.chmod(tmp_path / "two" / "rocket" / "2.png", 0o600)  # a copy, which its owner may change
+    (tmp_path / "two" / "rocket" / "2.png").write_bytes(b"painted over")
+    drawn(tmp_path / "three", store, model)
+    assert (tmp_path / "three" / "rocket" / "2.png").read_bytes() != b"painted over"
+
+
+def test_lora_weights_draw_with_their_base_model_and_are_another_model_with_another_base(
+    store: Store, model_dir: Path, tmp_path: Path
+) -> None:
+    lora, merged = lora_and_merged(model_dir, tmp_path, strength=0.5)
+    model = found(lora, model_dir)
+    drawn(tmp_path / "images", store, model)
+    whole = Sampler(merged, SETTINGS, model_id="tiny")(REQUESTS[:1])[0]
+    with Image.open(tmp_path / "images" / "rocket" / "1_negative.png") as image:
+        assert abs(pixels(image) - pixels(whole)).max() <= 1
+    assert len({model.fingerprint, found(lora, merged).fingerprint}) == 2
+    assert model.fingerprint != found(model_dir, model_dir).fingerprint
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path, model_dir: Path) -> None:
+    with pytest.raises(ModelMissing, match="nowhere"):
+        found(tmp_path / "nowhere", model_dir)
