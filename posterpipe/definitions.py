@@ -15,6 +15,7 @@ from posterpipe.defs import (
     dataset,
     dbt_reports,
     evidence,
+    freshness,
     generation,
     ingest,
     reports,
@@ -56,7 +57,7 @@ def build_defs(settings: Settings, deployment: Deployment | None = None) -> dg.D
             housekeeping,
             *alerts.sensors(settings),
         ],
-        schedules=[*retraining.schedules(settings), checks.score_freshness_schedule(settings)],
+        schedules=[*retraining.schedules(settings), freshness.score_freshness_schedule(settings)],
         executor=dg.multiprocess_executor.configured({"max_concurrent": settings.max_concurrent}),
         resources={
             "deployment": deployment,

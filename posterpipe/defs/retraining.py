@@ -1,7 +1,8 @@
 """When the model is trained again.
 
-What belongs here: the schedule, and where the facts for its decision come from. What does not: the
-decision (`core.retraining`) and the training (`training`). Other assets follow their inputs at once
+What belongs here: the schedule, where the facts for its decision come from, and what the latest
+checkpoint was trained on. What does not: the decision (`core.retraining`) and the training
+(`training`). Other assets follow their inputs at once
 (`automation`); a training costs hours of a GPU, so it waits for the night and for enough changes.
 """
 
@@ -222,6 +223,34 @@ def _running(instance: dg.DagsterInstance) -> str:
             if entry.get_dagster_event().asset_key == CHECKPOINT:
                 return run.run_id
     return ""
+
+
+def captions_trained_on(
+    instance: dg.DagsterInstance, deployment: Deployment
+) -> Mapping[str, str] | None:
+    """The training set of the latest checkpoint, captions by file name; None where it is not there
+    any more, and where its posters came from another place than those of now."""
+    from posterpipe.core.retraining import captions_in
+
+    records = instance.fetch_materializations(CHECKPOINT, limit=1).records
+    made = records[0].asset_materialization if records else None
+    version = used_version(made, TRAINING_SET) if made else None
+    then = _landing_before(instance, records[0].storage_id) if records else None
+    now = _landing_before(instance)
+    if not version or (then and now and then != now):
+        return None
+    return captions_in(deployment.store_root / "training_sets" / version)
+
+
+def _landing_before(instance: dg.DagsterInstance, storage_id: int | None = None) -> str | None:
+    """Where the posters lay that were read last before an event of the log; None if not on
+    record."""
+    posters = dg.AssetRecordsFilter(dg.AssetKey("raw_posters"), before_storage_id=storage_id)
+    for record in instance.fetch_materializations(posters, limit=1).records:
+        made = record.asset_materialization
+        folder = made.metadata.get("folder") if made else None
+        return str(folder.value) if folder else None
+    return None
 
 
 def _digest(*parts: object) -> str:

@@ -26,6 +26,7 @@ from posterpipe.core.training_set import build_training_set
 from posterpipe.core.variants import BASE_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs import checks, dataset, evidence, generation, ingest, scoring
 from posterpipe.defs.arrivals import REASON_TAG
+from posterpipe.defs.freshness import score_freshness_schedule
 from posterpipe.defs.resources import TABLES, Deployment, store_tables
 from posterpipe.defs.staleness import INPUT_DATA_VERSION
 from posterpipe.settings import CheckSettings, Settings, default_root, load_settings
@@ -41,19 +42,11 @@ POSTERS = (
 CAPTIONS = ("a car", "a castle", "a rocket", "an umbrella", "a guitar", "a mushroom")
 PROMPTS = ("cat", "sea")
 ALL = [
-    *checks.RAW_POSTERS,
-    *checks.HOLDOUT_POSTERS,
-    *checks.RESIZED_POSTERS,
-    *checks.POSTER_CAPTIONS,
-    *checks.TRAINING_CSV,
-    *checks.BASE_GENERATIONS,
-    *checks.TUNED_GENERATIONS,
-    *checks.CLIP_SCORES,
-    *checks.TITLED_POSTERS,
-    *checks.FIDELITY_SCORES,
-    *checks.LEGIBILITY_SCORES,
-    *checks.CHAMPION,
+    spec
+    for of_an_asset in dg.load_asset_checks_from_modules([checks])
+    for spec in of_an_asset.check_specs
 ]
+NAMED = {spec.name: spec for spec in ALL}
 
 
 @dataclass
@@ -185,7 +178,7 @@ class World:
                 *more,
             ],
             asset_checks=dg.load_asset_checks_from_modules([checks]),
-            schedules=[checks.score_freshness_schedule(self.settings)],
+            schedules=[score_freshness_schedule(self.settings)],
             resources={"deployment": deployment, TABLES: store_tables(deployment)},
         )
 
@@ -502,7 +495,7 @@ def a_rejected_champion(world: World) -> None:
 def test_a_planted_fault_fails_its_check_and_is_named(
     world: World, plant: Callable[[World], None], name: str, named: str
 ) -> None:
-    spec = next(spec for spec in ALL if spec.name == name)
+    spec = NAMED[name]
     plant(world)
     evaluation = world.check(spec)[name]
     assert not evaluation.passed
@@ -581,7 +574,7 @@ def test_a_warning_stops_nothing(world: World) -> None:
 
 
 def test_what_follows_runs_when_only_some_checks_of_an_asset_are_selected(world: World) -> None:
-    some = dg.AssetSelection.checks(checks.RAW_POSTERS[1].key)
+    some = dg.AssetSelection.checks(NAMED["few_rejected_files"].key)
     assets = dg.AssetSelection.assets("raw_posters", "resized_posters").without_checks()
     result = world.run(assets | some)
     assert result.success
@@ -626,7 +619,7 @@ def test_scores_that_stay_behind_the_images_are_noticed_by_the_scheduled_check(
 
 
 def test_the_scheduled_check_waits_until_something_was_scored(instance: dg.DagsterInstance) -> None:
-    schedule = checks.score_freshness_schedule(load_settings("starter"))
+    schedule = score_freshness_schedule(load_settings("starter"))
 
     def tick() -> ScheduleExecutionData:
         now = dt.datetime.now(dt.UTC)
@@ -644,6 +637,6 @@ def test_the_scheduled_check_waits_until_something_was_scored(instance: dg.Dagst
 
 def test_the_schedule_follows_its_setting_and_is_on() -> None:
     settings = load_settings("starter", checks={"freshness_cron": "30 6 * * 1"})
-    schedule = checks.score_freshness_schedule(settings)
+    schedule = score_freshness_schedule(settings)
     assert schedule.cron_schedule == "30 6 * * 1"
     assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
