@@ -11,10 +11,10 @@ import dagster as dg
 from posterpipe.defs import (
     alerts,
     arrivals,
+    champion,
     checks,
     dataset,
     dbt_reports,
-    evidence,
     freshness,
     generation,
     ingest,
@@ -40,7 +40,7 @@ def build_defs(settings: Settings, deployment: Deployment | None = None) -> dg.D
     dbt = dbt_reports.dbt_project(settings)
     assets = [
         *dg.load_assets_from_modules(
-            [ingest, dataset, training, generation, scoring, evidence, reports]
+            [ingest, dataset, training, generation, scoring, champion, reports]
         ),
         *reports.models_and_publication(dbt),
         *dg.load_assets_from_modules([score_report]),

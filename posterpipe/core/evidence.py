@@ -3,7 +3,7 @@
 What belongs here: which sets of posters images are compared with, running every metric over a table
 of generations, and reading from it what the gate asks. What does not: the metrics themselves
 (`metrics`), the rules of the decision (`gate`), the log of decisions (`decisions`), assets
-(`defs.evidence`).
+(`defs.scoring`, `defs.champion`).
 """
 
 from __future__ import annotations
@@ -66,6 +66,25 @@ class Measured:
     """See `fidelity.Fidelity.nearest`."""
     calibrations: dict[str, CopyCalibration]
     """Of the challenger's training posters, by encoder id."""
+
+    @property
+    def copies(self) -> pd.DataFrame:
+        """The rows of `nearest` whose image counts as a copy."""
+        return self.nearest[self.nearest["copied"].astype(bool)]
+
+    def copy_thresholds(self, holdout_posters: int) -> pd.DataFrame:
+        """From which cosine an image counts as a copy, by encoder, the share of altered training
+        posters that this finds, and how many of so many holdout posters it rests on."""
+        return pd.DataFrame(
+            {
+                "encoder": encoder,
+                "copy_from_cosine": one.threshold,
+                "altered_found": one.sensitivity,
+                "holdout_posters": len(one.similarities),
+                "left_out": holdout_posters - len(one.similarities),
+            }
+            for encoder, one in self.calibrations.items()
+        )
 
 
 def posters_of(store: Store, name: str, images: pd.DataFrame) -> Posters:

@@ -1,7 +1,8 @@
 """Posters drawn for the prompt suite, before and after the fine-tuning.
 
-What belongs here: the assets from the suite to the images. What does not: drawing
-(`core.generations`), the suite's rules (`core.prompts`) and judging images (`scoring`).
+What belongs here: the assets from the suite to the images, with their titles set in type. What does
+not: drawing (`core.generations`), the suite's rules (`core.prompts`), type (`core.typography`) and
+judging images (`scoring`).
 """
 
 import hashlib
@@ -13,6 +14,9 @@ import dagster as dg
 
 from posterpipe.core.variants import OF_BASE, OF_TUNED
 from posterpipe.defs.resources import (
+    BASE_MODEL,
+    CHALLENGER,
+    CHAMPION,
     FAILED_ITEMS,
     MODEL_FINGERPRINT,
     SOURCE_DIGEST,
@@ -179,6 +183,118 @@ def tuned_generations(
     )
 
 
+@dg.asset(
+    group_name="generation",
+    kinds={"python", "huggingface"},
+    owners=["team:ml"],
+    code_version="3",
+    io_manager_key=TABLES,
+    pool="gpu",
+    metadata=_COLUMNS,
+)
+def champion_generations(
+    context: dg.AssetExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    prompt_suite: Table,
+    base_generations: Table,
+    tuned_generations: Table,
+) -> dg.Output[Table]:
+    """What the newest checkpoint has to beat: the suite as the champion before it draws it.
+
+    Drawn anew only when the suite or the sampler changed since; the base model's images are there
+    already. Decisions about the newest checkpoint itself do not count here, so its promotion makes
+    nothing of this stale; a pin or a rollback by a person does.
+    """
+    from posterpipe.core.decisions import defender_of, read_decisions
+    from posterpipe.core.provenance import require_checkpoint
+
+    base = str(base_generations["checkpoint_id"].iloc[0])
+    challenger = str(tuned_generations["checkpoint_id"].iloc[0])
+    # Of the warehouse, though this step waits while another writes: what is told beside it may be
+    # behind, and the gate would refuse to compare with that champion.
+    champion = defender_of(read_decisions(deployment.warehouse), base, challenger)
+    if champion == base:
+        table, failed = base_generations, 0  # whoever drew them tries them again
+    else:
+        folder = deployment.store_root / "checkpoints" / champion
+        require_checkpoint(deployment.store, folder, checkpoint_id=champion)
+        table = _draw(context, deployment, prompt_suite, OF_TUNED, folder, champion)
+        failed = int((table["status"] == "failed").sum())
+    return table_output(
+        table,
+        {
+            CHAMPION: champion,
+            CHALLENGER: challenger,
+            BASE_MODEL: base,
+            **counts(table, "status"),
+            FAILED_ITEMS: failed,
+        },
+    )
+
+
+@dg.asset(
+    group_name="generation",
+    kinds={"python", "pillow"},
+    owners=["team:ml"],
+    code_version="3",
+    io_manager_key=TABLES,
+    metadata=columns(
+        generation_key="string: the image that was lettered",
+        untitled_image="string: sha256 of the PNG without the title",
+        title="string: what was set",
+        image="string: sha256 of the titled PNG in the store",
+        image_path="string: its path inside the store",
+        style="string: type style",
+        lines="string: JSON list",
+        cap_height="int: pixels",
+        contrast="float: the least of letters and ground, 1 to 21",
+        scrim="bool: whether the ground had to be helped",
+        covered="float: share of the main object below the letters, 0 to 1",
+        status="string: ok, blocked or failed",
+        reason="string: why it is not ok",
+    ),
+)
+def titled_posters(
+    context: dg.AssetExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    base_generations: Table,
+    tuned_generations: Table,
+) -> dg.Output[Table]:
+    """Generated posters with their titles set in type, which the model cannot draw.
+
+    Models of this size draw shapes like letters and no words. The images of the first seeds of each
+    prompt (setting `lettering.seeds`), never chosen ones. Scores are always taken of the images
+    before this step, since CLIP reads.
+    """
+    import pandas as pd
+
+    from posterpipe.core.metrics.base import unread_count
+    from posterpipe.core.typography import set_titles
+
+    generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
+    most = deployment.settings.lettering.seeds
+    if most is not None:
+        generations = generations.groupby(["variant", "prompt_id"], sort=False).head(most)
+    titled = set_titles(
+        deployment.store, generations, deployment.settings.lettering, deployment.progress(context)
+    )
+    done = titled[titled["status"] == "ok"]
+    firsts = done.drop_duplicates("title")
+    return table_output(
+        titled,
+        {
+            "contact_sheet": thumbnails(
+                [(deployment.store_root / row.image_path, row.title) for row in rows(firsts)]
+            ),
+            **counts(titled, "status"),
+            FAILED_ITEMS: unread_count(generations, titled),
+            "least_contrast": float(done["contrast"].min()) if len(done) else None,
+            "with_scrim": int(done["scrim"].sum()),
+            "not_set": table_preview(titled[titled["status"] != "ok"], ["title", "reason"]),
+        },
+    )
+
+
 def _generations(
     context: dg.AssetExecutionContext,
     deployment: Deployment,
@@ -188,21 +304,7 @@ def _generations(
     model_id: str,
     metadata: Mapping[str, Any],
 ) -> dg.Output[Table]:
-    from posterpipe.core.generations import generate
-    from posterpipe.core.prompts import suite_prompts
-
-    store = deployment.store
-    with naming_the_asset(context):
-        generations = generate(
-            store,
-            suite_prompts(suite),
-            variants,
-            model_dir,
-            model_id,
-            deployment.settings.sampler,
-            deployment.progress(context),
-            run_id=context.run.run_id,
-        )
+    generations = _draw(context, deployment, suite, variants, model_dir, model_id)
     drawn = generations[generations["status"] == "ok"]
     # The first seed of each prompt, the variants beside each other: never chosen by hand.
     firsts = drawn.drop_duplicates(["prompt_id", "variant"]).sort_values(
@@ -227,3 +329,27 @@ def _generations(
             **metadata,
         },
     )
+
+
+def _draw(
+    context: dg.AssetExecutionContext,
+    deployment: Deployment,
+    suite: Table,
+    variants: Sequence[str],
+    model_dir: Path,
+    model_id: str,
+) -> Table:
+    from posterpipe.core.generations import generate
+    from posterpipe.core.prompts import suite_prompts
+
+    with naming_the_asset(context):
+        return generate(
+            deployment.store,
+            suite_prompts(suite),
+            variants,
+            model_dir,
+            model_id,
+            deployment.settings.sampler,
+            deployment.progress(context),
+            run_id=context.run.run_id,
+        )

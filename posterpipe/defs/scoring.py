@@ -1,7 +1,8 @@
-"""How well images match their prompts.
+"""What is measured of images: how well they match their prompts, and the evidence beside it.
 
-What belongs here: the asset over the score warehouse. What does not: CLIP (`core.metrics.clip`),
-the warehouse (`core.warehouse`), and what is concluded from scores (`dbt_like_reports`).
+What belongs here: the assets that fill the score warehouse. What does not: how anything is measured
+(`core.metrics`, `core.evidence`), the warehouse (`core.warehouse`), and what is concluded from
+scores (`champion`, `dbt_like_reports`).
 """
 
 import dagster as dg
@@ -52,9 +53,8 @@ def clip_scores(
     Rows are only added; the view `clip_scores` of the published database is what analysts read.
     An image that was scored before is not scored again.
     """
-
     from posterpipe.core.history import record_history
-    from posterpipe.core.metrics.base import unread_count
+    from posterpipe.core.metrics.base import summary, unread_count
     from posterpipe.core.metrics.clip import score_generations
     from posterpipe.core.models import fingerprint
     from posterpipe.core.provenance import base_and_tuned, environment
@@ -74,24 +74,182 @@ def clip_scores(
         )
     record_history(deployment.store, deployment.warehouse, generations, run_id=context.run.run_id)
     scores = scored.scores
-    means = scores.groupby("variant", sort=False)["clip_cosine"]
-    summary = means.agg(images="size", mean="mean", deviation="std").reset_index()
+    means = summary(scores, "clip_cosine", "variant")
     return table_output(
         scores,
         {
             **{
                 f"mean_{row.variant}": float(row.mean)
-                for row in rows(summary.dropna(subset=["mean"]))
+                for row in rows(means.dropna(subset=["mean"]))
             },
             **counts(scores, "status"),
             FAILED_ITEMS: unread_count(generations, scores),
             "newly_scored": scored.added,
-            "by_variant": table_preview(summary),
+            "by_variant": table_preview(means),
             "metric": scored.metric_id,
             MODEL_FINGERPRINT: fingerprint(settings.scorer.model, settings.root),
             "warehouse": dg.MetadataValue.path(deployment.warehouse_path),
             "trace": _how_to_trace(scores),
             "environment": dg.MetadataValue.json(environment()),
+        },
+        warehouse=warehouse,
+    )
+
+
+@dg.asset(
+    group_name="scoring",
+    kinds={"python", "huggingface", "duckdb"},
+    owners=["team:ml"],
+    code_version="5",
+    io_manager_key=TABLES,
+    pool="warehouse",
+    deps=["clip_scores"],
+    metadata=columns(
+        generation_key="string: the image and what it is scored against",
+        metric_id="string: encoder, preprocessing, posters compared with, version",
+        metric="string: its name",
+        role="string: what the gate reads it for",
+        value="float: empty without a score",
+        status="string: ok, blocked or failed",
+        reason="string: why it is not ok",
+        nearest_poster="string: sha256 of the nearest training image",
+        copied="bool: whether it counts as a copy of it, by the first encoder or the hash",
+        copy_threshold="float: cosine from which it does; empty with too few holdout posters",
+        copy_sensitivity="float: share of altered training posters that it finds",
+        lost_posters="int: posters that the checkpoint was trained on and that cannot be read",
+    ),
+)
+def fidelity_scores(
+    context: dg.AssetExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    holdout_posters: Table,
+    base_generations: Table,
+    tuned_generations: Table,
+    champion_generations: Table,
+) -> dg.Output[Table]:
+    """Whether images are like film posters the model never saw, not copies, and not all alike.
+
+    CLIP-T with crop and pad; the same with the texts of the other prompts (the negative control),
+    and what of it is the own prompt's alone; similarity to holdout and training posters and their
+    difference (the overfit gap), the nearest training poster, diversity within a prompt, and
+    PickScore where it is configured. An image is encoded once an encoder; new posters or metrics
+    encode it no second time.
+
+    A checkpoint is held against the posters that it was trained on, which may lie in the folder no
+    more. Holdout posters that one of the compared checkpoints was trained on do not count.
+    """
+    from posterpipe.core.evidence import held_out, measure, side_by_side, trained_on
+    from posterpipe.core.metrics.base import summary, unread_count
+    from posterpipe.core.models import fingerprint, joint_fingerprint
+
+    settings = deployment.settings
+    store = deployment.store
+    progress = deployment.progress(context)
+    warehouse = deployment.warehouse.prepare()
+    generations = side_by_side(base_generations, tuned_generations, champion_generations)
+    base = str(base_generations["checkpoint_id"].iloc[0])
+    holdout = held_out(store, holdout_posters, settings, progress)
+    evidence = measure(
+        store,
+        deployment.warehouse,
+        generations,
+        trained_on(store, sorted({*generations["checkpoint_id"].astype(str)} - {base})),
+        holdout,
+        settings,
+        progress,
+        challenger=str(tuned_generations["checkpoint_id"].iloc[0]),
+        run_id=context.run.run_id,
+    )
+    table = evidence.table
+    return table_output(
+        table,
+        {
+            "by_variant": table_preview(summary(table, "value", "metric", "variant")),
+            "copies": len(evidence.copies),
+            "copied": table_preview(evidence.copies),
+            "thresholds": table_preview(evidence.copy_thresholds(len(holdout.files))),
+            **counts(table, "status"),
+            FAILED_ITEMS: unread_count(generations, table),
+            MODEL_FINGERPRINT: joint_fingerprint(
+                fingerprint(ref, settings.root)
+                for ref in (settings.scorer.model, *settings.evidence.models)
+            ),
+        },
+        warehouse=warehouse,
+    )
+
+
+@dg.asset(
+    group_name="scoring",
+    kinds={"python", "duckdb"},
+    owners=["team:ml"],
+    code_version="3",
+    io_manager_key=TABLES,
+    pool="warehouse",
+    deps=["clip_scores"],
+    metadata=columns(
+        generation_key="string: the image",
+        lettering="string: drawn by the model, or set in type",
+        title="string: what should be read",
+        status="string: ok, blocked or failed; what is not ok was not read",
+        read="string: what was read, line by line",
+        distance="float: normalised edit distance, 0 (the title) to 1; empty where not read",
+        exact="bool: whether the title was read exactly",
+    ),
+)
+def legibility_scores(
+    context: dg.AssetExecutionContext,
+    deployment: dg.ResourceParam[Deployment],
+    base_generations: Table,
+    tuned_generations: Table,
+    titled_posters: Table,
+) -> dg.Output[Table]:
+    """Whether a real OCR reads the title, as the model drew it and as it was set in type.
+
+    Both are read on the same images, those that are lettered. An image that was read before is not
+    read again. One that is blocked is not read, and counts as one without its title.
+    """
+    import pandas as pd
+
+    from posterpipe.core.evidence import record_readings, record_titles
+    from posterpipe.core.metrics.base import record_scores, unread_count
+    from posterpipe.core.metrics.legibility import measure_legibility, of_all_titles
+    from posterpipe.core.typography import lettering_id
+
+    warehouse = deployment.warehouse.prepare()
+    generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
+    record_titles(
+        deployment.warehouse, titled_posters, generations["generation_key"],
+        run_id=context.run.run_id,
+    )  # fmt: skip
+    lettered = generations["generation_key"].isin(titled_posters["generation_key"])
+    readings, unread = [], 0
+    set_by = lettering_id(deployment.settings.lettering)
+    for where, images, type_setting in (
+        ("drawn", generations[lettered], ""), ("set", titled_posters, set_by),
+    ):  # fmt: skip
+        metrics, scores, read = measure_legibility(
+            deployment.store, images, where, deployment.progress(context), lettering=type_setting
+        )
+        record_scores(
+            deployment.warehouse, generations, metrics, scores, run_id=context.run.run_id,
+            step=f"legibility_scores {where}",
+        )  # fmt: skip
+        record_readings(deployment.warehouse, read, where, run_id=context.run.run_id)
+        readings.append(of_all_titles(images, read).assign(lettering=where))
+        unread += unread_count(images, scores)
+    table = pd.concat(readings, ignore_index=True)[
+        ["generation_key", "lettering", "title", "status", "read", "distance", "exact"]
+    ]
+    shares = table.groupby("lettering")["exact"].mean()
+    return table_output(
+        table,
+        {
+            **{f"exact_{name}": float(share) for name, share in shares.items()},
+            FAILED_ITEMS: unread,
+            "misread": table_preview(
+                table[(table["lettering"] == "set") & ~table["exact"].astype(bool)]
+            ),
         },
         warehouse=warehouse,
     )

@@ -108,6 +108,9 @@ def test_every_metric_has_a_row_for_every_image(
     copies = evidence.table[evidence.table["role"] == "copies"]
     assert copies.nearest_poster.isin([*seen.files, ""]).all()
     assert copies.copied.notna().tolist() == [True, True, False, True]
+    thresholds = evidence.copy_thresholds(5)  # as many holdout posters as `measured` has
+    assert thresholds["encoder"].tolist() == list(evidence.calibrations)
+    assert (thresholds["holdout_posters"] + thresholds["left_out"]).eq(5).all()
     with warehouse.read() as connection:
         counts = connection.execute(
             "SELECT count(*), count(value), count(DISTINCT metric_id) FROM fct_score"

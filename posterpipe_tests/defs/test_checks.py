@@ -24,7 +24,7 @@ from posterpipe.core.provenance import CHECKPOINT
 from posterpipe.core.store import Store
 from posterpipe.core.training_set import build_training_set
 from posterpipe.core.variants import BASE_VARIANTS, TUNED_VARIANTS
-from posterpipe.defs import checks, dataset, evidence, generation, ingest, scoring
+from posterpipe.defs import champion, checks, dataset, generation, ingest, scoring
 from posterpipe.defs.arrivals import REASON_TAG
 from posterpipe.defs.freshness import score_freshness_schedule
 from posterpipe.defs.resources import TABLES, Deployment, store_tables
@@ -173,7 +173,7 @@ class World:
         deployment = Deployment(self.settings)
         return dg.Definitions(
             assets=[
-                *dg.load_assets_from_modules([ingest, dataset, generation, scoring, evidence]),
+                *dg.load_assets_from_modules([ingest, dataset, generation, scoring, champion]),
                 dg.AssetSpec("dreambooth_checkpoint"),
                 *more,
             ],

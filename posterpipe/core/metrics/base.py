@@ -100,6 +100,13 @@ def score_rows(
     return pd.DataFrame(rows, columns=list(SCORE_COLUMNS)).astype({"value": "float64"})
 
 
+def summary(scores: pd.DataFrame, value: str, *by: str) -> pd.DataFrame:
+    """How many images there are for each value of the columns `by`, in the order of the table, with
+    mean and standard deviation of the column `value`: images, mean, deviation."""
+    values = scores.groupby(list(by), sort=False)[value]
+    return values.agg(images="size", mean="mean", deviation="std").reset_index()
+
+
 def unread_count(images: pd.DataFrame, rows: pd.DataFrame) -> int:
     """How many images have no result since their file could not be read, which may pass by itself.
 

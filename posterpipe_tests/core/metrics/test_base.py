@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from posterpipe.core.metrics import base
-from posterpipe.core.metrics.base import SCORE_COLUMNS, record_scores
+from posterpipe.core.metrics.base import SCORE_COLUMNS, record_scores, summary
 from posterpipe.core.warehouse import Warehouse
 from posterpipe_tests import study
 
@@ -86,3 +86,14 @@ def test_scores_that_are_all_new_are_not_looked_for_again(
 
     monkeypatch.setattr(base, "read_scores", refuse)
     assert len(written(Warehouse(tmp_path / "w.duckdb"), scores([0.1, "blocked", 0.3]))) == 3
+
+
+def test_a_summary_counts_images_without_a_score_and_leaves_them_out_of_the_mean() -> None:
+    rows = pd.DataFrame(
+        {"variant": ["sd", "sd", "sd", "dreambooth"], "value": [1.0, 3.0, np.nan, np.nan]}
+    )
+    means = summary(rows, "value", "variant")
+    assert means["variant"].tolist() == ["sd", "dreambooth"]
+    assert means["images"].tolist() == [3, 1]
+    assert means["mean"].tolist() == pytest.approx([2, np.nan], nan_ok=True)
+    assert means["deviation"].tolist() == pytest.approx([2**0.5, np.nan], nan_ok=True)

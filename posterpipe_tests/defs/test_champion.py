@@ -36,7 +36,7 @@ from posterpipe.core.landing import scan_holdout
 from posterpipe.core.provenance import CHECKPOINT, BaseModelsDiffer, record_table
 from posterpipe.core.store import Store, table_version
 from posterpipe.core.warehouse import WarehouseError
-from posterpipe.defs import checks, evidence, reports, scoring
+from posterpipe.defs import champion, checks, generation, reports, scoring
 from posterpipe.defs.resources import FAILED_ITEMS, TABLES, Deployment, store_tables
 from posterpipe.defs.staleness import stale_assets
 from posterpipe.settings import ModelRef, Settings, load_settings
@@ -159,7 +159,7 @@ class World:
         return dg.Definitions(
             assets=[
                 *[dg.AssetSpec(name).with_io_manager_key(TABLES) for name in INPUTS],
-                evidence.champion_generations, evidence.fidelity_scores, evidence.champion,
+                generation.champion_generations, scoring.fidelity_scores, champion.champion,
             ],
             asset_checks=[checks.champion_checks, checks.fidelity_scores_checks],
             resources={
