@@ -24,7 +24,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from posterpipe.defs.resources import DATA_VERSION, INPUTS_READ
+from posterpipe.defs.metadata import DATA_VERSION, INPUTS_READ
 from posterpipe.defs.staleness import INPUT_DATA_VERSION
 from posterpipe.settings import default_root
 from posterpipe_tests.core.metrics.test_clip import build_tiny_clip

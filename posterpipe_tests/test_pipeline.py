@@ -33,7 +33,8 @@ from posterpipe.core.store import Store
 from posterpipe.core.trace import trace
 from posterpipe.definitions import build_defs
 from posterpipe.defs.arrivals import ROOTS
-from posterpipe.defs.resources import DATA_VERSION, Deployment
+from posterpipe.defs.metadata import DATA_VERSION
+from posterpipe.defs.resources import Deployment
 from posterpipe.defs.staleness import stale_assets
 from posterpipe.settings import Settings, default_root, load_settings
 from posterpipe_tests.core.metrics.test_clip import build_tiny_clip

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from dagster import DagsterRunStatus
 
-from posterpipe.defs.resources import SOURCE_DIGEST, SOURCE_PORTABLE, UNREAD, Deployment
+from posterpipe.defs.metadata import SOURCE_DIGEST, SOURCE_PORTABLE, UNREAD
+from posterpipe.defs.resources import Deployment
 from posterpipe.defs.staleness import made_or_wiped
 from posterpipe.settings import Settings
 

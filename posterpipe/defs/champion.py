@@ -9,18 +9,15 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from posterpipe.defs.resources import (
+from posterpipe.defs.metadata import (
     BASE_MODEL,
     CHALLENGER,
     CHAMPION,
     LAST_DECISION,
-    TABLES,
-    Deployment,
-    Table,
     columns,
-    table_output,
     table_preview,
 )
+from posterpipe.defs.resources import TABLES, Deployment, Table, table_output
 
 if TYPE_CHECKING:
     from posterpipe.core.gate import Check

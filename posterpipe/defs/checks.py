@@ -19,7 +19,8 @@ import dagster as dg
 
 from posterpipe.core.variants import BASE_VARIANTS, DELAYED_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs.freshness import scores_are_current
-from posterpipe.defs.resources import Deployment, Table, table_preview
+from posterpipe.defs.metadata import table_preview
+from posterpipe.defs.resources import Deployment, Table
 from posterpipe.defs.retraining import captions_trained_on
 from posterpipe.settings import CheckSettings, Settings
 

@@ -6,25 +6,21 @@ What belongs here: the four assets. What does not: pixels (`core.images`), what 
 
 import dagster as dg
 
-from posterpipe.defs.resources import (
+from posterpipe.defs.metadata import (
     FAILED_ITEMS,
     MODEL_FINGERPRINT,
     SOURCE_DIGEST,
     SOURCE_PORTABLE,
-    TABLES,
     THUMBNAILS,
     UNREAD,
-    Deployment,
-    Table,
     captioned_thumbnails,
     columns,
     counts,
-    naming_the_asset,
     rows,
-    table_output,
     table_preview,
     thumbnails,
 )
+from posterpipe.defs.resources import TABLES, Deployment, Table, naming_the_asset, table_output
 
 
 @dg.asset(

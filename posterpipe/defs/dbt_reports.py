@@ -32,7 +32,8 @@ from dagster_dbt.errors import DagsterDbtCliRuntimeError
 from packaging.version import Version
 
 from posterpipe.core.files import sha256_of
-from posterpipe.defs.resources import Deployment, table_preview
+from posterpipe.defs.metadata import table_preview
+from posterpipe.defs.resources import Deployment
 from posterpipe.settings import Settings
 
 PROJECT = Path("dbt_like_reports")

@@ -12,7 +12,8 @@ import dagster as dg
 
 from posterpipe.defs.arrivals import REASON_TAG
 from posterpipe.defs.automation import BY_HAND
-from posterpipe.defs.resources import TABLE_VERSION, Deployment, Table
+from posterpipe.defs.metadata import TABLE_VERSION
+from posterpipe.defs.resources import Deployment, Table
 from posterpipe.defs.timing import cron_of
 from posterpipe.settings import Settings
 

@@ -13,7 +13,7 @@ from typing import Any
 import dagster as dg
 
 from posterpipe.core.variants import OF_BASE, OF_TUNED
-from posterpipe.defs.resources import (
+from posterpipe.defs.metadata import (
     BASE_MODEL,
     CHALLENGER,
     CHAMPION,
@@ -21,17 +21,13 @@ from posterpipe.defs.resources import (
     MODEL_FINGERPRINT,
     SOURCE_DIGEST,
     SOURCE_PORTABLE,
-    TABLES,
-    Deployment,
-    Table,
     columns,
     counts,
-    naming_the_asset,
     rows,
-    table_output,
     table_preview,
     thumbnails,
 )
+from posterpipe.defs.resources import TABLES, Deployment, Table, naming_the_asset, table_output
 
 _COLUMNS = columns(
     generation_key="string: the image and what it is scored against",

@@ -8,21 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from posterpipe.defs.resources import (
+from posterpipe.defs.metadata import (
     SOURCE_DIGEST,
     SOURCE_PORTABLE,
-    TABLES,
     THUMBNAILS,
     UNREAD,
-    Deployment,
-    Table,
     columns,
     counts,
     rows,
-    table_output,
     table_preview,
     thumbnails,
 )
+from posterpipe.defs.resources import TABLES, Deployment, Table, table_output
 
 if TYPE_CHECKING:
     from posterpipe.core.store import Store

@@ -16,16 +16,8 @@ from dagster._core.storage.asset_check_execution_record import AssetCheckExecuti
 from dagster_dbt import DbtProject
 
 from posterpipe.defs.dbt_reports import dbt_models
-from posterpipe.defs.resources import (
-    TABLES,
-    Deployment,
-    StoreIOManager,
-    Table,
-    columns,
-    counts,
-    table_output,
-    table_preview,
-)
+from posterpipe.defs.metadata import columns, counts, table_preview
+from posterpipe.defs.resources import TABLES, Deployment, StoreIOManager, Table, table_output
 
 WRITERS = (
     "clip_scores",

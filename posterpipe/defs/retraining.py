@@ -20,7 +20,8 @@ from dagster._core.storage.asset_check_execution_record import (
 
 from posterpipe.defs.arrivals import REASON_TAG, UNFINISHED, reading_problem
 from posterpipe.defs.automation import retrain
-from posterpipe.defs.resources import DATA_VERSION, Deployment
+from posterpipe.defs.metadata import DATA_VERSION
+from posterpipe.defs.resources import Deployment
 from posterpipe.defs.staleness import (
     CHECKPOINT,
     is_of,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import dagster as dg
 
-from posterpipe.defs.resources import FAILED_ITEMS
+from posterpipe.defs.metadata import FAILED_ITEMS
 from posterpipe.defs.staleness import CODE_VERSION, INPUT_DATA_VERSION
 
 GIVE_UP_SECONDS = 7 * 86_400.0

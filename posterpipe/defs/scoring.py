@@ -7,19 +7,15 @@ scores (`champion`, `dbt_like_reports`).
 
 import dagster as dg
 
-from posterpipe.defs.resources import (
+from posterpipe.defs.metadata import (
     FAILED_ITEMS,
     MODEL_FINGERPRINT,
-    TABLES,
-    Deployment,
-    Table,
     columns,
     counts,
-    naming_the_asset,
     rows,
-    table_output,
     table_preview,
 )
+from posterpipe.defs.resources import TABLES, Deployment, Table, naming_the_asset, table_output
 
 
 @dg.asset(

@@ -16,7 +16,7 @@ from dagster import DagsterEventType
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord
 
 from posterpipe.core.dreambooth.effects import deciding
-from posterpipe.defs.resources import (
+from posterpipe.defs.metadata import (
     BASE_MODEL,
     CHALLENGER,
     CHAMPION,
@@ -27,8 +27,8 @@ from posterpipe.defs.resources import (
     MODEL_FINGERPRINT,
     TABLE_VERSION,
     WAREHOUSE,
-    Deployment,
 )
+from posterpipe.defs.resources import Deployment
 from posterpipe.settings import SAMPLING_SPEED, ModelRef, Settings
 
 INPUT_DATA_VERSION = "dagster/input_data_version/"

@@ -19,19 +19,15 @@ from dagster._core.errors import (  # not exported
 )
 from pydantic import ValidationError
 
-from posterpipe.defs.resources import (
+from posterpipe.defs.metadata import (
     FAILED_ITEMS,
     HELD_OUT,
     MODEL_FINGERPRINT,
-    TABLES,
-    Deployment,
-    Table,
     columns,
-    naming_the_asset,
     rows,
-    table_output,
     thumbnails,
 )
+from posterpipe.defs.resources import TABLES, Deployment, Table, naming_the_asset, table_output
 from posterpipe.defs.staleness import held_out_version
 from posterpipe.settings import SettingsError
 from posterpipe.settings_table import described

@@ -19,7 +19,8 @@ from dagster._core.execution.api import execute_run
 
 from posterpipe.core.store import Store, compute_missing, content_key
 from posterpipe.defs.automation import with_policy
-from posterpipe.defs.resources import DATA_VERSION, Deployment
+from posterpipe.defs.metadata import DATA_VERSION
+from posterpipe.defs.resources import Deployment
 from posterpipe.defs.staleness import CODE_VERSION, INPUT_DATA_VERSION
 from posterpipe.defs.sweep import stale_sweep
 from posterpipe.settings import load_settings

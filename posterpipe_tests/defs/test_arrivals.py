@@ -23,7 +23,8 @@ from posterpipe.core.listing import Entry, Folder
 from posterpipe.definitions import build_defs
 from posterpipe.defs import arrivals as look_module
 from posterpipe.defs.arrivals import REASON_TAG, ROOTS, _Root, reading_problem
-from posterpipe.defs.resources import SOURCE_DIGEST, Deployment
+from posterpipe.defs.metadata import SOURCE_DIGEST
+from posterpipe.defs.resources import Deployment
 from posterpipe.settings import load_settings
 from posterpipe_tests.defs.harness import RUN_KEY, Daemon
 

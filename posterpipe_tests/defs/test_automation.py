@@ -20,7 +20,8 @@ from posterpipe.core.provenance import CHECKPOINT
 from posterpipe.core.store import Store
 from posterpipe.definitions import build_defs
 from posterpipe.defs.automation import ON_SCHEDULE, all_upstream, rebuild_when_inputs_change
-from posterpipe.defs.resources import MODEL_FINGERPRINT, Deployment
+from posterpipe.defs.metadata import MODEL_FINGERPRINT
+from posterpipe.defs.resources import Deployment
 from posterpipe.settings import load_settings
 from posterpipe_tests.defs.conftest import MakeWorld
 from posterpipe_tests.defs.harness import Daemon, World, report_all_made, report_made

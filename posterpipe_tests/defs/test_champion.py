@@ -37,7 +37,8 @@ from posterpipe.core.provenance import CHECKPOINT, BaseModelsDiffer, record_tabl
 from posterpipe.core.store import Store, table_version
 from posterpipe.core.warehouse import WarehouseError
 from posterpipe.defs import champion, checks, generation, reports, scoring
-from posterpipe.defs.resources import FAILED_ITEMS, TABLES, Deployment, store_tables
+from posterpipe.defs.metadata import FAILED_ITEMS
+from posterpipe.defs.resources import TABLES, Deployment, store_tables
 from posterpipe.defs.staleness import stale_assets
 from posterpipe.settings import ModelRef, Settings, load_settings
 from posterpipe_tests.core.metrics.tiny import build_tiny_clip

@@ -17,7 +17,8 @@ from posterpipe.core.provenance import CHECKPOINT, BaseModelsDiffer
 from posterpipe.core.sampler import ImageRequest, Sampler
 from posterpipe.defs import retries
 from posterpipe.defs.generation import base_generations, prompt_suite, tuned_generations
-from posterpipe.defs.resources import FAILED_ITEMS, TABLES, Deployment, store_tables
+from posterpipe.defs.metadata import FAILED_ITEMS
+from posterpipe.defs.resources import TABLES, Deployment, store_tables
 from posterpipe.defs.sweep import stale_sweep
 from posterpipe.settings import load_settings
 from posterpipe_tests.defs.harness import Daemon

@@ -20,7 +20,8 @@ from posterpipe.core.store import Store
 from posterpipe.definitions import build_defs
 from posterpipe.defs import training
 from posterpipe.defs.arrivals import REASON_TAG
-from posterpipe.defs.resources import DATA_VERSION, HELD_OUT, Deployment
+from posterpipe.defs.metadata import DATA_VERSION, HELD_OUT
+from posterpipe.defs.resources import Deployment
 from posterpipe.defs.retraining import STATE_TAG, TRAINING_SET, consider_training
 from posterpipe.defs.staleness import CHECKPOINT, CODE_VERSION, INPUT_DATA_VERSION
 from posterpipe.settings import SettingsError, load_settings

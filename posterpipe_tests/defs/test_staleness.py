@@ -19,21 +19,17 @@ from posterpipe.definitions import build_defs
 from posterpipe.defs import retries
 from posterpipe.defs.arrivals import REASON_TAG
 from posterpipe.defs.automation import with_policy
-from posterpipe.defs.reports import WRITERS
-from posterpipe.defs.resources import (
+from posterpipe.defs.metadata import (
     BASE_MODEL,
     CHALLENGER,
     CHAMPION,
     FAILED_ITEMS,
     LAST_DECISION,
     TABLE_VERSION,
-    TABLES,
     WAREHOUSE,
-    Deployment,
-    StoreIOManager,
-    store_tables,
-    table_output,
 )
+from posterpipe.defs.reports import WRITERS
+from posterpipe.defs.resources import TABLES, Deployment, StoreIOManager, store_tables, table_output
 from posterpipe.defs.staleness import stale_assets
 from posterpipe.defs.sweep import ATTEMPTS, stale_sweep
 from posterpipe.settings import load_settings

@@ -19,14 +19,8 @@ from posterpipe.core.store import Store
 from posterpipe.core.training_set import build_training_set
 from posterpipe.defs import training
 from posterpipe.defs.ingest import holdout_posters
-from posterpipe.defs.resources import (
-    HELD_OUT,
-    TABLES,
-    Deployment,
-    StoreIOManager,
-    Table,
-    table_output,
-)
+from posterpipe.defs.metadata import HELD_OUT
+from posterpipe.defs.resources import TABLES, Deployment, StoreIOManager, Table, table_output
 from posterpipe.defs.staleness import stale_assets
 from posterpipe.defs.training import (
     class_images,
