@@ -108,8 +108,8 @@ class Differs(dg.AutomationCondition[dg.AssetKey]):
 
 @dataclass(frozen=True)
 class OfOneBaseModel(dg.AutomationCondition[dg.AssetKey]):
-    """An asset that is not to be made of a checkpoint of one base model and settings, or images, of
-    another."""
+    """True while what an asset is made from is of one base model: its checkpoint was tuned from the
+    configured one, its images were drawn by that and by a checkpoint tuned from it."""
 
     deployment: Deployment = field(compare=False)
 
@@ -213,10 +213,8 @@ def rebuild_when_inputs_change(
 def all_upstream(
     key: dg.AssetKey, reads: Mapping[dg.AssetKey, Sequence[dg.AssetKey]]
 ) -> list[dg.AssetKey]:
-    """An asset's inputs, and what is further up without passing ON_SCHEDULE; sorted.
-
-    `reads`: the inputs of every asset.
-    """
+    """An asset's inputs, and what is further up, up to assets ON_SCHEDULE, which count only as
+    inputs; sorted. `reads`: the inputs of every asset."""
     found = set(reads[key])
     ahead = [name for name in found if name.path[-1] not in ON_SCHEDULE]
     while ahead:

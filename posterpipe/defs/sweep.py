@@ -17,7 +17,7 @@ from dagster._core.storage.asset_check_execution_record import (
 )
 
 from posterpipe.defs.arrivals import REASON_TAG, UNFINISHED
-from posterpipe.defs.automation import ON_SCHEDULE
+from posterpipe.defs.automation import ON_SCHEDULE, all_upstream
 from posterpipe.defs.resources import Deployment
 from posterpipe.defs.retries import device_gone_at, device_obstacle, retry_reason
 from posterpipe.defs.staleness import (
@@ -58,10 +58,11 @@ def stale_sweep(
     Requests the most upstream of the stale assets, each in a run of its own; what is downstream
     then follows by data version. An asset is requested when two sweeps in a row find it ready with
     the same inputs, so that the policy comes first. It is not requested while it or something
-    upstream is being made, while a blocking check of an input has not passed or the checkpoint is
-    another base model's, or when it failed ATTEMPTS times, was canceled, or stayed stale with the
-    same inputs, code and model. Failures for want of an accelerator do not count: they are tried
-    again after ever longer pauses (`retries`).
+    upstream is being made (a training holds up only what reads it, as in the policy), while a
+    blocking check of an input has not passed or the checkpoint is another base model's, or when it
+    failed ATTEMPTS times, was canceled, or stayed stale with the same inputs, code and model.
+    Failures for want of an accelerator do not count: they are tried again after ever longer pauses
+    (`retries`).
     """
     repository = context.repository_def
     assert repository is not None, "a sensor of a code location has its repository"
@@ -126,6 +127,9 @@ class _Sweep:
             for key, assets in repository.assets_defs_by_key.items()
             if assets.is_executable
         }
+        self._reads = {
+            key: [dep.asset_key for dep in spec.deps] for key, spec in self._specs.items()
+        }
         graph = repository.asset_graph
         checks = [key for key in graph.asset_check_keys if graph.get_check_spec(key).blocking]
         self._blocking: dict[dg.AssetKey, list[dg.AssetCheckKey]] = {}
@@ -156,7 +160,7 @@ class _Sweep:
         for key, run_key in ready.items():
             name = key.to_user_string()
             known = memory[name]
-            first = self._upstream(key) & (running | ready.keys())
+            first = {*all_upstream(key, self._reads)} & (running | ready.keys())
             if first:
                 waiting.append(f"{name}: {stale[key]}, but {_names(first)} comes first")
             elif name in self._known and self._known[name].ready == run_key:
@@ -186,15 +190,16 @@ class _Sweep:
             return "", "it follows its schedule"
         if key in running:
             return "", "it is being made"
-        for dep in self._specs[key].deps:
-            upstream = dep.asset_key.to_user_string()
-            if self._latest.get(dep.asset_key) is None:
-                return "", f"{upstream} was never made"
-            for check in self._blocking.get(dep.asset_key, []):
+        for upstream in self._reads[key]:
+            if self._latest.get(upstream) is None:
+                return "", f"{upstream.to_user_string()} was never made"
+            for check in self._blocking.get(upstream, []):
                 if not self._passed(check):
-                    return "", f"a blocking check has not passed: {check.name} of {upstream}"
-        inputs = [dep.asset_key for dep in self._specs[key].deps]
-        if obstacle := other_base_model(key, inputs, self._latest, self._deployment, self._models):
+                    blocked = f"{check.name} of {upstream.to_user_string()}"
+                    return "", f"a blocking check has not passed: {blocked}"
+        if obstacle := other_base_model(
+            key, self._reads[key], self._latest, self._deployment, self._models
+        ):
             return "", obstacle
         outcomes = self._outcomes(key, known.since)
         if any(outcome.status == DagsterRunStatus.CANCELED for outcome in outcomes):
@@ -218,25 +223,12 @@ class _Sweep:
         if known and known.made_with != made_with:
             since = self._instance.event_log_storage.get_maximum_record_id() or 0
         versions = {
-            dep.asset_key.to_user_string(): data_version(self._latest.get(dep.asset_key))
-            for dep in spec.deps
+            upstream.to_user_string(): data_version(self._latest.get(upstream))
+            for upstream in self._reads[key]
         }
         state = _digest(made_with, versions)
         requested = known.requested if known and known.state == state else 0
         return _Known(made_with, since, state, requested, ready="")
-
-    def _upstream(self, key: dg.AssetKey) -> set[dg.AssetKey]:
-        """The asset's inputs, and what is further up without passing ON_SCHEDULE."""
-        found: set[dg.AssetKey] = set()
-        ahead = [dep.asset_key for dep in self._specs[key].deps]
-        while ahead:
-            upstream = ahead.pop()
-            if upstream in found or upstream not in self._specs:
-                continue
-            found.add(upstream)
-            if upstream.path[-1] not in ON_SCHEDULE:
-                ahead += [dep.asset_key for dep in self._specs[upstream].deps]
-        return found
 
     def _running(self) -> set[dg.AssetKey]:
         """Assets that a run is to make and has not made yet."""
@@ -285,8 +277,7 @@ class _Sweep:
         )
         if not planned:
             return []
-        deps = self._specs[key].deps
-        began = max((self._version_began(dep.asset_key) for dep in deps), default=0)
+        began = max(map(self._version_began, self._reads[key]), default=0)
         steps = {
             record.run_id: record.event_log_entry.get_dagster_event().step_key
             for record in planned

@@ -305,6 +305,32 @@ def test_it_waits_for_what_is_made_upstream(chain: World) -> None:
     assert chain.settle_by_sweeps() == [["c"]]
 
 
+def test_a_training_holds_up_only_what_reads_it(make_world: MakeWorld) -> None:
+    """It takes hours, and what is made of the images of before is not made of its checkpoint."""
+    world = make_world(
+        csv="", dreambooth_checkpoint="csv", tuned="dreambooth_checkpoint", scores="tuned"
+    )
+    world.run("csv", "dreambooth_checkpoint", "tuned", "scores")
+    requested: list[list[str]] = []
+
+    def look(name: str) -> None:
+        world.code[name] = "2"
+        world.deploy()
+        world.sweep()
+        requested.append(world.sweep())
+
+    world.meanwhile["dreambooth_checkpoint"] = lambda: look("scores")
+    world.run("dreambooth_checkpoint")
+    assert requested == [["scores"]]
+    world.work()
+    world.meanwhile["dreambooth_checkpoint"] = lambda: look("tuned")
+    world.run("dreambooth_checkpoint")
+    assert requested == [["scores"], []]
+    assert "tuned: its code or settings changed, but dreambooth_checkpoint comes first" in (
+        world.said
+    )
+
+
 def test_the_same_look_twice_requests_one_run_that_tells_why(chain: World) -> None:
     """As when the daemon dies after it launched the run and before it kept the cursor."""
     chain.change("a", "2")
