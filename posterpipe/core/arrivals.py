@@ -11,7 +11,6 @@ long to wait, never what is new.
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,19 +27,14 @@ from posterpipe.core.listing import (
     listing_digest,
     source_name,
 )
+from posterpipe.core.retries import clock, pause_after
 from posterpipe.core.store import Store, TableMissing, content_key
 from posterpipe.settings import AutomationSettings
 
 NAMED = 5
 """Files named in a sentence."""
 
-SIDECAR = ".txt"
-
-UNREAD_SECONDS = 3600.0
-"""A table with files that could not be read is made again after this long, and then after twice as
-long each time, up to UNREAD_SECONDS_AT_MOST."""
-
-UNREAD_SECONDS_AT_MOST = 86_400.0
+SIDECAR_SUFFIX = ".txt"
 
 
 @dataclass(frozen=True)
@@ -140,11 +134,6 @@ def _until_again(read: LastRead) -> float:
     """Seconds to wait before files that could not be read are tried again: as long as they have
     been tried already, so that the pauses double, whatever number of looks and tries was lost."""
     return pause_after(read.at - read.unread_since if read.unread_since else 0.0)
-
-
-def pause_after(tried_seconds: float) -> float:
-    """Seconds to wait before something is tried once more that was tried in vain for so long."""
-    return min(max(tried_seconds, UNREAD_SECONDS), UNREAD_SECONDS_AT_MOST)
 
 
 def posters_source(
@@ -252,7 +241,7 @@ def holdout_digest(entries: Sequence[Entry], store: Store, *, portable: bool = F
 
 
 def _sidecars(entries: Iterable[Entry]) -> list[Entry]:
-    return [entry for entry in entries if entry.name.lower().endswith(SIDECAR)]
+    return [entry for entry in entries if entry.name.lower().endswith(SIDECAR_SUFFIX)]
 
 
 def captions_source(
@@ -364,8 +353,3 @@ def _is_young(changed_at: float, settings: AutomationSettings, now: float) -> bo
 
 def _count(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
-
-
-def clock(moment: float) -> str:
-    """A time in seconds since 1970, for people."""
-    return dt.datetime.fromtimestamp(moment, tz=dt.UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from posterpipe.core.retries import ATTEMPTS
 from posterpipe.core.training_set import CSV_NAME
 from posterpipe.settings import AutomationSettings
 
 DAY = dt.timedelta(days=1)
-
-ATTEMPTS = 2
-"""How often the same training is started by the schedule: a failed one is tried once more."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from dagster._core.storage.asset_check_execution_record import (
     AssetCheckExecutionRecordStatus as Status,
 )
 
+from posterpipe.core.retries import clock
 from posterpipe.defs.arrivals import REASON_TAG
 from posterpipe.defs.launcher import under_lease
 from posterpipe.defs.resources import Deployment
@@ -151,7 +152,7 @@ def tell(
             tried[failure.name] = (count + 1, now + pause)
     if waiting:
         said.append(f"{waiting} failures are told of later")
-    reason = "; ".join(said) or f"nothing failed untold since {_clock(oldest)}"
+    reason = "; ".join(said) or f"nothing failed untold since {clock(oldest)}"
     memory.tried = tried
     return dg.SensorResult(skip_reason=reason, cursor=json.dumps(asdict(memory)))
 
@@ -339,7 +340,3 @@ def _told_of(run: dg.DagsterRun) -> list[str]:
     run_id, _, channels = run.tags.get(TOLD_TAG, "").rpartition(":")
     mine = run_id == run.run_id[:8] or (not run_id and run.parent_run_id is None)
     return [name.strip() for name in channels.split(",") if name.strip()] if mine else []
-
-
-def _clock(seconds: float) -> str:
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"

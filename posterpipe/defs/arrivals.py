@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from dagster import DagsterRunStatus
 
+from posterpipe.core.retries import ATTEMPTS, clock, pause_after
 from posterpipe.defs.metadata import SOURCE_DIGEST, SOURCE_PORTABLE, UNREAD
 from posterpipe.defs.resources import Deployment
 from posterpipe.defs.staleness import made_or_wiped
@@ -44,9 +45,6 @@ REASON_TAG = "posterpipe/reason"
 
 ANSWER_SECONDS = 40.0
 """How long the folder or bucket of posters may take: Dagster gives a look a minute."""
-
-ATTEMPTS = 2
-"""How often an asset is tried on the same source: a failed run is tried once more."""
 
 _TRIES = 20
 """Materializations looked at to see how long files could not be read: a day takes nine."""
@@ -289,8 +287,6 @@ class _Root:
         As where they have other rights in a folder than the sensor, or another mount. The digests
         will never agree, so each look would request a run.
         """
-        from posterpipe.core.arrivals import clock, pause_after
-
         records = self._instance.fetch_materializations(
             dg.AssetKey(self._name), limit=_TRIES
         ).records

@@ -108,8 +108,9 @@ class Differs(dg.AutomationCondition[dg.AssetKey]):
 
 @dataclass(frozen=True)
 class OfOneBaseModel(dg.AutomationCondition[dg.AssetKey]):
-    """True while what an asset is made from is of one base model: its checkpoint was tuned from the
-    configured one, its images were drawn by that and by a checkpoint tuned from it."""
+    """True while what an asset is made from is of one base model: the checkpoint that it reads was
+    tuned from the configured one, the images that it compares were drawn by a base model and by a
+    checkpoint that was tuned from it (`other_base_model`)."""
 
     deployment: Deployment = field(compare=False)
 

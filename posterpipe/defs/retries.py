@@ -1,7 +1,8 @@
 """When an asset is made again because some of its items failed, or its run lost the accelerator.
 
-What belongs here: the pauses between tries. What does not: requesting the run (`sweep`), and files
-outside that could not be read (`arrivals`), whose pauses are the same.
+What belongs here: whether it is time, by what the event log tells. What does not: how long the
+pauses are (`core.retries`), requesting the run (`sweep`), and files outside that could not be read
+(`arrivals`).
 """
 
 import time
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import dagster as dg
 
+from posterpipe.core.retries import clock, pause_after
 from posterpipe.defs.metadata import FAILED_ITEMS
 from posterpipe.defs.staleness import CODE_VERSION, INPUT_DATA_VERSION
 
@@ -33,8 +35,6 @@ def retry_reason(
     failed = _failed(made)
     if made is None or not failed:
         return ""
-    from posterpipe.core.arrivals import clock, pause_after
-
     tried = made_at(made) - _failing_since(instance, key, made)
     if tried >= GIVE_UP_SECONDS or now() - made_at(made) < pause_after(tried):
         return ""
@@ -46,8 +46,6 @@ def device_obstacle(gone_at: Sequence[float]) -> str:
     since 1970; "" where it is time, or where none did. The pauses are those of failed items."""
     if not gone_at:
         return ""
-    from posterpipe.core.arrivals import clock, pause_after
-
     tried = max(gone_at) - min(gone_at)
     if tried >= GIVE_UP_SECONDS:
         return (

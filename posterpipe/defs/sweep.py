@@ -16,6 +16,7 @@ from dagster._core.storage.asset_check_execution_record import (
     AssetCheckExecutionRecordStatus as Status,
 )
 
+from posterpipe.core.retries import ATTEMPTS
 from posterpipe.defs.arrivals import REASON_TAG, UNFINISHED
 from posterpipe.defs.automation import ON_SCHEDULE, all_upstream
 from posterpipe.defs.resources import Deployment
@@ -32,9 +33,6 @@ from posterpipe.defs.staleness import (
 
 SWEEP_SECONDS = 60
 """Seconds between two sweeps. The policy looks more often, so that it is first as a rule."""
-
-ATTEMPTS = 2
-"""How often an asset is tried with the same inputs: a failed run is tried once more."""
 
 _EVENTS = 100
 """Events read of one asset; more runs or versions do not change what is decided."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from posterpipe.core.arrivals import (
-    UNREAD_SECONDS,
     LastRead,
     Memory,
     Source,
@@ -22,6 +21,7 @@ from posterpipe.core.arrivals import (
     posters_source,
 )
 from posterpipe.core.listing import Entry, Folder
+from posterpipe.core.retries import FIRST_PAUSE_SECONDS
 from posterpipe.core.store import Store
 from posterpipe.settings import AutomationSettings
 
@@ -79,7 +79,7 @@ def test_a_source_with_a_problem_is_not_read() -> None:
 
 
 def test_files_that_could_not_be_read_are_tried_again_after_an_hour() -> None:
-    for age, due in [(UNREAD_SECONDS - 1, False), (UNREAD_SECONDS, True)]:
+    for age, due in [(FIRST_PAUSE_SECONDS - 1, False), (FIRST_PAUSE_SECONDS, True)]:
         read = LastRead(frozenset({"old"}), NOW - age, unread=2)
         decision = decide(Source("old", ""), read, Memory("old"), SETTINGS, NOW)
         assert decision.due == due

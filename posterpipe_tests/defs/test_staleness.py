@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from posterpipe.core.devices import DeviceGone
+from posterpipe.core.retries import ATTEMPTS
 from posterpipe.definitions import build_defs
 from posterpipe.defs import retries
 from posterpipe.defs.arrivals import REASON_TAG
@@ -31,7 +32,7 @@ from posterpipe.defs.metadata import (
 from posterpipe.defs.reports import WRITERS
 from posterpipe.defs.resources import TABLES, Deployment, StoreIOManager, store_tables, table_output
 from posterpipe.defs.staleness import stale_assets
-from posterpipe.defs.sweep import ATTEMPTS, stale_sweep
+from posterpipe.defs.sweep import stale_sweep
 from posterpipe.settings import load_settings
 from posterpipe_tests.defs.conftest import MakeWorld
 from posterpipe_tests.defs.harness import (
