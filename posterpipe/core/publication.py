@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import hashlib
+import json
 import os
 import shutil
 import time
@@ -143,6 +145,24 @@ def publish_scores(
         snapshots / publication_id,
         rows,
     )
+
+
+def content_digest(database: Path) -> str:
+    """sha256 (hex) of the tables of a published database and their rows, in whatever order these
+    lie. Which publication it is does not count: the same again has the same digest."""
+    contents = []
+    with duckdb.connect(str(database), read_only=True) as connection:
+        names = connection.execute(
+            "SELECT table_name FROM duckdb_tables() WHERE NOT internal AND table_name <> ? "
+            "ORDER BY table_name",
+            [PUBLICATION_TABLE],
+        ).fetchall()
+        for (name,) in names:
+            [(rows, total)] = connection.execute(
+                f'SELECT count(*), coalesce(sum(hash(t)), 0) FROM "{name}" AS t'
+            ).fetchall()
+            contents.append((name, rows, str(total)))
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 def _not_published(public: Path, error: BaseException) -> PublishError:

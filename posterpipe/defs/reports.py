@@ -7,9 +7,7 @@ copying the database (`core.publication`) and arranging pictures (`core.gallery`
 
 import hashlib
 import io
-import json
 from collections.abc import Sequence
-from typing import Any
 
 import dagster as dg
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
@@ -60,9 +58,7 @@ def publication(
         later. To see a newer copy, close your connections and open it again. The same tables are in
         `parquet/` beside it, the last few publications in `snapshots/`.
         """
-        import duckdb
-
-        from posterpipe.core.publication import PUBLICATION_TABLE, publish_scores
+        from posterpipe.core.publication import content_digest, publish_scores
 
         _require_passed(context.instance, tests)
         published = publish_scores(
@@ -71,18 +67,19 @@ def publication(
             run_id=context.run.run_id,
             reports=[key.path[-1] for key in reports],
         )
-        with duckdb.connect(str(published.database), read_only=True) as connection:
-            contents = _contents(connection, PUBLICATION_TABLE)
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(_digest(contents)),
+            data_version=dg.DataVersion(content_digest(published.database)),
             metadata={
                 "path": dg.MetadataValue.path(published.database),
                 "parquet": dg.MetadataValue.path(published.parquet),
                 "publication": published.publication_id,
                 "bytes": published.database.stat().st_size,
-                "dagster/row_count": sum(rows for name, rows, _ in contents if name == "fct_score"),
+                "dagster/row_count": published.rows["fct_score"],
                 "tables": dg.MetadataValue.table(
-                    [dg.TableRecord({"table": name, "rows": count}) for name, count, _ in contents]
+                    [
+                        dg.TableRecord({"table": name, "rows": count})
+                        for name, count in published.rows.items()
+                    ]
                 ),
             },
         )
@@ -158,26 +155,6 @@ def poster_inventory(
         {**counts(table, "status"), "in_training_set": int(table["in_training_set"].sum())},
         warehouse=warehouse,
     )
-
-
-def _contents(connection: Any, left_out: str) -> list[tuple[str, int, str]]:
-    """Name, rows and a digest of each table but one, whatever the order of its rows."""
-    names = connection.execute(
-        "select table_name from duckdb_tables() where not internal and table_name <> ? "
-        "order by table_name",
-        [left_out],
-    ).fetchall()
-    contents = []
-    for (name,) in names:
-        row_count, total = connection.execute(
-            f'select count(*), coalesce(sum(hash(t)), 0) from "{name}" as t'
-        ).fetchone()
-        contents.append((name, row_count, str(total)))
-    return contents
-
-
-def _digest(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @dg.asset(

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 from posterpipe.core import publication
-from posterpipe.core.publication import PublishError, publish_scores
+from posterpipe.core.publication import PublishError, content_digest, publish_scores
 from posterpipe.core.warehouse import SCHEMA_VERSION, TABLES, VIEWS, Warehouse, WarehouseMissing
 from posterpipe.core.warehouse_comments import COMMENTS
 from posterpipe_tests.core.conftest import Disk
@@ -69,6 +69,21 @@ def test_a_publication_tells_what_it_is(warehouse: Warehouse, public: Path) -> N
     assert (row.row_counts["fct_score"], row.row_counts["mine"]) == (4, 1)
     assert tables == {*TABLES, "clip_scores", "mine", "publication"}
     assert all(len(comment) > 5 for (comment,) in told)
+
+
+def test_the_digest_is_of_the_rows_whatever_their_order(warehouse: Warehouse, public: Path) -> None:
+    def published(answers: str) -> str:
+        with warehouse.write() as connection:
+            connection.execute(
+                f"CREATE OR REPLACE TABLE mine AS SELECT unnest({answers}) AS answer"
+            )
+        publication = publish_scores(warehouse.path, public, run_id="run", reports=["mine"])
+        return content_digest(publication.database)
+
+    before = published("[1, 2]")
+    assert published("[2, 1]") == before
+    assert published("[1, 3]") != before
+    assert published("[1, 2, 2]") != before
 
 
 def test_everything_that_is_published_is_described(warehouse: Warehouse, public: Path) -> None:
