@@ -2,13 +2,11 @@
 
 What belongs here: the schedule, where the facts for its decision come from, and what the latest
 checkpoint was trained on. What does not: the decision (`core.retraining`) and the training
-(`training`). Other assets follow their inputs at once
-(`automation`); a training costs hours of a GPU, so it waits for the night and for enough changes.
+(`training`). Other assets follow their inputs at once (`automation`); a training costs hours of a
+GPU, so it waits for the night and for enough changes.
 """
 
 import datetime as dt
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -24,6 +22,7 @@ from posterpipe.defs.metadata import DATA_VERSION
 from posterpipe.defs.resources import Deployment
 from posterpipe.defs.staleness import (
     CHECKPOINT,
+    digest,
     is_of,
     latest_materializations,
     stale_assets,
@@ -110,9 +109,9 @@ def _facts(
     trained = (used_version(made, TRAINING_SET) or "") if made else ""
     current = versions[0][0] if versions else ""
     spec, other_reason = _other_reason(context, deployment)
-    state = _digest(
+    state = digest(
         current, trained, other_reason, spec.code_version, checkpoint and checkpoint.storage_id
-    )
+    )[:16]
     tried = instance.get_run_records(dg.RunsFilter(tags={STATE_TAG: state}))
     graph = context.repository_def.asset_graph
     upstream = dg.AssetSelection.assets(TRAINING_SET).upstream().resolve(graph)
@@ -252,7 +251,3 @@ def _landing_before(instance: dg.DagsterInstance, storage_id: int | None = None)
         folder = made.metadata.get("folder") if made else None
         return str(folder.value) if folder else None
     return None
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -135,11 +135,16 @@ def with_settings_in_code_version(assets: Iterable[Any], settings: Settings) -> 
         if name in _CHECKED_WITH:
             deciding = [*deciding, *_CHECKED_WITH[name](settings)]
         limits = settings.checks.model_dump(mode="json", include=set(_LIMITS.get(name, ())))
-        text = json.dumps([*deciding, limits], sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return spec.replace_attributes(code_version=f"{spec.code_version}-{digest}")
+        version = f"{spec.code_version}-{digest(*deciding, limits)[:8]}"
+        return spec.replace_attributes(code_version=version)
 
     return list(dg.map_asset_specs(spec_with_settings, assets))
+
+
+def digest(*parts: object) -> str:
+    """sha256 (hex) of parts as JSON. Another form, as that of `core.store.content_key`, would make
+    everything of another code version, and forget which runs failed or were canceled."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def stale_assets(

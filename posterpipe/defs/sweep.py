@@ -4,7 +4,6 @@ What belongs here: which of the stale assets are requested, and when. What does 
 (`staleness`), and the policy that takes up changes as they happen (`automation`).
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from posterpipe.defs.retries import device_gone_at, device_obstacle, retry_reaso
 from posterpipe.defs.staleness import (
     Models,
     data_version,
+    digest,
     is_of,
     latest_materializations,
     made_or_wiped,
@@ -211,12 +211,12 @@ class _Sweep:
         if obstacle := device_obstacle(gone):
             return "", obstacle
         since = made_or_wiped(self._instance, key, self._latest[key])
-        return f"{name}-{_digest(known.state, since, failures)}", ""
+        return f"{name}-{digest(known.state, since, failures)[:16]}", ""
 
     def _remember(self, key: dg.AssetKey) -> _Known:
         spec = self._specs[key]
         known = self._known.get(key.to_user_string())
-        made_with = _digest(spec.code_version, self._models.fingerprint(key))
+        made_with = digest(spec.code_version, self._models.fingerprint(key))[:16]
         since = known.since if known else 0
         if known and known.made_with != made_with:
             since = self._instance.event_log_storage.get_maximum_record_id() or 0
@@ -224,7 +224,7 @@ class _Sweep:
             upstream.to_user_string(): data_version(self._latest.get(upstream))
             for upstream in self._reads[key]
         }
-        state = _digest(made_with, versions)
+        state = digest(made_with, versions)[:16]
         requested = known.requested if known and known.state == state else 0
         return _Known(made_with, since, state, requested, ready="")
 
@@ -306,10 +306,6 @@ class _Sweep:
                 break
             began = record.storage_id
         return began
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _names(keys: Iterable[dg.AssetKey]) -> str:
