@@ -91,7 +91,7 @@ class _Memory:
         try:
             held = json.loads(cursor or "")
             tried = {name: (int(count), float(at)) for name, (count, at) in held["tried"].items()}
-            return cls(float(held["since"]), tried, dict(held.get("checks", {})))
+            return cls(float(held["since"]), tried, dict(held["checks"]))
         except (ValueError, TypeError, KeyError, AttributeError):
             return cls(now)
 
@@ -338,5 +338,5 @@ def _told_of(run: dg.DagsterRun) -> list[str]:
     """Over which channels people were told of a run. One that is executed again in the UI has the
     tags of the run before, of which alone they were told."""
     run_id, _, channels = run.tags.get(TOLD_TAG, "").rpartition(":")
-    mine = run_id == run.run_id[:8] or (not run_id and run.parent_run_id is None)
-    return [name.strip() for name in channels.split(",") if name.strip()] if mine else []
+    mine = run_id == run.run_id[:8]
+    return [name.strip() for name in channels.split(",")] if mine else []

@@ -272,7 +272,7 @@ def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
     ) -> Iterator[Any]:
         if deployment.warehouse_path.exists():
             with deployment.warehouse.write():
-                pass  # adds what a newer posterpipe has and this file lacks
+                pass  # notes what the file is before dbt writes; adds what a newer schema has
         outputs: dict[str, dg.Output[Any]] = {}
         queries: dict[str, str] = {}
         total = len(context.selected_asset_keys) + len(context.selected_asset_check_keys)

@@ -329,8 +329,8 @@ def _decided(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deploy
         return str(error)  # so will the step, of whose failure people are told
     known = {entry: str(value.value) for entry, value in made.metadata.items() if value is not None}
     if name == "champion":
-        if BASE_MODEL in known:  # what profiles decide that share the store is no news here
-            told = of_base(told, known[BASE_MODEL])
+        # What profiles decide that share the store is no news here.
+        told = of_base(told, known.get(BASE_MODEL, ""))
         last = str(told["decision_id"].iloc[-1]) if len(told) else ""
         return "" if known.get(LAST_DECISION) == last else "another checkpoint was chosen"
     defender = defender_of(told, known.get(BASE_MODEL, ""), known.get(CHALLENGER, ""))
