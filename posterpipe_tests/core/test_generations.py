@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from posterpipe.core import generations, models
+from posterpipe.core import devices, generations
 from posterpipe.core import sampler as sampler_module
 from posterpipe.core.devices import DeviceGone
 from posterpipe.core.generations import (
@@ -363,7 +363,7 @@ def test_fp16_without_a_gpu_is_fp32_and_recorded_as_such(
 ) -> None:
     import torch
 
-    for module in (models, generations, sampler_module):
+    for module in (devices, generations, sampler_module):
         monkeypatch.setattr(module, "best_device", lambda: torch.device("cpu"))
     half = SETTINGS.model_copy(update={"precision": "fp16"})
     assert pixel_key("m", REQUESTS[0], half) == pixel_key("m", REQUESTS[0], SETTINGS)

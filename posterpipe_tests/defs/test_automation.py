@@ -572,6 +572,7 @@ def test_after_a_change_of_the_base_model_what_its_checkpoint_draws_waits_for_a_
     assert {"base_generations", "resized_posters"} <= drawn
     compare = {"clip_scores", "titled_posters", "contact_sheet", "champion_generations"}
     assert not drawn & {"tuned_generations", *compare}
+    report_made(specs["prompt_suite"], instance, {}, "1")  # its texts fit the new model as well
     report_made(specs["base_generations"], instance, {MODEL_FINGERPRINT: new}, "2")
     assert requested() == {"champion"}, "which serves the base model"
     daemon.sweep()
