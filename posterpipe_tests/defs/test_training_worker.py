@@ -83,7 +83,7 @@ def test_reports_and_errors_reach_dagster_and_the_result_is_shown(tmp_path: Path
 
 SLOW_TO_SAVE = """
 import time
-from posterpipe.core.dreambooth import train as module
+from posterpipe.core.dreambooth import run as module
 from posterpipe.defs import training_worker
 
 def write_save(*arguments, **keywords):

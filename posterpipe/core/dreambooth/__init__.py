@@ -19,7 +19,9 @@ Read `train` from top to bottom; it leans on small modules:
 - `batches`: from positions to what goes through the U-Net.
 - `schedule`: the learning rate, a pure function.
 - `optimizers`, `eight_bits`, `lora`: what moves the weights, and which.
-- `holdout`, `samples`: watching the model while it learns.
+- `run`: what a run does between its steps, and when each thing is due.
+- `running_loss`: the training loss, and when a run has diverged.
+- `holdout`, `samples`: watching the model while it learns; `early_stop`: its best weights.
 - `saves`: crash-safe saves from which a run goes on exactly; `pace`: how often.
 - `guards`, `memory`: the lock, the signal to stop, memory that runs out.
 - `reports`: what a run says while it works, and its curves.

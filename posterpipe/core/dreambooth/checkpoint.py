@@ -6,12 +6,13 @@ What belongs here: writing and recognising finished checkpoints. What does not: 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from posterpipe.core.dreambooth.base_model import disk_dtype, load_text_encoder,
 from posterpipe.core.dreambooth.card import CARD_NAME, write_card
 from posterpipe.core.dreambooth.config import MODEL_PARTS, TRAINER_VERSION, RunConfig, Versions
 from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.dreambooth.guards import only_writer_of, writing
 from posterpipe.core.dreambooth.lora import lora_deltas, write_lora
 from posterpipe.core.dreambooth.reports import (
     METRICS_NAME,
@@ -95,6 +97,17 @@ def write_checkpoint(
     sync_tree(temporary)
     os.replace(temporary, final)
     sync_path(final.parent)
+
+
+@contextlib.contextmanager
+def only_writer(config: RunConfig, log: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock of `output_dir`: no run with another work folder writes the finished model
+    meanwhile."""
+    with (
+        writing("the finished model", config.output_dir),
+        only_writer_of(config.output_dir, log),
+    ):
+        yield
 
 
 def try_output(config: RunConfig) -> None:

@@ -181,13 +181,14 @@ class Learner:
         self._in_order.forget_gradients()
 
     @property
-    def leaves_out_overflows(self) -> bool:
-        """Whether a step that overflows moves no weight: in fp16, where it happens now and then."""
+    def skips_overflows(self) -> bool:
+        """Whether a step that overflows moves no weight: in fp16, where it happens now and then.
+        When it happens too often is for `skipped_steps` to tell."""
         return self._scaler.is_enabled()
 
-    def make_step(self, step: int, rates: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Moves the weights. The gradients' norm before clipping, and whether it may be used;
-        both () on the device, since reading them would make it wait."""
+    def make_step(self, step: int, rates: Sequence[float]) -> Tensor:
+        """Moves the weights. The gradients' norm before clipping: float32 () on the device, since
+        reading it would make it wait."""
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self._in_order.take_gradients()
@@ -198,13 +199,11 @@ class Learner:
         self.forget_gradients()
         if self._average is not None:
             self._average.update(step)
-        finite = torch.isfinite(norm)
-        if self.leaves_out_overflows:
-            # When it does so too often is for `skipped_steps` to tell.
-            self._skipped += ~finite
-            self._skipped_in_a_row = (self._skipped_in_a_row + 1) * ~finite
-            finite = torch.ones_like(finite)
-        return norm, finite
+        if self.skips_overflows:
+            skipped = ~torch.isfinite(norm)
+            self._skipped += skipped
+            self._skipped_in_a_row = (self._skipped_in_a_row + 1) * skipped
+        return norm
 
     def skipped_steps(self) -> tuple[int, int]:
         """How many steps fp16's scaler left out because gradients overflowed: in all, and now in a

@@ -160,6 +160,11 @@ class Journal:
     loss_steps: float = 0
     ended_by: str = ""
 
+    @property
+    def mean_loss(self) -> float | None:
+        """Of the steps since the last report; None where the loss of none is a number."""
+        return self.loss_sum / self.loss_steps if self.loss_steps else None
+
     def forget_holdout(self) -> None:
         """Drops every held-out loss; the others stay."""
         self.holdout.clear()

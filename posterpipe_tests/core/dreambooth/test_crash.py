@@ -144,7 +144,7 @@ def die_in_line_of_a_save(threads: int, config: RunConfig, save: int, line: int)
         finally:
             sys.settrace(None)
 
-    from posterpipe.core.dreambooth import train as module
+    from posterpipe.core.dreambooth import run as module
 
     original, module.write_save = module.write_save, write_save
     train(config)
@@ -445,8 +445,9 @@ def test_two_processes_that_go_on_report_the_losses_of_both(
 SLOW_TO_SAVE = """
 import sys, time
 from pathlib import Path
-from posterpipe.core.dreambooth import train as module
+from posterpipe.core.dreambooth import run as module
 from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.train import train
 
 def write_save(*arguments, **keywords):
     time.sleep(40)
@@ -454,7 +455,7 @@ def write_save(*arguments, **keywords):
 
 original, module.write_save = module.write_save, write_save
 config = RunConfig.from_toml(Path(sys.argv[1]))
-module.train(config, lambda report: print(report, flush=True))
+train(config, lambda report: print(report, flush=True))
 """
 
 

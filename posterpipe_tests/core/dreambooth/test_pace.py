@@ -72,7 +72,8 @@ def run_by_the_clock(
         return write_save(*arguments, step=step, **keywords)
 
     monkeypatch.setattr(Learner, "add_gradients", add)
-    monkeypatch.setattr("posterpipe.core.dreambooth.train.write_save", write)
+    for module in ("run", "early_stop"):
+        monkeypatch.setattr(f"posterpipe.core.dreambooth.{module}.write_save", write)
     train(config)
     return saved, save_seconds * len(saved) / clock.now
 
@@ -92,7 +93,7 @@ def test_ever_lower_held_out_losses_put_no_further_files_between_the_saves(
 ) -> None:
     falling = itertools.count(start=100, step=-1)
     monkeypatch.setattr(
-        "posterpipe.core.dreambooth.train.holdout_loss",
+        "posterpipe.core.dreambooth.run.holdout_loss",
         lambda *_, **__: torch.tensor(next(falling)),
     )
     config = make_config(
@@ -127,7 +128,7 @@ def test_a_slow_save_that_comes_due_seldom_is_not_put_off(
 def test_a_time_limit_counts_the_time_before_a_run_was_taken_up_again(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock(monkeypatch, "train")
+    clock = Clock(monkeypatch, "run")
     add_gradients = Learner.add_gradients
 
     def add(learner: Learner, step: int, batches: Any) -> Any:

@@ -387,7 +387,7 @@ def test_saves_that_a_finished_run_left_are_removed_when_it_is_asked_for_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as dies, pytest.raises(KeyboardInterrupt):
-        dies.setattr("posterpipe.core.dreambooth.train.remove_saves", killed)
+        dies.setattr("posterpipe.core.dreambooth.run.remove_saves", killed)
         train(config)
     other = config.work_dir / "saves" / "another-run"
     other.mkdir()
@@ -1109,7 +1109,7 @@ def measures(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
     """Lets the held-out loss be as planned, one measurement after the other."""
     planned = iter(losses)
     monkeypatch.setattr(
-        "posterpipe.core.dreambooth.train.holdout_loss",
+        "posterpipe.core.dreambooth.run.holdout_loss",
         lambda *_, **__: torch.tensor(next(planned), dtype=torch.float64),
     )
 
@@ -1266,8 +1266,8 @@ def test_the_time_left_is_that_of_steps_after_the_first_in_which_models_are_comp
         return loss(*arguments, **keywords)
 
     clock = SimpleNamespace(perf_counter=lambda: now)
-    monkeypatch.setattr("posterpipe.core.dreambooth.train.time", clock)
-    monkeypatch.setattr("posterpipe.core.dreambooth.train.holdout_loss", measure)
+    monkeypatch.setattr("posterpipe.core.dreambooth.run.time", clock)
+    monkeypatch.setattr("posterpipe.core.dreambooth.run.holdout_loss", measure)
     monkeypatch.setattr(Learner, "add_gradients", add)
     result = train(make_config(parts={"holdout_set": other_set}, holdout_every_steps=2))
     assert [report.seconds_left for report in result.reports] == [None, 24.0, 7.0, 0.0]
