@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
@@ -62,54 +61,39 @@ def _config(part: Path) -> dict[str, Any]:
 
 def load_vae(folder: Path) -> AutoencoderKL:
     """The VAE in fp32, in evaluation mode."""
-    variant = _variant(folder / "vae")
-    vae = _load(
-        folder / "vae",
-        lambda path: AutoencoderKL.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, variant=variant
-        ),
-    )
-    return vae.eval().requires_grad_(False)
+    return _load_model(AutoencoderKL, folder / "vae").eval().requires_grad_(False)
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:
     """The U-Net in fp32, whatever precision is on disk."""
-    variant = _variant(folder / "unet")
-    return _load(
-        folder / "unet",
-        lambda path: UNet2DConditionModel.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, variant=variant
-        ),
-    )
+    return _load_model(UNet2DConditionModel, folder / "unet")
 
 
 def load_text_encoder(folder: Path) -> CLIPTextModel:
     """The text encoder in fp32, whatever precision is on disk."""
-    variant = _variant(folder / "text_encoder")
-    return _load(
-        folder / "text_encoder",
-        lambda path: CLIPTextModel.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, variant=variant
-        ),
-    )
+    return _load_model(CLIPTextModel, folder / "text_encoder")
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer."""
-    return _load(folder / "tokenizer", CLIPTokenizer.from_pretrained)
+    return _load(CLIPTokenizer, folder / "tokenizer")
 
 
 def load_noise_schedule(folder: Path) -> DDPMScheduler:
     """The noise schedule and prediction type, from whatever scheduler the directory names."""
-    return _load(folder / "scheduler", DDPMScheduler.from_pretrained)
+    return _load(DDPMScheduler, folder / "scheduler")
 
 
-def _load(path: Path, load: Callable[[Path], Part]) -> Part:
+def _load_model(cls: type[Part], folder: Path) -> Part:
+    return _load(cls, folder, dtype=torch.float32, use_safetensors=True, variant=_variant(folder))
+
+
+def _load(cls: type[Part], folder: Path, **options: Any) -> Part:
     try:
-        return load(path)
+        return cast(Any, cls).from_pretrained(folder, **options)
     except Exception as error:  # diffusers and transformers raise whatever their readers raise
         raise BaseModelError(
-            f"{path}: cannot be loaded ({first_line(error)}); safetensors and their config.json "
+            f"{folder}: cannot be loaded ({first_line(error)}); safetensors and their config.json "
             "are needed, get the model again"
         ) from error
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
+from diffusers.models import AutoencoderKL
 from torch import Tensor
 
 from posterpipe.core.dreambooth import objective
@@ -49,6 +50,9 @@ def read_inputs(
     settings = config.training
     kind, alphas_bar = _noise(config)
 
+    def vae() -> AutoencoderKL:
+        return load_vae(config.base_model).to(accelerator.device)
+
     def source(name: StreamName, rows: Sequence[Example], weight: float = 1.0) -> Source:
         # One process encodes, the others then find the latents.
         with accelerator.main_process_first():
@@ -56,7 +60,7 @@ def read_inputs(
                 config.cache,
                 rows,
                 config.base_model,
-                lambda: load_vae(config.base_model).to(accelerator.device),
+                vae,
                 device=accelerator.device,
                 size=config.size,
                 log=log,
@@ -100,7 +104,7 @@ def read_inputs(
         drawer = SampleDrawer(
             config.work_dir / SAMPLES_NAME / run,
             config.base_model,
-            lambda: load_vae(config.base_model).to(accelerator.device),
+            vae,
             config.sampler,
             prompts=settings.sample_prompts or captions,
             seed=settings.sample_seed,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from textwrap import shorten
 from typing import Any, cast
 
@@ -53,54 +54,29 @@ class Learner:
     ) -> None:
         self.settings = settings = config.training
         self.device = device = accelerator.device
-        self._dtype = torch_dtype(settings.mixed_precision)
         self._accelerator = accelerator
+        self._dtype = torch_dtype(settings.mixed_precision)
+        self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         for remark in precision_remarks(self._dtype, device):
             log(remark)
-
-        # ---- models
-        self._unet = unet = load_unet(config.base_model)
-        self.models: dict[str, nn.Module] = {"unet": unet}
-        """By the name of their folder; those that are trained."""
-        self.peak_rates = [settings.learning_rate]
-        if settings.train_text_encoder:
-            self.models["text_encoder"] = load_text_encoder(config.base_model)
-            rate = settings.text_encoder_learning_rate or settings.learning_rate
-            self.peak_rates.append(rate)
-        if settings.method == "lora":
-            torch.manual_seed(settings.seed % 2**64)  # its matrices begin at random
-            add_lora(self.models, settings, self._dtype)
-        self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        unet.to(memory_format=self._layout)
         # Has an effect on GPUs only: where all images have one size, the quickest convolution is
         # looked for once. It is looked for again with each new shape, and its trials need memory.
         torch.backends.cudnn.benchmark = not config.buckets
         # On GPUs too; cuDNN's convolutions are TF32 unless they are told not to be.
         torch.backends.cuda.matmul.allow_tf32 = settings.tf32 and self._dtype == torch.float32
-        for model in self.models.values():
-            model.to(device).train()
-        if settings.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-            if "text_encoder" in self.models:
-                # Non-reentrant: with LoRA nothing that goes into a block has a gradient.
-                cast(Any, self.models["text_encoder"]).gradient_checkpointing_enable(
-                    gradient_checkpointing_kwargs={"use_reentrant": False}
-                )
 
+        self.models = self._load_models(config.base_model)
+        """By the name of their folder; those that are trained."""
+        self._unet = cast(UNet2DConditionModel, self.models["unet"])
         # For several processes: copies that average their gradients. For one: the same models. They
         # come before the optimizer, since making them may move the weights to other memory.
         self._copies = [accelerator.prepare_model(model) for model in self.models.values()]
-        self._predict = self._copies[0]
-        if settings.compile:
-            # On a CPU a run that goes on ends with the same bits, so what is compiled for a shape
-            # must not depend on the shapes before it; on a GPU, where each takes minutes, it may.
-            each_shape = device.type == "cpu"
-            if settings.compile_blocks:
-                compile_blocks(unet, each_shape=each_shape)
-            else:
-                self._predict = compiled(self._copies[0], each_shape=each_shape)
+        self._predict = self._compile() if settings.compile else self._copies[0]
 
-        # ---- what moves them
+        self.peak_rates = [settings.learning_rate]
+        if settings.train_text_encoder:
+            rate = settings.text_encoder_learning_rate or settings.learning_rate
+            self.peak_rates.append(rate)
         self.named = {
             name: {key: p for key, p in model.named_parameters() if p.requires_grad}
             for name, model in self.models.items()
@@ -116,35 +92,70 @@ class Learner:
         if settings.ema_decay is not None:
             self._average = MovingAverage(self.parameters, settings.ema_decay)
 
-        # ---- captions as hidden states: through the encoder each time while it is trained, once
-        # each when its answers can no longer change
+        texts_of = self._make_texts(config, texts, log)
+        self._frozen_texts, self._texts_to_learn, self._texts_now = texts_of
+
+    def _load_models(self, base_model: Path) -> dict[str, nn.Module]:
+        """The models to train, on the device and in training mode."""
+        settings = self.settings
+        unet = load_unet(base_model)
+        models: dict[str, nn.Module] = {"unet": unet}
+        if settings.train_text_encoder:
+            models["text_encoder"] = load_text_encoder(base_model)
+        if settings.method == "lora":
+            torch.manual_seed(settings.seed % 2**64)  # its matrices begin at random
+            add_lora(models, settings, self._dtype)
+        unet.to(memory_format=self._layout)
+        for model in models.values():
+            model.to(self.device).train()
+        if settings.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+            if "text_encoder" in models:
+                # Non-reentrant: with LoRA nothing that goes into a block has a gradient.
+                cast(Any, models["text_encoder"]).gradient_checkpointing_enable(
+                    gradient_checkpointing_kwargs={"use_reentrant": False}
+                )
+        return models
+
+    def _compile(self) -> Callable[..., Any]:
+        """The U-Net for training, compiled when it is first called."""
+        # On a CPU a run that goes on ends with the same bits, so what is compiled for a shape must
+        # not depend on the shapes before it; on a GPU, where each takes minutes, it may.
+        each_shape = self.device.type == "cpu"
+        if not self.settings.compile_blocks:
+            return compiled(self._copies[0], each_shape=each_shape)
+        compile_blocks(self._unet, each_shape=each_shape)
+        return self._copies[0]
+
+    def _make_texts(
+        self, config: RunConfig, texts: Collection[str], log: Callable[[str], None]
+    ) -> tuple[FrozenTexts, TextsOf, TextsOf]:
+        """Captions as hidden states: while the text encoder is not trained, while it is, and as it
+        is now, to measure and draw."""
         tokens_of = Tokens(config.base_model)
-        too_long = tokens_of.too_long(texts)
-        if too_long:
-            log(
-                f"{len(too_long)} of {len(texts)} captions have more tokens than the "
-                f"{tokens_of.length} that the text encoder reads, start and end included, and are "
-                f'cut, such as "{shorten(too_long[0], 60)}"'
-            )
-        self._frozen_texts = FrozenTexts(
+        for remark in length_remarks(tokens_of, texts):
+            log(remark)
+        frozen = FrozenTexts(
             lambda: (
-                self.models.get("text_encoder") or load_text_encoder(config.base_model).to(device)
+                self.models.get("text_encoder")
+                or load_text_encoder(config.base_model).to(self.device)
             ),
             tokens_of,
-            device,
+            self.device,
             self._dtype,
         )
-        self._texts_to_learn: TextsOf = self._frozen_texts
-        self._texts_now: TextsOf = self._frozen_texts
-        if settings.train_text_encoder:
-            # Measured and drawn with the models themselves: copies and compiled ones are for
-            # training.
-            self._texts_to_learn = TrainedTexts(self._copies[-1], tokens_of, device)
-            self._texts_now = TrainedTexts(self.models["text_encoder"], tokens_of, device)
-        elif not settings.caption_shuffling:
-            with accelerator.main_process_first():
+        if self.settings.train_text_encoder:
+            # What is measured and drawn goes through the model itself: copies are for training.
+            trained, now = (
+                TrainedTexts(encoder, tokens_of, self.device)
+                for encoder in (self._copies[-1], self.models["text_encoder"])
+            )
+            return frozen, trained, now
+        if not self.settings.caption_shuffling:  # then each is encoded once, before the first step
+            with self._accelerator.main_process_first():
                 key = encoder_key(config.base_model)
-                self._frozen_texts.learn(sorted({"", *texts}), config.cache, key, log=log)
+                frozen.learn(sorted({"", *texts}), config.cache, key, log=log)
+        return frozen, frozen, frozen
 
     # -- learning ---------------------------------------------------------------------------------
 
@@ -311,6 +322,17 @@ class Learner:
         torch.backends.cuda.matmul.allow_tf32 = False
         if self._average is not None:
             self._average.copy_to_parameters()
+
+
+def length_remarks(tokens_of: Tokens, texts: Collection[str]) -> Iterator[str]:
+    """A sentence where the text encoder does not read captions to their end."""
+    too_long = tokens_of.too_long(texts)
+    if too_long:
+        yield (
+            f"{len(too_long)} of {len(texts)} captions have more tokens than the "
+            f"{tokens_of.length} that the text encoder reads, start and end included, and are "
+            f'cut, such as "{shorten(too_long[0], 60)}"'
+        )
 
 
 def precision_remarks(dtype: torch.dtype, device: torch.device) -> Iterator[str]:
