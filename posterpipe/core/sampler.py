@@ -338,7 +338,7 @@ class Sampler:
 
         with torch.inference_mode(), computing_in(self.precision, self.device):
             latents = self._denoise(requests, on_step)
-            return _to_images(self._decode(latents))
+            return to_images(self._decode(latents))
 
     def _denoise(
         self,
@@ -475,7 +475,7 @@ def make_scheduler(folder: Path, name: str, *, zero_terminal_snr: bool = False) 
     return solver(**values, **own)
 
 
-def _to_images(pixels: Tensor) -> list[Image.Image]:
+def to_images(pixels: Tensor) -> list[Image.Image]:
     """Images of pixels (batch, 3, height, width) in -1..1, black where one is not finite."""
     import torch
 

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 from diffusers.models import AutoencoderKL
-from PIL import Image
 from torch import Tensor
 
 from posterpipe.core.gallery import grid
-from posterpipe.core.sampler import initial_latents, make_scheduler
+from posterpipe.core.sampler import initial_latents, make_scheduler, to_images
 from posterpipe.settings import SamplerSettings
 
 SAMPLES_NAME = "samples"
@@ -76,9 +75,8 @@ class SampleDrawer:
         images = []
         for number, prompt in enumerate(self.prompts):
             latents = self._denoise(prompt, self._seed + number, predict, vae.device)
-            pixels = vae.decode(latents / vae.config["scaling_factor"], return_dict=False)[0][0]
-            shown = ((pixels.nan_to_num(-1.0) / 2 + 0.5).clamp(0, 1) * 255).round()
-            images.append(Image.fromarray(shown.to(torch.uint8).permute(1, 2, 0).cpu().numpy()))
+            pixels = vae.decode(latents / vae.config["scaling_factor"], return_dict=False)[0]
+            images += to_images(pixels)
         for number, image in enumerate(images):
             image.save(self._folder / f"step-{step:08d}-{number}.png")
 
