@@ -146,8 +146,8 @@ def make_step(learner: Learner, inputs: Inputs, step: int) -> None:
 def saved_in(folder: Path) -> Save:
     """The newest save in a folder, of whatever run it is."""
     newest = max(folder.glob("step-*"))
-    run = json.loads((newest / "manifest.json").read_text())["run"]
-    saved = newest_save(folder, run=run, log=print)
+    checkpoint_id = json.loads((newest / "manifest.json").read_text())["run"]
+    saved = newest_save(folder, checkpoint_id=checkpoint_id, log=print)
     assert saved is not None
     return saved
 
@@ -213,7 +213,9 @@ def test_a_run_that_is_taken_up_makes_the_step_that_it_would_have_made(
         for step in range(4):
             make_step(learner, inputs, step)
         tensors, state = learner.state()
-        write_save(tmp_path / "saves", step=4, run="run", tensors=tensors, state=state, keep=None)
+        write_save(
+            tmp_path / "saves", step=4, checkpoint_id="run", tensors=tensors, state=state, keep=None
+        )
         moved = moved_by_step(learner, inputs, 4)
     with learning(config) as (learner, inputs):
         learner.restore(saved_in(tmp_path / "saves"))

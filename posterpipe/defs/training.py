@@ -5,7 +5,6 @@ launchpad shows them, and how the training process's reports reach the run. What
 training (`core.dreambooth`) and that process (`defs.training_worker`).
 """
 
-import json
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -28,7 +27,6 @@ from posterpipe.defs.metadata import (
     thumbnails,
 )
 from posterpipe.defs.resources import TABLES, Deployment, Table, naming_the_asset, table_output
-from posterpipe.defs.staleness import held_out_version
 from posterpipe.settings import SettingsError
 from posterpipe.settings_table import described
 from posterpipe.training_settings import TrainingSettings
@@ -180,100 +178,47 @@ def dreambooth_checkpoint(
     launched with other settings in its config.
     """
     import pandas as pd
-    import torch
 
-    from posterpipe.core.class_images import build_class_images
-    from posterpipe.core.dreambooth.config import RunConfig, Versions, checkpoint_id
-    from posterpipe.core.dreambooth.launch import launch_command
-    from posterpipe.core.holdout_set import build_holdout_set
-    from posterpipe.core.models import fingerprint, locate
-    from posterpipe.core.provenance import current_lineage, require_posters
+    from posterpipe.core.checkpoints import train_or_adopt
 
-    settings = deployment.settings
     overrides = dict(context.op_execution_context.op_config or {})
-    training = training_settings(settings.training, overrides)
-    settings = settings.model_copy(update={"training": training})
-    store = deployment.store
-    progress = deployment.progress(context)
-    base_model = locate(settings.base_model, settings.root)
-    base_version = fingerprint(settings.base_model, settings.root)
-    training_set = str(training_csv["training_set"].iloc[0])
-    # Both are in the store already, or made now: a run may ask for other class images than the
-    # asset's, and the held-out posters are resized and captioned by the settings of now.
+    training = training_settings(deployment.settings.training, overrides)
     with naming_the_asset(context):
-        prior = build_class_images(
-            store, base_model, base_version, settings, progress, run_id=context.run.run_id
+        checkpoint = train_or_adopt(
+            deployment.store,
+            deployment.settings.model_copy(update={"training": training}),
+            training_csv,
+            deployment.progress(context),
+            run_id=context.run.run_id,
+            worker=WORKER,
+            launch=lambda command, work_dir: _train(context, deployment, command, work_dir),
+            log=context.log.info,
         )
-    lineage = current_lineage(store, training_set)  # before it may change meanwhile
-    held_out = held_out_version(deployment)  # and no other: posters that come later are noticed
-    holdout_set, holdout_version = None, ""
-    if training.holdout_every_steps is not None and held_out:
-        posters = store.read_table("holdout_posters", held_out)
-        with naming_the_asset(context):
-            holdout_set, holdout_version = build_holdout_set(store, posters, settings, progress)
-    versions = Versions(
-        training_set=training_set,
-        base_model=base_version,
-        class_set=prior.version,
-        holdout_set=holdout_version,
-    )
-
-    def run_config(name: str) -> RunConfig:
-        return RunConfig(
-            base_model=base_model,
-            base_model_name=settings.base_model.id,
-            training_set=store.root / "training_sets" / training_set,
-            class_set=prior.folder,
-            holdout_set=holdout_set,
-            output_dir=store.root / "checkpoints" / name,
-            work_dir=store.root / "training" / name,
-            cache_dir=store.root / "training" / "cache",
-            width=settings.images.width,
-            height=settings.images.height,
-            buckets=str(settings.images.fit) == "bucket",
-            training=training,
-            sampler=settings.sampler,
-            versions=versions,
-        )
-
-    gpus = torch.cuda.device_count()
-    processes = max(1, gpus)
-    name = checkpoint_id(run_config("unnamed"), versions, processes)
-    config = run_config(name)
-    record_file = config.output_dir / "posterpipe.json"
-    reused = store.keep(config.output_dir) and record_file.exists()
-    if reused:
-        context.log.info(f"{config.output_dir} exists: nothing to train")
-    else:
-        require_posters(store, training_set, training_csv["poster_id"])
-        config_file = config.to_toml(config.work_dir / "run.toml")
-        command = launch_command(config_file, module=WORKER, processes=processes, cpu=gpus == 0)
-        _train(context, deployment, command, config.work_dir)
-    record = json.loads(record_file.read_text("utf-8"))
+    versions, record = checkpoint.versions, checkpoint.record
     row = {
-        "checkpoint_id": name,
-        "path": config.output_dir.relative_to(store.root).as_posix(),
+        "checkpoint_id": checkpoint.checkpoint_id,
+        "path": checkpoint.folder.relative_to(deployment.store.root).as_posix(),
         "training_set": versions.training_set,
-        "lineage": lineage,
+        "lineage": checkpoint.lineage,
         "base_model": versions.base_model,
         "steps": record["steps"],
         "final_loss": record["final_loss"],
     }
-    metadata = _metadata(config.output_dir, record)
+    metadata = _metadata(checkpoint.folder, record)
     if training.early_stop_patience is not None:
-        metadata[HELD_OUT] = held_out
+        metadata[HELD_OUT] = checkpoint.held_out
     return table_output(
         pd.DataFrame([row]),
         {
             **metadata,
             "path": row["path"],
-            "reused": reused,
+            "reused": checkpoint.reused,
             "training_set": versions.training_set,
             "images": len(training_csv),
             "launched_with": dg.MetadataValue.json(overrides),
             MODEL_FINGERPRINT: versions.base_model,
         },
-        data_version=name,
+        data_version=checkpoint.checkpoint_id,
     )
 
 

@@ -25,13 +25,13 @@ from posterpipe.training_settings import TrainingSettings
 class Batch:
     """Samples of one shape, as one call of the U-Net takes them.
 
-    noisy, wanted: float32 (batch, channels, height/8, width/8), the U-Net's input and what it is to
+    noisy, target: float32 (batch, channels, height/8, width/8), the U-Net's input and what it is to
     predict. timesteps: int64 (batch,). weights: float32 (batch,), of each sample's squared error in
     the loss of the step. texts: a caption each.
     """
 
     noisy: Tensor
-    wanted: Tensor
+    target: Tensor
     timesteps: Tensor
     weights: Tensor
     texts: tuple[str, ...]
@@ -40,7 +40,7 @@ class Batch:
         """The same on a device, the images in that layout."""
         return Batch(
             to_device(self.noisy, device).to(memory_format=memory_format),
-            to_device(self.wanted, device).to(memory_format=memory_format),
+            to_device(self.target, device).to(memory_format=memory_format),
             to_device(self.timesteps, device),
             to_device(self.weights, device),
             self.texts,
@@ -50,7 +50,7 @@ class Batch:
         """Some of the samples, each as it is."""
         return Batch(
             self.noisy[part],
-            self.wanted[part],
+            self.target[part],
             self.timesteps[part],
             self.weights[part],
             self.texts[part],
@@ -90,14 +90,14 @@ class _Sample:
 class Feed:
     """Makes the batches of a step.
 
-    alphas_bar: float32 (timesteps,), see `objective`. sources: each gives one sample a position, so
-    with prior preservation every poster comes with a class image that has its own noise and
-    timestep.
+    alphas_cumprod: float32 (timesteps,), see `objective`. sources: each gives one sample a
+    position, so with prior preservation every poster comes with a class image that has its own
+    noise and timestep.
     """
 
     settings: TrainingSettings
-    kind: PredictionType
-    alphas_bar: Tensor
+    prediction_type: PredictionType
+    alphas_cumprod: Tensor
     sources: Sequence[Source]
 
     def batches(self, positions: Sequence[int], *, parts: int) -> list[Batch]:
@@ -112,7 +112,7 @@ class Feed:
             for position in positions
         ]
         return [
-            _batch(group, self.kind, self.alphas_bar, self.settings.snr_gamma)
+            _batch(group, self.prediction_type, self.alphas_cumprod, self.settings.snr_gamma)
             for group in _by_shape(samples)
         ]
 
@@ -132,14 +132,14 @@ class Feed:
 
 def fixed_batches(
     source: Source,
-    kind: PredictionType,
-    alphas_bar: Tensor,
+    prediction_type: PredictionType,
+    alphas_cumprod: Tensor,
     *,
     timesteps_an_image: int,
     batch_size: int,
 ) -> list[Batch]:
-    """Questions that are always the same: every image at `timesteps_an_image` timesteps, spread
-    evenly over the schedule, each with noise of its own. The weights of all add up to 1."""
+    """Batches that are always the same, for the held-out loss: every image at `timesteps_an_image`
+    timesteps, spread evenly over the schedule, each with its own noise. All weights add up to 1."""
     images = len(source.captions)
     samples = []
     for position in range(images * timesteps_an_image):
@@ -149,13 +149,13 @@ def fixed_batches(
             _Sample(
                 source.latents.sample(draw.index, draw.latent_noise),
                 draw.noise,
-                int((part + 0.5) * len(alphas_bar) / timesteps_an_image),
+                int((part + 0.5) * len(alphas_cumprod) / timesteps_an_image),
                 1 / (images * timesteps_an_image),
                 source.captions[draw.index],
             )
         )
     return [
-        _batch(group[start : start + batch_size], kind, alphas_bar, None)
+        _batch(group[start : start + batch_size], prediction_type, alphas_cumprod, None)
         for group in _by_shape(samples)
         for start in range(0, len(group), batch_size)
     ]
@@ -169,18 +169,21 @@ def _by_shape(samples: Sequence[_Sample]) -> list[list[_Sample]]:
 
 
 def _batch(
-    samples: Sequence[_Sample], kind: PredictionType, alphas_bar: Tensor, snr_gamma: float | None
+    samples: Sequence[_Sample],
+    prediction_type: PredictionType,
+    alphas_cumprod: Tensor,
+    snr_gamma: float | None,
 ) -> Batch:
     clean = torch.stack([sample.latent for sample in samples])
     noise = torch.stack([sample.noise for sample in samples])
     timesteps = torch.tensor([sample.timestep for sample in samples])
     weights = torch.tensor([sample.weight for sample in samples])
-    alpha_bar = alphas_bar[timesteps]
+    alpha_bar = alphas_cumprod[timesteps]
     if snr_gamma is not None:
-        weights = weights * objective.min_snr_weights(kind, alpha_bar, snr_gamma)
+        weights = weights * objective.min_snr_weights(prediction_type, alpha_bar, snr_gamma)
     return Batch(
         noisy=objective.add_noise(clean, noise, alpha_bar),
-        wanted=objective.target(kind, clean, noise, alpha_bar),
+        target=objective.target(prediction_type, clean, noise, alpha_bar),
         timesteps=timesteps,
         weights=weights,
         texts=tuple(sample.text for sample in samples),

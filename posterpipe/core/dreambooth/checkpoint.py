@@ -53,7 +53,7 @@ _LOADERS = {"unet": load_unet, "text_encoder": load_text_encoder}
 def write_checkpoint(
     config: RunConfig,
     versions: Versions,
-    run: str,
+    checkpoint_id: str,
     *,
     trained: Mapping[str, nn.Module],
     journal: Journal,
@@ -83,14 +83,14 @@ def write_checkpoint(
         _write_model(model, temporary / name, disk_dtype(config.base_model))
     write_metrics(temporary / METRICS_NAME, journal)
     draw_curves(temporary / PICTURE_NAME, journal)
-    samples = config.work_dir / SAMPLES_NAME / run
+    samples = config.work_dir / SAMPLES_NAME / checkpoint_id
     if any(samples.glob("*.png")):  # none, where memory ran out each time
         shutil.copytree(samples, temporary / SAMPLES_NAME)
         draw_grid(temporary / f"{SAMPLES_NAME}.png", temporary / SAMPLES_NAME)
-    exports = exports_folder(config, run)
+    exports = exports_folder(config, checkpoint_id)
     if exports.exists():
         shutil.copytree(exports, temporary / EXPORTS_NAME, ignore=shutil.ignore_patterns(".*.tmp"))
-    record = _record(config, versions, run, journal, steps, lost, processes)
+    record = _record(config, versions, checkpoint_id, journal, steps, lost, processes)
     write_json(temporary / RECORD_NAME, record)
     write_card(temporary / CARD_NAME, config, record)
     _share(temporary)
@@ -134,18 +134,20 @@ def _temporary(final: Path) -> Path:
     return temporary
 
 
-def exports_folder(config: RunConfig, run: str) -> Path:
+def exports_folder(config: RunConfig, checkpoint_id: str) -> Path:
     """Where the models from the middle of a run are until it has finished."""
-    return config.work_dir / EXPORTS_NAME / run
+    return config.work_dir / EXPORTS_NAME / checkpoint_id
 
 
-def write_export(config: RunConfig, run: str, step: int, trained: Mapping[str, nn.Module]) -> None:
+def write_export(
+    config: RunConfig, checkpoint_id: str, step: int, trained: Mapping[str, nn.Module]
+) -> None:
     """Writes the models as they are after `step`, there whole or not at all.
 
     trained: as for `write_checkpoint`, left as they are. A diffusers directory; with LoRA only the
     small files.
     """
-    folder = exports_folder(config, run)
+    folder = exports_folder(config, checkpoint_id)
     folder.mkdir(parents=True, exist_ok=True)
     for abandoned in folder.glob(".*.tmp"):
         shutil.rmtree(abandoned)
@@ -179,7 +181,7 @@ def _copy_base(config: RunConfig, folder: Path, trained: Mapping[str, nn.Module]
     write_json(folder / "model_index.json", _model_index(config.base_model))
 
 
-def read_result(config: RunConfig, run: str) -> TrainResult | None:
+def read_result(config: RunConfig, checkpoint_id: str) -> TrainResult | None:
     """The result of a run that has finished before, None when there is none.
 
     An empty folder is none: the finished one takes its place. Raises TrainingError when
@@ -190,10 +192,10 @@ def read_result(config: RunConfig, run: str) -> TrainResult | None:
     path = config.output_dir / RECORD_NAME
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["checkpoint_id"] == run:
+        if record["checkpoint_id"] == checkpoint_id:
             return TrainResult(
                 output_dir=config.output_dir,
-                checkpoint_id=run,
+                checkpoint_id=checkpoint_id,
                 steps=record["steps"],
                 final_loss=record["final_loss"],
                 seconds=record["seconds"],
@@ -202,7 +204,7 @@ def read_result(config: RunConfig, run: str) -> TrainResult | None:
                 reports=tuple(StepReport.from_json(report) for report in record["reports"]),
                 holdout=tuple(HoldoutLoss(**loss) for loss in record["holdout"]),
             )
-        found = f"the checkpoint {record['checkpoint_id']}, and this run makes {run}"
+        found = f"the checkpoint {record['checkpoint_id']}, and this run makes {checkpoint_id}"
     except (OSError, ValueError, KeyError, TypeError):
         found = f"something that is no checkpoint of posterpipe (no good {RECORD_NAME})"
     raise TrainingError(f"{config.output_dir}: it holds {found}; remove it or change output_dir")
@@ -240,14 +242,14 @@ def _schedule_ends_in_noise(path: Path) -> None:
 def _record(
     config: RunConfig,
     versions: Versions,
-    run: str,
+    checkpoint_id: str,
     journal: Journal,
     steps: int,
     lost: int | None,
     processes: int,
 ) -> dict[str, Any]:
     return {
-        "checkpoint_id": run,
+        "checkpoint_id": checkpoint_id,
         "training_set": versions.training_set,
         "class_set": versions.class_set,
         "holdout_set": versions.holdout_set,

@@ -1,7 +1,7 @@
 """What one training run is told, and the id of the checkpoint it makes.
 
-What belongs here: `RunConfig` and its TOML form, the versions of its inputs, `checkpoint_id`. What
-does not: the knobs themselves (`posterpipe.training_settings`) and anything that needs torch:
+What belongs here: `RunConfig` and its TOML form, the versions of its inputs, the checkpoint's id.
+What does not: the knobs themselves (`posterpipe.training_settings`) and anything that needs torch:
 Dagster's code location imports this module.
 """
 
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from posterpipe.core.dreambooth.effects import deciding
 from posterpipe.core.dreambooth.errors import TrainingError, TrainingSetError
-from posterpipe.core.files import sha256_of
+from posterpipe.core.files import sha256_of, write_atomic
 from posterpipe.settings import SamplerSettings
 from posterpipe.training_settings import TrainingSettings
 from posterpipe.variables import in_our_words
@@ -109,16 +109,22 @@ class RunConfig(BaseModel):
         """The folder of latents and text embeddings."""
         return self.cache_dir or self.work_dir / "cache"
 
+    def checkpoint_id(self, versions: Versions, processes: int = 1) -> str:
+        """The id of the checkpoint that this run makes, see `make_checkpoint_id`."""
+        return make_checkpoint_id(
+            versions,
+            self.training,
+            width=self.width,
+            height=self.height,
+            buckets=self.buckets,
+            processes=processes,
+        )
+
     def to_toml(self, path: Path) -> Path:
         """Writes the config, atomically, and returns `path`; `from_toml` reads it back equal."""
         lines = _toml_lines(self.model_dump(mode="json", exclude_none=True))
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomic(path, ("\n".join(lines) + "\n").encode())
         return path
 
     @classmethod
@@ -144,8 +150,16 @@ class RunConfig(BaseModel):
             raise TrainingError(f"{path}: {problems}; correct it there") from error
 
 
-def checkpoint_id(config: RunConfig, versions: Versions, processes: int = 1) -> str:
-    """The id of the checkpoint that this run makes: 16 hex digits.
+def make_checkpoint_id(
+    versions: Versions,
+    training: TrainingSettings,
+    *,
+    width: int,
+    height: int,
+    buckets: bool,
+    processes: int,
+) -> str:
+    """The id of the checkpoint that a run makes: 16 hex digits. See `RunConfig` for its arguments.
 
     A hash of everything that decides a weight: the training set, the base model, the image size,
     the training settings and the trainer's version; the class images with prior preservation, the
@@ -153,12 +167,11 @@ def checkpoint_id(config: RunConfig, versions: Versions, processes: int = 1) -> 
     which takes a batch of its own. Paths, and settings without an effect on the weights (see
     `effects`), are not in it.
     """
-    training = config.training
     settings = deciding(training)
     parts: dict[str, object] = {
         "training_set": versions.training_set,
         "base_model": versions.base_model,
-        "size": [config.width, config.height, config.buckets],
+        "size": [width, height, buckets],
         "trainer": TRAINER_VERSION,
     }
     if processes > 1:

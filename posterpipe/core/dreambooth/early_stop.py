@@ -42,9 +42,9 @@ class LowestWeights:
     before trains them again, and on the disk each would take as long as a save.
     """
 
-    def __init__(self, folder: Path, run: str, log: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, checkpoint_id: str, log: Callable[[str], None]) -> None:
         self._folder = folder
-        self._run = run
+        self._checkpoint_id = checkpoint_id
         self._log = log
         self._unsaved: tuple[int, dict[str, dict[str, Tensor]]] | None = None
 
@@ -60,7 +60,14 @@ class LowestWeights:
             return
         step, weights = self._unsaved
         with writing(f"the save of step {step}", self._folder):
-            write_save(self._folder, step=step, run=self._run, tensors=weights, state={}, keep=None)
+            write_save(
+                self._folder,
+                step=step,
+                checkpoint_id=self._checkpoint_id,
+                tensors=weights,
+                state={},
+                keep=None,
+            )
         self._unsaved = None
 
     def tidy(self, journal: Journal, saves: Collection[int]) -> None:
@@ -76,7 +83,9 @@ class LowestWeights:
             if measured.step == last:
                 return None
             if measured.step in kept:
-                save = save_of_step(self._folder, measured.step, run=self._run, log=self._log)
+                save = save_of_step(
+                    self._folder, measured.step, checkpoint_id=self._checkpoint_id, log=self._log
+                )
                 if save is not None:
                     return save
         return None

@@ -1,11 +1,11 @@
 """The loss on posters that are never trained on.
 
 What belongs here: measuring it at fixed noise and timesteps, and judging when it stopped falling.
-What does not: how the questions are made (`batches.fixed_batches`).
+What does not: how its batches are made (`batches.fixed_batches`).
 
 The training loss jumps with the random timesteps and falls also where a model only learns its
-posters by heart. This one asks the same questions each time, so its curve is smooth, and it rises
-when the model overfits.
+posters by heart. This one is of the same noise and timesteps each time, so its curve is smooth, and
+it rises when the model overfits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run reads: its posters, class images and held-out posters, ready to be asked for.
+"""What a run reads: its posters, class images and held-out posters, ready for use.
 
 What belongs here: which sets are needed, and what is said when one is missing. What does not: how
 sets are read (`data`) and encoded (`latents`), and how batches are made (`batches`).
@@ -24,31 +24,31 @@ from posterpipe.core.dreambooth.errors import BaseModelError, TrainingError
 from posterpipe.core.dreambooth.latents import cached_latents
 from posterpipe.core.dreambooth.samples import DEFAULT_PROMPTS, SAMPLES_NAME, SampleDrawer
 
-_QUESTIONS_AT_ONCE = 8
+_HOLDOUT_BATCH_SIZE = 8
 _HOLDOUT_SEED = 0  # whatever the run's seed: runs can be compared
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """feed: batches to learn from. questions: those of the held-out loss, none without it. drawer:
-    of sample images, None without them. texts: all captions among them, before they vary."""
+    """feed: training batches. holdout_batches: of the held-out loss, none without it. drawer: of
+    sample images, None without them. texts: all captions among them, before they vary."""
 
     feed: Feed
-    questions: list[Batch]
+    holdout_batches: list[Batch]
     drawer: SampleDrawer | None
     texts: frozenset[str]
 
 
 def read_inputs(
-    config: RunConfig, run: str, accelerator: Accelerator, log: Callable[[str], None]
+    config: RunConfig, checkpoint_id: str, accelerator: Accelerator, log: Callable[[str], None]
 ) -> Inputs:
     """Reads all sets that the settings ask for, and encodes their images.
 
-    run: its id, under which its samples go. Raises TrainingError for a set that is missing,
+    checkpoint_id: under which the samples go. Raises TrainingError for a set that is missing,
     TrainingSetError, BaseModelError.
     """
     settings = config.training
-    kind, alphas_bar = _noise(config)
+    prediction_type, alphas_cumprod = _noise(config)
 
     def vae() -> AutoencoderKL:
         return load_vae(config.base_model).to(accelerator.device)
@@ -71,8 +71,8 @@ def read_inputs(
             seed=_HOLDOUT_SEED if held_out else settings.seed,
             name=name,
             shapes=tuple(latents.shapes),
-            timesteps=len(alphas_bar),
-            # Held-out posters are asked about in one order, whatever a step is.
+            timesteps=len(alphas_cumprod),
+            # Held-out posters come in one order, whatever a step is.
             run_length=1 if held_out else samples_a_step * accelerator.num_processes,
             offset_noise=0.0 if held_out else settings.offset_noise,
         )
@@ -83,14 +83,14 @@ def read_inputs(
     if settings.prior_preservation:
         rows = read_training_set(_class_set(config))
         sources.append(source("class_images", rows, settings.prior_loss_weight))
-    questions: list[Batch] = []
+    holdout_batches: list[Batch] = []
     if config.holdout_set is not None and settings.holdout_every_steps is not None:
-        questions = fixed_batches(
+        holdout_batches = fixed_batches(
             source("holdout", read_training_set(config.holdout_set)),
-            kind,
-            alphas_bar,
+            prediction_type,
+            alphas_cumprod,
             timesteps_an_image=settings.holdout_timesteps,
-            batch_size=max(settings.train_batch_size, _QUESTIONS_AT_ONCE),
+            batch_size=max(settings.train_batch_size, _HOLDOUT_BATCH_SIZE),
         )
     elif settings.early_stop_patience is not None:
         raise TrainingError(
@@ -102,7 +102,7 @@ def read_inputs(
     if settings.sample_every_steps is not None:
         captions = list(dict.fromkeys(posters.captions))[:DEFAULT_PROMPTS]
         drawer = SampleDrawer(
-            config.work_dir / SAMPLES_NAME / run,
+            config.work_dir / SAMPLES_NAME / checkpoint_id,
             config.base_model,
             vae,
             config.sampler,
@@ -114,24 +114,30 @@ def read_inputs(
         )
     texts = {
         *(text for one in sources for text in one.captions),
-        *(text for batch in questions for text in batch.texts),
+        *(text for batch in holdout_batches for text in batch.texts),
         *(drawer.prompts if drawer else ()),
     }
-    return Inputs(Feed(settings, kind, alphas_bar, sources), questions, drawer, frozenset(texts))
+    return Inputs(
+        Feed(settings, prediction_type, alphas_cumprod, sources),
+        holdout_batches,
+        drawer,
+        frozenset(texts),
+    )
 
 
 def _noise(config: RunConfig) -> tuple[objective.PredictionType, Tensor]:
-    """What the base model predicts, and its alphas_bar float32 (timesteps,)."""
+    """What the base model predicts, and its alphas_cumprod: float32 (timesteps,)."""
     schedule = load_noise_schedule(config.base_model)
-    kind = objective.prediction_type(schedule.config["prediction_type"])
+    prediction_type = objective.prediction_type(schedule.config["prediction_type"])
     if not config.training.zero_terminal_snr:
-        return kind, schedule.alphas_cumprod
-    if kind != "v_prediction":
+        return prediction_type, schedule.alphas_cumprod
+    if prediction_type != "v_prediction":
         raise BaseModelError(
             f"{config.base_model}: training.zero_terminal_snr needs a model that predicts v, and "
-            f"this one predicts {kind}, which in pure noise is the input itself; turn it off"
+            f"this one predicts {prediction_type}, which in pure noise is the input itself; turn "
+            "it off"
         )
-    return kind, objective.zero_terminal_snr(schedule.alphas_cumprod)
+    return prediction_type, objective.zero_terminal_snr(schedule.alphas_cumprod)
 
 
 def _class_set(config: RunConfig) -> Path:

@@ -230,7 +230,7 @@ class Learner:
         with self._autocast():
             embeds = texts_of(batch.texts)
             prediction = predict(batch.noisy, batch.timesteps, embeds, return_dict=False)[0]
-        return objective.squared_errors(prediction, batch.wanted)
+        return objective.squared_errors(prediction, batch.target)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)

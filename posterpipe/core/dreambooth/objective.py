@@ -29,15 +29,15 @@ def prediction_type(name: str) -> PredictionType:
     return cast(PredictionType, name)
 
 
-def zero_terminal_snr(alphas_bar: Tensor) -> Tensor:
+def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     """The noise schedule stretched so that its last step holds no signal.
 
     sqrt(alpha_bar) is shifted until its last value is 0 and scaled until its first is as before
-    (Lin et al. 2024, arXiv:2305.08891, algorithm 1). alphas_bar: float (timesteps,), falling.
+    (Lin et al. 2024, arXiv:2305.08891, algorithm 1). alphas_cumprod: float (timesteps,), falling.
     """
-    roots = alphas_bar.double().sqrt()
+    roots = alphas_cumprod.double().sqrt()
     stretched = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
-    return stretched.square().to(alphas_bar.dtype)
+    return stretched.square().to(alphas_cumprod.dtype)
 
 
 def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -50,19 +50,21 @@ def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
-def target(kind: PredictionType, latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+def target(
+    prediction_type: PredictionType, latents: Tensor, noise: Tensor, alpha_bar: Tensor
+) -> Tensor:
     """What the U-Net is to predict, in the shape of `latents`.
 
     epsilon: the noise. v_prediction: sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans &
     Ho 2022, arXiv:2202.00512, appendix D).
     """
-    if kind == "epsilon":
+    if prediction_type == "epsilon":
         return noise
     a = alpha_bar.view(-1, 1, 1, 1)
     return a.sqrt() * noise - (1 - a).sqrt() * latents
 
 
-def min_snr_weights(kind: PredictionType, alpha_bar: Tensor, gamma: float) -> Tensor:
+def min_snr_weights(prediction_type: PredictionType, alpha_bar: Tensor, gamma: float) -> Tensor:
     """Min-SNR-gamma weights of each sample's squared error: float32 (batch,), in 0..1 for gamma
     >= 1.
 
@@ -72,11 +74,11 @@ def min_snr_weights(kind: PredictionType, alpha_bar: Tensor, gamma: float) -> Te
     1 - alpha_bar, so that pure noise (SNR 0) and pure signal stay finite.
     """
     a = alpha_bar
-    if kind == "epsilon":
+    if prediction_type == "epsilon":
         return torch.minimum(torch.ones_like(a), gamma * (1 - a) / a)
     return torch.minimum(a, gamma * (1 - a))
 
 
-def squared_errors(prediction: Tensor, wanted: Tensor) -> Tensor:
+def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
     """Each sample's mean squared error in fp32: (batch, channels, h, w) twice -> (batch,)."""
-    return (prediction.float() - wanted.float()).pow(2).mean(dim=(1, 2, 3))
+    return (prediction.float() - target.float()).pow(2).mean(dim=(1, 2, 3))

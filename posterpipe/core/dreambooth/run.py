@@ -67,14 +67,14 @@ class Due:
 class Run:
     """A run that is in memory, resumed from its newest save where there is one.
 
-    run: the id of the checkpoint that it makes.
+    checkpoint_id: of the checkpoint that it makes.
     """
 
     def __init__(
         self,
         config: RunConfig,
         versions: Versions,
-        run: str,
+        checkpoint_id: str,
         accelerator: Accelerator,
         log: Callable[[str], None],
     ) -> None:
@@ -82,13 +82,13 @@ class Run:
         self.accelerator = accelerator
         self.log = log
         self._versions = versions
-        self._run = run
+        self._checkpoint_id = checkpoint_id
         self._main = accelerator.is_main_process
-        self.inputs = read_inputs(config, run, accelerator, log)
+        self.inputs = read_inputs(config, checkpoint_id, accelerator, log)
         self.learner = Learner(config, accelerator, self.inputs.texts, log)
-        self._folder = config.work_dir / _SAVES / run
-        self._lowest = LowestWeights(config.work_dir / _LOWEST / run, run, log)
-        self._measured_on = {  # the held-out loss, beside all that the run's id tells
+        self._folder = config.work_dir / _SAVES / checkpoint_id
+        self._lowest = LowestWeights(config.work_dir / _LOWEST / checkpoint_id, checkpoint_id, log)
+        self._measured_on = {  # the held-out loss, beside all that the checkpoint's id tells
             "holdout_set": versions.holdout_set,
             "holdout_timesteps": self.settings.holdout_timesteps,
         }
@@ -104,7 +104,7 @@ class Run:
     def _resume(self) -> tuple[int, Journal]:
         """Restores the newest save; its step and journal, or those of a run that begins."""
         first_step, journal = 0, Journal()
-        saved = newest_save(self._folder, run=self._run, log=self.log)
+        saved = newest_save(self._folder, checkpoint_id=self._checkpoint_id, log=self.log)
         others = other_runs(self._folder)
         if others:
             self.log(
@@ -125,7 +125,7 @@ class Run:
                     "those measurements are dropped, since their curve would not go on"
                 )
         if self._main:  # steps made again may turn out otherwise on a GPU, and may be fewer
-            exports = exports_folder(self.config, self._run)
+            exports = exports_folder(self.config, self._checkpoint_id)
             keep_only(exports, {step for step in saved_steps(exports) if step <= first_step})
         return first_step, journal
 
@@ -154,7 +154,7 @@ class Run:
         save = self.ended or stop
         if not save and self._save_waits and (save_due or agrees):
             save = agree(self.accelerator, self._main and self._pace.allows_save())
-        holdout = bool(self.inputs.questions) and (
+        holdout = bool(self.inputs.holdout_batches) and (
             self.ended or _every(settings.holdout_every_steps, step)
         )
         return Due(
@@ -180,11 +180,11 @@ class Run:
     def measure_holdout(self, step: int) -> None:
         """Adds the held-out loss to the journal, where there are held-out posters. With early
         stopping, keeps the weights if they are the best, and ends the run where it fell no more."""
-        if not self.inputs.questions:
+        if not self.inputs.holdout_batches:
             return
         with self.learner.as_finished():
             share = holdout_loss(
-                self.inputs.questions,
+                self.inputs.holdout_batches,
                 self._errors_of,
                 process=self.accelerator.process_index,
                 processes=self.accelerator.num_processes,
@@ -221,9 +221,9 @@ class Run:
     def export(self, step: int) -> None:
         """Writes the model as it is now beside the saves."""
         if self._main:
-            exports = exports_folder(self.config, self._run)
+            exports = exports_folder(self.config, self._checkpoint_id)
             with self.learner.as_finished(), writing(f"the model of step {step}", exports):
-                write_export(self.config, self._run, step, self.learner.models)
+                write_export(self.config, self._checkpoint_id, step, self.learner.models)
 
     def report(self, step: int, rates: Sequence[float], norm: Tensor) -> StepReport:
         """Adds a report to the journal, whose loss was read, and begins a new sum of losses."""
@@ -266,7 +266,7 @@ class Run:
                     write_save(
                         self._folder,
                         step=step,
-                        run=self._run,
+                        checkpoint_id=self._checkpoint_id,
                         tensors=tensors,
                         state=state,
                         keep=self.settings.keep_saves,
@@ -285,7 +285,7 @@ class Run:
 
     def last_save(self) -> str:
         """In words, from what the run can go on."""
-        saved = newest_save(self._folder, run=self._run, log=lambda line: None)
+        saved = newest_save(self._folder, checkpoint_id=self._checkpoint_id, log=lambda line: None)
         return f"the last good save is {saved.folder}" if saved else "there is no save yet"
 
     def _errors_of(self, batch: Batch) -> Tensor:
@@ -304,9 +304,11 @@ class Run:
         """Leaves the finished model and nothing else of the run, in the main process."""
         if self._main:
             with only_writer(self.config, self.log):
-                if read_result(self.config, self._run) is None:  # or another run was quicker
+                if (
+                    read_result(self.config, self._checkpoint_id) is None
+                ):  # or another run was quicker
                     self._write_finished()
-            remove_all_saves(self.config, self._run)
+            remove_all_saves(self.config, self._checkpoint_id)
 
     def _write_finished(self) -> None:
         """The last weights, or with early stopping the best ones."""
@@ -330,7 +332,7 @@ class Run:
         write_checkpoint(
             self.config,
             self._versions,
-            self._run,
+            self._checkpoint_id,
             trained=self.learner.models,
             journal=self.journal,
             steps=steps,
@@ -339,11 +341,11 @@ class Run:
         )
 
 
-def remove_all_saves(config: RunConfig, run: str) -> None:
+def remove_all_saves(config: RunConfig, checkpoint_id: str) -> None:
     """Removes the saves, kept weights and exports of a run that has finished."""
     for folder in (_SAVES, _LOWEST):
-        remove_saves(config.work_dir / folder / run)
-    remove_saves(exports_folder(config, run))
+        remove_saves(config.work_dir / folder / checkpoint_id)
+    remove_saves(exports_folder(config, checkpoint_id))
 
 
 def agree(accelerator: Accelerator, flag: bool) -> bool:

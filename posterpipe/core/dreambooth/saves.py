@@ -48,7 +48,7 @@ def write_save(
     folder: Path,
     *,
     step: int,
-    run: str,
+    checkpoint_id: str,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep: int | None,
@@ -56,8 +56,8 @@ def write_save(
     """Adds the save of `step` to `folder`, which is this run's alone, and then removes all but the
     newest `keep`; of None only later ones.
 
-    run: its id, without which a save is refused. tensors: a name -> its tensors. state: anything
-    JSON holds; raises ValueError for a number that it has not.
+    checkpoint_id: of the run, by which a save is recognised as its own. tensors: a name -> its
+    tensors. state: anything JSON holds; raises ValueError for a number that it cannot.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for abandoned in folder.glob(".*.tmp"):
@@ -71,7 +71,7 @@ def write_save(
         save_file(owned, temporary / f"{name}.safetensors")
     (temporary / _STATE).write_text(json.dumps(dict(state), allow_nan=False), encoding="utf-8")
     files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-    manifest = {"run": run, "step": step, "files": files}
+    manifest = {"run": checkpoint_id, "step": step, "files": files}
     (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     sync_tree(temporary)
     if final.exists():  # a damaged save that this run was refused and has now made again
@@ -111,32 +111,36 @@ def other_runs(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.parent.glob("*") if path != folder)
 
 
-def newest_save(folder: Path, *, run: str, log: Callable[[str], None]) -> Save | None:
-    """The newest save of `run` that is whole. Others are passed over, and `log` is told why."""
+def newest_save(folder: Path, *, checkpoint_id: str, log: Callable[[str], None]) -> Save | None:
+    """The newest save of a run that is whole. Others are passed over, and the reason is logged."""
     for path in _folders(folder):
         try:
-            return _read(path, run)
+            return _read(path, checkpoint_id)
         except _UNUSABLE as error:
             log(f"{path} is not used: {error}; looking for the save before it")
     return None
 
 
-def save_of_step(folder: Path, step: int, *, run: str, log: Callable[[str], None]) -> Save | None:
-    """The save of `run` at `step`; None where it is not there whole, and `log` is told why."""
+def save_of_step(
+    folder: Path, step: int, *, checkpoint_id: str, log: Callable[[str], None]
+) -> Save | None:
+    """The save of a run at `step`; None where it is not there whole, and the reason is logged."""
     path = save_path(folder, step)
     try:
-        return _read(path, run)
+        return _read(path, checkpoint_id)
     except _UNUSABLE as error:
         log(f"{path} is not used: {error}")
     return None
 
 
-def _read(path: Path, run: str) -> Save:
+def _read(path: Path, checkpoint_id: str) -> Save:
     if not (path / _MANIFEST).exists():
         raise ValueError(f"it has no {_MANIFEST}")
     manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-    if manifest["run"] != run:
-        raise ValueError(f"it belongs to the run {manifest['run']}, and this one is {run}")
+    if manifest["run"] != checkpoint_id:
+        raise ValueError(
+            f"it belongs to the run {manifest['run']}, and this one is {checkpoint_id}"
+        )
     for name, wanted in manifest["files"].items():
         if not (path / name).exists():
             raise ValueError(f"{name} is missing")

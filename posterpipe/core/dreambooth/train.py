@@ -25,12 +25,7 @@ from posterpipe.core.devices import give_memory_back
 from posterpipe.core.dreambooth.base_model import check_base_model
 from posterpipe.core.dreambooth.batches import Batch, Feed
 from posterpipe.core.dreambooth.checkpoint import only_writer, read_result, try_output
-from posterpipe.core.dreambooth.config import (
-    RunConfig,
-    Versions,
-    checkpoint_id,
-    measure_versions,
-)
+from posterpipe.core.dreambooth.config import RunConfig, Versions, measure_versions
 from posterpipe.core.dreambooth.data import read_training_set
 from posterpipe.core.dreambooth.draws import positions, step_seed
 from posterpipe.core.dreambooth.effects import remarks
@@ -79,29 +74,29 @@ def train(
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
-    run = checkpoint_id(config, versions, accelerator.num_processes)
+    checkpoint_id = config.checkpoint_id(versions, accelerator.num_processes)
     main = accelerator.is_main_process
     say = log if main else lambda line: None
     for remark in remarks(config.training):
         say(remark)
     try:
         with only_run_in(config.work_dir, say) if main else contextlib.nullcontext():
-            result = read_result(config, run) if main else None
+            result = read_result(config, checkpoint_id) if main else None
             if main and result is None:
                 with only_writer(config, say):
-                    result = read_result(config, run)
+                    result = read_result(config, checkpoint_id)
                     if result is None:  # what cannot be written is told before the first step
                         try_output(config)
             if agree(accelerator, result is not None):
                 say(f"{config.output_dir} is there already, complete")
                 resumed_from = 0
                 if main:  # left by a run that was killed after it had finished
-                    remove_all_saves(config, run)
+                    remove_all_saves(config, checkpoint_id)
             else:
                 with memory_hint(config, accelerator.device, accelerator.num_processes):
-                    resumed_from = _train(config, versions, run, accelerator, report, say)
+                    resumed_from = _train(config, versions, checkpoint_id, accelerator, report, say)
             accelerator.wait_for_everyone()
-        result = read_result(config, run)
+        result = read_result(config, checkpoint_id)
         if result is None:
             raise TrainingError(f"{config.output_dir}: the finished checkpoint has been removed")
         return dataclasses.replace(result, resumed_from=resumed_from)
@@ -114,14 +109,14 @@ def train(
 def _train(
     config: RunConfig,
     versions: Versions,
-    run_id: str,
+    checkpoint_id: str,
     accelerator: Accelerator,
     report: Callable[[StepReport], None],
     log: Callable[[str], None],
 ) -> int:
     """The run itself; returns the step it was resumed from."""
     settings = config.training
-    run = Run(config, versions, run_id, accelerator, log)
+    run = Run(config, versions, checkpoint_id, accelerator, log)
     learner = run.learner
     if run.first_step == 0:
         run.measure_holdout(0)

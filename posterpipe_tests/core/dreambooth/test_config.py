@@ -11,7 +11,6 @@ import pytest
 from posterpipe.core.dreambooth.config import (
     RunConfig,
     Versions,
-    checkpoint_id,
     measure_versions,
 )
 from posterpipe.core.dreambooth.errors import TrainingError
@@ -111,18 +110,16 @@ def test_a_missing_config_is_named(tmp_path: Path) -> None:
 
 
 def test_the_id_follows_what_decides_a_weight_and_nothing_else(make_config: MakeConfig) -> None:
-    plain = checkpoint_id(make_config(), VERSIONS)
-    assert checkpoint_id(make_config("elsewhere"), VERSIONS) == plain
-    assert checkpoint_id(make_config(log_every_steps=7, save_every_steps=9), VERSIONS) == plain
-    assert (
-        checkpoint_id(make_config(sample_every_steps=7, sample_prompts=("a",)), VERSIONS) == plain
-    )
+    plain = make_config().checkpoint_id(VERSIONS)
+    assert make_config("elsewhere").checkpoint_id(VERSIONS) == plain
+    assert make_config(log_every_steps=7, save_every_steps=9).checkpoint_id(VERSIONS) == plain
+    assert make_config(sample_every_steps=7, sample_prompts=("a",)).checkpoint_id(VERSIONS) == plain
     others = [
-        checkpoint_id(make_config(seed=1), VERSIONS),
-        checkpoint_id(make_config(learning_rate=2e-3), VERSIONS),
-        checkpoint_id(make_config(parts={"width": 64}), VERSIONS),
-        checkpoint_id(make_config(), VERSIONS.model_copy(update={"training_set": "new"})),
-        checkpoint_id(make_config(), VERSIONS.model_copy(update={"base_model": "new"})),
+        make_config(seed=1).checkpoint_id(VERSIONS),
+        make_config(learning_rate=2e-3).checkpoint_id(VERSIONS),
+        make_config(parts={"width": 64}).checkpoint_id(VERSIONS),
+        make_config().checkpoint_id(VERSIONS.model_copy(update={"training_set": "new"})),
+        make_config().checkpoint_id(VERSIONS.model_copy(update={"base_model": "new"})),
     ]
     assert len({plain, *others}) == 6
 
@@ -130,8 +127,8 @@ def test_the_id_follows_what_decides_a_weight_and_nothing_else(make_config: Make
 def test_several_processes_make_another_checkpoint_than_one(make_config: MakeConfig) -> None:
     # Each takes a batch of its own, so the steps are others. One keeps the name it always had.
     config = make_config()
-    names = {checkpoint_id(config, VERSIONS, processes=count) for count in (1, 2, 4)}
-    assert len(names) == 3 and checkpoint_id(config, VERSIONS) in names
+    names = {config.checkpoint_id(VERSIONS, processes=count) for count in (1, 2, 4)}
+    assert len(names) == 3 and config.checkpoint_id(VERSIONS) in names
 
 
 def test_the_profiles_make_the_checkpoints_that_they_made_before(make_config: MakeConfig) -> None:
@@ -144,23 +141,23 @@ def test_the_profiles_make_the_checkpoints_that_they_made_before(make_config: Ma
     }
     for profile, name in known.items():
         parts = {"training": load_settings(profile).training, "width": 64, "height": 96}
-        assert checkpoint_id(make_config(parts=parts), VERSIONS) == name, profile
+        assert make_config(parts=parts).checkpoint_id(VERSIONS) == name, profile
 
 
 def test_class_images_and_held_out_posters_count_only_where_they_decide(
     make_config: MakeConfig,
 ) -> None:
     other = VERSIONS.model_copy(update={"class_set": "other", "holdout_set": "other"})
-    assert checkpoint_id(make_config(), other) == checkpoint_id(make_config(), VERSIONS)
-    assert checkpoint_id(make_config(holdout_every_steps=7), VERSIONS) == checkpoint_id(
-        make_config(class_prompt="a cat"), VERSIONS
-    )
+    assert make_config().checkpoint_id(other) == make_config().checkpoint_id(VERSIONS)
+    assert make_config(holdout_every_steps=7).checkpoint_id(VERSIONS) == make_config(
+        class_prompt="a cat"
+    ).checkpoint_id(VERSIONS)
     for settings in ({"prior_preservation": True}, {"early_stop_patience": 2}):
         config = make_config(**settings)
-        assert checkpoint_id(config, other) != checkpoint_id(config, VERSIONS)
-    assert checkpoint_id(make_config(early_stop_patience=2), VERSIONS) != checkpoint_id(
-        make_config(early_stop_patience=2, holdout_every_steps=7), VERSIONS
-    )
+        assert config.checkpoint_id(other) != config.checkpoint_id(VERSIONS)
+    assert make_config(early_stop_patience=2).checkpoint_id(VERSIONS) != make_config(
+        early_stop_patience=2, holdout_every_steps=7
+    ).checkpoint_id(VERSIONS)
 
 
 def test_versions_are_measured_from_the_bytes(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from posterpipe.core.dreambooth import saves
 from posterpipe.core.dreambooth.checkpoint import RECORD_NAME
-from posterpipe.core.dreambooth.config import RunConfig, checkpoint_id, measure_versions
+from posterpipe.core.dreambooth.config import RunConfig, measure_versions
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.launch import launch_command, launch_environment
 from posterpipe.core.dreambooth.reports import StepReport
@@ -374,8 +374,8 @@ def test_two_processes_share_the_work_of_one(
     # Their steps are those of twice the batch, and so the result has another name.
     assert told["processes"] == 2
     versions = measure_versions(two)
-    assert told["checkpoint_id"] == checkpoint_id(two, versions, processes=2)
-    assert told["checkpoint_id"] != checkpoint_id(two, versions)
+    assert told["checkpoint_id"] == two.checkpoint_id(versions, processes=2)
+    assert told["checkpoint_id"] != two.checkpoint_id(versions)
     card = (two.output_dir / "README.md").read_text()
     assert "3 optimizer steps of 8 images (in 2 processes)" in card
     with pytest.raises(TrainingError, match="holds the checkpoint"):

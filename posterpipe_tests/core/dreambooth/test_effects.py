@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from posterpipe.core.dreambooth.config import Versions, checkpoint_id
+from posterpipe.core.dreambooth.config import Versions
 from posterpipe.core.dreambooth.effects import remarks
 from posterpipe.core.dreambooth.train import train
 from posterpipe.training_settings import TrainingSettings
@@ -59,7 +59,7 @@ def test_a_setting_without_effect_is_named_and_makes_no_other_checkpoint(
     without, with_it = make_config(**others), make_config(**others, **given)
     if "lr_scheduler" in others:  # the tests' own configs have a warmup too
         without = make_config(**others, lr_warmup_steps=80)
-    assert checkpoint_id(with_it, VERSIONS) == checkpoint_id(without, VERSIONS)
+    assert with_it.checkpoint_id(VERSIONS) == without.checkpoint_id(VERSIONS)
 
 
 @pytest.mark.parametrize(("others", "given"), IN_USE)
@@ -68,7 +68,7 @@ def test_a_setting_in_use_makes_another_checkpoint_and_nothing_is_said(
 ) -> None:
     assert list(remarks(TrainingSettings(**others, **given))) == []
     without, with_it = make_config(**others), make_config(**{**others, **given})
-    assert checkpoint_id(with_it, VERSIONS) != checkpoint_id(without, VERSIONS)
+    assert with_it.checkpoint_id(VERSIONS) != without.checkpoint_id(VERSIONS)
 
 
 def test_a_warmup_that_the_run_does_not_reach_the_end_of_is_named() -> None:

@@ -10,11 +10,11 @@ from posterpipe.core.dreambooth.saves import newest_save, pack, unpack, write_sa
 from posterpipe_tests.core.conftest import Disk, disk_is_full
 
 
-def add(folder: Path, step: int, *, run: str = "mine", keep: int = 2) -> Path:
+def add(folder: Path, step: int, *, checkpoint_id: str = "mine", keep: int = 2) -> Path:
     return write_save(
         folder,
         step=step,
-        run=run,
+        checkpoint_id=checkpoint_id,
         tensors={"unet": {"w": torch.full((4,), float(step))}},
         state={"seconds": step * 1.5},
         keep=keep,
@@ -28,14 +28,14 @@ def names(folder: Path) -> list[str]:
 def test_the_newest_save_comes_back(tmp_path: Path) -> None:
     add(tmp_path, 10)
     add(tmp_path, 20)
-    save = newest_save(tmp_path, run="mine", log=print)
+    save = newest_save(tmp_path, checkpoint_id="mine", log=print)
     assert save is not None
     assert save.step == 20 and save.state == {"seconds": 30}
     assert save.tensors("unet")["w"].tolist() == [20] * 4
 
 
 def test_no_folder_means_no_save(tmp_path: Path) -> None:
-    assert newest_save(tmp_path / "none", run="mine", log=print) is None
+    assert newest_save(tmp_path / "none", checkpoint_id="mine", log=print) is None
 
 
 def test_old_saves_go_only_after_the_new_one_is_whole(
@@ -49,7 +49,7 @@ def test_old_saves_go_only_after_the_new_one_is_whole(
     with pytest.raises(OSError, match="No space"):
         add(tmp_path, 40)
     monkeypatch.undo()
-    save = newest_save(tmp_path, run="mine", log=print)
+    save = newest_save(tmp_path, checkpoint_id="mine", log=print)
     assert save is not None and save.step == 30
     add(tmp_path, 40)
     assert names(tmp_path) == ["step-00000030", "step-00000040"]
@@ -76,7 +76,7 @@ def test_a_bad_save_is_refused_by_name_and_the_one_before_it_taken(
     tmp_path: Path, damage: str
 ) -> None:
     add(tmp_path, 10)
-    bad = add(tmp_path, 20, run="another" if damage == "foreign" else "mine")
+    bad = add(tmp_path, 20, checkpoint_id="another" if damage == "foreign" else "mine")
     weights = bad / "unet.safetensors"
     if damage == "cut":
         weights.write_bytes(weights.read_bytes()[:-1])
@@ -89,7 +89,7 @@ def test_a_bad_save_is_refused_by_name_and_the_one_before_it_taken(
     elif damage == "no manifest":
         (bad / "manifest.json").unlink()
     said: list[str] = []
-    save = newest_save(tmp_path, run="mine", log=said.append)
+    save = newest_save(tmp_path, checkpoint_id="mine", log=said.append)
     assert save is not None and save.step == 10
     assert len(said) == 1 and "step-00000020" in said[0]
     # The run goes on from 10 and saves again: the refused one makes room.
@@ -102,7 +102,7 @@ def test_a_half_written_save_is_never_seen(tmp_path: Path) -> None:
     abandoned = tmp_path / ".step-00000020.4242.tmp"
     abandoned.mkdir()
     (abandoned / "unet.safetensors").write_bytes(b"half")
-    save = newest_save(tmp_path, run="mine", log=print)
+    save = newest_save(tmp_path, checkpoint_id="mine", log=print)
     assert save is not None and save.step == 10
     add(tmp_path, 20)
     assert names(tmp_path) == ["step-00000010", "step-00000020"]
