@@ -22,6 +22,7 @@ from huggingface_hub.constants import ENDPOINT
 from rich.console import Console
 from rich.table import Table
 
+from posterpipe.core.parallel import cores
 from posterpipe.settings import ModelRef, Settings, load_settings
 
 PACKAGES = (
@@ -132,7 +133,6 @@ def _installed(name: str) -> str | None:
 
 
 def _devices(settings: Settings) -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -141,13 +141,13 @@ def _devices(settings: Settings) -> Iterator[Finding]:
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     if gpus:
         names = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus)
-        yield Finding("ok", "devices", f"{names}; {cores} CPU cores")
+        yield Finding("ok", "devices", f"{names}; {cores()} CPU cores")
         yield from _gpu_memory(settings, min(gpu.total_memory for gpu in gpus) / 2**30)
     elif _uses_hub(settings):
-        text = f"{cores} CPU cores, no GPU: the real models train very slowly here"
+        text = f"{cores()} CPU cores, no GPU: the real models train very slowly here"
         yield Finding("note", "devices", text + "; use a machine with one for this profile")
     else:
-        yield Finding("ok", "devices", f"{cores} CPU cores, no GPU (this profile needs none)")
+        yield Finding("ok", "devices", f"{cores()} CPU cores, no GPU (this profile needs none)")
     # On GPUs before Ampere torch emulates it, which is slow.
     bf16 = bool(gpus) and torch.cuda.is_bf16_supported(including_emulation=False)
     yield _precision(settings, bf16)

@@ -39,6 +39,7 @@ import pandas as pd
 
 from posterpipe.core.files import write_atomic
 from posterpipe.core.store import Store, TableMissing, cells, content_key, table_version, writing
+from posterpipe.core.training_set import CSV_NAME
 from posterpipe.settings import default_root
 
 ENVIRONMENT = "environment"
@@ -98,12 +99,12 @@ def environment() -> dict[str, Any]:
     """The code that runs here: posterpipe (version), source (hash of its Python files), commit (""
     outside of a checkout), python, platform, packages (name to version)."""
     return {
-        "posterpipe": _version("posterpipe"),
+        "posterpipe": package_version("posterpipe"),
         "source": _source_hash(),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}".lower(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
     }
 
 
@@ -115,7 +116,8 @@ def record_environment(store: Store) -> str:
     return environment_id
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version that is installed; None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -290,7 +292,7 @@ def lineage(store: Store, training_set: str, name: str = "") -> pd.DataFrame | N
         if path.exists():
             return pd.read_parquet(path)
     try:
-        text = (store.root / "training_sets" / training_set / "training.csv").read_text("utf-8")
+        text = (store.root / "training_sets" / training_set / CSV_NAME).read_text("utf-8")
     except OSError:
         return None
     frame = pd.DataFrame(list(csv.DictReader(io.StringIO(text))), columns=["file_name", "caption"])

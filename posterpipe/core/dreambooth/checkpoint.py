@@ -7,7 +7,6 @@ What belongs here: writing and recognising finished checkpoints. What does not: 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import re
@@ -40,8 +39,8 @@ from posterpipe.core.dreambooth.reports import (
 from posterpipe.core.dreambooth.samples import SAMPLES_NAME, draw_grid
 from posterpipe.core.dreambooth.saves import save_path, sync_path, sync_tree
 from posterpipe.core.models import EXPORTS_NAME
+from posterpipe.core.provenance import RECORD_NAME, package_version
 
-RECORD_NAME = "posterpipe.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 _PACKAGES = (
     "posterpipe", "torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "peft",
@@ -259,7 +258,7 @@ def _record(
         "width": config.width,
         "height": config.height,
         "settings": config.training.model_dump(mode="json"),
-        "packages": {name: _package_version(name) for name in _PACKAGES},
+        "packages": {name: package_version(name) for name in _PACKAGES},
         "processes": processes,
         "steps": steps,
         "lost_lowest_step": lost,
@@ -270,13 +269,6 @@ def _record(
         "reports": [asdict(report) for report in journal.reports],
         "holdout": [asdict(loss) for loss in journal.holdout],
     }
-
-
-def _package_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _forget_origin(config: Path) -> None:

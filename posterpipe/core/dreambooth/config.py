@@ -30,7 +30,6 @@ TRAINER_VERSION = "3"
 """Raised when the same config would give other weights, so that old checkpoints keep their id; also
 when latents or text embeddings are others (`_LATENTS_VERSION`, `_EMBEDDINGS_VERSION`)."""
 
-CSV_NAME = "training.csv"
 MODEL_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 """The folders of a Stable Diffusion directory that decide what is trained."""
 

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from posterpipe.core.dreambooth.config import CSV_NAME
 from posterpipe.core.dreambooth.errors import TrainingSetError
 from posterpipe.core.images import upright
+from posterpipe.core.training_set import CSV_NAME
 
 _NAMED_AT_MOST = 5
 _PIXELS_A_LATENT = 8

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from posterpipe.core.parallel import cores
+
 _CONFIG = Path(__file__).with_name("accelerate.yaml")
 _FIRST_SPEAKS_SECONDS = 5.0
 
@@ -39,8 +41,7 @@ def launch_command(
     if cpu and processes > 1:
         raise ValueError(f"processes is {processes}: accelerate starts one on CPU")
     # Without a number, accelerate sets OMP_NUM_THREADS to 1 and leaves the other cores idle.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (cores or 1) // processes))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // processes))
     where = ["--cpu"]  # with which accelerate reads no config file
     if not cpu:
         where = ["--config_file", str(_CONFIG), *(["--multi_gpu"] if processes > 1 else [])]

@@ -19,6 +19,7 @@ from posterpipe.core.images import PLAIN_HASHES
 from posterpipe.core.quality.finding import Finding, share_of
 from posterpipe.core.quality.posters import source_names
 from posterpipe.core.store import cells
+from posterpipe.core.training_set import CSV_NAME
 
 _PAIRS_AT_ONCE = 4_000_000
 """Bounds the memory of comparing hashes: 8 bytes a pair."""
@@ -83,7 +84,7 @@ def incomplete_rows(training: pd.DataFrame, training_sets: Path) -> Finding:
     """
     found: list[tuple[str, str, str]] = []
     for version in training["training_set"].unique():
-        csv = training_sets / str(version) / "training.csv"
+        csv = training_sets / str(version) / CSV_NAME
         try:
             digest = hashlib.sha256(csv.read_bytes()).hexdigest()
         except OSError as error:

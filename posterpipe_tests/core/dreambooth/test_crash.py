@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 
 from posterpipe.core.dreambooth import saves
-from posterpipe.core.dreambooth.checkpoint import RECORD_NAME
 from posterpipe.core.dreambooth.config import RunConfig, measure_versions
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.launch import launch_command, launch_environment
 from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.train import train
+from posterpipe.core.provenance import RECORD_NAME
 from posterpipe_tests.core.conftest import disk_is_full
 from posterpipe_tests.core.dreambooth.conftest import (
     MakeConfig,
