@@ -41,7 +41,7 @@ WORKER = "posterpipe.defs.training_worker"
 
 
 class TrainingFailed(Exception):
-    """The training process ended without a checkpoint. The message is what it said last."""
+    """The training process ended without a checkpoint. The message is its last error."""
 
 
 def launchpad_fields() -> dict[str, dg.Field]:

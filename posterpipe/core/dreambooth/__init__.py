@@ -9,7 +9,7 @@ Dagster.
 
 Read `train` from top to bottom; it leans on small modules:
 
-- `config`: what one run is told, and the id of what it makes. Imports no torch.
+- `config`: the settings and paths of one run, and the id of its checkpoint. Imports no torch.
 - `effects`: which settings have an effect beside the others. Imports no torch either.
 - `base_model`: the parts of the base model.
 - `data`: a training set on disk.
@@ -24,7 +24,7 @@ Read `train` from top to bottom; it leans on small modules:
 - `holdout`, `samples`: watching the model while it learns; `early_stop`: its best weights.
 - `saves`: crash-safe saves from which a run goes on exactly; `pace`: how often.
 - `guards`, `memory`: the lock, the signal to stop, memory that runs out.
-- `reports`: what a run says while it works, and its curves.
+- `reports`: what a run logs and records, and its curves.
 - `checkpoint`, `card`: the finished diffusers directory, and its description.
 - `launch`: the command line that runs it in a process of its own.
 

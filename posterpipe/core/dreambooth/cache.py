@@ -40,7 +40,7 @@ def cached_tensors(
 
     compute: gets the indices of the missing keys, each key once, and yields (index, tensors) as
     they come; each is on disk at once, so that a killed run need not do it again. It is not called
-    when nothing is missing. A damaged file is made again, and `log` is told. Raises TrainingError
+    when nothing is missing. A damaged file is made again, which is logged. Raises TrainingError
     for a folder or file that cannot be written.
     """
     known: dict[str, Tensors] = {}

@@ -1,4 +1,4 @@
-"""What one training run is told, and the id of the checkpoint it makes.
+"""The config of one training run, and the id of the checkpoint it makes.
 
 What belongs here: `RunConfig` and its TOML form, the versions of its inputs, the checkpoint's id.
 What does not: the knobs themselves (`posterpipe.training_settings`) and anything that needs torch:
@@ -50,7 +50,7 @@ class Versions(BaseModel):
 
 
 class RunConfig(BaseModel):
-    """Everything one training run is told. Frozen; relative paths start in the current directory.
+    """Everything one training run is given. Frozen; relative paths start in the current directory.
 
     `work_dir` holds the saves from which a killed run goes on, in a folder for each run.
     `cache_dir` may be shared by all runs. `output_dir` appears, complete, when the run has
@@ -193,7 +193,7 @@ def _without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, A
 
 
 def measure_versions(config: RunConfig) -> Versions:
-    """The versions of the inputs from their bytes, for runs that were not told them."""
+    """The versions of the inputs from their bytes, for runs that were not given them."""
     return Versions(
         training_set=_hash_set(config.training_set),
         base_model=hash_files(config.base_model, *(f"{part}/*" for part in MODEL_PARTS)),
@@ -212,7 +212,7 @@ def _hash_set(folder: Path | None) -> str:
     try:
         named = [example.image for example in read_training_set(folder)]
     except TrainingSetError:
-        named = []  # whoever reads it says what is wrong; it may not be needed
+        named = []  # whoever reads it raises what is wrong; it may not be needed
     return hash_files(folder, "*", "*/*", named=named)
 
 

@@ -1,6 +1,6 @@
 """Which settings have an effect, given the others.
 
-What belongs here: what decides a weight and what does not, and what is said of a setting that was
+What belongs here: what decides a weight and what does not, and what is logged of a setting that was
 given for nothing. What does not: the settings themselves (`posterpipe.settings`), the id that is
 made of those that decide (`config`). Imports no torch.
 """
@@ -25,7 +25,7 @@ WATCHING = frozenset(
         "halve_batch_on_out_of_memory",
     }
 )
-"""Settings that change what a run says and keeps, but no weight."""
+"""Settings that change what a run logs and keeps, but no weight."""
 
 # Younger than the first checkpoints, whose names stay as they were where these are off.
 _LATER = frozenset({"tf32", "compile_blocks"})

@@ -20,7 +20,7 @@ from bitsandbytes.optim import AdamW8bit
 from torch import Tensor
 
 _KERNEL_OF = "0.50.2"
-"""The version of bitsandbytes whose kernel is called directly: a C function that is told addresses
+"""The version of bitsandbytes whose kernel is called directly: a C function that is given addresses
 and checks nothing. Another version is left to call its own."""
 
 

@@ -69,7 +69,7 @@ def only_writer_of(path: Path, log: Callable[[str], None]) -> Iterator[None]:
 
 
 def _take(lock: IO[str], waits: Callable[[str], None]) -> None:
-    """Locks a file and writes into it who did; `waits` is told who has it, once a minute."""
+    """Locks a file and writes this process into it; `waits` gets its holder, once a minute."""
     spoken = -math.inf
     while True:
         try:

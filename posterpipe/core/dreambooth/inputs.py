@@ -1,6 +1,6 @@
 """What a run reads: its posters, class images and held-out posters, ready for use.
 
-What belongs here: which sets are needed, and what is said when one is missing. What does not: how
+What belongs here: which sets are needed, and the error when one is missing. What does not: how
 sets are read (`data`) and encoded (`latents`), and how batches are made (`batches`).
 """
 

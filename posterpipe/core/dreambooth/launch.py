@@ -69,12 +69,12 @@ def is_first_process() -> bool:
 
 
 def let_the_first_speak() -> None:
-    """To be called with an error, before it is told: returns at once in the first process, in the
+    """To be called before an error is printed: returns at once in the first process, in the
     others some seconds later.
 
-    Most errors are those of all processes: then the first one has told it and ended meanwhile, upon
-    which the launcher ends the others while they wait here. One that goes on here has an error that
-    is its own.
+    Most errors are those of all processes: then the first one has printed it and ended meanwhile,
+    upon which the launcher ends the others while they wait here. One that goes on here has an error
+    that is its own.
     """
     if not is_first_process():
         time.sleep(_FIRST_SPEAKS_SECONDS)

@@ -40,7 +40,7 @@ TextsOf = Callable[[Sequence[str]], Tensor]
 class Learner:
     """The U-Net, and the text encoder if it is trained, in training.
 
-    texts: all captions that will be asked for, as far as they are known. Trained weights are fp32
+    texts: all captions that will be read, as far as they are known. Trained weights are fp32
     whatever the run's precision; autocast and the gradients' scaler are used here openly rather
     than through accelerate, which knows the device and the other processes.
     """
@@ -62,7 +62,7 @@ class Learner:
         # Has an effect on GPUs only: where all images have one size, the quickest convolution is
         # looked for once. It is looked for again with each new shape, and its trials need memory.
         torch.backends.cudnn.benchmark = not config.buckets
-        # On GPUs too; cuDNN's convolutions are TF32 unless they are told not to be.
+        # On GPUs too; cuDNN's convolutions are TF32 unless that is switched off.
         torch.backends.cuda.matmul.allow_tf32 = settings.tf32 and self._dtype == torch.float32
 
         self.models = self._load_models(config.base_model)

@@ -45,7 +45,7 @@ class InParts:
         """The answers to all of a batch of `size`, in its order: (size, ...).
 
         answers_to: part of the batch -> its answers (part, ...). Raises what it raises where that
-        says something else than that memory ran out, or where a part is one already.
+        has another cause than that memory ran out, or where a part is one already.
         """
         while True:
             at_once = min(size, self._at_most)

@@ -1,4 +1,4 @@
-"""What the model is asked to predict, and how its errors are weighed: pure functions.
+"""What the model is to predict, and how its errors are weighed: pure functions.
 
 What belongs here: noising, targets, loss weights. What does not: where noise and timesteps come
 from (`draws`), the models (`learner`).

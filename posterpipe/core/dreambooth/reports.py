@@ -1,4 +1,4 @@
-"""What a training run says while it works, and the curves it leaves.
+"""What a training run reports while it works, and the curves it leaves.
 
 What belongs here: a step's report and its words, everything a run has seen so far, the result,
 metrics.parquet, the curves. What does not: when reports are made (`train`), bars and logs

@@ -53,7 +53,7 @@ class RunningLoss:
 
     def divergence(self, journal: Journal, step: int) -> str | None:
         """What shows, after `step`, that the run learns nothing any more; None while it does. To be
-        asked in all processes, after `read_into`."""
+        called in all processes, after `read_into`."""
         bad_step = float(self._accelerator.gather(self._first_bad_step).min())
         if math.isfinite(bad_step):
             return f"the loss or its gradient is no number at step {int(bad_step)}"

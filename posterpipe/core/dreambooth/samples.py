@@ -36,7 +36,7 @@ class SampleDrawer:
 
     folder: where the images go, one a step and prompt. base_model: its noise schedule is used.
     seed: of the first prompt's noise; each next one counts one up. shape: (channels, height/8,
-    width/8) of the latents. log: told of images that are removed.
+    width/8) of the latents. log: called when images are removed.
     """
 
     def __init__(

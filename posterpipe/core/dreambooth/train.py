@@ -85,7 +85,7 @@ def train(
             if main and result is None:
                 with only_writer(config, say):
                     result = read_result(config, checkpoint_id)
-                    if result is None:  # what cannot be written is told before the first step
+                    if result is None:  # what cannot be written fails before the first step
                         try_output(config)
             if agree(accelerator, result is not None):
                 say(f"{config.output_dir} is there already, complete")
@@ -225,7 +225,7 @@ def _further_split(
 ) -> int:
     """Into how many parts a batch is divided that did not fit into memory: 2 for an even one.
 
-    Raises `error` where it says something else, or nothing is left to divide. One of several
+    Raises `error` where it has another cause, or nothing is left to divide. One of several
     processes cannot do it alone: the others wait for its gradients.
     """
     batch = settings.train_batch_size // split
