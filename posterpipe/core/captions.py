@@ -1,34 +1,27 @@
 """Captions by people: sidecars beside the posters, and `captions.csv`.
 
-What belongs here: reading them, saying which of several counts, giving them to posters, and writing
-one from a page or taking it back. What does not: captions by the model (`captioner`) and how
-captions are worded for training (`training_set`).
+What belongs here: reading them, saying which of several counts, and giving them to posters. What
+does not: the CSV as a file (`captions_csv`), writing a caption from a page or taking it back
+(`caption_edits`), captions by the model (`captioner`) and how captions are worded for training
+(`training_set`).
 
 A sidecar is a text file beside its poster: `rocket.png.txt`, or `rocket.txt` for every poster of
-that stem. `captions.csv` has the columns file_name (path inside the landing folder) and caption;
-other columns are left alone. A sidecar wins over a row of the CSV, the longer name over the shorter
-one, an earlier row over a later one.
+that stem. A sidecar wins over a row of the CSV, the longer name over the shorter one, an earlier
+row over a later one.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import hashlib
-import io
-import os
 import posixpath
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from posterpipe.core.files import write_atomic
+from posterpipe.core.captions_csv import CaptionsCsv, PosterNames, composed, decode_text, parse
 from posterpipe.core.landing import (
     CHANGED,
     EXTENSIONS,
@@ -38,7 +31,7 @@ from posterpipe.core.landing import (
     list_place,
     reread,
 )
-from posterpipe.core.listing import Entry, Folder, Place, SourceChanged, source_name, suffix
+from posterpipe.core.listing import Entry, Place, SourceChanged, source_name, suffix
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import NoProgress, Progress
 from posterpipe.core.store import Store, cells, compute_missing, content_key
@@ -61,29 +54,9 @@ _SIDECARS = "sidecar"
 REHASHED_SIDECARS = "sidecars_rehashed"
 """Mark of `rehash_sidecars` (see `landing.rehashed`)."""
 
-_ATTEMPTS = 20
-
 
 class CaptionRejected(ValueError):
     """A text that can be no caption, or a poster that is not there. The message says why."""
-
-
-class CaptionsFileError(Exception):
-    """`captions.csv` cannot be used. The message names file and line, and says what to do."""
-
-
-class CaptionConflict(Exception):
-    """Someone else changed the caption meanwhile; nothing was written.
-
-    `current` is the caption by a person as it is now, None where there is none any more.
-    """
-
-    def __init__(self, name: str, current: str | None) -> None:
-        self.current = current
-        now = f"it is now {current!r}" if current is not None else "it is gone"
-        super().__init__(
-            f"{name}: the caption was changed meanwhile, and {now}; look at it and save again"
-        )
 
 
 @dataclass(frozen=True)
@@ -96,7 +69,6 @@ class HumanCaption:
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 """Unicode's category Cc."""
-
 
 _JOINERS = "\u200c\u200d"
 """Persian and Indian scripts, and emoji, need them inside words; elsewhere they do nothing."""
@@ -129,28 +101,9 @@ def clean_caption(text: str) -> str:
 # -- reading --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class CaptionsCsv:
-    """The CSV as it was read at one moment."""
-
-    path: Path
-    data: bytes | None
-    """None where there was none."""
-
-    @property
-    def digest(self) -> str:
-        """sha256 (hex) of its bytes; "" where there was none."""
-        return "" if self.data is None else hashlib.sha256(self.data).hexdigest()
-
-
-def read_csv(path: Path) -> CaptionsCsv:
-    """The CSV as it is now, present or not. Raises CaptionsFileError."""
-    return CaptionsCsv(path, _read_bytes(path))
-
-
 def read_human_captions(
     place: Place,
-    written: Path | CaptionsCsv | None,
+    written: CaptionsCsv | None,
     store: Store | None = None,
     progress: Progress | None = None,
     *,
@@ -162,17 +115,16 @@ def read_human_captions(
     such poster), caption, origin (`sidecar` or `captions.csv`), status (`ok`, at most once for a
     source_name, or `rejected`), reason ("" for ok). With neither sidecars nor CSV the table is
     empty. With a `store`, a sidecar that did not change since is not read again. `entries` is the
-    listing of the place, where it was taken before; `written` the CSV, read now or before. Without
-    one, sidecars alone count.
+    listing of the place, where it was taken before; `written` the CSV; without one, sidecars
+    alone count.
 
     Raises CaptionsFileError when the CSV as a whole cannot be read, and PlaceMissing: captions that
     cannot be seen are not taken for captions that were removed.
     """
     posters, texts = _split_all(place.entries() if entries is None else entries)
-    claims: dict[str, list[_Claim]] = {}
+    claims: dict[str, list[Claim]] = {}
     sidecars = _sidecar_claims(place, posters, texts, store, progress or NoProgress())
-    sheet = read_csv(written) if isinstance(written, Path) else written
-    rows_of_csv = _csv_claims(sheet, posters) if sheet else ()
+    rows_of_csv = csv_claims(written, posters) if written else ()
     for name, claim in [*sidecars, *rows_of_csv]:
         claims.setdefault(name, []).append(claim)
     rows = [row for name in sorted(claims) for row in _rows(name, claims[name])]
@@ -187,7 +139,7 @@ def unread_count(table: pd.DataFrame) -> int:
 
 
 @dataclass(frozen=True)
-class _Claim:
+class Claim:
     """A caption that some file gives a poster; `where` names the file, `problem` why it is none."""
 
     origin: str
@@ -198,7 +150,7 @@ class _Claim:
     """Of the CSV."""
 
 
-def _rows(name: str, claims: Sequence[_Claim]) -> list[dict[str, str]]:
+def _rows(name: str, claims: Sequence[Claim]) -> list[dict[str, str]]:
     winner = _winner(claims)
     rows = []
     for claim in claims:
@@ -213,16 +165,16 @@ def _rows(name: str, claims: Sequence[_Claim]) -> list[dict[str, str]]:
     return rows + ([_row(name, winner, "ok", "")] if winner else [])
 
 
-def _row(name: str, claim: _Claim, status: str, reason: str) -> dict[str, str]:
+def _row(name: str, claim: Claim, status: str, reason: str) -> dict[str, str]:
     values = (name, claim.caption, claim.origin, status, reason)
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def _winner(claims: Iterable[_Claim]) -> _Claim | None:
+def _winner(claims: Iterable[Claim]) -> Claim | None:
     return next((claim for claim in claims if not claim.problem), None)
 
 
-def _split(entries: Iterable[Entry]) -> tuple[list[str], dict[str, Entry]]:
+def posters_and_texts(entries: Iterable[Entry]) -> tuple[list[str], dict[str, Entry]]:
     """Names of the posters, and the text files by their name without `.txt`, composed."""
     posters, texts = _split_all(entries)
     return posters, {name: same[0] for name, same in texts.items()}
@@ -238,7 +190,7 @@ def _split_all(entries: Iterable[Entry]) -> tuple[list[str], dict[str, list[Entr
         if entry.problem:
             continue
         if name.lower().endswith(".txt"):
-            texts.setdefault(_composed(name[:-4]), []).append(entry)
+            texts.setdefault(composed(name[:-4]), []).append(entry)
         elif suffix(name).lower() in EXTENSIONS:
             posters.append(name)
     for same in texts.values():
@@ -248,17 +200,12 @@ def _split_all(entries: Iterable[Entry]) -> tuple[list[str], dict[str, list[Entr
 
 def _rank(entry: Entry) -> tuple[bool, bool, str]:
     name = source_name(entry)
-    return not name.endswith(".txt"), name != _composed(name), name
+    return not name.endswith(".txt"), name != composed(name), name
 
 
-def _composed(name: str) -> str:
-    """macOS hands out file names decomposed, while people type them composed."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _candidates(poster: str, texts: Mapping[str, Entry]) -> list[Entry]:
-    """The sidecars of a poster, the one that counts first."""
-    name = _composed(poster)
+def sidecars_of(poster: str, texts: Mapping[str, Entry]) -> list[Entry]:
+    """The sidecars of a poster, the one that counts first; `texts` as of `posters_and_texts`."""
+    name = composed(poster)
     stem = posixpath.splitext(name)[0]
     return [texts[key] for key in (name, stem) if key in texts]
 
@@ -269,33 +216,32 @@ def _sidecar_claims(
     all_texts: Mapping[str, Sequence[Entry]],
     store: Store | None,
     progress: Progress,
-) -> Iterator[tuple[str, _Claim]]:
+) -> Iterator[tuple[str, Claim]]:
     texts = {name: same[0] for name, same in all_texts.items()}
     others = {source_name(same[0]): same[1:] for same in all_texts.values() if len(same) > 1}
-    facts = _read_sidecars(place, list(texts.values()), store, progress)
+    facts = read_sidecars(place, list(texts.values()), store, progress)
     claims = {
-        name: _Claim(SIDECAR, name, fact["caption"], fact["problem"])
-        for name, fact in facts.items()
+        name: Claim(SIDECAR, name, fact["caption"], fact["problem"]) for name, fact in facts.items()
     }
     lonely = set(claims)
     for poster in posters:
-        for entry in _candidates(poster, texts):
+        for entry in sidecars_of(poster, texts):
             name = source_name(entry)
             lonely.discard(name)
             yield poster, claims[name]
             for other in others.get(name, ()):
                 problem = f"beside {name}, which counts, and for the same poster; keep one"
-                yield poster, _Claim(SIDECAR, source_name(other), "", problem)
+                yield poster, Claim(SIDECAR, source_name(other), "", problem)
     for name in sorted(lonely):
         problem = "no poster of that name beside it; name it after its poster, or move it away"
         for lone in (name, *map(source_name, others.get(name, ()))):
-            yield lone, _Claim(SIDECAR, lone, "", problem)
+            yield lone, Claim(SIDECAR, lone, "", problem)
 
 
 def rehash_sidecars(place: Place, store: Store, progress: Progress | None = None) -> Rehash:
     """Read every sidecar of a place again and compare it with what is known, as `landing.rehash`
     does with posters. Raises LandingEmpty when the place cannot be listed."""
-    _, texts = _split(list_place(place))
+    _, texts = posters_and_texts(list_place(place))
     by_key = _sidecar_keys(place, texts.values())
     known = store.results(_SIDECARS, by_key)
 
@@ -321,7 +267,7 @@ def _sidecar_keys(place: Place, entries: Iterable[Entry]) -> dict[str, Entry]:
     }
 
 
-def _read_sidecars(
+def read_sidecars(
     place: Place, entries: Sequence[Entry], store: Store | None, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """By name: caption, problem, and whether the problem may pass by itself (`transient`)."""
@@ -351,7 +297,7 @@ def _read_sidecar(place: Place, entry: Entry) -> dict[str, Any]:
         problem = f"{entry.size} bytes are more than {MAX_BYTES}; a caption is a sentence"
         return {**fact, "problem": problem}
     try:
-        text, _ = _decode(place.read(entry))
+        text, _ = decode_text(place.read(entry))
         return {**fact, "caption": clean_caption(text)}
     except CaptionRejected as error:
         return {**fact, "problem": str(error)}
@@ -365,52 +311,14 @@ def _read_sidecar(place: Place, entry: Entry) -> dict[str, Any]:
         return {**fact, "problem": problem, "transient": True}
 
 
-def _decode(data: bytes) -> tuple[str, str]:
-    """The text and the encoding that gives the same bytes back. Raises UnicodeDecodeError."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16"), "utf-16"  # what some editors call "Unicode"
-    encoding = "utf-8-sig" if data.startswith(codecs.BOM_UTF8) else "utf-8"
-    return data.decode(encoding), encoding
-
-
-# -- captions.csv ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Record:
-    """One record of the CSV: the line on which it starts (from 1), as it is written, its cells."""
-
-    line: int
-    raw: str
-    cells: list[str]
-
-
-@dataclass(frozen=True)
-class _Sheet:
-    """The whole CSV; the heading is the first of the records that are not blank."""
-
-    records: list[_Record]
-    encoding: str
-    separator: str
-    width: int
-    name_column: int
-    caption_column: int
-
-    def rows(self) -> list[_Record]:
-        """The records below the heading."""
-        return [record for record in self.records if record.cells][1:]
-
-    def name(self, record: _Record) -> str:
-        """The file name that a record gives, "" for none."""
-        return record.cells[self.name_column] if len(record.cells) > self.name_column else ""
-
-
-def _csv_claims(given: CaptionsCsv, posters: Sequence[str]) -> Iterator[tuple[str, _Claim]]:
+def csv_claims(given: CaptionsCsv, posters: Sequence[str]) -> Iterator[tuple[str, Claim]]:
+    """The claims of the rows of the CSV, each with its poster, or what the row says where there is
+    no such poster. Raises CaptionsFileError."""
     if given.data is None:
         return
     path = given.path
-    sheet = _parse(path, given.data)
-    names = _Names(posters)
+    sheet = parse(path, given.data)
+    names = PosterNames(posters)
     for record in sheet.rows():
         where = f"{path.name}, line {record.line}"
         written = sheet.name(record)
@@ -432,103 +340,7 @@ def _csv_claims(given: CaptionsCsv, posters: Sequence[str]) -> Iterator[tuple[st
                 problem = str(error)
         if poster is None and not problem:
             problem = f"no poster of that name{names.hint(written)}"
-        yield poster or written.strip(), _Claim(CSV, where, caption, problem, record.line)
-
-
-class _Names:
-    """Names of posters, found as people type them."""
-
-    def __init__(self, posters: Sequence[str]) -> None:
-        self._exact = frozenset(posters)
-        self._composed = {_composed(name): name for name in posters}
-        self._loose = {name.casefold(): poster for name, poster in self._composed.items()}
-        self._last = {posixpath.basename(name): name for name in posters}
-
-    def find(self, written: str) -> str | None:
-        """The poster of that name; spaces around it, `./` and `\\` for `/` are allowed."""
-        if written in self._exact:
-            return written
-        plain = _composed(written.strip())
-        path = plain.replace("\\", "/").removeprefix("./")
-        return self._composed.get(plain) or self._composed.get(path)
-
-    def hint(self, written: str) -> str:
-        """What may have been meant, for the end of a sentence."""
-        plain = _composed(written.strip())
-        meant = self._loose.get(plain.casefold()) or self._last.get(posixpath.basename(plain))
-        return f"; is it {meant}?" if meant else "; correct it, or put the poster in"
-
-
-def _read_bytes(path: Path) -> bytes | None:
-    """The bytes of the CSV, None where there is none. Raises CaptionsFileError."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CaptionsFileError(
-            f"{path}: cannot be read ({error.strerror}); make it a readable file, or set "
-            "POSTERPIPE_CAPTIONS to another one"
-        ) from error
-
-
-def _parse(path: Path, data: bytes) -> _Sheet:
-    """Raises CaptionsFileError where the file is no such CSV."""
-    try:
-        text, encoding = _decode(data)
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise CaptionsFileError(
-            f"{path}:{line}: not UTF-8; save it as CSV in UTF-8 (Excel: CSV UTF-8)"
-        ) from error
-    separator = _separator(text)
-    records = _records(path, text, separator)
-    heading = next((record for record in records if record.cells), None)
-    wanted = "the first line must name the columns: file_name,caption"
-    if heading is None:
-        raise CaptionsFileError(f"{path}:1: empty; {wanted}")
-    names = [cell.strip().casefold() for cell in heading.cells]
-    if names.count("file_name") != 1 or names.count("caption") != 1:
-        separated = ", separated by commas" if len(names) == 1 else ""
-        raise CaptionsFileError(
-            f"{path}:{heading.line}: its columns are {', '.join(heading.cells)}; "
-            f"{wanted}{separated}"
-        )
-    columns = (names.index("file_name"), names.index("caption"))
-    return _Sheet(records, encoding, separator, len(names), *columns)
-
-
-_NAMED_SEPARATOR = re.compile(r"\s*sep=([^\s\"]|\t)\s*", re.IGNORECASE)
-"""The line with which Excel is told how a file is separated."""
-
-
-def _separator(text: str) -> str:
-    """Comma; or semicolon or tab, which Excel writes in many languages, where the heading has them
-    and no comma."""
-    heading = next((line for line in io.StringIO(text) if line.strip()), "")
-    if named := _NAMED_SEPARATOR.fullmatch(heading):
-        return named[1]
-    return next((mark for mark in ",;\t" if mark in heading), ",")
-
-
-def _records(path: Path, text: str, separator: str) -> list[_Record]:
-    # Not str.splitlines: it also splits at characters that are no line ends in a CSV.
-    lines = list(io.StringIO(text, newline=""))
-    reader = csv.reader(lines, strict=True, delimiter=separator)
-    records = []
-    start = 0
-    try:
-        for cells in reader:
-            raw = "".join(lines[start : reader.line_num])
-            blank = not any(cell.strip() for cell in cells) or _NAMED_SEPARATOR.fullmatch(raw)
-            records.append(_Record(start + 1, raw, [] if blank else cells))
-            start = reader.line_num
-    except csv.Error as error:
-        raise CaptionsFileError(
-            f"{path}:{start + 1}: {error}; put cells with commas or quotes into double quotes, and "
-            "write quotes inside them twice"
-        ) from error
-    return records
+        yield poster or written.strip(), Claim(CSV, where, caption, problem, record.line)
 
 
 # -- posters --------------------------------------------------------------------------------------
@@ -559,219 +371,3 @@ def captions_by_poster(posters: pd.DataFrame, human: pd.DataFrame) -> dict[str, 
         )
         found[poster_id] = HumanCaption(caption, note)
     return found
-
-
-# -- writing --------------------------------------------------------------------------------------
-
-
-def write_human_caption(
-    place: Place, csv_path: Path, name: str, caption: str, *, seen: str | None
-) -> Path:
-    """Give the poster `name` a caption by a person; the file that was written.
-
-    `name`: the poster's source_name. `seen`: the caption by a person that the writer had before
-    their eyes, None where there was none; when it is another by now, CaptionConflict is raised and
-    nothing changes. The caption goes where the one that counts stands, else into the CSV, which is
-    created when missing; everything else in it stays as it is, byte for byte. Writers of this
-    program wait for each other; one that saves with an editor in the same instant is noticed too.
-
-    Raises CaptionRejected (unknown poster, no caption), CaptionsFileError and PlaceMissing.
-    """
-    caption = clean_caption(caption)
-    csv_path = csv_path.resolve()
-    with _locked(csv_path.parent):
-        for _ in range(_ATTEMPTS):
-            path = _try_write(place, csv_path, name, caption, seen)
-            if path is not None:
-                return path
-    raise CaptionsFileError(f"{csv_path}: another program keeps writing it; close it there")
-
-
-def remove_human_caption(place: Place, csv_path: Path, name: str, *, seen: str) -> str | None:
-    """Take back the caption that people gave the poster `name`; the one by a person that counts
-    from then on, None where there is none.
-
-    `seen`: as for `write_human_caption`, whose care for other writers this has too. The poster's
-    text file goes, and so do the rows of the CSV that say the same; what says something else stays.
-
-    Raises CaptionRejected (unknown poster, a text file of several posters or one in a bucket),
-    CaptionConflict, CaptionsFileError and PlaceMissing.
-    """
-    csv_path = csv_path.resolve()
-    removed = False
-    with _locked(csv_path.parent):
-        for _ in range(_ATTEMPTS):
-            now = _standing(place, csv_path, name)
-            if now.caption != seen:
-                if not removed:
-                    raise CaptionConflict(name, now.caption)
-                return now.caption
-            if removed and now.sharing:  # the same words for several posters: they stay
-                return now.caption
-            removed = _try_remove(place, csv_path, name, now) or removed
-    raise CaptionsFileError(f"{csv_path}: another program keeps writing it; close it there")
-
-
-@dataclass(frozen=True)
-class _Standing:
-    """The caption by a person that counts for a poster at one moment, and where it stands."""
-
-    caption: str | None
-    sidecar: Entry | None
-    """None where it stands in the CSV, or nowhere."""
-    sharing: tuple[str, ...]
-    """Other posters that the sidecar speaks for."""
-    posters: list[str]
-    sheet: bytes | None
-    """The CSV."""
-    lines: frozenset[int]
-    """Of the rows that give this poster this caption."""
-
-
-def _standing(place: Place, csv_path: Path, name: str) -> _Standing:
-    posters, texts = _split(place.entries())
-    if name not in posters:
-        raise CaptionRejected(f"{name}: no poster of that name in {place.location}")
-    sidecars = _candidates(name, texts)
-    facts = _read_sidecars(place, sidecars, None, NoProgress())
-    sidecar = next((e for e in sidecars if not facts[source_name(e)]["problem"]), None)
-    sheet = _read_bytes(csv_path)
-    if sidecar is not None:
-        caption = facts[source_name(sidecar)]["caption"]
-        owners = [poster for poster in posters if sidecar in _candidates(poster, texts)]
-        sharing = tuple(poster for poster in owners if poster != name)
-        return _Standing(caption, sidecar, sharing, posters, sheet, frozenset())
-    rows = [
-        claim
-        for poster, claim in _csv_claims(CaptionsCsv(csv_path, sheet), posters)
-        if poster == name and not claim.problem
-    ]
-    caption = rows[0].caption if rows else None
-    lines = frozenset(row.line for row in rows if row.caption == caption)
-    return _Standing(caption, None, (), posters, sheet, lines)
-
-
-def _folder(place: Place, name: str, sidecar: Entry) -> Path:
-    """Where the sidecars lie that are written here. Raises CaptionRejected for a bucket."""
-    if not isinstance(place, Folder):
-        raise CaptionRejected(
-            f"{name}: its caption lies beside it in {place.location}; change {sidecar.name} there"
-        )
-    return Path(place.location)
-
-
-def _try_write(
-    place: Place, csv_path: Path, name: str, caption: str, seen: str | None
-) -> Path | None:
-    """The file written; None where it was changed between reading and writing."""
-    now = _standing(place, csv_path, name)
-    if now.caption != seen:
-        raise CaptionConflict(name, now.caption)
-    if now.sidecar is None:
-        after = _with_row(csv_path, now.sheet, _Names(now.posters), name, caption)
-        return csv_path if _replace(csv_path, now.sheet, after) else None
-    folder = _folder(place, name, now.sidecar)
-    if now.sharing:
-        # The shorter name speaks for other posters as well; they keep it.
-        path = folder / f"{name}.txt"
-        return path if _replace(path, _read_bytes(path), f"{caption}\n".encode()) else None
-    path = folder / now.sidecar.name
-    try:
-        old = place.read(now.sidecar)
-    except SourceChanged:
-        return None
-    _, encoding = _decode(old)
-    return path if _replace(path, old, f"{caption}\n".encode(encoding)) else None
-
-
-def _try_remove(place: Place, csv_path: Path, name: str, now: _Standing) -> bool:
-    """Whether the caption was removed from where it counts; not so where that was changed between
-    reading and writing."""
-    if now.sidecar is None:
-        assert now.sheet is not None
-        sheet = _parse(csv_path, now.sheet)
-        kept = "".join(record.raw for record in sheet.records if record.line not in now.lines)
-        return _replace(csv_path, now.sheet, kept.encode(sheet.encoding))
-    folder = _folder(place, name, now.sidecar)
-    if now.sharing:
-        raise CaptionRejected(
-            f"{name}: its caption lies in {now.sidecar.name}, which speaks for "
-            f"{', '.join(now.sharing)} too; change that file, or write a caption for this poster"
-        )
-    try:
-        old = place.read(now.sidecar)
-    except SourceChanged:
-        return False
-    return _replace(folder / now.sidecar.name, old, None)
-
-
-def _with_row(path: Path, data: bytes | None, names: _Names, name: str, caption: str) -> bytes:
-    """The CSV with the caption of that poster in its first row for it, or in a row at the end."""
-    if data is None or not data.strip():
-        heading = _Record(1, "file_name,caption\n", ["file_name", "caption"])
-        sheet = _Sheet([heading], "utf-8", ",", 2, 0, 1)
-    else:
-        sheet = _parse(path, data)
-    line_end = "\r\n" if "\r\n" in sheet.records[0].raw else "\n"
-    parts = []
-    done = False
-    rows = {record.line for record in sheet.rows()}
-    for record in sheet.records:
-        # A row with too many cells does not tell where its caption ends: it stays, and is said.
-        fits = record.line in rows and len(record.cells) <= sheet.width
-        if not done and fits and names.find(sheet.name(record)) == name:
-            parts.append(_line(sheet, record.cells, name, caption, line_end))
-            done = True
-        else:
-            parts.append(record.raw)
-    if not done:
-        if not parts[-1].endswith(("\n", "\r")):
-            parts.append(line_end)
-        parts.append(_line(sheet, [], name, caption, line_end))
-    return "".join(parts).encode(sheet.encoding)
-
-
-def _line(sheet: _Sheet, cells: Sequence[str], name: str, caption: str, line_end: str) -> str:
-    filled = [*cells, *[""] * (sheet.width - len(cells))]
-    filled[sheet.name_column] = filled[sheet.name_column] or name
-    filled[sheet.caption_column] = caption
-    buffer = io.StringIO()
-    csv.writer(buffer, delimiter=sheet.separator, lineterminator=line_end).writerow(filled)
-    return buffer.getvalue()
-
-
-def _replace(path: Path, before: bytes | None, after: bytes | None) -> bool:
-    """Write the file, or remove it for None, unless it is not any more what was read."""
-    try:
-        now = path.read_bytes() if path.exists() else None
-        if now != before:
-            return False
-        if after is None:
-            path.unlink(missing_ok=True)
-            return True
-        mode = path.stat().st_mode & 0o777 if now is not None else None
-        write_atomic(path, after)
-        if mode is not None:
-            os.chmod(path, mode)
-    except OSError as error:
-        raise CaptionsFileError(
-            f"{path}: cannot be written ({error.strerror}); make it writable"
-        ) from error
-    return True
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time, among processes and threads; the lock ends with its holder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows: `_replace` still notices most of what another one wrote
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)  # the folder itself, so that no lock file lies about
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

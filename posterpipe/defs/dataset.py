@@ -98,7 +98,8 @@ def human_captions(
     nothing may be mounted there.
     """
     from posterpipe.core.arrivals import captions_digest
-    from posterpipe.core.captions import read_csv, read_human_captions, unread_count
+    from posterpipe.core.captions import read_human_captions, unread_count
+    from posterpipe.core.captions_csv import read_csv
     from posterpipe.core.landing import list_posters
     from posterpipe.core.listing import open_place
 

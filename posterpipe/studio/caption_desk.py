@@ -1,8 +1,8 @@
 """Posters with their captions, for people to look through and mend.
 
 What belongs here: which poster has which caption, by whom, and what is to be looked at; small
-pictures of posters; saving. What does not: captions on disk and what a conflict is
-(`core.captions`), and pages.
+pictures of posters; saving. What does not: captions on disk (`core.captions`), what a conflict is
+(`core.caption_edits`), and pages.
 
 The tables of the pipeline tell what BLIP wrote; the files tell what people wrote, also since the
 pipeline ran last.
@@ -20,11 +20,9 @@ from typing import Literal
 import pandas as pd
 from PIL import Image
 
-from posterpipe.core.captions import (
-    read_human_captions,
-    remove_human_caption,
-    write_human_caption,
-)
+from posterpipe.core.caption_edits import remove_human_caption, write_human_caption
+from posterpipe.core.captions import read_human_captions
+from posterpipe.core.captions_csv import read_csv
 from posterpipe.core.files import file_signature
 from posterpipe.core.images import decode, open_image, png_bytes, upright
 from posterpipe.core.landing import EXTENSIONS
@@ -154,7 +152,7 @@ class CaptionDesk:
             return None
 
     def _read(self, entries: list[Entry]) -> list[Captioned]:
-        human = read_human_captions(self._place, self._csv)
+        human = read_human_captions(self._place, read_csv(self._csv))
         good = human[human["status"] == "ok"]
         written = dict(zip(good["source_name"], good["caption"], strict=True))
         flags: dict[str, list[str]] = {}

@@ -1,29 +1,24 @@
-"""Captions by people: read whatever they wrote, said what counts, and saved without losses."""
+"""Captions by people: read whatever they wrote, and said what counts."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import threading
 import unicodedata
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from posterpipe.core import captions as module
+from posterpipe.core.caption_edits import remove_human_caption, write_human_caption
 from posterpipe.core.captions import (
     COLUMNS,
-    CaptionConflict,
     CaptionRejected,
-    CaptionsFileError,
     captions_by_poster,
     read_human_captions,
-    remove_human_caption,
     unread_count,
-    write_human_caption,
 )
-from posterpipe.core.listing import Folder, PlaceMissing, open_place
+from posterpipe.core.captions_csv import CaptionsFileError, read_csv
+from posterpipe.core.listing import Entry, Folder, PlaceMissing, open_place
 from posterpipe.core.store import Store
 
 
@@ -51,7 +46,7 @@ class Project:
         (self.landing / name).write_text(text, "utf-8")
 
     def read(self, store: Store | None = None) -> pd.DataFrame:
-        return read_human_captions(self.place, self.csv, store)
+        return read_human_captions(self.place, read_csv(self.csv), store)
 
     def accepted(self) -> dict[str, str]:
         table = self.read()
@@ -125,7 +120,7 @@ def test_of_text_files_that_come_to_one_name_one_counts_and_the_others_are_said(
     project.sidecar(winner, "new words")
     entries = project.place.entries()
     for order in (entries, entries[::-1]):
-        table = read_human_captions(project.place, project.csv, entries=order)
+        table = read_human_captions(project.place, read_csv(project.csv), entries=order)
         assert table[["source_name", "caption", "status"]].to_numpy().tolist() == [
             [poster, "", "rejected"],
             [poster, "new words", "ok"],
@@ -273,10 +268,10 @@ def test_a_sidecar_that_cannot_be_read_is_counted_and_read_when_it_can(
     store = Store(tmp_path / "store")
 
     class Failing(Folder):
-        def read(self, entry: module.Entry) -> bytes:
+        def read(self, entry: Entry) -> bytes:
             raise PermissionError(13, "Permission denied")
 
-    table = read_human_captions(Failing(project.landing), project.csv, store)
+    table = read_human_captions(Failing(project.landing), read_csv(project.csv), store)
     assert table["status"].tolist() == ["rejected"]
     assert "cat.txt: cannot be read (Permission denied)" in table["reason"][0]
     assert unread_count(table) == 1
@@ -338,7 +333,7 @@ def test_a_folder_in_the_place_of_the_csv_is_an_error(project: Project) -> None:
 
 def test_captions_that_cannot_be_seen_are_not_taken_for_removed_ones(project: Project) -> None:
     with pytest.raises(PlaceMissing):
-        read_human_captions(Folder(project.landing / "gone"), project.csv)
+        read_human_captions(Folder(project.landing / "gone"), read_csv(project.csv))
 
 
 def test_unchanged_sidecars_are_not_read_again(project: Project, tmp_path: Path) -> None:
@@ -349,12 +344,12 @@ def test_unchanged_sidecars_are_not_read_again(project: Project, tmp_path: Path)
     read: list[str] = []
 
     class Watched(Folder):
-        def read(self, entry: module.Entry) -> bytes:
+        def read(self, entry: Entry) -> bytes:
             read.append(entry.name)
             return super().read(entry)
 
     project.sidecar("tree.txt", "an old tree")
-    second = read_human_captions(Watched(project.landing), project.csv, store)
+    second = read_human_captions(Watched(project.landing), read_csv(project.csv), store)
     assert read == ["tree.txt"]
     assert first["caption"].tolist() == ["a cat", "a tree"]
     assert second["caption"].tolist() == ["a cat", "an old tree"]
@@ -391,7 +386,7 @@ def test_sidecars_in_a_bucket_are_read(project: Project) -> None:
     files.pipe("/captions-test/cat.txt", b"a cat in a bucket")
     try:
         place = open_place("memory://captions-test")
-        table = read_human_captions(place, project.csv)
+        table = read_human_captions(place, read_csv(project.csv))
         assert table["caption"].tolist() == ["a cat in a bucket"]
         with pytest.raises(CaptionRejected, match=r"change cat\.txt there"):
             write_human_caption(place, project.csv, "cat.png", "mine", seen="a cat in a bucket")
@@ -438,190 +433,3 @@ def test_tables_without_rows_give_no_captions() -> None:
     empty = pd.DataFrame(columns=COLUMNS)
     assert captions_by_poster(raw(), empty) == {}
     assert captions_by_poster(raw(("a.png", "1", "ok")), empty) == {}
-
-
-# -- writing --------------------------------------------------------------------------------------
-
-
-def test_the_first_caption_creates_the_csv(project: Project) -> None:
-    assert project.write("cat.png", 'a "fat", grey\ncat', None) == project.csv.resolve()
-    assert project.csv.read_bytes() == b'file_name,caption\ncat.png,"a ""fat"", grey cat"\n'
-    assert project.accepted() == {"cat.png": 'a "fat", grey cat'}
-
-
-def test_all_else_in_the_csv_stays_byte_for_byte(project: Project) -> None:
-    before = (
-        "\ufefffile_name,caption,by\r\n"
-        "dog.png,gone but kept,me\r\n"
-        "\r\n"
-        'rocket.png,"a rocket,\nred",me\r\n'
-        " cat.png ,old,you\r\n"
-        "tree.jpg,too, many, cells\r\n"
-        "cat.png,second row,them"
-    )
-    project.csv.write_bytes(before.encode())
-    project.csv.chmod(0o640)
-    project.write("cat.png", "new", "old")
-    after = project.csv.read_bytes().decode()
-    assert after == before.replace(" cat.png ,old,you", " cat.png ,new,you")
-    project.write("tree.jpg", "a tree", None)
-    assert project.csv.read_bytes().decode() == after + "\r\ntree.jpg,a tree,\r\n"
-    assert project.accepted() == {
-        "cat.png": "new",
-        "rocket.png": "a rocket, red",
-        "tree.jpg": "a tree",
-    }
-    assert project.csv.stat().st_mode & 0o777 == 0o640
-
-
-def test_an_empty_row_is_filled_where_it_stands(project: Project) -> None:
-    project.csv.write_text("caption,file_name\n,cat.png\nx,tree.jpg\n", "utf-8")
-    project.write("cat.png", "a cat", None)
-    assert project.csv.read_text("utf-8") == "caption,file_name\na cat,cat.png\nx,tree.jpg\n"
-
-
-def test_a_caption_that_stands_in_a_sidecar_is_changed_there(project: Project) -> None:
-    project.sidecar("cat.txt", "old")
-    assert project.write("cat.png", "new", "old") == project.landing / "cat.txt"
-    assert (project.landing / "cat.txt").read_text("utf-8") == "new\n"
-    assert not project.csv.exists()
-
-
-def test_a_sidecar_that_several_posters_share_is_left_to_the_others(project: Project) -> None:
-    project.poster("cat.jpg")
-    project.sidecar("cat.txt", "both")
-    project.write("cat.png", "only this", "both")
-    assert project.accepted() == {"cat.jpg": "both", "cat.png": "only this"}
-
-
-@pytest.mark.parametrize("name", ["back\\slash.png", " spaces .png", "new\nline.png", '"q",.png'])
-def test_what_is_written_for_a_name_is_read_for_that_name(project: Project, name: str) -> None:
-    project.poster(name)
-    project.poster(name.strip())
-    project.write(name, "odd", None)
-    project.write(name, "odder", "odd")
-    assert project.accepted() == {name: "odder"}
-    assert len(project.csv.read_text("utf-8").split("odd")) == 2
-
-
-@pytest.mark.parametrize("seen", [None, "older"])
-def test_a_caption_changed_meanwhile_is_not_overwritten(project: Project, seen: str | None) -> None:
-    project.write("cat.png", "theirs", None)
-    before = project.csv.read_bytes()
-    with pytest.raises(CaptionConflict, match="theirs") as caught:
-        project.write("cat.png", "mine", seen)
-    assert caught.value.current == "theirs"
-    assert project.csv.read_bytes() == before
-    project.write("cat.png", "mine", caught.value.current)
-    assert project.accepted() == {"cat.png": "mine"}
-
-
-def test_a_caption_removed_meanwhile_is_a_conflict_too(project: Project) -> None:
-    with pytest.raises(CaptionConflict, match="it is gone") as caught:
-        project.write("cat.png", "mine", "theirs")
-    assert caught.value.current is None
-
-
-def test_a_row_that_an_editor_saves_in_the_same_instant_is_kept(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    project.csv.write_text("file_name,caption\n", "utf-8")
-    replace = module._replace
-    saved: list[Path] = []
-
-    def editor_first(path: Path, before: bytes | None, after: bytes | None) -> bool:
-        if not saved:
-            saved.append(path)
-            project.csv.write_text("file_name,caption\ntree.jpg,by editor\n", "utf-8")
-        return replace(path, before, after)
-
-    monkeypatch.setattr(module, "_replace", editor_first)
-    project.write("cat.png", "a cat", None)
-    assert project.accepted() == {"cat.png": "a cat", "tree.jpg": "by editor"}
-
-
-@pytest.mark.parametrize(("name", "caption"), [("dog.png", "a dog"), ("cat.png", "  ")])
-def test_an_unknown_poster_and_an_empty_caption_are_refused(
-    project: Project, name: str, caption: str
-) -> None:
-    with pytest.raises(CaptionRejected):
-        project.write(name, caption, None)
-    assert not project.csv.exists()
-
-
-def test_a_damaged_csv_is_not_written(project: Project) -> None:
-    project.csv.write_bytes(b"name,words\n")
-    with pytest.raises(CaptionsFileError, match=":1: "):
-        project.write("cat.png", "a cat", None)
-    assert project.csv.read_bytes() == b"name,words\n"
-
-
-def save_many(root: Path, writer: int, count: int) -> None:
-    """What one process of the test below does: its own posters, one after the other."""
-    place = Folder(root / "landing")
-    for number in range(count):
-        name = f"w{writer}-{number}.png"
-        write_human_caption(place, root / "captions.csv", name, f"caption of {name}", seen=None)
-
-
-def test_writers_at_the_same_time_lose_no_row(project: Project, tmp_path: Path) -> None:
-    writers, count = 3, 8
-    names = [f"w{writer}-{number}.png" for writer in range(writers) for number in range(count)]
-    for name in names:
-        project.poster(name)
-    context = multiprocessing.get_context("spawn")
-    workers: list[threading.Thread | multiprocessing.process.BaseProcess] = [
-        threading.Thread(target=save_many, args=(tmp_path, 0, count)),
-        threading.Thread(target=save_many, args=(tmp_path, 1, count)),
-        context.Process(target=save_many, args=(tmp_path, 2, count)),
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert project.accepted() == {name: f"caption of {name}" for name in names}
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_a_caption_taken_back_leaves_all_else_in_the_csv_byte_for_byte(project: Project) -> None:
-    kept = ["\ufefffile_name,caption,by\r\n", "rocket.png,a rocket,me\r\n", "\r\n"]
-    gone = [" cat.png ,a cat,you\r\n", "cat.png,a  cat,them"]
-    project.csv.write_bytes("".join([*kept[:2], gone[0], kept[2], gone[1]]).encode())
-    assert project.remove("cat.png", "a cat") is None
-    assert project.csv.read_bytes().decode() == "".join(kept)
-    assert project.accepted() == {"rocket.png": "a rocket"}
-    assert project.remove("rocket.png", "a rocket") is None
-    assert project.accepted() == {} and project.rejected() == {}
-
-
-def test_a_caption_taken_back_goes_from_the_text_file_and_from_the_csv(project: Project) -> None:
-    project.sidecar("cat.png.txt", "a cat\n")
-    project.csv.write_text("file_name,caption\ncat.png,a cat\n", "utf-8")
-    assert project.remove("cat.png", "a cat") is None
-    assert not (project.landing / "cat.png.txt").exists()
-    assert project.csv.read_text("utf-8") == "file_name,caption\n"
-
-
-def test_other_words_than_those_taken_back_stay_and_are_told(project: Project) -> None:
-    project.sidecar("cat.txt", "a cat")
-    project.csv.write_text("file_name,caption\ncat.png,a tomcat\n", "utf-8")
-    assert project.remove("cat.png", "a cat") == "a tomcat"
-    assert project.accepted() == {"cat.png": "a tomcat"}
-
-
-def test_what_was_changed_meanwhile_or_is_shared_is_not_taken_back(project: Project) -> None:
-    project.poster("cat.jpg")
-    project.sidecar("cat.txt", "both")
-    with pytest.raises(CaptionConflict) as caught:
-        project.remove("cat.png", "older")
-    assert caught.value.current == "both"
-    with pytest.raises(CaptionRejected, match="which speaks for"):
-        project.remove("cat.png", "both")
-    assert project.accepted() == {"cat.jpg": "both", "cat.png": "both"}
-    project.write("cat.png", "only this", "both")
-    assert project.remove("cat.png", "only this") == "both"
-    # Nor where a text file of its own says the same words.
-    project.write("cat.png", "both", "both")
-    project.sidecar("cat.png.txt", "both")
-    assert project.remove("cat.png", "both") == "both"
-    assert not (project.landing / "cat.png.txt").exists()

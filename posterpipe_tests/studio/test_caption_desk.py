@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from posterpipe.core.captions import CaptionConflict
+from posterpipe.core.caption_edits import CaptionConflict
 from posterpipe.core.landing import scan
 from posterpipe.core.listing import PlaceMissing
 from posterpipe.core.progress import NoProgress

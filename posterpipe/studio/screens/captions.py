@@ -9,13 +9,9 @@ from typing import Any
 
 import streamlit as st
 
-from posterpipe.core.captions import (
-    MAX_CHARACTERS,
-    CaptionConflict,
-    CaptionRejected,
-    CaptionsFileError,
-    clean_caption,
-)
+from posterpipe.core.caption_edits import CaptionConflict
+from posterpipe.core.captions import MAX_CHARACTERS, CaptionRejected, clean_caption
+from posterpipe.core.captions_csv import CaptionsFileError
 from posterpipe.core.listing import PlaceMissing
 from posterpipe.studio import look
 from posterpipe.studio.caption_desk import Captioned
