@@ -20,7 +20,8 @@ import pandas as pd
 from PIL import Image, ImageDraw
 
 from posterpipe.core.publication import publish_scores
-from posterpipe.core.warehouse import Warehouse, insert, record_generations
+from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse_rows import insert, record_generations
 from posterpipe.settings import default_root
 from posterpipe_tests import study
 

@@ -24,7 +24,8 @@ import pandas as pd
 from posterpipe.core.files import write_atomic
 from posterpipe.core.gate import Decision, Verdict
 from posterpipe.core.store import content_key
-from posterpipe.core.warehouse import Warehouse, WarehouseError, insert
+from posterpipe.core.warehouse import Warehouse, WarehouseError
+from posterpipe.core.warehouse_rows import insert
 
 GATE = "gate"
 """`decided_by` of decisions that no person took."""

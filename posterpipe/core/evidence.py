@@ -37,7 +37,8 @@ from posterpipe.core.metrics.specificity import measure_specificity
 from posterpipe.core.progress import Progress
 from posterpipe.core.provenance import checkpoint_facts, images_trained_on
 from posterpipe.core.store import Store
-from posterpipe.core.warehouse import Warehouse, delete_titles, insert
+from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse_rows import delete_titles, insert
 from posterpipe.settings import GateSettings, ScorerSettings, Settings
 
 EVIDENCE_COLUMNS = (

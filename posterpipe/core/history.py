@@ -19,7 +19,8 @@ import pandas as pd
 from posterpipe.core.generations import GENERATION
 from posterpipe.core.provenance import CHECKPOINT, ENVIRONMENT, record_environment
 from posterpipe.core.store import Store
-from posterpipe.core.warehouse import Warehouse, fill_checkpoints, insert
+from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse_rows import fill_checkpoints, insert
 
 
 def record_history(

@@ -11,7 +11,8 @@ import datetime as dt
 import pandas as pd
 
 from posterpipe.core.store import Store
-from posterpipe.core.warehouse import Warehouse, replace_posters
+from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse_rows import replace_posters
 
 INVENTORY_COLUMNS = (
     "poster_id", "source_name", "status", "reason", "format", "width", "height", "size_bytes",

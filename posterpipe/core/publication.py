@@ -35,14 +35,18 @@ from posterpipe.core.errors import first_line
 from posterpipe.core.files import fsync
 from posterpipe.core.warehouse import (
     BUSY_SECONDS,
-    SCHEMA_VERSION,
-    TABLES,
-    VIEWS,
     WarehouseError,
     WarehouseMissing,
     retry_while_busy,
 )
-from posterpipe.core.warehouse_comments import TABLE, comment_on, describe_warehouse
+from posterpipe.core.warehouse_schema import (
+    SCHEMA_VERSION,
+    TABLE,
+    TABLES,
+    VIEWS,
+    comment_on,
+    describe_warehouse,
+)
 
 SNAPSHOTS_KEPT = 5
 """Publications that stay, the newest included; each takes as much room as the database."""

@@ -16,7 +16,8 @@ from posterpipe.core.backup import ELSEWHERE, WHOLE, BackupError, back_up
 from posterpipe.core.files import unchanged
 from posterpipe.core.publication import publish_scores
 from posterpipe.core.store import Store
-from posterpipe.core.warehouse import Warehouse, insert
+from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse_rows import insert
 from posterpipe_tests.core.test_warehouse import score
 
 

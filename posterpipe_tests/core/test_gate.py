@@ -24,7 +24,8 @@ from posterpipe.core.decisions import (
 )
 from posterpipe.core.gate import Decision, decide, gather
 from posterpipe.core.statistics import CONTRASTS, effect_of, effects
-from posterpipe.core.warehouse import Warehouse, insert
+from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse_rows import insert
 from posterpipe.settings import GateSettings
 
 SETTINGS = GateSettings()

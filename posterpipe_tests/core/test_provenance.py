@@ -32,12 +32,8 @@ from posterpipe.core.publication import publish_scores
 from posterpipe.core.store import Store
 from posterpipe.core.trace import NotTraceable, as_tree, trace
 from posterpipe.core.training_set import build_training_set
-from posterpipe.core.warehouse import (
-    Warehouse,
-    WarehouseMissing,
-    insert,
-    record_generations,
-)
+from posterpipe.core.warehouse import Warehouse, WarehouseMissing
+from posterpipe.core.warehouse_rows import insert, record_generations
 from posterpipe_tests.core.test_garbage import age
 from posterpipe_tests.core.test_warehouse import generation, score
 

@@ -19,8 +19,8 @@ import pytest
 
 from posterpipe.core import publication
 from posterpipe.core.publication import PublishError, content_digest, publish_scores
-from posterpipe.core.warehouse import SCHEMA_VERSION, TABLES, VIEWS, Warehouse, WarehouseMissing
-from posterpipe.core.warehouse_comments import COMMENTS
+from posterpipe.core.warehouse import Warehouse, WarehouseMissing
+from posterpipe.core.warehouse_schema import COMMENTS, SCHEMA_VERSION, TABLES, VIEWS
 from posterpipe_tests.core.conftest import Disk
 from posterpipe_tests.core.test_warehouse import fill, generation, hold, score
 
@@ -337,7 +337,8 @@ WRITER = """
 import sys, time
 from pathlib import Path
 import pandas as pd
-from posterpipe.core.warehouse import Warehouse, insert, record_generations
+from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse_rows import insert, record_generations
 from posterpipe_tests.core.test_warehouse import LATER, generation, score
 
 warehouse, number = Warehouse(Path(sys.argv[1]), busy_seconds=60), 0

@@ -17,17 +17,14 @@ import pytest
 
 from posterpipe.core.decisions import read_decisions
 from posterpipe.core.publication import publish_scores
-from posterpipe.core.warehouse import (
-    SCHEMA_VERSION,
-    Warehouse,
-    WarehouseBusy,
-    WarehouseError,
-    WarehouseMissing,
+from posterpipe.core.warehouse import Warehouse, WarehouseBusy, WarehouseError, WarehouseMissing
+from posterpipe.core.warehouse_rows import (
     fill_checkpoints,
     insert,
     record_generations,
     replace_current,
 )
+from posterpipe.core.warehouse_schema import SCHEMA_VERSION
 
 NOW = dt.datetime(2026, 1, 2, 3, 4, 5)
 LATER = dt.datetime(2026, 2, 2)

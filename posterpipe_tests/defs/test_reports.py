@@ -29,7 +29,8 @@ from posterpipe.core import statistics, thesis
 from posterpipe.core.decisions import DECISION_COLUMNS, champion_of, verdicts
 from posterpipe.core.score_report.data import TO_BASELINE
 from posterpipe.core.sql_functions import register
-from posterpipe.core.warehouse import Warehouse, delete_titles
+from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse_rows import delete_titles
 from posterpipe.defs import dbt_reports, reports
 from posterpipe.defs.alerts import reason_of
 from posterpipe.defs.automation import with_policy

@@ -22,9 +22,9 @@ import pandas as pd
 from posterpipe.core.images import UNREADABLE
 from posterpipe.core.models import revision_of
 from posterpipe.core.store import content_key
-from posterpipe.core.warehouse import (
+from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse_rows import (
     HELD_COLUMNS,
-    Warehouse,
     insert,
     read_scores,
     record_generations,
