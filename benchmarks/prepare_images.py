@@ -83,16 +83,17 @@ def ours(landing: Path, output: Path, *, with_scan: bool) -> Callable[[], list[P
     """What the assets run, up to their tables; the scan is done before unless it is counted."""
     from posterpipe.core.images import resize_posters
     from posterpipe.core.landing import scan
+    from posterpipe.core.listing import Folder
     from posterpipe.core.store import Store
     from posterpipe.settings import ImageSettings
 
     width, height = TRAINING_SIZE
     settings = ImageSettings(width=width, height=height)
     store = Store(output)
-    scanned = None if with_scan else scan(landing, settings, store)
+    scanned = None if with_scan else scan(Folder(landing), settings, store)
 
     def run() -> list[Path]:
-        posters = scan(landing, settings, store) if scanned is None else scanned
+        posters = scan(Folder(landing), settings, store) if scanned is None else scanned
         store.write_table("raw_posters", posters)
         resized = resize_posters(store, posters, settings)
         store.write_table("resized_posters", resized)

@@ -17,6 +17,7 @@ from posterpipe import cli
 from posterpipe.commands import doctor
 from posterpipe.commands.demo import require_inputs
 from posterpipe.core.landing import scan
+from posterpipe.core.listing import Folder
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.store import Store
 from posterpipe.settings import ModelRef, Settings, SettingsError, load_settings
@@ -249,7 +250,7 @@ def test_rehash_reads_every_poster_and_says_what_changed(tmp_path: Path) -> None
     assert first.returncode == 0, first.stderr
     assert "1 not read before:\n  a.bmp" in first.stdout
     assert "1 not read before:\n  held.bmp" in first.stdout
-    scan(landing, load_settings("starter").images, Store(tmp_path / "store"))
+    scan(Folder(landing), load_settings("starter").images, Store(tmp_path / "store"))
     data, stats = bytearray((landing / "a.bmp").read_bytes()), (landing / "a.bmp").stat()
     data[-1] ^= 1
     with open(landing / "a.bmp", "r+b") as file:

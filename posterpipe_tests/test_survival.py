@@ -43,6 +43,7 @@ from rich.console import Console
 
 from posterpipe.commands import demo
 from posterpipe.core import captioner, images, landing, warehouse
+from posterpipe.core.listing import Folder
 from posterpipe.core.store import Store, StoreError, table_version
 from posterpipe.definitions import build_defs
 from posterpipe.defs import resources, training
@@ -751,11 +752,13 @@ def test_a_poster_that_is_replaced_while_it_is_read_is_one_or_the_other(tmp_path
     while writer.is_alive():
         if min(seen["ok"], seen["rejected"]) >= 10 or time.monotonic() > deadline:
             enough.touch()
-        row = landing.scan(folder, limits, kept).iloc[0]
+        row = landing.scan(Folder(folder), limits, kept).iloc[0]
         seen[row["status"]] += 1
         if row["status"] == "ok":
             assert row["poster_id"] in whole
-            resized = images.resize_posters(kept, landing.scan(folder, limits, kept), limits)
+            resized = images.resize_posters(
+                kept, landing.scan(Folder(folder), limits, kept), limits
+            )
             assert set(resized["status"]) <= {"ok"}
         else:
             # Caught while it is written it is empty or cut, or no more what was listed.
@@ -763,7 +766,7 @@ def test_a_poster_that_is_replaced_while_it_is_read_is_one_or_the_other(tmp_path
     assert finished(writer) == 0
     assert seen["ok"] and seen["rejected"], seen  # else nothing was tried
     # When it rests, it is read as it is.
-    last = landing.scan(folder, limits, kept).iloc[0]
+    last = landing.scan(Folder(folder), limits, kept).iloc[0]
     assert last["status"] == "ok"
     assert last["poster_id"] == hashlib.sha256(poster.read_bytes()).hexdigest()
     assert_sound(kept.root)
@@ -785,7 +788,7 @@ def read_and_resize(folder: Path, root: Path, report: Path) -> None:
     counted = Counted()
     kept = Store(root)
     before = memory_mb()
-    posters = landing.scan(folder, limits, kept, counted)
+    posters = landing.scan(Folder(folder), limits, kept, counted)
     resized = images.resize_posters(kept, posters, limits, counted)
     kept.write_table("raw_posters", posters)
     kept.write_table("resized_posters", resized)

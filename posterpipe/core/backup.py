@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posterpipe.core.files import write_atomic
-from posterpipe.core.progress import NoProgress, Progress
+from posterpipe.core.progress import NO_PROGRESS, Progress
 from posterpipe.core.store import BUSY_SECONDS
 
 ELSEWHERE, WHOLE = "elsewhere", "backup.json"
@@ -62,7 +62,7 @@ def back_up(
     root: Path,
     store: Path,
     places: Sequence[Path],
-    progress: Progress | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> Backup:
     """Copies the store and other files and folders into a new or empty folder.
 
@@ -85,7 +85,6 @@ def back_up(
     copy = _Copy(folder, root)
     published = store / _PUBLISHED
     missing = [place for place in (store, *places, published) if not place.exists()]
-    progress = progress or NoProgress()
     copy.all((file for place in places for file in _files(place)), "inputs and history", progress)
     copy.all(_naming_others(store), "index and tables", progress)
     copy.all(_of_the_store(store), "store", progress)

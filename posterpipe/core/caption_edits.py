@@ -33,7 +33,7 @@ from posterpipe.core.captions_csv import (
 )
 from posterpipe.core.files import write_atomic
 from posterpipe.core.listing import Entry, Folder, Place, SourceChanged, source_name
-from posterpipe.core.progress import NoProgress
+from posterpipe.core.progress import NO_PROGRESS
 
 _ATTEMPTS = 20
 
@@ -120,7 +120,7 @@ def _standing(place: Place, csv_path: Path, name: str) -> _Standing:
     if name not in posters:
         raise CaptionRejected(f"{name}: no poster of that name in {place.location}")
     sidecars = sidecars_of(name, texts)
-    facts = read_sidecars(place, sidecars, None, NoProgress())
+    facts = read_sidecars(place, sidecars, None, NO_PROGRESS)
     sidecar = next((e for e in sidecars if not facts[source_name(e)]["problem"]), None)
     csv = read_csv(csv_path)
     if sidecar is not None:

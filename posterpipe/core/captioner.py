@@ -30,7 +30,7 @@ from posterpipe.core.errors import first_line
 from posterpipe.core.memory import TOO_LITTLE_MEMORY, doubt, is_out_of_memory
 from posterpipe.core.models import fingerprint, locate, quiet_hub
 from posterpipe.core.parallel import cores
-from posterpipe.core.progress import NoProgress, Progress
+from posterpipe.core.progress import NO_PROGRESS, Progress
 from posterpipe.core.store import Store, cells, compute_missing, content_key
 from posterpipe.settings import CaptionerSettings
 
@@ -159,7 +159,7 @@ def caption_posters(
     resized: pd.DataFrame,
     settings: CaptionerSettings,
     root: Path,
-    progress: Progress | None = None,
+    progress: Progress = NO_PROGRESS,
     *,
     human: Mapping[str, HumanCaption] | None = None,
 ) -> pd.DataFrame:
@@ -179,7 +179,7 @@ def caption_posters(
     usable = resized[resized["status"] == "ok"].sort_values("poster_id")
     images = dict(cells(usable, "poster_id", "image"))
     undescribed = {name: image for name, image in images.items() if name not in human}
-    described = _described(store, undescribed, settings, root, progress or NoProgress())
+    described = _described(store, undescribed, settings, root, progress)
     by_people = {"source": HUMAN, "model": "", "revision": "", "status": "ok"}
     rows = []
     for poster_id in images:

@@ -33,7 +33,7 @@ from posterpipe.core.landing import (
 )
 from posterpipe.core.listing import Entry, Place, SourceChanged, source_name, suffix
 from posterpipe.core.parallel import parallel_map
-from posterpipe.core.progress import NoProgress, Progress
+from posterpipe.core.progress import NO_PROGRESS, Progress
 from posterpipe.core.store import Store, cells, compute_missing, content_key
 
 COLUMNS = ["source_name", "caption", "origin", "status", "reason"]
@@ -105,7 +105,7 @@ def read_human_captions(
     place: Place,
     written: CaptionsCsv | None,
     store: Store | None = None,
-    progress: Progress | None = None,
+    progress: Progress = NO_PROGRESS,
     *,
     entries: Sequence[Entry] | None = None,
 ) -> pd.DataFrame:
@@ -123,7 +123,7 @@ def read_human_captions(
     """
     posters, texts = _split_all(place.entries() if entries is None else entries)
     claims: dict[str, list[Claim]] = {}
-    sidecars = _sidecar_claims(place, posters, texts, store, progress or NoProgress())
+    sidecars = _sidecar_claims(place, posters, texts, store, progress)
     rows_of_csv = csv_claims(written, posters) if written else ()
     for name, claim in [*sidecars, *rows_of_csv]:
         claims.setdefault(name, []).append(claim)
@@ -238,7 +238,7 @@ def _sidecar_claims(
             yield lone, Claim(SIDECAR, lone, "", problem)
 
 
-def rehash_sidecars(place: Place, store: Store, progress: Progress | None = None) -> Rehash:
+def rehash_sidecars(place: Place, store: Store, progress: Progress = NO_PROGRESS) -> Rehash:
     """Read every sidecar of a place again and compare it with what is known, as `landing.rehash`
     does with posters. Raises LandingEmpty when the place cannot be listed."""
     _, texts = posters_and_texts(list_place(place))
@@ -252,7 +252,7 @@ def rehash_sidecars(place: Place, store: Store, progress: Progress | None = None
         return content_key(fact)
 
     facts = {key: content_key(row) for key, row in known.items() if not row["transient"]}
-    with (progress or NoProgress()).task("read captions again", len(by_key), "files") as tick:
+    with progress.task("read captions again", len(by_key), "files") as tick:
         found, changed = reread(by_key, facts, read, place.threads, tick)
     forget_changed(store, _SIDECARS, known, changed, REHASHED_SIDECARS)
     return found

@@ -65,7 +65,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from posterpipe.core.progress import NoProgress, Progress
+from posterpipe.core.progress import NO_PROGRESS, Progress
 from posterpipe.core.provenance import (
     CHECKPOINT,
     LASTING_KINDS,
@@ -190,13 +190,13 @@ class Removal:
     """What could not be removed, and why."""
 
 
-def remove_garbage(store: Store, garbage: Garbage, progress: Progress | None = None) -> Removal:
+def remove_garbage(store: Store, garbage: Garbage, progress: Progress = NO_PROGRESS) -> Removal:
     """Removes what was found, but for what has been used since."""
     removal = Removal()
     # Rows before blobs: a row without its blob would only be found unusable later.
     rows = [item for item in garbage.items if item.row]
     files = [item for item in garbage.items if item.path]
-    with (progress or NoProgress()).task("remove", len(garbage.items), "items") as tick:
+    with progress.task("remove", len(garbage.items), "items") as tick:
         for batch in _batches(rows):
             _remove_rows(store, batch, garbage.cutoff, removal)
             tick(len(batch))

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageCms
 from posterpipe.core.buckets import bucket_of
 from posterpipe.core.memory import TOO_LITTLE_MEMORY
 from posterpipe.core.parallel import parallel_map
-from posterpipe.core.progress import NoProgress, Progress
+from posterpipe.core.progress import NO_PROGRESS, Progress
 from posterpipe.core.store import Store, compute_missing, content_key
 from posterpipe.settings import ImageSettings
 
@@ -399,7 +399,7 @@ def resize_posters(
     store: Store,
     posters: pd.DataFrame,
     settings: ImageSettings,
-    progress: Progress | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> pd.DataFrame:
     """The training image of each usable poster.
 
@@ -408,7 +408,6 @@ def resize_posters(
     (pixels of the image), status (`ok` or `failed`), reason; sorted by poster_id. An image that
     was made before is not made again; a failed one is tried again, as is one that somebody changed.
     """
-    progress = progress or NoProgress()
     poster_ids = sorted(set(posters.loc[posters["status"] == "ok", "poster_id"]))
     by_key = {resize_key(poster_id, settings): poster_id for poster_id in poster_ids}
 

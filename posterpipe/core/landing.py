@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -30,20 +29,18 @@ from posterpipe.core.images import (
     perceptual_hash,
 )
 from posterpipe.core.listing import (
-    HOLDOUT,
     Entry,
     Place,
     PlaceMissing,
     SourceChanged,
     listing_digest,
-    open_place,
     source_name,
     suffix,
 )
 from posterpipe.core.memory import TOO_LITTLE_MEMORY
 from posterpipe.core.near_duplicates import earliest_near_duplicates
 from posterpipe.core.parallel import cores, parallel_map
-from posterpipe.core.progress import NoProgress, Progress
+from posterpipe.core.progress import NO_PROGRESS, Progress
 from posterpipe.core.store import Store, compute_missing, content_key
 from posterpipe.settings import ImageSettings
 
@@ -116,10 +113,10 @@ class LandingEmpty(Exception):
 
 
 def scan(
-    place: Path | str | Place,
+    place: Place,
     limits: ImageSettings,
     store: Store,
-    progress: Progress | None = None,
+    progress: Progress = NO_PROGRESS,
     *,
     entries: Sequence[Entry] | None = None,
 ) -> pd.DataFrame:
@@ -132,16 +129,16 @@ def scan(
     whose hash differs in at most `limits.near_duplicate_distance` bits, or ""; its status stays).
 
     The bytes of usable posters are copied into the `store`, so that later steps do not depend on
-    the folder, and nothing is read or decoded twice. `entries` is the listing of the
-    place, where it was taken before. Raises LandingEmpty when the folder is missing or holds no
-    poster.
+    the folder, and nothing is read or decoded twice. `entries` is the listing of the place, where
+    it was taken before. Raises LandingEmpty when the folder is missing or holds no poster.
     """
-    place = open_place(place)
     files = poster_entries(list_place(place) if entries is None else entries)
     if not files:
         raise _no_posters(place)
     readable = {_file_key(place, entry): entry for entry in files if not entry.problem}
-    facts = _facts(place, readable, limits, store, progress or NoProgress())
+    facts = _known_facts(readable, limits.max_pixels, store)
+    unread = {key: entry for key, entry in readable.items() if key not in facts}
+    facts |= _read_facts(place, unread, limits, store, progress)
     rows = [_row(source_name(entry), facts[key], limits) for key, entry in readable.items()]
     rows += [
         _row(
@@ -158,15 +155,14 @@ def scan(
 
 
 def scan_holdout(
-    place: Path | str | Place,
+    place: Place,
     limits: ImageSettings,
     store: Store,
-    progress: Progress | None = None,
+    progress: Progress = NO_PROGRESS,
     *,
     entries: Sequence[Entry],
 ) -> pd.DataFrame:
     """The table of `scan` for the holdout folder, which may hold none; `entries` is its listing."""
-    place = open_place(place, role=HOLDOUT)
     if not poster_entries(entries):
         return pd.DataFrame(columns=COLUMNS, dtype="object")
     return scan(place, limits, store, progress, entries=entries)
@@ -243,7 +239,7 @@ class Rehash:
     """Each with the reason."""
 
 
-def rehash(place: Place, store: Store, progress: Progress | None = None) -> Rehash:
+def rehash(place: Place, store: Store, progress: Progress = NO_PROGRESS) -> Rehash:
     """Read every poster file of a place again and compare its hash with the known one.
 
     Files that changed unnoticed are forgotten, and `landing_digest` changes, so that the sensor and
@@ -253,7 +249,7 @@ def rehash(place: Place, store: Store, progress: Progress | None = None) -> Reha
     by_key = {_file_key(place, entry): entry for entry in files}
     known = store.results(_FILES, by_key)
     hashes = {key: row["poster_id"] for key, row in known.items()}
-    with (progress or NoProgress()).task("read posters again", len(by_key), "files") as tick:
+    with progress.task("read posters again", len(by_key), "files") as tick:
         found, changed = reread(by_key, hashes, place.sha256, place.threads, tick)
     forget_changed(store, _FILES, known, changed, REHASHED)
     return found
@@ -266,11 +262,11 @@ def reread(
     threads: int,
     tick: Callable[[], object],
 ) -> tuple[Rehash, dict[str, str]]:
-    """Read files, by their keys, and compare with what is known of them: what that showed, and what
-    was read of those that changed.
+    """Read files, by their keys, and compare each with what is known of it.
 
     `read` gives a text that is equal as long as the file is; it raises SourceChanged or OSError.
-    `known`: that text as it was read before, "" or nothing where it was not.
+    `known`: that text as it was read before, "" or nothing where it was not. `tick` is called after
+    each file. Returns what that showed, and the new texts of the files that changed, by their keys.
     """
     found = Rehash(0, [], [], [])
     changed = {}
@@ -349,15 +345,27 @@ pass by itself, so that the file is looked at again. `decoded`: False where `max
 """
 
 
-def _facts(
+def _known_facts(
+    files: Mapping[str, Entry], max_pixels: int, store: Store
+) -> dict[str, dict[str, Any]]:
+    """Facts, by their keys, of the files that need not be read again; of the others is forgotten
+    what is known."""
+    rows = store.results(_FILES, files)
+    contents = _contents(store, rows.values())
+    with store.turn():  # one for all: each poster's bytes are marked as used in it
+        held = {k: row for k, row in rows.items() if _holds(row, contents, max_pixels, store)}
+    store.forget_results(_FILES, {key: row for key, row in rows.items() if key not in held})
+    return _with_contents(held, contents)
+
+
+def _read_facts(
     place: Place,
     files: Mapping[str, Entry],
     limits: ImageSettings,
     store: Store,
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
-    """Facts of each file, by its key: those that are known, and the others read now."""
-    contents: dict[str, dict[str, Any]] = {}
+    """Facts of files, by their keys, read now and kept in the store."""
 
     def look(key: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
         with _reading.of(files[key].size):
@@ -373,35 +381,14 @@ def _facts(
                         unsaved[_content_key(file["poster_id"])] = content
                     if len(unsaved) >= _SAVE_EVERY:
                         store.add_results(_CONTENTS, unsaved)
-                        contents.update(unsaved)
                         unsaved = {}
                     yield key, file
                     tick()
             finally:
-                contents.update(unsaved)
                 store.add_results(_CONTENTS, unsaved)
 
-    known = store.results(_FILES, files)
-    contents.update(_contents(store, known.values()))
-    with store.turn():  # one for all: each poster's bytes are marked as used in it
-        again = [
-            key for key in files if not _holds(known.get(key), contents, limits.max_pixels, store)
-        ]
-    store.forget_results(_FILES, {key: known[key] for key in again if key in known})
-    read = compute_missing(store, _FILES, again, inspect)
-    known |= read
-    # Where another process read a file at the same time, its row counts.
-    missing = [row for row in read.values() if _content_key(row["poster_id"]) not in contents]
-    contents.update(_contents(store, missing))
-    return {
-        key: _merged(row, contents.get(_content_key(row["poster_id"])))
-        for key, row in known.items()
-    }
-
-
-def _merged(file: dict[str, Any], content: dict[str, Any] | None) -> dict[str, Any]:
-    facts = {**_NOTHING_KNOWN, **file}
-    return facts if file["problem"] or content is None else {**facts, **content}
+    rows = compute_missing(store, _FILES, list(files), inspect)
+    return _with_contents(rows, _contents(store, rows.values()))
 
 
 def _contents(store: Store, files: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -409,14 +396,27 @@ def _contents(store: Store, files: Iterable[Mapping[str, Any]]) -> dict[str, dic
     return store.results(_CONTENTS, keys)
 
 
+def _with_contents(
+    files: Mapping[str, Mapping[str, Any]], contents: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    return {
+        key: {
+            **_NOTHING_KNOWN,
+            **file,
+            **({} if file["problem"] else contents.get(_content_key(file["poster_id"]), {})),
+        }
+        for key, file in files.items()
+    }
+
+
 def _holds(
-    file: dict[str, Any] | None,
+    file: dict[str, Any],
     contents: Mapping[str, dict[str, Any]],
     max_pixels: int,
     store: Store,
 ) -> bool:
     """Whether what is known of a file is enough, so that it need not be read again."""
-    if file is None or file["transient"]:
+    if file["transient"]:
         return False
     if file["problem"]:
         return bool(file.get("refusals") == _refusals())

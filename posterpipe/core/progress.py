@@ -52,6 +52,9 @@ class NoProgress:
         yield lambda n=1, **numbers: None
 
 
+NO_PROGRESS = NoProgress()
+
+
 class LogProgress:
     """One line every few seconds: how many, how fast, how long still.
 

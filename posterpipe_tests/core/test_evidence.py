@@ -36,6 +36,7 @@ from posterpipe.core.evidence import (
     record_titles,
 )
 from posterpipe.core.landing import scan_holdout
+from posterpipe.core.listing import HOLDOUT, Folder
 from posterpipe.core.metrics.fidelity import Posters
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.quality import copied_posters
@@ -410,7 +411,9 @@ def test_holdout_posters_are_resized_like_those_trained_on(
         values = rng.integers(0, 256, (300, 200, 3), dtype=np.uint8)
         Image.fromarray(values).save(folder / f"{number}.png")
     (folder / "broken.png").write_bytes(b"no image")
-    table = scan_holdout(folder, settings.images, store, entries=holdout_entries(folder))
+    table = scan_holdout(
+        Folder(folder, HOLDOUT), settings.images, store, entries=holdout_entries(folder)
+    )
     shutil.rmtree(folder)  # as where it is not mounted: the table tells which posters are meant
     found = held_out(store, table, settings, NoProgress())
     assert found.name == "holdout" and len(found.files) == 3
@@ -418,7 +421,10 @@ def test_holdout_posters_are_resized_like_those_trained_on(
         with Image.open(path) as image:
             assert image.size == (64, 96)
     nothing = scan_holdout(
-        tmp_path / "nowhere", settings.images, store, entries=holdout_entries(tmp_path / "nowhere")
+        Folder(tmp_path / "nowhere", HOLDOUT),
+        settings.images,
+        store,
+        entries=holdout_entries(tmp_path / "nowhere"),
     )
     assert held_out(store, nothing, settings, NoProgress()).files == {}
 

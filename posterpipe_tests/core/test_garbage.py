@@ -37,6 +37,7 @@ from posterpipe.core.garbage import (
 )
 from posterpipe.core.holdout_set import build_holdout_set
 from posterpipe.core.landing import scan_holdout
+from posterpipe.core.listing import HOLDOUT, Folder
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.provenance import CHECKPOINT, TABLE, TRAINING_SET, lineage_path
 from posterpipe.core.store import Store, StoreError, compute_missing
@@ -220,7 +221,10 @@ def test_nothing_goes_that_is_made_of_the_held_out_posters_of_now(
     build_tiny_blip(tmp_path / "captioner")
     settings = holdout_settings(tmp_path)
     posters = scan_holdout(
-        tmp_path / "holdout", settings.images, store, entries=holdout_entries(tmp_path / "holdout")
+        Folder(tmp_path / "holdout", HOLDOUT),
+        settings.images,
+        store,
+        entries=holdout_entries(tmp_path / "holdout"),
     )
     store.write_table("holdout_posters", posters)
     made = build_holdout_set(store, posters, settings, NoProgress())

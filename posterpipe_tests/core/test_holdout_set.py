@@ -13,7 +13,7 @@ from posterpipe.core.arrivals import holdout_entries, holdout_source
 from posterpipe.core.dreambooth.data import read_training_set
 from posterpipe.core.holdout_set import build_holdout_set, with_captions
 from posterpipe.core.landing import scan_holdout
-from posterpipe.core.listing import Folder
+from posterpipe.core.listing import HOLDOUT, Folder
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.store import Store, table_version
 from posterpipe.settings import AutomationSettings, Settings, load_settings
@@ -38,7 +38,9 @@ def held(folder: Path, store: Store) -> pd.DataFrame:
     """What the asset `holdout_posters` makes of the folder."""
     place = Folder(folder / "holdout")
     entries = holdout_entries(place.path)
-    posters = scan_holdout(place.path, settings_for(folder).images, store, entries=entries)
+    posters = scan_holdout(
+        Folder(place.path, HOLDOUT), settings_for(folder).images, store, entries=entries
+    )
     table, _ = with_captions(posters, place, entries, store, NoProgress())
     store.write_table("holdout_posters", table)
     return table

@@ -55,7 +55,7 @@ def row(table: object, source_name: str) -> dict:
 
 
 def test_the_starter_posters_are_all_usable(store: Store) -> None:
-    table = scan(RAW_POSTERS, LIMITS, store)
+    table = scan(Folder(RAW_POSTERS), LIMITS, store)
     assert len(table) == 50
     assert set(table["status"]) == {"ok"}
     assert list(table["source_name"]) == sorted(table["source_name"])
@@ -82,7 +82,7 @@ def test_bad_files_become_rows_with_reasons_and_the_rest_is_processed(
     (folder / "layers.psd").write_bytes(b"8BPS")
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
 
-    table = scan(folder, LIMITS, store)
+    table = scan(Folder(folder), LIMITS, store)
     assert list(table.columns) == [
         *("poster_id", "source_name", "size_bytes", "format", "width", "height"),
         *("perceptual_hash", "status", "reason", "near_duplicate_of"),
@@ -118,7 +118,7 @@ def test_the_bomb_is_not_decoded(
         raise AssertionError("decoded")
 
     monkeypatch.setattr(landing, "decode_for_looks", must_not_run)
-    assert scan(folder, LIMITS, store)["status"].tolist() == ["rejected"]
+    assert scan(Folder(folder), LIMITS, store)["status"].tolist() == ["rejected"]
 
 
 @pytest.mark.parametrize("make", [True, False], ids=["empty", "missing"])
@@ -131,7 +131,7 @@ def test_an_empty_or_missing_folder_is_an_error_with_a_remedy(
         (folder / "notes.txt").write_text("not a poster")
         (folder / ".hidden.png").write_text("not a poster")
     with pytest.raises(LandingEmpty, match=r"posters: .*put .*POSTERPIPE_LANDING"):
-        scan(folder, LIMITS, store)
+        scan(Folder(folder), LIMITS, store)
 
 
 def test_a_holdout_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
@@ -150,18 +150,18 @@ def test_hidden_files_and_sidecars_have_no_rows_and_folders_are_entered(
     poster(folder / ".thumbnails" / "a.png")
     (folder / ".DS_Store").write_text("")
     os.mkfifo(folder / "pipe.png")
-    assert scan(folder, LIMITS, store)["source_name"].tolist() == ["a.png", "b/Zug.PNG"]
+    assert scan(Folder(folder), LIMITS, store)["source_name"].tolist() == ["a.png", "b/Zug.PNG"]
 
 
 def test_the_format_comes_from_the_content(folder: Path, store: Store) -> None:
     poster(folder / "a.png").rename(folder / "a.jpg")
-    assert scan(folder, LIMITS, store)["format"].tolist() == ["PNG"]
+    assert scan(Folder(folder), LIMITS, store)["format"].tolist() == ["PNG"]
 
 
 def test_the_same_bytes_under_two_names_are_one_poster(folder: Path, store: Store) -> None:
     data = poster(folder / "b.png").read_bytes()
     (folder / "a.png").write_bytes(data)
-    table = scan(folder, LIMITS, store)
+    table = scan(Folder(folder), LIMITS, store)
     assert table["status"].tolist() == ["ok", "duplicate"]
     assert table["reason"].tolist() == ["", "same bytes as a.png"]
 
@@ -169,7 +169,7 @@ def test_the_same_bytes_under_two_names_are_one_poster(folder: Path, store: Stor
 def test_names_that_are_no_utf8_can_be_kept(folder: Path, store: Store) -> None:
     path = poster(folder / "a.png")
     os.rename(path, os.fsencode(folder) + b"/caf\xe9.png")
-    table = scan(folder, LIMITS, store)
+    table = scan(Folder(folder), LIMITS, store)
     assert table["source_name"].tolist() == ["caf\N{REPLACEMENT CHARACTER}.png"]
     store.write_table("raw_posters", table)
 
@@ -181,7 +181,7 @@ def test_the_same_bytes_under_two_names_that_look_alike_are_one_poster(
     for name in (b"caf\xe8.png", b"caf\xe9.png"):
         shutil.copyfile(path, os.fsencode(folder) + b"/" + name)
     path.unlink()
-    table = scan(folder, LIMITS, store)
+    table = scan(Folder(folder), LIMITS, store)
     assert table["source_name"].nunique() == 1
     assert table["status"].tolist() == ["ok", "duplicate"]
 
@@ -219,16 +219,16 @@ def test_unchanged_files_are_not_read_again(
 ) -> None:
     poster(folder / "a.png")
     (folder / "bad.png").write_text("text")
-    before = scan(folder, LIMITS, store)
+    before = scan(Folder(folder), LIMITS, store)
     inspected.clear()
-    assert scan(folder, LIMITS, store).equals(before)
+    assert scan(Folder(folder), LIMITS, store).equals(before)
     assert inspected == []
     # Other limits judge anew without reading anew.
     strict = LIMITS.model_copy(update={"min_side": 100})
-    assert "min_side = 100" in row(scan(folder, strict, store), "a.png")["reason"]
+    assert "min_side = 100" in row(scan(Folder(folder), strict, store), "a.png")["reason"]
     assert inspected == []
     poster(folder / "a.png", colour="red")
-    assert row(scan(folder, LIMITS, store), "a.png") != row(before, "a.png")
+    assert row(scan(Folder(folder), LIMITS, store), "a.png") != row(before, "a.png")
     assert inspected == ["a.png"]
 
 
@@ -237,21 +237,21 @@ def test_a_raised_limit_on_pixels_is_applied(
 ) -> None:
     poster(folder / "a.png", (100, 100))
     low = LIMITS.model_copy(update={"max_pixels": 9_999})
-    assert scan(folder, low, store)["status"].tolist() == ["rejected"]
-    assert scan(folder, low, store)["status"].tolist() == ["rejected"]
+    assert scan(Folder(folder), low, store)["status"].tolist() == ["rejected"]
+    assert scan(Folder(folder), low, store)["status"].tolist() == ["rejected"]
     assert inspected == ["a.png"]
     high = LIMITS.model_copy(update={"max_pixels": 10_000})
-    assert scan(folder, high, store)["status"].tolist() == ["ok"]
-    assert scan(folder, low, store)["status"].tolist() == ["rejected"]
+    assert scan(Folder(folder), high, store)["status"].tolist() == ["ok"]
+    assert scan(Folder(folder), low, store)["status"].tolist() == ["rejected"]
 
 
 def test_a_file_that_could_not_be_read_is_tried_again(folder: Path, store: Store) -> None:
     link = folder / "a.png"
     target = folder.parent / "elsewhere.png"
     link.symlink_to(target)
-    assert scan(folder, LIMITS, store)["status"].tolist() == ["rejected"]
+    assert scan(Folder(folder), LIMITS, store)["status"].tolist() == ["rejected"]
     poster(target)
-    assert scan(folder, LIMITS, store)["status"].tolist() == ["ok"]
+    assert scan(Folder(folder), LIMITS, store)["status"].tolist() == ["ok"]
 
 
 @pytest.mark.parametrize("step", ["open_image", "decode_for_looks", "perceptual_hash"])
@@ -265,17 +265,17 @@ def test_a_poster_for_which_memory_ran_out_is_no_bad_poster_and_is_tried_again(
 
     with monkeypatch.context() as patched:
         patched.setattr(landing, step, run_out)
-        without = scan(folder, LIMITS, store)
+        without = scan(Folder(folder), LIMITS, store)
     assert without["reason"].tolist() == [TOO_LITTLE_MEMORY]
     assert unread_count(without) == 1
-    assert scan(folder, LIMITS, store)["status"].tolist() == ["ok"]
+    assert scan(Folder(folder), LIMITS, store)["status"].tolist() == ["ok"]
 
 
 def test_lost_bytes_are_copied_into_the_store_again(folder: Path, store: Store) -> None:
     poster(folder / "a.png")
-    poster_id = scan(folder, LIMITS, store)["poster_id"][0]
+    poster_id = scan(Folder(folder), LIMITS, store)["poster_id"][0]
     store.path(poster_id).unlink()
-    scan(folder, LIMITS, store)
+    scan(Folder(folder), LIMITS, store)
     assert store.has(poster_id)
 
 
@@ -283,9 +283,9 @@ def test_a_file_that_another_version_refused_by_its_name_is_looked_at_again(
     folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poster(folder / "a.png").rename(folder / "a.jfif")
-    assert scan(folder, LIMITS, store)["status"].tolist() == ["rejected"]
+    assert scan(Folder(folder), LIMITS, store)["status"].tolist() == ["rejected"]
     monkeypatch.setattr(landing, "EXTENSIONS", (*landing.EXTENSIONS, ".jfif"))
-    assert scan(folder, LIMITS, store)["status"].tolist() == ["ok"]
+    assert scan(Folder(folder), LIMITS, store)["status"].tolist() == ["ok"]
 
 
 def test_a_file_that_is_too_large_is_refused(
@@ -293,7 +293,7 @@ def test_a_file_that_is_too_large_is_refused(
 ) -> None:
     monkeypatch.setattr(landing, "MAX_BYTES", 10)
     poster(folder / "a.png")
-    found = row(scan(folder, LIMITS, store), "a.png")
+    found = row(scan(Folder(folder), LIMITS, store), "a.png")
     assert found["status"] == "rejected"
     assert "bytes are more than 10" in found["reason"]
     assert len(found["poster_id"]) == 64
@@ -304,13 +304,13 @@ def test_a_file_that_moved_or_was_touched_is_hashed_but_not_decoded_again(
 ) -> None:
     poster(folder / "a.png")
     (folder / "bad.png").write_text("text")
-    before = scan(folder, LIMITS, store)
+    before = scan(Folder(folder), LIMITS, store)
     inspected.clear()
     decoded.clear()
     (folder / "nested").mkdir()
     (folder / "a.png").rename(folder / "nested" / "b.png")
     os.utime(folder / "bad.png", ns=(1, 1))
-    after = scan(folder, LIMITS, store)
+    after = scan(Folder(folder), LIMITS, store)
     assert sorted(inspected) == ["bad.png", "nested/b.png"]
     assert decoded == []
     renamed = before.replace({"source_name": {"a.png": "nested/b.png"}})
@@ -324,13 +324,13 @@ def test_what_is_taken_away_is_gone_from_the_table_and_comes_back_unread(
 ) -> None:
     for name, colour in [("a.png", "red"), ("b.png", "green"), ("c.png", "blue")]:
         poster(folder / name, colour=colour)
-    before = scan(folder, LIMITS, store)
+    before = scan(Folder(folder), LIMITS, store)
     (folder / "b.png").rename(tmp_path / "kept.png")
     inspected.clear()
-    without = scan(folder, LIMITS, store)
+    without = scan(Folder(folder), LIMITS, store)
     assert without["source_name"].tolist() == ["a.png", "c.png"]
     (tmp_path / "kept.png").rename(folder / "b.png")
-    assert scan(folder, LIMITS, store).equals(before)
+    assert scan(Folder(folder), LIMITS, store).equals(before)
     assert inspected == []
 
 
@@ -339,11 +339,11 @@ def test_the_first_of_equal_posters_takes_over_when_the_other_goes(
 ) -> None:
     data = poster(folder / "a.png").read_bytes()
     (folder / "b.png").write_bytes(data)
-    both = scan(folder, LIMITS, store)
+    both = scan(Folder(folder), LIMITS, store)
     assert row(both, "b.png")["status"] == "duplicate"
     assert row(both, "b.png")["perceptual_hash"] == ""
     (folder / "a.png").unlink()
-    assert row(scan(folder, LIMITS, store), "b.png")["status"] == "ok"
+    assert row(scan(Folder(folder), LIMITS, store), "b.png")["status"] == "ok"
 
 
 def test_an_older_file_put_in_place_of_a_listed_one_is_not_taken_for_it(
@@ -372,7 +372,7 @@ def test_links_to_folders_are_rows_with_a_reason(
     (folder / "link").symlink_to(tmp_path / "elsewhere")
     (folder / "loop").symlink_to(folder)
     poster(folder / "b.png")
-    table = scan(folder, LIMITS, store)
+    table = scan(Folder(folder), LIMITS, store)
     assert table["source_name"].tolist() == ["b.png", "link", "loop"]
     assert table["status"].tolist() == ["ok", "rejected", "rejected"]
     assert "copy the folder here" in row(table, "link")["reason"]
@@ -393,7 +393,7 @@ def test_near_duplicates_name_the_earlier_poster_and_stay_usable(
     drawing(1).save(folder / "a.png")
     drawing(2).save(folder / "b.png")
     drawing(1, (120, 180)).save(folder / "c smaller.jpg", quality=80)
-    table = scan(folder, LIMITS, store)
+    table = scan(Folder(folder), LIMITS, store)
     assert table["status"].tolist() == ["ok"] * 3
     assert table["near_duplicate_of"].tolist() == ["", "", "a.png"]
     assert table["perceptual_hash"].str.fullmatch("[0-9a-f]{16}").all()
@@ -401,11 +401,11 @@ def test_near_duplicates_name_the_earlier_poster_and_stay_usable(
     assert hash_distance(a, c) <= LIMITS.near_duplicate_distance < hash_distance(a, b)
     # When the earlier one goes, nothing is resembled any more.
     (folder / "a.png").unlink()
-    assert scan(folder, LIMITS, store)["near_duplicate_of"].tolist() == ["", ""]
+    assert scan(Folder(folder), LIMITS, store)["near_duplicate_of"].tolist() == ["", ""]
 
 
 def test_the_starter_posters_do_not_resemble_each_other(store: Store) -> None:
-    assert set(scan(RAW_POSTERS, LIMITS, store)["near_duplicate_of"]) == {""}
+    assert set(scan(Folder(RAW_POSTERS), LIMITS, store)["near_duplicate_of"]) == {""}
 
 
 # -- digest and rehash ----------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def test_a_rehash_finds_what_changed_unnoticed_and_the_next_scan_reads_it(
 ) -> None:
     path = poster(folder / "a.bmp", colour="red")
     poster(folder / "b.bmp", colour="green")
-    scan(folder, LIMITS, store)
+    scan(Folder(folder), LIMITS, store)
     poster(folder / "new.bmp", colour="yellow")
     stats, before = path.stat(), digest(folder, store)
     data = bytearray(path.read_bytes())
@@ -450,7 +450,7 @@ def test_a_rehash_finds_what_changed_unnoticed_and_the_next_scan_reads_it(
     )
     assert digest(folder, store) != before
     inspected.clear()
-    table = scan(folder, LIMITS, store)
+    table = scan(Folder(folder), LIMITS, store)
     assert inspected == ["a.bmp", "new.bmp"]
     assert store.path(row(table, "a.bmp")["poster_id"]).read_bytes() == bytes(data)
     after = digest(folder, store)
@@ -495,7 +495,10 @@ def test_a_bucket_gives_the_table_of_the_same_folder(
     (folder / "a.txt").write_text("a caption")
     for path in folder.rglob("*.*"):
         upload(path.relative_to(folder).as_posix(), path.read_bytes())
-    local, remote = scan(folder, LIMITS, Store(store.root / "local")), scan(bucket, LIMITS, store)
+    local, remote = (
+        scan(Folder(folder), LIMITS, Store(store.root / "local")),
+        scan(bucket, LIMITS, store),
+    )
     assert remote.equals(local)
     assert remote["status"].tolist() == ["ok", "ok", "rejected", "duplicate"]
 
@@ -567,4 +570,4 @@ def test_an_empty_bucket_is_an_error_with_a_remedy(store: Store) -> None:
     with pytest.raises(
         LandingEmpty, match=r"memory://nothing/here: no posters.*POSTERPIPE_LANDING"
     ):
-        scan("memory://nothing/here", LIMITS, store)
+        scan(Bucket("memory://nothing/here"), LIMITS, store)

@@ -21,6 +21,7 @@ from posterpipe.core import quality
 from posterpipe.core.arrivals import holdout_entries
 from posterpipe.core.images import hash_distance, perceptual_hash, png_bytes
 from posterpipe.core.landing import scan_holdout
+from posterpipe.core.listing import HOLDOUT, Folder
 from posterpipe.core.quality import Finding
 from posterpipe.core.quality.training_set import _nearest
 from posterpipe.core.store import Store
@@ -533,12 +534,18 @@ def test_without_holdout_posters_nothing_is_compared_and_the_check_says_so(
 ) -> None:
     table = training_set(tmp_path, "a cat")
     absent = scan_holdout(
-        tmp_path / "absent", ImageSettings(), store, entries=holdout_entries(tmp_path / "absent")
+        Folder(tmp_path / "absent", HOLDOUT),
+        ImageSettings(),
+        store,
+        entries=holdout_entries(tmp_path / "absent"),
     )
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("to do: collect some")
     empty = scan_holdout(
-        tmp_path / "empty", ImageSettings(), store, entries=holdout_entries(tmp_path / "empty")
+        Folder(tmp_path / "empty", HOLDOUT),
+        ImageSettings(),
+        store,
+        entries=holdout_entries(tmp_path / "empty"),
     )
     for held in (absent, empty):
         finding = quality.holdout_overlap(table, raw_posters("0.png"), held, 4)
@@ -581,11 +588,17 @@ def test_the_starter_posters_and_their_holdout_set_are_apart(tmp_path: Path, sto
     root = default_root() / "data"
     limits = ImageSettings()
     posters = scan_holdout(
-        root / "raw_posters", limits, store, entries=holdout_entries(root / "raw_posters")
+        Folder(root / "raw_posters", HOLDOUT),
+        limits,
+        store,
+        entries=holdout_entries(root / "raw_posters"),
     )
     training = posters[["poster_id"]].assign(file_name="train/x.png")
     held = scan_holdout(
-        root / "holdout_posters", limits, store, entries=holdout_entries(root / "holdout_posters")
+        Folder(root / "holdout_posters", HOLDOUT),
+        limits,
+        store,
+        entries=holdout_entries(root / "holdout_posters"),
     )
     assert quality.holdout_overlap(training, posters, held, 4).passed
     assert quality.near_duplicates(posters, 0.0).passed
@@ -594,7 +607,10 @@ def test_the_starter_posters_and_their_holdout_set_are_apart(tmp_path: Path, sto
     with Image.open(root / "raw_posters" / "star_sailor.png") as image:
         image.convert("RGB").resize((320, 480)).save(tmp_path / "held" / "ours.jpg", quality=60)
     held = scan_holdout(
-        tmp_path / "held", limits, store, entries=holdout_entries(tmp_path / "held")
+        Folder(tmp_path / "held", HOLDOUT),
+        limits,
+        store,
+        entries=holdout_entries(tmp_path / "held"),
     )
     finding = quality.holdout_overlap(training, posters, held, 4)
     assert finding.offenders[["training_poster", "holdout_poster"]].to_numpy().tolist() == [

@@ -24,6 +24,7 @@ from PIL import Image
 from posterpipe.core.gallery import contact_sheet
 from posterpipe.core.images import resize_posters
 from posterpipe.core.landing import scan
+from posterpipe.core.listing import Folder
 from posterpipe.core.store import Store
 from posterpipe.settings import ImageSettings
 from posterpipe_tests.core.torture import (
@@ -68,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def batch(folder: Path) -> Batch:
     """One scan and one resizing of all of them."""
     store = Store(folder.parent / "store")
-    posters = scan(folder, SETTINGS, store)
+    posters = scan(Folder(folder), SETTINGS, store)
     resized = resize_posters(store, posters, SETTINGS)
     return Batch(store, posters, _by(posters, "source_name"), _by(resized, "poster_id"))
 
@@ -133,7 +134,7 @@ def test_what_is_usable_can_be_shown(batch: Batch, tmp_path: Path) -> None:
 
 
 def test_a_second_scan_says_the_same(folder: Path, batch: Batch) -> None:
-    assert scan(folder, SETTINGS, batch.store).equals(batch.posters)
+    assert scan(Folder(folder), SETTINGS, batch.store).equals(batch.posters)
 
 
 def test_bytes_that_a_scan_refused_do_not_stop_the_resizing(folder: Path, tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ def _as_nobody(folder: Path) -> dict[str, tuple[str, str]]:
 
 def _statuses(folder: Path) -> dict[str, tuple[str, str]]:
     with tempfile.TemporaryDirectory() as own:  # nobody may write beside the folder
-        rows = scan(folder, SETTINGS, Store(Path(own))).to_dict("records")
+        rows = scan(Folder(folder), SETTINGS, Store(Path(own))).to_dict("records")
     return {str(row["source_name"]): (str(row["status"]), str(row["reason"])) for row in rows}
 
 

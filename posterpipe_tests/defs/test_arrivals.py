@@ -19,7 +19,7 @@ from PIL import Image
 
 from posterpipe.core import arrivals, landing, prompts
 from posterpipe.core.captions import rehash_sidecars
-from posterpipe.core.listing import Entry, Folder
+from posterpipe.core.listing import Entry, Folder, open_place
 from posterpipe.definitions import build_defs
 from posterpipe.defs import arrivals as look_module
 from posterpipe.defs.arrivals import REASON_TAG, ROOTS, _Root, reading_problem
@@ -537,7 +537,7 @@ def test_what_a_rehash_found_is_read(place: Place) -> None:
         file.write(data)
     os.utime(path, ns=(stats.st_atime_ns, stats.st_mtime_ns))
     assert place.settle() == []
-    landing.rehash(landing.open_place(place.folder), landing.Store(place.settings.store))
+    landing.rehash(open_place(place.folder), landing.Store(place.settings.store))
     # The holdout posters as well: one record tells of both folders what was read when.
     assert place.settle() == [["raw_posters", "holdout_posters"]]
 
@@ -550,11 +550,11 @@ def test_a_caption_that_changed_behind_its_date_is_read_after_a_rehash(place: Pl
     os.utime(path, ns=(stats.st_atime_ns, stats.st_mtime_ns))
     assert place.settle() == []
     store = Deployment(place.settings).store
-    found = rehash_sidecars(landing.open_place(place.folder), store)
+    found = rehash_sidecars(open_place(place.folder), store)
     assert (found.same, found.changed) == (0, ["a.txt"])
     assert place.settle() == [["human_captions"]]
     assert store.read_table("human_captions")["caption"].tolist() == ["a tin rocket"]
-    assert rehash_sidecars(landing.open_place(place.folder), store).same == 1
+    assert rehash_sidecars(open_place(place.folder), store).same == 1
     assert place.settle() == []
 
 

@@ -33,6 +33,7 @@ from posterpipe.core.decisions import (
 from posterpipe.core.generations import COLUMNS, generation_key
 from posterpipe.core.images import png_bytes
 from posterpipe.core.landing import scan_holdout
+from posterpipe.core.listing import HOLDOUT, Folder
 from posterpipe.core.provenance import CHECKPOINT, BaseModelsDiffer, record_table
 from posterpipe.core.store import Store, table_version
 from posterpipe.core.warehouse import WarehouseError
@@ -142,7 +143,7 @@ class World:
             for number, image in enumerate(posters):
                 image.save(Path(folder) / f"{number}.png")
             held = scan_holdout(
-                Path(folder),
+                Folder(Path(folder), HOLDOUT),
                 self.settings.images,
                 self.store,
                 entries=holdout_entries(Path(folder)),

@@ -20,6 +20,7 @@ from posterpipe.core.arrivals import holdout_entries
 from posterpipe.core.decisions import DECISION_COLUMNS, GATE, write_decisions
 from posterpipe.core.images import png_bytes, resize_posters
 from posterpipe.core.landing import scan, scan_holdout
+from posterpipe.core.listing import HOLDOUT, Folder
 from posterpipe.core.provenance import CHECKPOINT
 from posterpipe.core.store import Store
 from posterpipe.core.training_set import build_training_set
@@ -78,7 +79,7 @@ class World:
     def ingest(self) -> None:
         """What the assets from the posters to the training set do, with captions by hand."""
         limits = self.settings.images
-        posters = scan(self.landing, limits, self.store)
+        posters = scan(Folder(self.landing), limits, self.store)
         resized = resize_posters(self.store, posters, limits)
         words = dict(zip(POSTERS, CAPTIONS, strict=True))
         names = dict(zip(posters["poster_id"], posters["source_name"], strict=True))
@@ -96,7 +97,7 @@ class World:
         """What `holdout_posters` does."""
         limits = self.settings.images
         held = scan_holdout(
-            self.settings.holdout,
+            Folder(self.settings.holdout, HOLDOUT),
             limits,
             self.store,
             entries=holdout_entries(self.settings.holdout),

@@ -15,7 +15,7 @@ from PIL import Image
 
 from posterpipe.core.caption_edits import CaptionConflict
 from posterpipe.core.landing import scan
-from posterpipe.core.listing import PlaceMissing
+from posterpipe.core.listing import PlaceMissing, open_place
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.store import Store
 from posterpipe.settings import Settings
@@ -33,7 +33,7 @@ def looks_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 def captioned(settings: Settings, source: str = "model", **captions: str) -> None:
     """What the pipeline leaves: the tables of posters and captions."""
     store = Store(settings.path(settings.store))
-    posters = scan(settings.landing, settings.images, store, NoProgress())
+    posters = scan(open_place(settings.landing), settings.images, store, NoProgress())
     store.write_table("raw_posters", posters)
     rows = [
         {"poster_id": poster_id, "caption": captions[Path(name).stem], "source": source,

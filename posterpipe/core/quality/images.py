@@ -16,7 +16,7 @@ import pandas as pd
 from PIL import Image
 
 from posterpipe.core.parallel import parallel_map
-from posterpipe.core.progress import NoProgress, Progress
+from posterpipe.core.progress import NO_PROGRESS, Progress
 from posterpipe.core.quality.finding import Finding, share_of
 from posterpipe.core.store import Store, cells, compute_missing, content_key
 
@@ -64,14 +64,13 @@ def blank_reason(statistics: Mapping[str, Any]) -> str:
 
 
 def stored_statistics(
-    store: Store, blobs: Iterable[str], progress: Progress | None = None
+    store: Store, blobs: Iterable[str], progress: Progress = NO_PROGRESS
 ) -> dict[str, dict[str, Any]]:
     """`image_statistics` of PNGs in the store, by blob.
 
     Each image is read once, whatever asks; one that cannot be read has a `problem` instead and is
     read again the next time.
     """
-    progress = progress or NoProgress()
     by_key = {content_key("image_statistics", STATISTICS_VERSION, blob): blob for blob in blobs}
 
     def compute(missing: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

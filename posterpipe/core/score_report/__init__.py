@@ -13,7 +13,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from posterpipe.core.progress import NoProgress, Progress
+from posterpipe.core.progress import NO_PROGRESS, Progress
 from posterpipe.core.score_report.data import Published, read_published
 from posterpipe.core.score_report.folder import replaced_folder
 from posterpipe.core.score_report.fonts import write_fonts
@@ -51,7 +51,7 @@ def write_report(
     store_root: Path,
     folder: Path,
     *,
-    progress: Progress | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> Written:
     """Write the report of a published database into `folder`, in place of the one before.
 
@@ -62,7 +62,7 @@ def write_report(
     folder = Path(folder)
     with replaced_folder(folder) as new:
         wanted = list(_sources(data, Path(store_root)))
-        pictures = add_pictures(wanted, new, folder, progress or NoProgress())
+        pictures = add_pictures(wanted, new, folder, progress)
         pages = render(data, pictures)
         made = sum(not (folder / picture.small).exists() for picture in pictures.values())
         assets = new / "assets"
