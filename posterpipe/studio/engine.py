@@ -212,6 +212,28 @@ class View:
         return min(1.0, (done + within) / max(1, self.total))
 
 
+class _Stop:
+    """Nobody needs the thread any more."""
+
+
+class _Idle:
+    """Nobody asked for anything for a while: memory is given back."""
+
+
+@dataclass(frozen=True)
+class _Load:
+    """A model is loaded before somebody asks for a poster of it."""
+
+    choice: Choice
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """The next poster of a job is drawn."""
+
+    job: Job
+
+
 class Engine:
     """Takes orders and has them drawn, one poster at a time, in a thread of its own."""
 
@@ -323,42 +345,40 @@ class Engine:
     def _work(self) -> None:
         loaded = False
         while True:
-            with self._changed:
-                asked = self._changed.wait_for(
-                    lambda: bool(self._waiting or self._wanted or self._closed),
-                    IDLE_SECONDS if loaded else None,
-                )
-                if self._closed:
-                    for left in self._waiting:
-                        left.state = "cancelled"
-                    self._waiting.clear()
-                    self._changed.notify_all()
+            task = self._next(IDLE_SECONDS if loaded else None)
+            match task:
+                case _Stop():
                     return
-                wanted, self._wanted = self._wanted, None
-                self._current = job = self._waiting.popleft() if self._waiting else None
-                self._loading_ahead = wanted is not None and job is None
-                if not asked:
-                    self._warmed.clear()
-            loaded = asked
-            if not asked:
-                self._painter.close()
-                continue
-            if job is None:
-                if wanted is not None:
-                    self._load_ahead(wanted)
-                with self._changed:
-                    self._loading_ahead = False
-                continue
-            state = self._turn(job)
-            with self._changed:
-                self._current = None
-                job.step = 0
-                if state in FINISHED:
-                    job.state = state
-                else:
-                    job.state = "waiting"
-                    self._waiting.append(job)
+                case _Idle():
+                    self._painter.close()
+                case _Load(choice):
+                    self._load_ahead(choice)
+                case _Turn(job):
+                    self._end_turn(job, self._turn(job))
+            loaded = not isinstance(task, _Idle)
+
+    def _next(self, patience: float | None) -> _Stop | _Idle | _Load | _Turn:
+        """What is to be done next, waited for; `_Idle` after so many seconds without anything."""
+        with self._changed:
+            asked = self._changed.wait_for(
+                lambda: bool(self._waiting or self._wanted or self._closed), patience
+            )
+            if self._closed:
+                for left in self._waiting:
+                    left.state = "cancelled"
+                self._waiting.clear()
                 self._changed.notify_all()
+                return _Stop()
+            if not asked:
+                self._warmed.clear()
+                return _Idle()
+            wanted, self._wanted = self._wanted, None
+            if self._waiting:
+                self._current = self._waiting.popleft()
+                return _Turn(self._current)
+            assert wanted is not None
+            self._loading_ahead = True
+            return _Load(wanted)
 
     def _load_ahead(self, choice: Choice) -> None:
         try:
@@ -366,6 +386,8 @@ class Engine:
         except Exception:
             # Who asks for a poster is told; here nobody has asked.
             log.warning("the model %s could not be loaded ahead", choice.name, exc_info=True)
+        with self._changed:
+            self._loading_ahead = False
 
     def _turn(self, job: Job) -> State:
         """One poster of a job; the state it has afterwards."""
@@ -397,6 +419,15 @@ class Engine:
         if job.done < order.posters:
             return "cancelled" if job.cancelling else "waiting"
         return "done" if job.posters else "failed"
+
+    def _end_turn(self, job: Job, state: State) -> None:
+        with self._changed:
+            self._current = None
+            job.step = 0
+            job.state = state
+            if state not in FINISHED:
+                self._waiting.append(job)
+            self._changed.notify_all()
 
     def _say(self, job: Job, state: State) -> None:
         with self._changed:

@@ -7,7 +7,7 @@ Python runs one thread at a time: beside a model at work, or one that is being l
 answer in jerks, and the model would draw in jerks beside pages. And a model that takes more memory
 than there is takes its own process with it, not the studio.
 
-The two talk by pickles over pipes that nobody else has.
+The two talk over a connection that nobody else has: the standard input of the process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import IO, TYPE_CHECKING, Any
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
 
 from posterpipe.settings import Settings
 
@@ -46,6 +48,7 @@ class RemotePainter:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
         self._loaded: set[str] = set()
 
     @property
@@ -71,11 +74,11 @@ class RemotePainter:
     def close(self) -> None:
         """Ends the process."""
         process, self._process = self._process, None
-        if process is None:
+        connection, self._connection = self._connection, None
+        if process is None or connection is None:
             return
         with contextlib.suppress(OSError):
-            if process.stdin:
-                process.stdin.close()
+            connection.send(("end", ()))
         try:
             process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -84,19 +87,18 @@ class RemotePainter:
 
     def _ask(self, request: tuple[str, Any], on_step: Callable[[int, int], None]) -> Any:
         try:
-            process = self._started()
-            assert process.stdin is not None and process.stdout is not None
-            _send(process.stdin, request)
+            connection = self._connected()
+            connection.send(request)
             stopped: BaseException | None = None
             while True:
-                what, value = _receive(process.stdout)
+                what, value = connection.recv()
                 if what == "step" and stopped is None:
                     try:
                         on_step(*value)
                     except BaseException as error:
                         # It is told to stop, and what it says until then is not for the next one.
                         stopped = error
-                        _send(process.stdin, ("stop", ()))
+                        connection.send(("stop", ()))
                 elif what in ("done", "error"):
                     break
         except (OSError, EOFError, pickle.UnpicklingError) as error:
@@ -108,18 +110,19 @@ class RemotePainter:
         poster, self._loaded = value
         return poster
 
-    def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
+    def _connected(self) -> Connection:
+        """The connection to the process, which is started where there is none."""
+        if self._connection is None or self.pid is None:
             self._loaded = set()
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "posterpipe.studio.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is for the studio, whose end it notices
-            )
-            assert self._process.stdin is not None
-            _send(self._process.stdin, self._settings)
-        return self._process
+            self._connection, theirs = Pipe()
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "posterpipe.studio.worker"],
+                    stdin=theirs.fileno(),
+                    start_new_session=True,  # Ctrl-C is for the studio, whose end it notices
+                )
+            self._connection.send(self._settings)
+        return self._connection
 
     def _obituary(self) -> str:
         process, self._process = self._process, None
@@ -136,46 +139,26 @@ class RemotePainter:
         )
 
 
-def _send(pipe: IO[bytes], message: Any) -> None:
-    data = pickle.dumps(message)
-    pipe.write(len(data).to_bytes(8, "big") + data)
-    pipe.flush()
-
-
-def _receive(pipe: IO[bytes]) -> Any:
-    """The next message. Raises EOFError at the end."""
-    head = pipe.read(8)
-    if len(head) < 8:
-        raise EOFError("the other side has closed the pipe")
-    size = int.from_bytes(head, "big")
-    data = pipe.read(size)
-    if len(data) < size:
-        raise EOFError("the other side has closed the pipe")
-    return pickle.loads(data)
-
-
 class _Stopped(Exception):
     """The other side wants no more of this poster."""
 
 
 def main() -> None:
     """The process: answers requests until its input ends."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    # What libraries print must not come between the messages.
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    settings: Settings = _receive(sys.stdin.buffer)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is for the log
+    studio = Connection(sys.stdin.fileno())
+    settings: Settings = studio.recv()
     requests: queue.Queue[Any] = queue.Queue()
     stop = threading.Event()
 
     def listen() -> None:
         with contextlib.suppress(EOFError, OSError):
-            while True:
-                request = _receive(sys.stdin.buffer)
+            while (request := studio.recv())[0] != "end":
                 if request[0] == "stop":
                     stop.set()
                 else:
                     requests.put(request)
-        os._exit(0)  # the studio is gone: nobody waits for what is being drawn
+        os._exit(0)  # nobody waits for what is being drawn
 
     threading.Thread(target=listen, daemon=True).start()
 
@@ -184,7 +167,7 @@ def main() -> None:
     painter = Painter(settings)
 
     def on_step(step: int, steps: int) -> None:
-        _send(answers, ("step", (step, steps)))
+        studio.send(("step", (step, steps)))
         if stop.is_set():
             raise _Stopped
 
@@ -199,11 +182,11 @@ def main() -> None:
             else:
                 order, choice, seed = values
                 poster = painter.paint(order, choice, seed, on_step)
-            _send(answers, ("done", (poster, painter.loaded)))
+            studio.send(("done", (poster, painter.loaded)))
         except _Stopped:
-            _send(answers, ("done", (None, painter.loaded)))
+            studio.send(("done", (None, painter.loaded)))
         except Exception as error:
-            _send(answers, ("error", portable(error)))
+            studio.send(("error", portable(error)))
 
 
 def portable(error: Exception) -> Exception:
