@@ -18,13 +18,6 @@ from posterpipe.settings import default_root
 _MARK = "# Written by posterpipe and renewed by it until something here is changed: {}\n"
 """The first line of what is written, with the digest of what follows."""
 
-_UNMARKED = (
-    "fda56be25154c28364ff67d55b13b94e5854e340fd95f4fd7cd9aaddeb6d7609",
-    "0fa9af405a1edb77df815f05e1d31f912f5c58c20b044a493feab830f1328b32",
-    "534994cf09fca572635094ca455966728802ee2df13df8f5e37dbe309b3cabce",
-)
-"""sha256 of the versions that were written before there was a mark."""
-
 
 def prepare_home(root: Path) -> Path:
     """DAGSTER_HOME (default: `.dagster` in the root) with a dagster.yaml in it.
@@ -59,9 +52,7 @@ def _marked(config: bytes) -> bytes:
 def _is_ours(present: bytes) -> bool:
     first, _, rest = present.partition(b"\n")
     mark = re.fullmatch(_MARK.strip().format("([0-9a-f]{64})").encode(), first)
-    if mark:
-        return mark[1].decode() == hashlib.sha256(rest).hexdigest()
-    return hashlib.sha256(present).hexdigest() in _UNMARKED
+    return mark is not None and mark[1].decode() == hashlib.sha256(rest).hexdigest()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from posterpipe import home as home_module
 from posterpipe.home import prepare_home
 from posterpipe.settings import default_root
 
@@ -72,16 +70,6 @@ def test_what_was_changed_by_hand_after_posterpipe_wrote_it_is_kept(
 
 def test_what_posterpipe_wrote_follows_its_new_version(home: Path, tmp_path: Path) -> None:
     prepare_home(root_with("telemetry: {enabled: true}\n", tmp_path / "old"))
-    prepare_home(root_with("telemetry: {enabled: false}\n", tmp_path / "new"))
-    assert content(home) == {"telemetry": {"enabled": False}}
-
-
-def test_what_posterpipe_wrote_before_it_marked_its_files_is_renewed(
-    monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path
-) -> None:
-    home.mkdir()
-    (home / "dagster.yaml").write_text(OWN, "utf-8")
-    monkeypatch.setattr(home_module, "_UNMARKED", (hashlib.sha256(OWN.encode()).hexdigest(),))
     prepare_home(root_with("telemetry: {enabled: false}\n", tmp_path / "new"))
     assert content(home) == {"telemetry": {"enabled": False}}
 
