@@ -220,27 +220,39 @@ def _mail(alert: Alert, settings: AlertSettings) -> None:
             if settings.smtp_user and settings.smtp_password:
                 connection.login(settings.smtp_user, settings.smtp_password.get_secret_value())
             connection.send_message(message, from_addr=sender, to_addrs=receivers)
-    except smtplib.SMTPAuthenticationError:
-        raise AlertNotSent(
-            f"{server} refuses user and password; correct alerts.smtp_user and smtp_password"
-        ) from None
-    except smtplib.SMTPResponseException as error:
+    except (OSError, smtplib.SMTPException) as error:
+        raise _mail_failure(server, error) from None
+
+
+_REFUSALS: tuple[tuple[type[Exception], str], ...] = (
+    (
+        smtplib.SMTPAuthenticationError,
+        "{server} refuses user and password; correct alerts.smtp_user and smtp_password",
+    ),
+    (smtplib.SMTPNotSupportedError, "{server}: {error}; correct alerts.smtp_security"),
+    (
+        ssl.SSLCertVerificationError,
+        "{server}: its certificate is not trusted ({error.reason})",
+    ),
+)
+"""Errors of a mail server that do not pass by themselves."""
+
+
+def _mail_failure(server: str, error: Exception) -> _TryAgain | AlertNotSent:
+    """What an error of a mail server comes to."""
+    for kind, sentence in _REFUSALS:
+        if isinstance(error, kind):
+            return AlertNotSent(sentence.format(server=server, error=error))
+    if isinstance(error, smtplib.SMTPResponseException):
         said = f"{server} answered {error.smtp_code}: {_text(error.smtp_error)}"
-        raise _TryAgain(said) if error.smtp_code < 500 else AlertNotSent(said) from None
-    except smtplib.SMTPRecipientsRefused as error:
-        refused = {
-            address: f"{code} {_text(said)}" for address, (code, said) in error.recipients.items()
-        }
+        return _TryAgain(said) if error.smtp_code < 500 else AlertNotSent(said)
+    if isinstance(error, smtplib.SMTPRecipientsRefused):
+        refused = {name: f"{code} {_text(said)}" for name, (code, said) in error.recipients.items()}
         listed = "; ".join(f"{address}: {said}" for address, said in refused.items())
         if all(said.startswith("4") for said in refused.values()):
-            raise _TryAgain(f"{server} refuses for now {listed}") from None
-        raise AlertNotSent(f"{server} refuses {listed}; correct alerts.email_to") from None
-    except smtplib.SMTPNotSupportedError as error:
-        raise AlertNotSent(f"{server}: {error}; correct alerts.smtp_security") from None
-    except ssl.SSLCertVerificationError as error:
-        raise AlertNotSent(f"{server}: its certificate is not trusted ({error.reason})") from None
-    except (OSError, smtplib.SMTPException) as error:
-        raise _TryAgain(f"{server}: {error or type(error).__name__}") from None
+            return _TryAgain(f"{server} refuses for now {listed}")
+        return AlertNotSent(f"{server} refuses {listed}; correct alerts.email_to")
+    return _TryAgain(f"{server}: {error or type(error).__name__}")
 
 
 def _connected(settings: AlertSettings) -> smtplib.SMTP:
