@@ -35,6 +35,9 @@ from posterpipe.variables import PREFIX, is_told, malformed_variables, problem, 
 
 PROFILES = Path(__file__).parent / "profiles"
 
+PUBLIC = "public"
+"""The folder of the store that people read."""
+
 CLIP_TOKENS = 77
 """What the text encoders of Stable Diffusion 1 and 2 read, start and end token included."""
 
@@ -566,7 +569,12 @@ class Settings(BaseSettings):
     @property
     def published_path(self) -> Path:
         """The analysts' copy of the database."""
-        return self.path(self.store) / "public" / "scores.duckdb"
+        return self.public_path / "scores.duckdb"
+
+    @property
+    def public_path(self) -> Path:
+        """What people read: the scores, the report, pictures."""
+        return self.path(self.store) / PUBLIC
 
 
 def default_root() -> Path:

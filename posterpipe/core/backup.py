@@ -26,16 +26,17 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from posterpipe.core.files import write_atomic
+from posterpipe.core.files import link_or_copy, write_atomic
 from posterpipe.core.progress import NO_PROGRESS, Progress
 from posterpipe.core.store import BUSY_SECONDS
+from posterpipe.settings import PUBLIC
 
 ELSEWHERE, WHOLE = "elsewhere", "backup.json"
 
 _SQLITE = b"SQLite format 3\0"
 _BESIDE_SQLITE = ("-wal", "-shm", "-journal")
-_WAREHOUSE, _PUBLISHED = "warehouse.duckdb", Path("public", "scores.duckdb")
-_NOT_OF_THE_STORE = {"public", "leases", "garbage.lock", _WAREHOUSE, f"{_WAREHOUSE}.wal"}
+_WAREHOUSE, _PUBLISHED = "warehouse.duckdb", Path(PUBLIC, "scores.duckdb")
+_NOT_OF_THE_STORE = {PUBLIC, "leases", "garbage.lock", _WAREHOUSE, f"{_WAREHOUSE}.wal"}
 _NAMING_OTHERS = ("index.sqlite", "tables", "lineages")
 """Of the store, copied before all else of it."""
 
@@ -147,7 +148,7 @@ class _Copy:
             target.parent.mkdir(parents=True, exist_ok=True)
             twin = self._copied.get((stats.st_dev, stats.st_ino))
             if twin is not None:
-                _link(twin, target)
+                link_or_copy(twin, target)
             elif _is_sqlite(file):
                 _copy_sqlite(file, target)
             else:
@@ -179,14 +180,6 @@ class _Copy:
 def _is_sqlite(file: Path) -> bool:
     with open(file, "rb") as opened:
         return opened.read(len(_SQLITE)) == _SQLITE
-
-
-def _link(twin: Path, target: Path) -> None:
-    """The same file under a second name; a copy where the disk knows no such names."""
-    try:
-        os.link(twin, target)
-    except OSError:
-        shutil.copy2(twin, target)
 
 
 def _copy_sqlite(file: Path, target: Path) -> None:

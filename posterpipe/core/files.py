@@ -1,8 +1,8 @@
-"""Files: the digest of one, what tells cheaply that it is another, and writing it whole.
+"""Files: the digest of one, what tells cheaply that it is another, writing and linking it.
 
-What belongs here: what is known of a file from outside, writing that survives a power cut, and
-seals. What does not: files by their content (`store`), folders of models (`models`) and listings
-(`listing`).
+What belongs here: what is known of a file from outside, writing that survives a power cut, what
+killed writers left, second names, and seals. What does not: files by their content (`store`),
+folders of models (`models`) and listings (`listing`).
 
 A sealed file is never to be changed: its owner may not write to it, and its modification time is a
 whole second, which the system hardly ever gives a file that is written. So one that somebody saved
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
 import time
 import uuid
@@ -26,6 +27,9 @@ except ImportError:  # Windows, where a file without permission to be written ca
 
 SECOND = 1_000_000_000
 """In nanoseconds."""
+
+LEFT_SECONDS = 86_400.0
+"""What a killed process has left is removed when it is older than this."""
 
 Signature = tuple[int, int, int]
 """Time of the last change in nanoseconds, size in bytes, inode."""
@@ -100,6 +104,25 @@ def write_atomic(path: Path, data: bytes, *, sealed: bool = False) -> None:
             error.filename = str(path)  # a full disk is told without one
         raise
     fsync(path.parent)
+
+
+def link_or_copy(source: Path | str, target: Path | str) -> bool:
+    """Give a file a second name; a copy with its date and permissions where the file system has no
+    such names. Whether it is a link; a copy may not be on the disk yet. Raises OSError."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+        return False
+    return True
+
+
+def remove_leftovers(folder: Path, pattern: str = ".*.tmp") -> None:
+    """Remove the temporary folders that killed processes left: those older than a day."""
+    for left in folder.glob(pattern):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:

@@ -75,8 +75,16 @@ from posterpipe.core.provenance import (
     TRAINING_SET,
     images_trained_on,
 )
-from posterpipe.core.store import DAMAGED, REFRESH_SECONDS, Store, StoreError
+from posterpipe.core.store import (
+    CHECKPOINTS,
+    DAMAGED,
+    REFRESH_SECONDS,
+    TRAINING_SETS,
+    Store,
+    StoreError,
+)
 from posterpipe.core.warehouse import Warehouse
+from posterpipe.settings import PUBLIC
 
 KEEP_VERSIONS = 3
 """Of each table: the current one and those before it, so that going back stays cheap."""
@@ -350,7 +358,7 @@ class _Search:
 
     def trainings(self) -> Iterator[Item]:
         """Work folders; unfinished ones that stay keep the image sets that they name."""
-        checkpoints = self._store.root / "checkpoints"
+        checkpoints = self._store.root / CHECKPOINTS
         for folder in _folders(self._store.root / "training"):
             if not _RUN_ID.fullmatch(folder.name):
                 continue
@@ -363,10 +371,10 @@ class _Search:
                 self._named |= others
 
     def training_sets(self) -> Iterator[Item]:
-        return self._unnamed_folders("training sets", "training_sets", _SHA256)
+        return self._unnamed_folders("training sets", TRAINING_SETS, _SHA256)
 
     def checkpoints(self) -> Iterator[Item]:
-        return self._unnamed_folders("checkpoints", "checkpoints", _RUN_ID)
+        return self._unnamed_folders("checkpoints", CHECKPOINTS, _RUN_ID)
 
     def _unnamed_folders(self, kind: str, place: str, pattern: re.Pattern[str]) -> Iterator[Item]:
         for folder in _folders(self._store.root / place):
@@ -422,7 +430,7 @@ class _Search:
 
     def leftovers(self) -> Iterator[Item]:
         root = self._store.root
-        places = [root, root / "public", root / "training_sets", root / "checkpoints"]
+        places = [root, root / PUBLIC, root / TRAINING_SETS, root / CHECKPOINTS]
         places += [root / LINEAGES, *_folders(root / "blobs"), *_folders(root / "tables")]
         found = [path for place in places for path in place.glob(".*.tmp")]
         found += (root / "training").rglob(".*.tmp")

@@ -239,7 +239,7 @@ def generate(
                 "seed": request.seed,
                 "checkpoint_id": model_id,
                 "image": blob,
-                "image_path": _relative(store, blob) if blob else "",
+                "image_path": store.relative(blob, ".png") if blob else "",
                 "status": image["status"],
                 "reason": image["reason"],
                 "width": settings.width,
@@ -263,10 +263,6 @@ def _recorded_settings(request: ImageRequest, settings: SamplerSettings) -> str:
     if request.negative and request.negative_from > 0:
         values["negative_from"] = request.negative_from
     return json.dumps(values, sort_keys=True)
-
-
-def _relative(store: Store, blob: str) -> str:
-    return store.path(blob, ".png").relative_to(store.root).as_posix()
 
 
 class _Drawing:

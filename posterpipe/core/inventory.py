@@ -41,7 +41,7 @@ def take_inventory(
     rows = pd.concat([rows, raw[~usable]], ignore_index=True)
     drawn = rows["image"].notna()
     rows["image_path"] = [
-        store.path(str(image), ".png").relative_to(store.root).as_posix() if there else None
+        store.relative(str(image), ".png") if there else None
         for image, there in zip(rows["image"], drawn, strict=True)
     ]
     rows["in_training_set"] = drawn & rows["image"].isin(training_set["image"])

@@ -38,7 +38,15 @@ from typing import Any
 import pandas as pd
 
 from posterpipe.core.files import write_atomic
-from posterpipe.core.store import Store, TableMissing, cells, content_key, table_version, writing
+from posterpipe.core.store import (
+    TRAINING_SETS,
+    Store,
+    TableMissing,
+    cells,
+    content_key,
+    table_version,
+    writing,
+)
 from posterpipe.core.training_set import CSV_NAME
 from posterpipe.settings import default_root
 
@@ -292,7 +300,7 @@ def lineage(store: Store, training_set: str, name: str = "") -> pd.DataFrame | N
         if path.exists():
             return pd.read_parquet(path)
     try:
-        text = (store.root / "training_sets" / training_set / CSV_NAME).read_text("utf-8")
+        text = (store.root / TRAINING_SETS / training_set / CSV_NAME).read_text("utf-8")
     except OSError:
         return None
     frame = pd.DataFrame(list(csv.DictReader(io.StringIO(text))), columns=["file_name", "caption"])

@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from pathlib import Path
 import duckdb
 
 from posterpipe.core.errors import first_line
-from posterpipe.core.files import fsync
+from posterpipe.core.files import fsync, link_or_copy, remove_leftovers
 from posterpipe.core.warehouse import (
     BUSY_SECONDS,
     WarehouseError,
@@ -73,7 +72,6 @@ _COMMENTS = {
 }
 
 _FORMAT = "%Y-%m-%dT%H-%M-%S.%fZ"
-_LEFT_OVER_SECONDS = 86_400
 
 
 class PublishError(WarehouseError):
@@ -121,7 +119,8 @@ def publish_scores(
         publication_id = _name_after(_whole(snapshots), now)
     except OSError as error:
         raise _not_published(public, error) from error
-    _sweep(public)
+    for parent in (public, snapshots):
+        remove_leftovers(parent)
     with _temporary(snapshots) as folder:
         database = folder / DATABASE
         try:
@@ -347,11 +346,8 @@ def _point_at(snapshot: Path, public: Path) -> None:
     """Makes the snapshot what `public` shows."""
     with _temporary(public) as folder:
         database, parquet = folder / DATABASE, folder / PARQUET
-        try:
-            os.link(snapshot / DATABASE, database)
-        except OSError:  # file systems without hard links
-            shutil.copyfile(snapshot / DATABASE, database)
-            _settle(database)
+        if not link_or_copy(snapshot / DATABASE, database):
+            fsync(database)
         parquet.symlink_to(Path(SNAPSHOTS, snapshot.name, PARQUET), target_is_directory=True)
         os.replace(database, public / DATABASE)
         os.replace(parquet, public / PARQUET)
@@ -384,12 +380,3 @@ def _name_after(names: Collection[str], now: dt.datetime) -> str:
             told = dt.datetime.strptime(name, _FORMAT).replace(tzinfo=dt.UTC)
             moments.append(told + dt.timedelta(microseconds=1))
     return max(moments).strftime(_FORMAT)
-
-
-def _sweep(public: Path) -> None:
-    """Removes what a publication that was killed has left: those older than a day."""
-    for parent in (public, public / SNAPSHOTS):
-        for left in parent.glob(".*.tmp"):
-            with contextlib.suppress(OSError):
-                if time.time() - left.stat().st_mtime > _LEFT_OVER_SECONDS:
-                    shutil.rmtree(left, ignore_errors=True)

@@ -50,6 +50,9 @@ try:
 except ImportError:  # Windows, where only the grace time of `garbage` protects what is in use
     fcntl = None  # type: ignore[assignment]
 
+# Folders below the root that `training_set` and trainings fill.
+TRAINING_SETS, CHECKPOINTS = "training_sets", "checkpoints"
+
 # How long a process waits for another one's transaction on the index, in seconds.
 BUSY_SECONDS = 60.0
 # Work in progress is saved at least this often, however slow one item is, in seconds.
@@ -130,6 +133,10 @@ class Store:
     def path(self, blob: str, suffix: str = "") -> Path:
         """Where the bytes of that sha256 lie, present or not."""
         return Path(self._path(blob, suffix))
+
+    def relative(self, blob: str, suffix: str = "") -> str:
+        """That place below the root, as tables name it."""
+        return self.path(blob, suffix).relative_to(self.root).as_posix()
 
     def has(self, blob: str, suffix: str = "") -> bool:
         """Whether the bytes of that sha256 are kept; whoever asks counts as a user of them."""

@@ -27,8 +27,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from posterpipe.core.files import fsync, unchanged, write_atomic
-from posterpipe.core.store import Store, cells, writing
+from posterpipe.core.files import fsync, link_or_copy, unchanged, write_atomic
+from posterpipe.core.store import TRAINING_SETS, Store, cells, writing
 from posterpipe.settings import DEFAULT_TEMPLATE
 
 COLUMNS = ["file_name", "caption", "poster_id", "image"]
@@ -72,10 +72,10 @@ def build_training_set(
         )
     text = csv_text(frame)
     version = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    folder = store.root / "training_sets" / version
+    folder = store.root / TRAINING_SETS / version
     if not (store.keep(folder) and _is_complete(folder, frame, text)):
         with writing(folder):
-            store.folder("training_sets")
+            store.folder(TRAINING_SETS)
             _write(store, frame, text, folder)
     return frame, folder, version
 
@@ -156,8 +156,5 @@ def _link(store: Store, image: str, target: str) -> None:
     if not store.intact(image, ".png"):
         what = "was changed after it was made, and is removed" if there else "is gone"
         raise FileNotFoundError(f"{source} {what}; materialize resized_posters again")
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)  # a file system without hard links
+    if not link_or_copy(source, target):
         fsync(Path(target))  # its time says that it is whole

@@ -81,17 +81,17 @@ class Deployment:
     @property
     def contact_sheet_path(self) -> Path:
         """The picture of all prompts and variants."""
-        return self.store_root / "public" / "contact_sheet.png"
+        return self.settings.public_path / "contact_sheet.png"
 
     @property
     def report_path(self) -> Path:
         """The first page of the score report."""
-        return self.store_root / "public" / "report" / "index.html"
+        return self.settings.public_path / "report" / "index.html"
 
     @property
     def thesis_path(self) -> Path:
         """The folder of the thesis's chart and table."""
-        return self.store_root / "public" / "thesis"
+        return self.settings.public_path / "thesis"
 
     @property
     def warehouse(self) -> Warehouse:

@@ -19,6 +19,7 @@ from posterpipe.core.decisions import DECISION_COLUMNS, champion_of, read_decisi
 from posterpipe.core.files import file_signature
 from posterpipe.core.models import fingerprint, is_on_hub, known_fingerprint, locate
 from posterpipe.core.provenance import RECORD_NAME
+from posterpipe.core.store import CHECKPOINTS
 from posterpipe.core.warehouse import Warehouse, WarehouseError
 from posterpipe.settings import Settings
 
@@ -94,7 +95,7 @@ class Models:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._checkpoints = settings.path(settings.store) / "checkpoints"
+        self._checkpoints = settings.path(settings.store) / CHECKPOINTS
         self._lock = threading.Lock()
         self._signature: object = None
         self._decisions = pd.DataFrame(columns=list(DECISION_COLUMNS))

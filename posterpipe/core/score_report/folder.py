@@ -11,16 +11,12 @@ import errno
 import os
 import shutil
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from posterpipe.core.files import fsync
-
-LEFT_SECONDS = 86_400.0
-"""What a killed process has left is removed when it is older than this."""
+from posterpipe.core.files import fsync, remove_leftovers
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -39,7 +35,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
+    remove_leftovers(target.parent, f".{target.name}.*.tmp")
     mark = uuid.uuid4().hex[:12]
     new = target.with_name(f".{target.name}.{mark}.tmp")
     new.mkdir()
@@ -90,9 +86,3 @@ def _exchange(one: Path, other: Path) -> bool:
     if number in _CANNOT:
         return False
     raise OSError(number, os.strerror(number), os.fspath(other))
-
-
-def _sweep(target: Path) -> None:
-    for left in target.parent.glob(f".{target.name}.*.tmp"):
-        if time.time() - left.stat().st_mtime > LEFT_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)

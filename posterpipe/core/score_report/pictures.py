@@ -9,14 +9,13 @@ them; small ones are taken over from the report before, so that only new images 
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from posterpipe.core.files import link_or_copy
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import Progress
 
@@ -95,13 +94,11 @@ def _add(source: Source, folder: Path, before: Path) -> Picture | None:
 
 
 def _link(source: Path, target: Path) -> bool:
-    """A hard link, else a copy; False where the source is not there."""
+    """Whether the source is there, which is under both names then."""
     try:
-        os.link(source, target)
+        link_or_copy(source, target)
     except FileNotFoundError:
         return False
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
     return True
 
 

@@ -107,8 +107,7 @@ def set_titles(
             key = titled_key(str(row.image), str(row.title), settings)
             if key in done:
                 blob = done[key]["image"]
-                path = store.path(blob, ".png").relative_to(store.root).as_posix()
-                values |= done[key] | {"image_path": path}
+                values |= done[key] | {"image_path": store.relative(blob, ".png")}
             else:
                 values |= {"status": "failed", "reason": failures.get(key, "not set")}
         rows.append(values)

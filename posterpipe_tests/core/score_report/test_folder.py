@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from posterpipe.core.files import LEFT_SECONDS
 from posterpipe.core.score_report import folder
 from posterpipe.core.score_report.folder import replaced_folder
 from posterpipe_tests.core.conftest import Disk
@@ -89,7 +90,7 @@ def test_a_link_is_replaced_and_not_what_it_leads_to(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_is_swept_away_later(tmp_path: Path) -> None:
     target = tmp_path / "report"
-    for name, age in ((".report.abc.tmp", 2 * folder.LEFT_SECONDS), (".report.new.tmp", 0)):
+    for name, age in ((".report.abc.tmp", 2 * LEFT_SECONDS), (".report.new.tmp", 0)):
         (tmp_path / name).mkdir()
         when = os.stat(tmp_path / name).st_mtime - age
         os.utime(tmp_path / name, (when, when))
