@@ -88,7 +88,7 @@ bench: install-dev  ## benchmarks: ONLY=name PEER_SCRIPT=path STRICT=1 FILE=1; s
 # Each leaves a page that is as it should be as it is. The README's block of `make demo` is kept by hand.
 docs: install-dev  ## the reference, from docstrings, and the blocks of the pages that follow from code and results
 	$(BIN)/python -m docs.tools.pages
-	$(BIN)/python -m posterpipe.settings_table
+	$(BIN)/python -m docs.tools.training_settings
 	$(BIN)/python -m posterpipe.starter.cards
 	$(BIN)/python -c 'from benchmarks.__main__ import update_pages; update_pages()'
 	$(BIN)/python -m docs.tools.reference

@@ -1,7 +1,7 @@
 """The settings of the fine-tuning.
 
 What belongs here: each with its meaning, unit, default, bounds, and where the default comes from.
-What does not: all others, and how they are read (`settings`), tables of these (`settings_table`),
+What does not: all others, and how they are read (`settings`), these in words (`setting_words`),
 and what they do (`core.dreambooth`).
 """
 
@@ -34,7 +34,7 @@ class TrainingSettings(Group):
     goes beyond it is off.
 
     Each setting tells its meaning, its unit, and where its default comes from; the launchpad and
-    docs/training.md show all of it (`settings_table`). A number is finite unless its setting allows
+    docs/training.md show all of it (`setting_words`). A number is finite unless its setting allows
     another one: most would train nothing but NaN.
     """
 

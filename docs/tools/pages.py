@@ -1,7 +1,7 @@
 """Fills the blocks of the guides that follow from the code: `python -m docs.tools.pages`.
 
 What belongs here: the graph, the tables of assets and jobs, the list of settings. What does not:
-blocks that others write: the training settings (`posterpipe.settings_table`), the figures of the
+blocks that others write: the training settings (`docs.tools.training_settings`), the figures of the
 starter models (`posterpipe.starter.cards`) and of the benchmarks (`benchmarks`). What `make demo`
 printed is copied into the README by hand.
 

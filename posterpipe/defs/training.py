@@ -27,8 +27,8 @@ from posterpipe.defs.metadata import (
     thumbnails,
 )
 from posterpipe.defs.resources import TABLES, Deployment, Table, naming_the_asset, table_output
+from posterpipe.setting_words import described
 from posterpipe.settings import SettingsError
-from posterpipe.settings_table import described
 from posterpipe.training_settings import TrainingSettings
 from posterpipe.variables import in_our_words
 

@@ -28,8 +28,8 @@ from posterpipe.defs.training import (
     launchpad_fields,
     training_settings,
 )
+from posterpipe.setting_words import described
 from posterpipe.settings import SettingsError, default_root, load_settings
-from posterpipe.settings_table import described
 from posterpipe.training_settings import TrainingSettings
 from posterpipe_tests.core.dreambooth.conftest import write_training_set
 from posterpipe_tests.core.tiny_blip import build_tiny_blip

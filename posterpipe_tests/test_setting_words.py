@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import re
 
+from docs.tools.training_settings import GUIDE, guide_with_tables, tables
+from posterpipe.setting_words import described, source_of, unit_of
 from posterpipe.settings import default_root
-from posterpipe.settings_table import (
-    GUIDE,
-    described,
-    guide_with_tables,
-    source_of,
-    tables,
-    unit_of,
-)
 from posterpipe.training_settings import TrainingSettings
 
 COUNTED = (int, float)
@@ -20,7 +14,7 @@ COUNTED = (int, float)
 
 def test_the_tables_in_the_guide_are_those_of_the_settings() -> None:
     guide = (default_root() / GUIDE).read_text("utf-8")
-    assert guide == guide_with_tables(guide), "run python -m posterpipe.settings_table"
+    assert guide == guide_with_tables(guide), "run python -m docs.tools.training_settings"
 
 
 def test_every_training_setting_has_a_row_with_all_cells_filled() -> None:

@@ -1,38 +1,17 @@
-"""The training settings in words: for Dagster's launchpad, and as the tables of docs/training.md.
+"""The settings in words, for Dagster's launchpad and the tables of the guide.
 
 What belongs here: turning a setting's field into text. What does not: the settings (`settings`),
-the launchpad (`defs.training`).
-
-`python -m posterpipe.settings_table` writes the tables into the guide, between its two marks; a
-test fails where they are no longer those of the settings.
+the launchpad (`defs.training`) and the tables (`docs.tools.training_settings`).
 """
 
 from __future__ import annotations
 
 import json
-import re
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
-
-from posterpipe.settings import default_root
-from posterpipe.training_settings import TrainingSettings
-
-GUIDE = Path("docs/training.md")
-MARKS = ("<!-- training settings: begin -->", "<!-- training settings: end -->")
-
-_HEADINGS = {
-    "seed": "How long, how fast",
-    "method": "What is trained",
-    "prior_preservation": "On what",
-    "snr_gamma": "The loss",
-    "optimizer": "Optimizer and precision",
-    "holdout_every_steps": "Watching",
-}
-"""By the first setting below each."""
 
 _BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
 
@@ -101,46 +80,6 @@ def values_of(annotation: Any) -> str:
     return {bool: "true, false", int: "whole number", float: "number", str: "text"}[annotation]
 
 
-def tables() -> str:
-    """All training settings as Markdown, a table a group."""
-    return "\n".join(_lines())
-
-
-def _lines() -> Iterator[str]:
-    for name, field in TrainingSettings.model_fields.items():
-        if name in _HEADINGS:
-            yield f"\n### {_HEADINGS[name]}\n"
-            yield "| setting | default | values | what it does | default from |"
-            yield "|---|---|---|---|---|"
-        values = ", ".join(filter(None, (values_of(field.annotation), unit_of(field))))
-        bounds = f"; {bounds_of(field)}" if bounds_of(field) else ""
-        cells = (
-            f"`{name}`",
-            f"`{default_of(field)}`",
-            values + bounds,
-            str(field.description),
-            source_of(field),
-        )
-        yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
-
-
-def guide_with_tables(guide: str) -> str:
-    """The guide's text with the tables as they are now."""
-    between = f"{MARKS[0]}\n{tables()}\n\n{MARKS[1]}"
-    pattern = f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}"
-    return re.sub(pattern, lambda _: between, guide, flags=re.S)
-
-
 def _extra(field: FieldInfo, name: str) -> str:
     extra = field.json_schema_extra
     return str(extra[name]) if isinstance(extra, dict) and name in extra else ""
-
-
-def main() -> None:
-    path = default_root() / GUIDE
-    path.write_text(guide_with_tables(path.read_text("utf-8")), "utf-8")
-    print(path)
-
-
-if __name__ == "__main__":
-    main()
