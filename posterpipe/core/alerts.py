@@ -152,31 +152,25 @@ def channels(settings: AlertSettings) -> list[str]:
     return [name for name in CHANNELS if configured[name]]
 
 
-def send(
-    alert: Alert, channel: str, settings: AlertSettings, pauses: Sequence[float] | None = None
-) -> None:
-    """Send a message over one channel, several times if need be. Raises AlertNotSent.
-
-    `pauses`: seconds before each further attempt; PAUSES where none are given.
-    """
-    pauses = PAUSES if pauses is None else pauses
+def send(alert: Alert, channel: str, settings: AlertSettings) -> None:
+    """Send a message over one channel, several times if need be. Raises AlertNotSent."""
     if channel == WEBHOOK:
-        _attempt(lambda: _post(alert, settings), pauses)
+        _attempt(lambda: _post(alert, settings))
     else:
-        _attempt(lambda: _mail(alert, settings), pauses)
+        _attempt(lambda: _mail(alert, settings))
 
 
 class _TryAgain(Exception):
     """A failure that may pass."""
 
 
-def _attempt(send_once: Callable[[], None], pauses: Sequence[float]) -> None:
-    for pause in (*pauses, None):
+def _attempt(send_once: Callable[[], None]) -> None:
+    for pause in (*PAUSES, None):
         try:
             return send_once()
         except _TryAgain as error:
             if pause is None:
-                raise AlertNotSent(f"{error} ({len(pauses) + 1} attempts)") from None
+                raise AlertNotSent(f"{error} ({len(PAUSES) + 1} attempts)") from None
             time.sleep(pause)
 
 

@@ -45,7 +45,7 @@ def evaluate_vae(models: Path, count: int = 300) -> dict[str, float]:
     """Mean PSNR of encoding and decoding, in dB, by style."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(models / "base" / "vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(models / "base" / "vae", dtype=torch.float32).eval()
     result = {}
     for index, style in enumerate(("poster", "busy", "plain")):
         scenes = draw_scenes(np.random.default_rng([SEED, 1, index]), count, {style: 1.0})
@@ -75,7 +75,7 @@ def evaluate_scorer(models: Path, groups: int = 30) -> dict[str, float]:
     """Share of images whose own caption is the most similar among 32 distinct ones."""
     from transformers import CLIPModel, CLIPTokenizer
 
-    clip = CLIPModel.from_pretrained(models / "scorer", torch_dtype=torch.float32).eval()
+    clip = CLIPModel.from_pretrained(models / "scorer", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(models / "scorer")
     right: dict[str, list[float]] = {"canonical": [], "varied": []}
     for group in range(groups):
@@ -103,7 +103,7 @@ def evaluate_captioner(models: Path, count: int = 400) -> dict[str, float]:
     from transformers import BertTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
     folder = models / "captioner"
-    blip = BlipForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    blip = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = BertTokenizer.from_pretrained(folder)
     processor = BlipImageProcessorPil.from_pretrained(folder)
     scenes = draw_scenes(np.random.default_rng([SEED, 3]), count, {"poster": 1.0})
@@ -152,7 +152,7 @@ def evaluate_base(models: Path, count: int = 204, sheet: Path | None = None) -> 
     named = classifier.name(to_pixels(scenes, architectures.WIDTH, architectures.HEIGHT))
     accuracy = np.mean([name == scene.kind for name, scene in zip(named, scenes, strict=True)])
     pipeline = StableDiffusionPipeline.from_pretrained(
-        models / "base", torch_dtype=torch.float32, safety_checker=None
+        models / "base", dtype=torch.float32, safety_checker=None
     )
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)

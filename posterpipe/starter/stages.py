@@ -248,9 +248,9 @@ class DecoderStage(VaeStage):
         from diffusers import AutoencoderKL
 
         self.device = device
-        self.vae = AutoencoderKL.from_pretrained(
-            self.out / "base" / "vae", torch_dtype=torch.float32
-        ).to(device)
+        self.vae = AutoencoderKL.from_pretrained(self.out / "base" / "vae", dtype=torch.float32).to(
+            device
+        )
         self.vae.requires_grad_(False)
         self.vae.decoder.requires_grad_(True)
         self.vae.post_quant_conv.requires_grad_(True)
@@ -482,15 +482,15 @@ class BaseStage(Stage):
         torch.manual_seed(self.seed)
         self.device = device
         self.tokenizer = CLIPTokenizer.from_pretrained(self.out / "scorer")
-        self.vae = AutoencoderKL.from_pretrained(
-            self.out / "base" / "vae", torch_dtype=torch.float32
-        ).to(device)
+        self.vae = AutoencoderKL.from_pretrained(self.out / "base" / "vae", dtype=torch.float32).to(
+            device
+        )
         self.scheduler = architectures.build_noise_scheduler()
         self.unet = architectures.build_unet().to(device, memory_format=torch.channels_last)
         self.text_encoder = architectures.build_text_encoder(
             len(self.tokenizer), **tokenizers.clip_ids(self.tokenizer)
         )
-        scorer = CLIPModel.from_pretrained(self.out / "scorer", torch_dtype=torch.float32)
+        scorer = CLIPModel.from_pretrained(self.out / "scorer", dtype=torch.float32)
         self.text_encoder.load_state_dict(_text_tower(scorer, self.text_encoder))
         self.text_encoder.to(device).eval()
         self.ema_unet = copy.deepcopy(self.unet).requires_grad_(False)

@@ -36,7 +36,11 @@ RUN = FailedRun(
     why="7 posters are new",
     ended_at=1.0,
 )
-QUICK = (0.0, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posterpipe.core.alerts.PAUSES", (0.0, 0.0))
 
 
 def test_the_message_says_what_failed_why_and_where_to_look() -> None:
@@ -87,7 +91,7 @@ def test_a_webhook_gets_the_message_as_json(webhook: Webhook) -> None:
     settings = AlertSettings(webhook_url=webhook.url)
     assert channels(settings) == [WEBHOOK]
     alert = compose(RUN, settings)
-    send(alert, WEBHOOK, settings, QUICK)
+    send(alert, WEBHOOK, settings)
     assert webhook.got == [alert.payload]
 
 
@@ -95,7 +99,7 @@ def test_a_webhook_gets_the_message_as_json(webhook: Webhook) -> None:
 def test_a_webhook_that_stumbles_is_tried_again(webhook: Webhook, answers: list[int]) -> None:
     settings = AlertSettings(webhook_url=webhook.url)
     webhook.answers = answers
-    send(compose(RUN, settings), WEBHOOK, settings, QUICK)
+    send(compose(RUN, settings), WEBHOOK, settings)
     assert len(webhook.got) == 1
 
 
@@ -104,7 +108,7 @@ def test_an_error_names_the_host_and_no_secret(webhook: Webhook, answers: list[i
     settings = AlertSettings(webhook_url=webhook.url)
     webhook.answers = answers.copy()
     with pytest.raises(AlertNotSent) as failure:
-        send(compose(RUN, settings), WEBHOOK, settings, QUICK)
+        send(compose(RUN, settings), WEBHOOK, settings)
     assert "127.0.0.1" in str(failure.value) and str(answers[0]) in str(failure.value)
     assert TOKEN not in str(failure.value) + repr(failure.value.__cause__)
     assert webhook.got == [] and webhook.answers == []
@@ -115,14 +119,14 @@ def test_a_webhook_that_is_not_there_is_said_without_its_address() -> None:
     url = f"http://127.0.0.1:9/{TOKEN}"
     settings = AlertSettings(webhook_url=url)
     with pytest.raises(AlertNotSent, match=r"webhook at 127\.0\.0\.1: ConnectError") as failure:
-        send(compose(RUN, settings), WEBHOOK, settings, QUICK)
+        send(compose(RUN, settings), WEBHOOK, settings)
     assert TOKEN not in str(failure.value)
 
 
 def test_an_e_mail_reaches_every_receiver(mailbox: Mailbox) -> None:
     settings = mailbox.settings
     assert channels(settings) == [EMAIL]
-    send(compose(RUN, settings), EMAIL, settings, QUICK)
+    send(compose(RUN, settings), EMAIL, settings)
     (envelope,) = mailbox.got
     assert envelope.rcpt_tos == ["ana@example.org", "ben@example.org"]
     content = envelope.content.decode()
@@ -134,7 +138,7 @@ def test_an_e_mail_reaches_every_receiver(mailbox: Mailbox) -> None:
 def test_a_mail_server_that_is_busy_is_tried_again(mailbox: Mailbox) -> None:
     settings = mailbox.settings
     mailbox.refusals = ["451 later", "421 later"]
-    send(compose(RUN, settings), EMAIL, settings, QUICK)
+    send(compose(RUN, settings), EMAIL, settings)
     assert len(mailbox.got) == 1
 
 
@@ -142,7 +146,7 @@ def test_a_mail_server_that_refuses_is_not_asked_again(mailbox: Mailbox) -> None
     settings = mailbox.settings
     mailbox.refusals = ["554 no spam here", "554 never read"]
     with pytest.raises(AlertNotSent, match="554: no spam here"):
-        send(compose(RUN, settings), EMAIL, settings, QUICK)
+        send(compose(RUN, settings), EMAIL, settings)
     assert mailbox.refusals == ["554 never read"]
 
 
@@ -176,13 +180,13 @@ def test_mail_is_encrypted_and_signed_in(tmp_path: Path, monkeypatch: pytest.Mon
     alert = compose(RUN, AlertSettings())
     try:
         with pytest.raises(AlertNotSent, match="certificate is not trusted"):
-            send(alert, EMAIL, settings("right"), QUICK)
+            send(alert, EMAIL, settings("right"))
         assert asked == []  # the password did not leave
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        send(alert, EMAIL, settings("right"), QUICK)
+        send(alert, EMAIL, settings("right"))
         assert len(mailbox.got) == 1
         with pytest.raises(AlertNotSent, match="refuses user and password") as failure:
-            send(alert, EMAIL, settings("s3cret"), QUICK)
+            send(alert, EMAIL, settings("s3cret"))
         assert "s3cret" not in str(failure.value)
     finally:
         mailbox.stop()
@@ -236,7 +240,7 @@ def test_a_receiver_that_hangs_is_given_up(
         for channel in (WEBHOOK, EMAIL):
             started = time.monotonic()
             with pytest.raises(AlertNotSent):
-                send(compose(RUN, settings), channel, settings, (0.0,))
+                send(compose(RUN, settings), channel, settings)
             assert time.monotonic() - started < 5
 
 
