@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from posterpipe.core.decisions import GateError, decision_row, defender_of, write_decisions
-from posterpipe.core.gate import Decision, decide, gather
+from posterpipe.core.gate import Decision, MetricIds, decide, gather
 from posterpipe.core.holdout_set import resized_holdout
 from posterpipe.core.metrics.base import SCORE_COLUMNS, Metric, record_scores
 from posterpipe.core.metrics.clip import clip_t_id, clip_t_metric, clip_t_scores
@@ -337,20 +337,23 @@ def judge(
     metric_of = dict(zip(roles["role"], roles["metric_id"], strict=True))
     own = evidence[(evidence["role"] == "copies") & (evidence["checkpoint_id"] == challenger)]
     compared = own[own["copied"].notna()]
+    metrics = MetricIds(
+        clip=metric_of["clip"],
+        fidelity=metric_of["fidelity"],
+        diversity=metric_of["diversity"],
+        preference=metric_of.get("preference"),
+        specific=metric_of.get("specific"),
+        nearest=str(own["metric_id"].iloc[0]) if len(own) else None,
+    )
     decision = decide(
         gather(
             generations,
             evidence,
             dict(zip(compared["generation_key"], compared["copied"].astype(bool), strict=True)),
+            metrics,
             challenger=challenger,
             champion=champion,
             base=base_model,
-            clip=metric_of["clip"],
-            fidelity=metric_of["fidelity"],
-            diversity=metric_of["diversity"],
-            preference=metric_of.get("preference"),
-            specific=metric_of.get("specific"),
-            nearest=str(own["metric_id"].iloc[0]) if len(own) else None,
             sensitivity=float(compared["copy_sensitivity"].astype(float).max()),
             lost=int(own["lost_posters"].fillna(0).max()) if len(own) else 0,
         ),

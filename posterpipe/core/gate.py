@@ -85,13 +85,17 @@ class Evidence:
     """checkpoint_id."""
     champion: str
     expected: int
-    """Cells (with negative prompt or without, prompt, seed) that the challenger was asked for. A
-    prompt that has no negative prompt is asked without one only. What the models were not asked in
-    the same words, or with the same settings of the sampler, is a cell of each, and missing of the
-    others."""
+    """Cells that either model was asked for: (arm, prompt, seed, question), see `_cells`. A prompt
+    without a negative prompt has one arm. What the models were asked in other words, or with other
+    settings of the sampler, is a cell of each.
+
+    For example, 24 prompts with a negative prompt each and 4 seeds are 192 cells. Where the
+    challenger answers them with another guidance_scale than the champion, they are 384, of which
+    each lacks the 192 of the other."""
     missing: int
-    """Of these, cells that were not drawn, or were drawn and lack a score that they could have.
-    What no image of any model has (`unmeasured`) is not asked of the cells."""
+    """Of these, cells that the challenger has no image of, or one that lacks a score it could have.
+    Blocked images are not missing, nor are numbers that no image of any model has (`unmeasured`).
+    """
     missing_of_champion: int
     """The same of the champion: what it lacks cannot be compared either."""
     blocked: int
@@ -223,6 +227,52 @@ def _blocked(evidence: Evidence, settings: GateSettings) -> Check:
     return Check("blocked images", outcome, share, math.nan, math.nan, limit, reason)
 
 
+@dataclass(frozen=True)
+class CopyVerdict:
+    """Whether there are too many copies of training posters among images."""
+
+    outcome: Outcome
+    """`open`: nothing was compared, or copies may be there unseen."""
+    sentence: str
+    """How many there are."""
+    unknown: bool
+    """No more than the limit, but only images that equal a training poster are known."""
+    blind: bool
+    """No more than the limit, but most copies would not be found."""
+
+
+def copy_verdict(
+    copies: int,
+    compared: int,
+    limit: float,
+    *,
+    has_threshold: bool,
+    sensitivity: float,
+    lost: int = 0,
+    images: str = "images",
+) -> CopyVerdict:
+    """The verdict on `copies` among so many images that were compared; a share of `limit` may be.
+
+    `has_threshold`: whether it is known from which similarity on an image is a copy; `sensitivity`
+    and `lost` as of `Evidence`; `images`: what they are called in the sentence.
+    """
+    few = not compared or copies / compared <= limit
+    unknown = few and not has_threshold
+    blind = few and sensitivity < LEAST_SENSITIVITY
+    sure = compared and not (unknown or blind or lost)
+    return CopyVerdict(
+        outcome="fail" if not few else "pass" if sure else "open",
+        sentence=f"{copies} of {compared} {images} "
+        + (
+            "equal a training poster; how near is too near is not known"
+            if unknown
+            else "are nearer to a training poster than nearly all new posters are"
+        ),
+        unknown=unknown,
+        blind=blind,
+    )
+
+
 def _copying(evidence: Evidence, settings: GateSettings) -> Check:
     limit = settings.copy_limit
     if not evidence.compared:
@@ -230,38 +280,35 @@ def _copying(evidence: Evidence, settings: GateSettings) -> Check:
         if why := evidence.unmeasured.get("copies"):
             reason += f": {why}"
         return Check("copies", "open", math.nan, math.nan, math.nan, limit, reason)
-    share = evidence.copies / evidence.compared
-    # No interval here: handing out people's posters is worse than keeping the older model.
-    outcome: Outcome = "pass" if share <= limit else "fail"
-    reason = (
-        f"{evidence.copies} of {evidence.compared} images are nearer to a training poster than "
-        f"nearly all new posters are, at most {limit:.0%} may be"
-    )
-    if outcome == "pass" and math.isnan(evidence.sensitivity):
-        outcome = "open"
-        reason = (
-            f"{evidence.copies} of {evidence.compared} images equal a training poster; how near is "
-            "too near is not known, since it takes three holdout posters or more that are no "
-            "copies of training posters themselves: add some to the folder `holdout`"
+    verdict = copy_verdict(
+        evidence.copies, evidence.compared, limit, sensitivity=evidence.sensitivity,
+        has_threshold=not math.isnan(evidence.sensitivity), lost=evidence.lost,
+    )  # fmt: skip
+    reason = verdict.sentence
+    if verdict.unknown:
+        reason += (
+            ", since it takes three holdout posters or more that are no copies of training posters "
+            "themselves: add some to the folder `holdout`"
         )
-    elif outcome == "pass":
-        found = f"{evidence.sensitivity:.0%} of training posters that were cut and compressed a bit"
-        if evidence.sensitivity < LEAST_SENSITIVITY:
-            outcome = "open"
-            reason += (
-                f"; but only {found} would be found, too few to rule copies out: add posters to "
-                "the folder `holdout`, so that they tell better how near new ones come"
-            )
-        else:
-            reason += f"; {found} would be found"
-    if outcome != "fail" and evidence.lost:
-        outcome = "open"
+    else:
+        reason += f", at most {limit:.0%} may be"
+    found = f"{evidence.sensitivity:.0%} of training posters that were cut and compressed a bit"
+    if verdict.blind:
+        reason += (
+            f"; but only {found} would be found, too few to rule copies out: add posters to "
+            "the folder `holdout`, so that they tell better how near new ones come"
+        )
+    elif verdict.outcome != "fail" and not verdict.unknown:
+        reason += f"; {found} would be found"
+    if verdict.outcome != "fail" and evidence.lost:
         reason += (
             f"; {evidence.lost} of the posters that the checkpoint was trained on cannot be read "
             "any more, so that copies of them are not seen: put them back, or leave them out for "
             "good, and run the job `retrain`"
         )
-    return Check("copies", outcome, share, math.nan, math.nan, limit, reason)
+    share = evidence.copies / evidence.compared
+    # No interval here: handing out people's posters is worse than keeping the older model.
+    return Check("copies", verdict.outcome, share, math.nan, math.nan, limit, reason)
 
 
 _MEASURED_BY = {
@@ -433,20 +480,35 @@ def _ratio(effect: Effect, other: str) -> str:
 # --- evidence from tables -----------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class MetricIds:
+    """The metrics that the gate reads, a metric_id a role; None where one was not measured."""
+
+    clip: str
+    fidelity: str
+    diversity: str
+    preference: str | None = None
+    specific: str | None = None
+    """Shown beside `clip`, and missing where that is."""
+    nearest: str | None = None
+    """Its reasons say why images were not compared with training posters."""
+
+    @property
+    def required(self) -> dict[str, str]:
+        """Those that every image has to have, by role."""
+        roles = {"clip": self.clip, "fidelity": self.fidelity, "diversity": self.diversity}
+        return roles | ({"preference": self.preference} if self.preference else {})
+
+
 def gather(
     generations: pd.DataFrame,
     scores: pd.DataFrame,
     copied: Mapping[str, bool],
+    metrics: MetricIds,
     *,
     challenger: str,
     champion: str,
     base: str | None = None,
-    clip: str,
-    fidelity: str,
-    diversity: str,
-    preference: str | None = None,
-    specific: str | None = None,
-    nearest: str | None = None,
     sensitivity: float,
     lost: int = 0,
 ) -> Evidence:
@@ -456,78 +518,52 @@ def gather(
     of `generations.COLUMNS` (generation_key, variant, prompt_id, prompt, score_text,
     negative_prompt, seed, checkpoint_id, status, settings), each of one suite and one setting of
     the sampler. Where these differ between the models, their cells are others.
-    `scores`: long, as of `metrics.base.SCORE_COLUMNS`; `clip`, `fidelity`, `diversity`,
-    `preference` and `specific` are the metric_ids to read, and `nearest` the one whose reasons say
-    why images were not compared with training posters. `copied`: whether an image counts as a
-    copy, by generation_key; images that are not in it were not compared; `sensitivity` and `lost`:
+    `scores`: long, as of `metrics.base.SCORE_COLUMNS`. `copied`: whether an image counts as a
+    copy, by generation_key; images that are not in it were not compared. `sensitivity` and `lost`:
     see `Evidence`. Raises ValueError where a cell of a checkpoint is there twice.
     """
     own = _cells(generations, challenger)
-    other = _cells(generations, champion)
-    first = None if base in (None, champion) else _cells(generations, str(base))
-    # What one of them was asked, the others have to answer as well.
-    expected = own.index.union(other.index)
-    if first is not None:
-        expected = expected.union(first.index)
-    roles = {"clip": clip, "fidelity": fidelity, "diversity": diversity}
-    if preference:
-        roles["preference"] = preference
-    # `specific` is shown beside clip, and missing where clip is.
-    read = [*roles.values(), *([specific] if specific else [])]
-    by_metric = {name: scores[scores["metric_id"] == name] for name in read}
-    values = {
-        name: rows.set_index("generation_key")["value"].astype(float)
-        for name, rows in by_metric.items()
-    }
-    others = {"champion": other} if first is None else {"champion": other, "base model": first}
+    others = {"champion": _cells(generations, champion)}
+    if base not in (None, champion):
+        others["base model"] = _cells(generations, str(base))
+    other, first = others["champion"], others.get("base model")
     models = [own, *others.values()]
-    whys = {role: _why_nowhere(by_metric[name], models) for role, name in roles.items()}
-    # An image that is alone says itself what to do.
-    several = [cells[~_alone(cells)] for cells in models]
-    whys["diversity"] = _why_nowhere(by_metric[diversity], several)
-    whys["copies"] = _why_nowhere(scores[scores["metric_id"] == nearest], [own])
-    unmeasured = {role: why for role, why in whys.items() if why}
+    # What one of them was asked, the others have to answer as well.
+    expected = own.index
+    for cells in others.values():
+        expected = expected.union(cells.index)
+    unmeasured = _unmeasured(scores, metrics, models)
+    required = {role: name for role, name in metrics.required.items() if role not in unmeasured}
+    values = {role: _values(scores, name) for role, name in required.items()}
     known = [
         copied[key] for key in own.loc[own["status"] == "ok", "generation_key"] if key in copied
     ]
-
-    def missing(cells: pd.DataFrame) -> int:
-        asked = cells.reindex(expected)
-        scored = pd.Series(True, index=expected)
-        for role, name in roles.items():
-            if role in unmeasured:
-                continue
-            has = asked["generation_key"].map(values[name]).notna()
-            scored &= has | _alone(asked) if name == diversity else has
-        return int((~(scored & (asked["status"] == "ok")) & (asked["status"] != "blocked")).sum())
-
-    def compared(name: str, *, than: pd.DataFrame = other, scale: Scale = "difference") -> Effect:
-        sides = {"own": own, "other": than}
-        cells = {side: part["generation_key"].map(values[name]) for side, part in sides.items()}
-        weights = {"own": 1.0, "other": -1.0}
-        return effect_between(name, pd.DataFrame(cells).astype(float), weights, scale=scale)
 
     return Evidence(
         challenger=challenger,
         champion=champion,
         expected=len(expected),
-        missing=missing(own),
-        missing_of_champion=missing(other),
+        missing=_missing(own, expected, values),
+        missing_of_champion=_missing(other, expected, values),
         blocked=int((own["status"] == "blocked").sum()),
         blocked_of_champion=int((other["status"] == "blocked").sum()),
         alone=sum(int(_alone(cells.reindex(expected)).sum()) for cells in (own, other)),
         copies=sum(known),
         compared=len(known),
         sensitivity=sensitivity,
-        clip=compared(clip),
-        fidelity=compared(fidelity),
-        diversity=compared(diversity, scale="ratio"),
-        preference=compared(preference) if preference else None,
-        specific=compared(specific) if specific else None,
-        missing_of_base=0 if first is None else missing(first),
-        clip_to_base=None if first is None else compared(clip, than=first),
+        clip=_compared(scores, metrics.clip, own, other),
+        fidelity=_compared(scores, metrics.fidelity, own, other),
+        diversity=_compared(scores, metrics.diversity, own, other, scale="ratio"),
+        preference=(
+            _compared(scores, metrics.preference, own, other) if metrics.preference else None
+        ),
+        specific=_compared(scores, metrics.specific, own, other) if metrics.specific else None,
+        missing_of_base=0 if first is None else _missing(first, expected, values),
+        clip_to_base=None if first is None else _compared(scores, metrics.clip, own, first),
         diversity_to_base=(
-            None if first is None else compared(diversity, than=first, scale="ratio")
+            None
+            if first is None
+            else _compared(scores, metrics.diversity, own, first, scale="ratio")
         ),
         lost=lost,
         unmeasured=unmeasured,
@@ -538,6 +574,54 @@ def gather(
         ),
         apart=_apart(models),
     )
+
+
+def _values(scores: pd.DataFrame, metric_id: str) -> pd.Series:
+    """The values of one metric by generation_key."""
+    own = scores[scores["metric_id"] == metric_id]
+    return own.set_index("generation_key")["value"].astype(float)
+
+
+def _unmeasured(
+    scores: pd.DataFrame, metrics: MetricIds, models: Sequence[pd.DataFrame]
+) -> dict[str, str]:
+    """See `Evidence.unmeasured`; `models`: the cells of each, the challenger's first."""
+    # An image that is alone says itself what to do.
+    several = [cells[~_alone(cells)] for cells in models]
+    whys = {
+        role: _why_nowhere(scores, name, several if role == "diversity" else models)
+        for role, name in metrics.required.items()
+    }
+    whys["copies"] = _why_nowhere(scores, metrics.nearest, models[:1])
+    return {role: why for role, why in whys.items() if why}
+
+
+def _missing(cells: pd.DataFrame, expected: pd.Index, values: Mapping[str, pd.Series]) -> int:
+    """How many of the `expected` cells a model has no image of, or one without a score; `values`:
+    the scores that it has to have, by role."""
+    asked = cells.reindex(expected)
+    scored = pd.Series(True, index=expected)
+    for role, of_images in values.items():
+        has = asked["generation_key"].map(of_images).notna()
+        scored &= has | _alone(asked) if role == "diversity" else has
+    return int((~(scored & (asked["status"] == "ok")) & (asked["status"] != "blocked")).sum())
+
+
+def _compared(
+    scores: pd.DataFrame,
+    metric_id: str,
+    own: pd.DataFrame,
+    other: pd.DataFrame,
+    *,
+    scale: Scale = "difference",
+) -> Effect:
+    """One model's cells beside another's, by one metric."""
+    values = _values(scores, metric_id)
+    sides = {
+        "own": own["generation_key"].map(values), "other": other["generation_key"].map(values),
+    }  # fmt: skip
+    weights = {"own": 1.0, "other": -1.0}
+    return effect_between(metric_id, pd.DataFrame(sides).astype(float), weights, scale=scale)
 
 
 def _cells(generations: pd.DataFrame, checkpoint: str) -> pd.DataFrame:
@@ -576,12 +660,14 @@ def _apart(models: Sequence[pd.DataFrame]) -> tuple[str, ...]:
     return tuple(told)
 
 
-def _why_nowhere(scores: pd.DataFrame, models: Sequence[pd.DataFrame]) -> str:
+def _why_nowhere(
+    scores: pd.DataFrame, metric_id: str | None, models: Sequence[pd.DataFrame]
+) -> str:
     """The commonest reason why none of the models' images has a score, though some show something;
     "" where one has it."""
     cells = pd.concat(models)
     keys = cells.loc[cells["status"] == "ok", "generation_key"]
-    own = scores[scores["generation_key"].isin(keys)]
+    own = scores[(scores["metric_id"] == metric_id) & scores["generation_key"].isin(keys)]
     reasons = own.loc[own["reason"] != "", "reason"]
     return "" if own["value"].notna().any() or reasons.empty else str(reasons.mode().iloc[0])
 

@@ -22,7 +22,7 @@ from posterpipe.core.decisions import (
     rollback,
     unpin,
 )
-from posterpipe.core.gate import Decision, decide, gather
+from posterpipe.core.gate import Decision, MetricIds, decide, gather
 from posterpipe.core.statistics import CONTRASTS, effect_of, effects
 from posterpipe.core.warehouse import Warehouse
 from posterpipe.core.warehouse_rows import insert
@@ -31,6 +31,7 @@ from posterpipe.settings import GateSettings
 SETTINGS = GateSettings()
 PROMPTS, SEEDS = 24, 4
 START = dt.datetime(2026, 3, 1, 2, 0)
+METRICS = MetricIds("clip", "fidelity", "diversity")
 
 
 def images(checkpoint: str, *, tuned: bool, blocked: int = 0, without: int = 0) -> pd.DataFrame:
@@ -109,12 +110,9 @@ def judged(
         pd.concat([BASE, own]),
         pd.concat(parts),
         {key: index < copies for index, key in enumerate(own["generation_key"])},
+        dataclasses.replace(METRICS, specific=None if specific is None else "specific"),
         challenger="new",
         champion="base",
-        clip="clip",
-        fidelity="fidelity",
-        diversity="diversity",
-        specific=None if specific is None else "specific",
         sensitivity=sensitivity,
     )
     return decide(evidence, settings)
@@ -228,9 +226,8 @@ def chain(clip: float, diversity: float, steps: int = 8) -> list[Decision]:
             pd.concat([BASE_SCORES, scores, measures]).drop_duplicates(
                 ["generation_key", "metric_id"]
             ),
-            dict.fromkeys(own["generation_key"], False),
-            challenger=f"new {step}", champion=served, base="base", clip="clip",
-            fidelity="fidelity", diversity="diversity", sensitivity=0.9,
+            dict.fromkeys(own["generation_key"], False), METRICS,
+            challenger=f"new {step}", champion=served, base="base", sensitivity=0.9,
         )  # fmt: skip
         decisions.append(decide(evidence, SETTINGS))
         if decisions[-1].verdict == "promote":
@@ -275,8 +272,8 @@ def test_nothing_is_promoted_over_missing_cells_of_the_base_model() -> None:
     decision = decide(
         gather(
             pd.concat([BASE, champion, own]), pd.concat(scores),
-            dict.fromkeys(own["generation_key"], False), challenger="new", champion="old",
-            base="base", clip="clip", fidelity="fidelity", diversity="diversity", sensitivity=0.9,
+            dict.fromkeys(own["generation_key"], False), METRICS, challenger="new", champion="old",
+            base="base", sensitivity=0.9,
         ),
         SETTINGS,
     )  # fmt: skip
@@ -451,12 +448,9 @@ def between(
         pd.concat([champion, challenger]),
         scores,
         dict.fromkeys(challenger["generation_key"], False),
+        dataclasses.replace(METRICS, preference="fidelity" if preference else None),
         challenger="new",
         champion="base",
-        clip="clip",
-        fidelity="fidelity",
-        diversity="diversity",
-        preference="fidelity" if preference else None,
         sensitivity=0.9,
     )
     return decide(evidence, SETTINGS)
@@ -591,8 +585,7 @@ def test_a_base_model_that_draws_black_only_is_the_reason() -> None:
     decision = decide(
         gather(
             pd.concat([black, old, own]), scores, dict.fromkeys(own["generation_key"], False),
-            challenger="new", champion="old", base="base", clip="clip", fidelity="fidelity",
-            diversity="diversity", sensitivity=0.9,
+            METRICS, challenger="new", champion="old", base="base", sensitivity=0.9,
         ),
         SETTINGS,
     )  # fmt: skip
@@ -683,9 +676,8 @@ def test_the_very_same_model_is_neither_better_nor_worse() -> None:
         )
     )
     evidence = gather(
-        pd.concat([BASE, own]), pd.concat([BASE_SCORES, same]), {},
-        challenger="new", champion="base", clip="clip", fidelity="fidelity",
-        diversity="diversity", sensitivity=0.9,
+        pd.concat([BASE, own]), pd.concat([BASE_SCORES, same]), {}, METRICS,
+        challenger="new", champion="base", sensitivity=0.9,
     )  # fmt: skip
     decision = decide(evidence, SETTINGS)
     assert decision.verdict == "hold"
@@ -710,8 +702,8 @@ def test_prompts_that_all_differ_by_the_same_pass_and_fail_nothing() -> None:
 
 def test_without_any_image_the_gate_holds() -> None:
     evidence = gather(
-        BASE.iloc[:0], BASE_SCORES.iloc[:0], {}, challenger="new", champion="base", clip="clip",
-        fidelity="fidelity", diversity="diversity", sensitivity=0.9,
+        BASE.iloc[:0], BASE_SCORES.iloc[:0], {}, METRICS, challenger="new", champion="base",
+        sensitivity=0.9,
     )  # fmt: skip
     decision = decide(evidence, SETTINGS)
     assert decision.verdict == "hold" and set(outcomes(decision).values()) == {"open"}
@@ -720,8 +712,8 @@ def test_without_any_image_the_gate_holds() -> None:
 def test_a_cell_that_is_there_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="prompt p0 with seed 0 twice"):
         gather(
-            pd.concat([BASE, BASE.iloc[:1]]), BASE_SCORES, {}, challenger="new", champion="base",
-            clip="clip", fidelity="fidelity", diversity="diversity", sensitivity=0.9,
+            pd.concat([BASE, BASE.iloc[:1]]), BASE_SCORES, {}, METRICS, challenger="new",
+            champion="base", sensitivity=0.9,
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from posterpipe.core.gate import LEAST_SENSITIVITY
+from posterpipe.core.gate import LEAST_SENSITIVITY, copy_verdict
 from posterpipe.core.quality.finding import Finding, share_of
 from posterpipe.core.variants import is_tuned
 
@@ -79,46 +79,43 @@ def copied_posters(evidence: pd.DataFrame, max_share: float) -> Finding:
     tuned = compared[is_tuned(compared["variant"])]
     copies = tuned[tuned["copied"].astype(bool)]
     share = share_of(len(copies), len(tuned))
-    summary = (
-        f"{len(copies)} of {len(tuned)} images of fine-tuned models are nearer to a "
-        f"training poster than nearly all new posters are ({share:.1%}); at most "
-        f"{max_share:.1%} may be"
-    )
+    found = float(tuned["copy_sensitivity"].astype(float).min())
+    lost = 0 if tuned.empty else int(tuned["lost_posters"].fillna(0).max())
+    verdict = copy_verdict(
+        len(copies), len(tuned), max_share, sensitivity=found, lost=lost,
+        # Each checkpoint has a threshold of its own, by what it was trained on.
+        has_threshold=bool(tuned.groupby("checkpoint_id")["copy_threshold"].count().all()),
+        images="images of fine-tuned models",
+    )  # fmt: skip
+    summary = verdict.sentence
     remedy = (
         "the gate rejects this checkpoint: train fewer steps, at a lower rate, or on more "
         "posters. The limit is gate.copy_limit"
     )
     expected: str = f"at most {max_share:g}"
     actual: float | str = share
-    # Each checkpoint has a bound of its own, by what it was trained on.
-    known = bool(tuned.groupby("checkpoint_id")["copy_threshold"].count().all())
-    if share <= max_share and not known:
-        summary = (
-            f"{len(copies)} of {len(tuned)} images of fine-tuned models equal a training poster; "
-            "how near is too near is not known"
-        )
+    if verdict.unknown:
         remedy = (
             "add holdout posters, three or more that are no copies of training posters, to the "
             "folder `holdout`. Until then the gate holds the new checkpoint"
         )
         expected += ", by a threshold from the holdout posters"
         actual = f"{share:g}, without a threshold"
-    found = float(tuned["copy_sensitivity"].astype(float).min())
-    blind = not tuned.empty and found < LEAST_SENSITIVITY
-    if share <= max_share and blind:
+    else:
+        summary += f" ({share:.1%}); at most {max_share:.1%} may be"
+    if verdict.blind:
         summary += f"; of altered training posters only {found:.0%} would be found"
         remedy = (
             "add posters to the folder `holdout`, so that they tell better how near new ones come. "
             "Until then the gate holds the new checkpoint"
         )
         expected += f", where {LEAST_SENSITIVITY:.0%} of altered training posters are found"
-    lost = 0 if tuned.empty else int(tuned["lost_posters"].fillna(0).max())
-    if share <= max_share and lost:
+    if verdict.outcome != "fail" and lost:
         summary += f"; {lost} posters that a checkpoint was trained on cannot be read any more"
         remedy = "put the posters back, or leave them out for good, and run the job `retrain`"
         expected += ", of all posters trained on"
     return Finding(
-        passed=share <= max_share and known and not blind and not lost,
+        passed=tuned.empty or verdict.outcome == "pass",
         summary=summary,
         remedy=remedy,
         expected=expected,

@@ -5,12 +5,13 @@ What belongs here: what stands on these pages. What does not: markup and style (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from posterpipe.core.gate import LEAST_SENSITIVITY, RULE
+from posterpipe.core.gate import LEAST_SENSITIVITY, RULE, copy_verdict
 from posterpipe.core.score_report import charts
 from posterpipe.core.score_report.data import (
     BASELINE,
@@ -83,15 +84,19 @@ def copying_context(published: Published, pictures: Pictures) -> dict[str, Any]:
     tuned = [one for one in compared if one[1].variant not in OF_BASE]
     copies = [one for one in tuned if one[2].copied]
     found = _would_find(published, tuned)
+    verdict = copy_verdict(
+        len(copies), len(tuned), 0.0, sensitivity=found,
+        has_threshold=any(nearest.threshold is not None for _, _, nearest in tuned),
+    )  # fmt: skip
     if not compared:
         headline = "Images have not been compared with posters yet"
     elif not tuned:
         headline = "No image of a fine-tuned model has been compared with posters yet"
-    elif not copies and all(nearest.threshold is None for _, _, nearest in tuned):
+    elif verdict.unknown:
         headline = "No image equals a training poster; too few holdout posters tell what is a copy"
-    elif not copies and found is not None and found < LEAST_SENSITIVITY:
+    elif verdict.blind:
         headline = f"No copy was found, but only {share(found)} of them would be"
-    elif not copies:
+    elif verdict.outcome == "pass":
         headline = "No image of the fine-tuned model counts as a copy"
     else:
         of = f"{plural(len(tuned), 'image')} of the fine-tuned model"
@@ -127,18 +132,16 @@ def copying_context(published: Published, pictures: Pictures) -> dict[str, Any]:
 COPIES_SHOWN = 60
 
 
-def _would_find(
-    published: Published, compared: Sequence[tuple[Prompt, Shot, Nearest]]
-) -> float | None:
+def _would_find(published: Published, compared: Sequence[tuple[Prompt, Shot, Nearest]]) -> float:
     """Which share of altered training posters would count as copies, by the threshold of these
-    images; None where it was not measured."""
+    images; NaN where it was not measured."""
     limits = {nearest.threshold for _, _, nearest in compared}
     known = [
         number(row["copy_sensitivity"])
         for row in published.rows("overfit_and_copy")
         if row["is_current"] and number(row["copy_threshold"]) in limits
     ]
-    return min((share for share in known if share is not None), default=None)
+    return min((found for found in known if found is not None), default=math.nan)
 
 
 def _nearness_tables(published: Published) -> list[dict[str, Any]]:
