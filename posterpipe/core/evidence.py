@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from posterpipe.core.decisions import GateError, decision_row, defender_of, write_decisions
 from posterpipe.core.gate import Decision, MetricIds, decide, gather
 from posterpipe.core.holdout_set import resized_holdout
-from posterpipe.core.metrics.base import SCORE_COLUMNS, Metric, record_scores
+from posterpipe.core.metrics.base import SCORE_COLUMNS, Measurement, Metric, record_scores
 from posterpipe.core.metrics.clip import clip_t_id, clip_t_metric, clip_t_scores
 from posterpipe.core.metrics.diversity import measure_diversity
 from posterpipe.core.metrics.fidelity import (
@@ -46,18 +46,24 @@ EVIDENCE_COLUMNS = (
     "role", "value", "status", "reason", "nearest_poster", "copied", "copy_threshold",
     "copy_sensitivity", "lost_posters",
 )  # fmt: skip
-"""Columns of the table of evidence: one row a generation and metric. `role` is what it is read for,
-or "": clip, specific, fidelity, diversity, preference and copies by the gate, control and rank by
-the growth chart. In rows with the role copies, `nearest_poster` is the content hash of the nearest
-training image, `copied` says whether similarity by the first image encoder, or the perceptual hash,
-is that of a copy (what other encoders say is in fct_nearest, for reports), `copy_threshold` is the
-cosine above which it is, NaN with too few holdout posters to tell, `copy_sensitivity` the share of
-altered training posters that lie above it, and `lost_posters` counts those
-that the checkpoint was trained on and that cannot be read, so that copies of them are not seen."""
+"""Columns of the table of evidence: one row a generation and metric.
+
+- `role`: what it is read for, or "": clip, specific, fidelity, diversity, preference and copies by
+  the gate, control and rank by the growth chart.
+
+In rows with the role copies:
+
+- `nearest_poster`: content hash of the nearest training image.
+- `copied`: whether the similarity by the first image encoder, or the perceptual hash, is that of a
+  copy; what other encoders say is in fct_nearest, for reports.
+- `copy_threshold`: cosine above which it is; NaN with too few holdout posters to tell.
+- `copy_sensitivity`: share of altered training posters that lie above it.
+- `lost_posters`: how many posters that the checkpoint was trained on cannot be read, so that copies
+  of them are not seen."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredEvidence:
     """What all metrics gave for a table of generations."""
 
     metrics: list[Metric]
@@ -135,7 +141,7 @@ def measure(
     *,
     challenger: str,
     run_id: str,
-) -> Measured:
+) -> MeasuredEvidence:
     """Every metric but legibility for a table of generations (`generations.COLUMNS`), into the
     warehouse.
 
@@ -149,58 +155,43 @@ def measure(
     same holdout posters: those that none of the checkpoints was trained on. Raises ModelMissing and
     WarehouseBusy.
     """
-    root = settings.root
-    metrics: list[Metric] = []
-    scores: list[pd.DataFrame] = []
-    for preprocessing in ("crop", "pad"):
-        scorer = settings.scorer.model_copy(update={"preprocessing": preprocessing})
-        metrics.append(clip_t_metric(scorer, root))
-        scores.append(clip_t_scores(store, generations, scorer, root, progress))
-    specificity, values = measure_specificity(store, generations, settings.scorer, root, progress)
-    metrics += specificity
-    scores.append(values)
-    encoders = evidence_encoders(settings.evidence, settings.scorer.model)
+    root, scorer = settings.root, settings.scorer
+    encoders = evidence_encoders(settings.evidence, scorer.model)
+    crop, pad = (
+        scorer.model_copy(update={"preprocessing": preprocessing})
+        for preprocessing in ("crop", "pad")
+    )
+    clip_t = [
+        Measurement(
+            [clip_t_metric(one, root)], clip_t_scores(store, generations, one, root, progress)
+        )
+        for one in (crop, pad)
+    ]
+    specificity = measure_specificity(store, generations, scorer, root, progress)
     compared = _compared(
         store, generations, trained, holdout, encoders, settings, progress, challenger=challenger
     )
-    fidelity = compared[0]
-    metrics += fidelity.metrics
-    others = [metric for one in compared[1:] for metric in one.metrics if metric not in metrics]
-    scores += [one.scores for one in compared]
-    nearest = pd.concat([one.nearest for one in compared], ignore_index=True)
-    diversities = []
-    for encoder in encoders:
-        metric, values = measure_diversity(store, generations, encoder, root, progress)
-        diversities.append(metric.metric_id)
-        metrics.append(metric)
-        scores.append(values)
+    diversity = measure_diversity(store, generations, encoders, root, progress)
     preference = _preference(store, warehouse, generations, settings, progress)
-    if preference is not None:
-        metrics.append(preference[0])
-        scores.append(preference[1])
-    everything = pd.concat(scores, ignore_index=True)
+    measurements = [*clip_t, specificity, *compared, diversity, *preference]
+    scores = pd.concat([one.scores for one in measurements], ignore_index=True)
+    nearest = pd.concat([one.nearest for one in compared], ignore_index=True)
+    # Of posters that only earlier checkpoints were trained on: not for reports on images of now.
+    others = [m for one in compared[1:] for m in one.metrics if m not in compared[0].metrics]
+    known = dict.fromkeys(m for one in measurements for m in one.metrics)
+    metrics = [metric for metric in known if metric not in others]
     record_scores(
-        warehouse, generations, metrics, everything, run_id=run_id, step="fidelity_scores",
+        warehouse, generations, metrics, scores, run_id=run_id, step="fidelity_scores",
         others=others,
     )  # fmt: skip
     _record_nearest(warehouse, nearest, run_id=run_id)
-    roles = {
-        clip_t_id(settings.scorer, root): "clip",
-        fidelity.similarity_id: "fidelity",
-        **{one.nearest_id: "copies" for one in compared},
-        diversities[0]: "diversity",
-    }
-    # None of them for a suite of one text.
-    roles |= {
-        metric.metric_id: role
-        for metric, role in zip(specificity, ("specific", "control", "rank"), strict=False)
-    }
-    if preference is not None:
-        roles[preference[0].metric_id] = "preference"
+    roles = {clip_t_id(scorer, root): "clip"}
+    for one in measurements:
+        roles |= one.roles
     # Sets that differ in lost posters only have one id: then the challenger's, the first, counts.
     lost = {one.nearest_id: one.lost for one in reversed(compared)}
-    table = _evidence_table(generations, [*metrics, *others], everything, nearest, roles, lost)
-    return Measured(metrics, table, nearest, fidelity.calibrations)
+    table = _evidence_table(generations, [*metrics, *others], scores, nearest, roles, lost)
+    return MeasuredEvidence(metrics, table, nearest, compared[0].calibrations)
 
 
 def _compared(
@@ -300,18 +291,21 @@ def _preference(
     generations: pd.DataFrame,
     settings: Settings,
     progress: Progress,
-) -> tuple[Metric, pd.DataFrame] | None:
-    """PickScore; 4 GB of weights are loaded only for images that have none yet."""
+) -> list[Measurement]:
+    """PickScore, where it is configured; 4 GB of weights are loaded only for images that have none
+    yet."""
     encoder = pickscore_settings(settings.evidence)
     if encoder is None:
-        return None
+        return []
     metric = pickscore_metric(encoder, settings.evidence.pickscore_processor, settings.root)
     known = warehouse.scores(metric.metric_id, generations["generation_key"])
     new = generations[~generations["generation_key"].isin(known["generation_key"])]
     measured = measure_pickscore(store, new, settings.evidence, settings.root, progress)
     assert measured is not None, "it is configured"
+    if known.empty:
+        return [measured]
     old = known.assign(metric_id=metric.metric_id)[list(SCORE_COLUMNS)]
-    return metric, pd.concat([old, measured[1]], ignore_index=True) if len(old) else measured[1]
+    return [replace(measured, scores=pd.concat([old, measured.scores], ignore_index=True))]
 
 
 def judge(

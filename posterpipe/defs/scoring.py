@@ -224,16 +224,16 @@ def legibility_scores(
     for where, images, type_setting in (
         ("drawn", generations[lettered], ""), ("set", titled_posters, set_by),
     ):  # fmt: skip
-        metrics, scores, read = measure_legibility(
+        found = measure_legibility(
             deployment.store, images, where, deployment.progress(context), lettering=type_setting
         )
         record_scores(
-            deployment.warehouse, generations, metrics, scores, run_id=context.run.run_id,
-            step=f"legibility_scores {where}",
+            deployment.warehouse, generations, found.metrics, found.scores,
+            run_id=context.run.run_id, step=f"legibility_scores {where}",
         )  # fmt: skip
-        record_readings(deployment.warehouse, read, where, run_id=context.run.run_id)
-        readings.append(of_all_titles(images, read).assign(lettering=where))
-        unread += unread_count(images, scores)
+        record_readings(deployment.warehouse, found.read, where, run_id=context.run.run_id)
+        readings.append(of_all_titles(images, found.read).assign(lettering=where))
+        unread += unread_count(images, found.scores)
     table = pd.concat(readings, ignore_index=True)[
         ["generation_key", "lettering", "title", "status", "read", "distance", "exact"]
     ]

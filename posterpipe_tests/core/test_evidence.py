@@ -27,7 +27,7 @@ from posterpipe.core.decisions import (
 )
 from posterpipe.core.evidence import (
     EVIDENCE_COLUMNS,
-    Measured,
+    MeasuredEvidence,
     held_out,
     judge,
     measure,
@@ -79,7 +79,7 @@ def pictures(count: int, seed: int) -> list[Image.Image | None]:
 
 def measured(
     store: Store, warehouse: Warehouse, table: pd.DataFrame, settings: Settings, seen: Posters
-) -> Measured:
+) -> MeasuredEvidence:
     holdout = posters(store, "holdout", [i for i in pictures(5, 1) if i])
     return measure(
         store, warehouse, table, {"tuned": seen}, holdout, settings, NoProgress(),

@@ -387,7 +387,7 @@ QUICK = ("serif", "handmade")
 def test_a_title_is_read_as_it_is_set(style: str) -> None:
     title, middle = TITLES[style], 0.3 + 0.08 * list(STYLES).index(style)
     titled, _ = set_title(poster(middle=middle), title, LetteringSettings(style=style))
-    (lines,) = TitleReader(threads=1)([titled])
+    (lines,) = TitleReader()([titled])
     assert title_distance([line.text for line in lines], title) == 0, lines
 
 

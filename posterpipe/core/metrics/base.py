@@ -1,7 +1,8 @@
 """What all metrics share: the description of one, long rows of scores, and writing them.
 
-What belongs here: `Metric`, the form of a table of scores, and the one way scores reach the
-warehouse. What does not: any number (each family has its module) and encoders (`encoders`).
+What belongs here: `Metric`, the form of a table of scores, what a family of metrics gives, and the
+one way scores reach the warehouse. What does not: any number (each family has its module) and
+encoders (`encoders`).
 
 A table of scores is long: one row a generation and metric, with the columns generation_key,
 metric_id, value (float64, NaN unless ok), status (ok, blocked or failed), reason. A metric whose
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import pandas as pd
 
 from posterpipe.core.images import UNREADABLE
 from posterpipe.core.models import revision_of
-from posterpipe.core.store import content_key
+from posterpipe.core.store import Store, content_key
 from posterpipe.core.warehouse import Warehouse
 from posterpipe.core.warehouse_rows import (
     HELD_COLUMNS,
@@ -55,6 +56,18 @@ class Metric:
     """In words, with unit and range."""
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What a family of metrics gave for a table of generations."""
+
+    metrics: list[Metric]
+    scores: pd.DataFrame
+    """SCORE_COLUMNS, of each of the metrics."""
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """What is read of them by the gate and the charts, by metric_id: see
+    `evidence.EVIDENCE_COLUMNS`."""
+
+
 def encoder_metric(
     metric_id: str, name: str, settings: ScorerSettings, root: Path, version: int, description: str
 ) -> Metric:
@@ -73,6 +86,19 @@ def encoder_metric(
 def digest(values: Iterable[object]) -> str:
     """8 hex digits of what a metric is measured against, whatever the order."""
     return content_key(sorted(map(str, values)))[:DIGEST_LENGTH]
+
+
+def image_files(store: Store, drawn: pd.DataFrame) -> dict[str, Path]:
+    """Where the images of generations lie, by content hash."""
+    return {str(r.image): store.root / str(r.image_path) for r in drawn.itertuples(index=False)}
+
+
+def encoding_failures(drawn: pd.DataFrame, unreadable: Mapping[str, str]) -> dict[str, str]:
+    """Why generations have no embedding, by generation_key; `unreadable`: by content hash."""
+    return {
+        str(row.generation_key): unreadable.get(str(row.image), "not encoded")
+        for row in drawn.itertuples(index=False)
+    }
 
 
 def score_rows(

@@ -21,7 +21,13 @@ import pandas as pd
 from PIL import Image
 
 from posterpipe.core.devices import usable_precision
-from posterpipe.core.metrics.base import Metric, encoder_metric, record_scores, score_rows
+from posterpipe.core.metrics.base import (
+    Metric,
+    encoder_metric,
+    image_files,
+    record_scores,
+    score_rows,
+)
 from posterpipe.core.metrics.encoders import ClipEncoder, encoder_id, kept_embeddings
 from posterpipe.core.progress import Progress
 from posterpipe.core.store import Store, compute_missing, content_key
@@ -132,13 +138,12 @@ def clip_t_scores(
     """
     drawn = generations[generations["status"] == "ok"]
     pairs: dict[str, tuple[str, str]] = {}
-    files: dict[str, Path] = {}
+    files = image_files(store, drawn)
     pair_of: dict[str, str] = {}
     for row in drawn.itertuples(index=False):
         image, text = str(row.image), str(row.score_text)
         key = content_key(image, text)
         pairs[key] = (image, text)
-        files[image] = store.root / str(row.image_path)
         pair_of[str(row.generation_key)] = key
     unreadable: dict[str, str] = {}
 

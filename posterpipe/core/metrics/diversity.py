@@ -9,12 +9,20 @@ and only their likeness gives them away.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from posterpipe.core.metrics.base import Metric, digest, encoder_metric, score_rows
+from posterpipe.core.metrics.base import (
+    Measurement,
+    Metric,
+    digest,
+    encoder_metric,
+    image_files,
+    score_rows,
+)
 from posterpipe.core.metrics.encoders import encoder_id, kept_embeddings
 from posterpipe.core.progress import Progress
 from posterpipe.core.store import Store
@@ -62,19 +70,35 @@ def diversity_metric(generations: pd.DataFrame, settings: ScorerSettings, root: 
 def measure_diversity(
     store: Store,
     generations: pd.DataFrame,
-    settings: ScorerSettings,
+    encoders: Sequence[ScorerSettings],
     root: Path,
     progress: Progress,
-) -> tuple[Metric, pd.DataFrame]:
-    """The metric and its scores (SCORE_COLUMNS) for a table of generations (`generations.COLUMNS`).
+) -> Measurement:
+    """Diversity by each encoder, for a table of generations (`generations.COLUMNS`); the first one
+    has the role diversity.
 
     Blocked images are left out of their group: they show nothing that could differ. Where one has
     failed, the whole group is tried again when it is there. Raises ModelMissing.
     """
-    metric = diversity_metric(generations, settings, root)
+    metrics = [diversity_metric(generations, encoder, root) for encoder in encoders]
+    scores = [
+        _scores(store, generations, metric, encoder, root, progress)
+        for metric, encoder in zip(metrics, encoders, strict=True)
+    ]
+    roles = {metrics[0].metric_id: "diversity"}
+    return Measurement(metrics, pd.concat(scores, ignore_index=True), roles)
+
+
+def _scores(
+    store: Store,
+    generations: pd.DataFrame,
+    metric: Metric,
+    settings: ScorerSettings,
+    root: Path,
+    progress: Progress,
+) -> pd.DataFrame:
     drawn = generations[generations["status"] == "ok"]
-    files = {str(r.image): store.root / str(r.image_path) for r in drawn.itertuples(index=False)}
-    embeddings = kept_embeddings(store, settings, root, files, progress)
+    embeddings = kept_embeddings(store, settings, root, image_files(store, drawn), progress)
     worker = Diversity()
     values: dict[str, float] = {}
     failures: dict[str, str] = {}
@@ -93,4 +117,4 @@ def measure_diversity(
         else:
             distances = worker(embeddings.rows(own["image"].astype(str).tolist()))
             values |= dict(zip(keys, distances.tolist(), strict=True))
-    return metric, score_rows(generations, metric.metric_id, values, failures)
+    return score_rows(generations, metric.metric_id, values, failures)

@@ -31,7 +31,15 @@ import pandas as pd
 from PIL import Image
 
 from posterpipe.core.images import UNREADABLE, hash_distance, perceptual_hash
-from posterpipe.core.metrics.base import Metric, digest, encoder_metric, score_rows
+from posterpipe.core.metrics.base import (
+    Measurement,
+    Metric,
+    digest,
+    encoder_metric,
+    encoding_failures,
+    image_files,
+    score_rows,
+)
 from posterpipe.core.metrics.encoders import (
     Alteration,
     Embeddings,
@@ -217,13 +225,11 @@ def hash_threshold(distances: Sequence[int]) -> int:
     return min([UNRELATED_BITS, *(distance - 1 for distance in distances)])
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """What comparing generations with posters gave."""
+@dataclass(frozen=True, kw_only=True)
+class Fidelity(Measurement):
+    """What comparing generations with posters gave. The similarities to the holdout posters and to
+    the nearest training poster, by the first encoder, have the roles fidelity and copies."""
 
-    metrics: list[Metric]
-    scores: pd.DataFrame
-    """SCORE_COLUMNS: long, for the warehouse."""
     nearest: pd.DataFrame
     """One row a generation that is ok and an encoder: generation_key, metric_id (of the
     similarity), nearest_poster (content hash of the training image), similarity,
@@ -233,8 +239,6 @@ class Fidelity:
     """By encoder id."""
     lost: int
     """Training posters that cannot be read, so that copies of them are not seen."""
-    similarity_id: str
-    """metric_id of the similarity to the holdout posters, by the first encoder."""
     nearest_id: str
     """metric_id of the similarity to the nearest training poster, by the first encoder."""
 
@@ -297,8 +301,7 @@ def compare_with_posters(
     """
     drawn = generations[generations["status"] == "ok"]
     control = dict(sorted(training.files.items())[:CONTROL_POSTERS])
-    files = {str(r.image): store.root / str(r.image_path) for r in drawn.itertuples(index=False)}
-    everything = {**files, **training.files, **holdout.files}
+    everything = {**image_files(store, drawn), **training.files, **holdout.files}
     hashes = _hashes(store, everything, progress)
     lost: set[str] = set()
     metrics: list[Metric] = []
@@ -309,7 +312,7 @@ def compare_with_posters(
     for settings in encoders:
         embeddings = kept_embeddings(store, settings, root, everything, progress)
         again = kept_embeddings(store, settings, root, control, progress, alteration=ALTERED)
-        measured = _Measured(settings, root, embeddings, again, training, holdout, alarm)
+        measured = _ByEncoder(settings, root, embeddings, again, training, holdout, alarm)
         measures.append(measured.measures)
         for key, metric in measured.measures.items():
             metrics.append(metric)
@@ -323,18 +326,19 @@ def compare_with_posters(
     distances = _hash_distances(drawn, hashes, training)
     unreadable = {str(key): f"the image {UNREADABLE}" for key in drawn["generation_key"]}
     scores.append(score_rows(generations, hash_metric.metric_id, distances, unreadable))
+    nearest_id = measures[0]["nearest"].metric_id
     return Fidelity(
-        metrics,
-        pd.concat(scores, ignore_index=True),
-        pd.concat(nearest, ignore_index=True),
-        calibrations,
-        len(lost),
-        measures[0]["holdout"].metric_id,
-        measures[0]["nearest"].metric_id,
+        metrics=metrics,
+        scores=pd.concat(scores, ignore_index=True),
+        roles={measures[0]["holdout"].metric_id: "fidelity", nearest_id: "copies"},
+        nearest=pd.concat(nearest, ignore_index=True),
+        calibrations=calibrations,
+        lost=len(lost),
+        nearest_id=nearest_id,
     )
 
 
-class _Measured:
+class _ByEncoder:
     """One encoder's numbers."""
 
     def __init__(
@@ -422,11 +426,7 @@ class _Measured:
 
     def _ready(self, drawn: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
         known = drawn["image"].isin(self.embeddings.vectors.keys())
-        failures = {
-            str(row.generation_key): self.embeddings.unreadable.get(str(row.image), "not encoded")
-            for row in drawn[~known].itertuples(index=False)
-        }
-        return drawn[known], failures
+        return drawn[known], encoding_failures(drawn[~known], self.embeddings.unreadable)
 
     def _similarity(self, posters: Sequence[str], images: np.ndarray) -> np.ndarray:
         return SetSimilarity(self.embeddings.rows(posters))(images)

@@ -26,8 +26,8 @@ import pandas as pd
 from PIL import Image
 
 from posterpipe.core.images import UNREADABLE
-from posterpipe.core.metrics.base import Metric, score_rows
-from posterpipe.core.parallel import cores, parallel_map
+from posterpipe.core.metrics.base import Measurement, Metric, image_files, score_rows
+from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import Progress
 from posterpipe.core.store import Store, compute_missing
 
@@ -61,15 +61,14 @@ class Line:
 class TitleReader:
     """Reads all text on images. Made once, called on batches; needs no network."""
 
-    def __init__(self, *, threads: int = 0) -> None:
-        """`threads`: images read at the same time; 0: one a core."""
+    def __init__(self) -> None:
         self.reader_id = reader_id()
-        self._threads = threads or cores()
         self._engines = threading.local()
 
     def __call__(self, images: Iterable[Image.Image]) -> Iterator[list[Line]]:
-        """The lines of each image, from top to bottom and from left to right, as they are read."""
-        return parallel_map(self._read, images, self._threads)
+        """The lines of each image, from top to bottom and from left to right, as they are read; as
+        many images at the same time as there are cores."""
+        return parallel_map(self._read, images)
 
     def _engine(self) -> Any:
         """The engine of this thread. One core an image is quicker than all cores for each."""
@@ -212,22 +211,29 @@ def legibility_metrics(where: str, lettering: str = "") -> tuple[Metric, Metric]
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Legibility(Measurement):
+    """What reading the titles of images gave."""
+
+    read: pd.DataFrame
+    """One row a scored image: generation_key, title, read (lines, joined by " / "), distance,
+    exact."""
+
+
 def measure_legibility(
     store: Store, images: pd.DataFrame, where: str, progress: Progress, *, lettering: str = ""
-) -> tuple[list[Metric], pd.DataFrame, pd.DataFrame]:
-    """The metrics, their scores (SCORE_COLUMNS), and what was read.
+) -> Legibility:
+    """Edit distance and exact match of the titles of `images`.
 
     `images` has the columns generation_key, image (content hash), image_path (in the store), title,
     status and reason: the table of generations, or of titled posters. `where` and `lettering` as
-    for `legibility_metrics`. Rows without a title have no
-    score. What was read has one row a scored image: generation_key, title, read (lines, joined by
-    " / "), distance, exact. Readings are kept, so that another title reads no image again.
+    for `legibility_metrics`. Rows without a title have no score. What was read is kept, so that
+    another title reads no image again.
     """
     distance_metric, exact_metric = metrics = legibility_metrics(where, lettering)
     titled = _titled(images)
     drawn = titled[titled["status"] == "ok"]
-    files = {str(r.image): store.root / str(r.image_path) for r in drawn.itertuples(index=False)}
-    read, unreadable = _readings(store, files, progress)
+    read, unreadable = _readings(store, image_files(store, drawn), progress)
     distances: dict[str, float] = {}
     failures: dict[str, str] = {}
     rows = []
@@ -247,13 +253,15 @@ def measure_legibility(
         ignore_index=True,
     )
     columns = ["generation_key", "title", "read", "distance", "exact"]
-    return list(metrics), scores, pd.DataFrame(rows, columns=columns)
+    return Legibility(
+        metrics=list(metrics), scores=scores, read=pd.DataFrame(rows, columns=columns)
+    )
 
 
 def of_all_titles(images: pd.DataFrame, read: pd.DataFrame) -> pd.DataFrame:
     """What was read of every image with a title, so that shares are of all of them.
 
-    `images` and `read` as `measure_legibility` takes and returns them. One row an image:
+    `images` as `measure_legibility` takes them, `read` as of `Legibility`. One row an image:
     generation_key, title, status (ok, blocked or failed), read, distance, exact; one that was not
     read has no distance and is not exact.
     """

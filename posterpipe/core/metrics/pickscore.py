@@ -16,7 +16,14 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from posterpipe.core.metrics.base import Metric, encoder_metric, score_rows
+from posterpipe.core.metrics.base import (
+    Measurement,
+    Metric,
+    encoder_metric,
+    encoding_failures,
+    image_files,
+    score_rows,
+)
 from posterpipe.core.metrics.encoders import ClipEncoder, encoder_id, kept_embeddings
 from posterpipe.core.models import fingerprint, locate
 from posterpipe.core.progress import Progress
@@ -83,8 +90,8 @@ def measure_pickscore(
     evidence: EvidenceSettings,
     root: Path,
     progress: Progress,
-) -> tuple[Metric, pd.DataFrame] | None:
-    """The metric and its scores (SCORE_COLUMNS); None where PickScore is not configured.
+) -> Measurement | None:
+    """PickScore of generations, with the role preference; None where it is not configured.
 
     Give only generations that have no score yet: the model is loaded whenever one of them is ok.
     Raises ModelMissing.
@@ -95,21 +102,21 @@ def measure_pickscore(
     processor = evidence.pickscore_processor
     metric = pickscore_metric(settings, processor, root)
     drawn = generations[generations["status"] == "ok"]
+    roles = {metric.metric_id: "preference"}
     if drawn.empty:
-        return metric, score_rows(generations, metric.metric_id, {}, {})
+        return Measurement([metric], score_rows(generations, metric.metric_id, {}, {}), roles)
     worker = PickScore(settings, root, processor=processor)
-    files = {str(r.image): store.root / str(r.image_path) for r in drawn.itertuples(index=False)}
-    embeddings = kept_embeddings(store, settings, root, files, progress, encoder=worker)
+    embeddings = kept_embeddings(
+        store, settings, root, image_files(store, drawn), progress, encoder=worker
+    )
     ready = drawn[drawn["image"].isin(embeddings.vectors.keys())]
     values: dict[str, float] = {}
     if not ready.empty:
-        scores = worker.scores(
+        numbers = worker.scores(
             embeddings.rows(ready["image"].astype(str).tolist()),
             ready["score_text"].astype(str).tolist(),
         )
-        values = dict(zip(ready["generation_key"].astype(str), scores.tolist(), strict=True))
-    failures = {
-        str(row.generation_key): embeddings.unreadable.get(str(row.image), "not encoded")
-        for row in drawn.itertuples(index=False)
-    }
-    return metric, score_rows(generations, metric.metric_id, values, failures)
+        values = dict(zip(ready["generation_key"].astype(str), numbers.tolist(), strict=True))
+    failures = encoding_failures(drawn, embeddings.unreadable)
+    scores = score_rows(generations, metric.metric_id, values, failures)
+    return Measurement([metric], scores, roles)

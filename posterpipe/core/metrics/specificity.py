@@ -20,9 +20,12 @@ import pandas as pd
 
 from posterpipe.core.metrics.base import (
     SCORE_COLUMNS,
+    Measurement,
     Metric,
     digest,
     encoder_metric,
+    encoding_failures,
+    image_files,
     score_rows,
 )
 from posterpipe.core.metrics.encoders import encoder_id, kept_embeddings, kept_text_embeddings
@@ -116,8 +119,8 @@ def measure_specificity(
     settings: ScorerSettings,
     root: Path,
     progress: Progress,
-) -> tuple[list[Metric], pd.DataFrame]:
-    """The metrics and their scores (SCORE_COLUMNS) for a table as of `generations.COLUMNS`.
+) -> Measurement:
+    """The metrics for a table as of `generations.COLUMNS`, with the roles specific, control, rank.
 
     The other texts are those of the whole table, unusable images included, so that a blocked image
     changes no other's number; a text that several prompts share counts once. None of the metrics
@@ -126,19 +129,16 @@ def measure_specificity(
     """
     texts = suite_texts(generations)
     if len(texts) < 2:
-        return [], pd.DataFrame(columns=list(SCORE_COLUMNS)).astype({"value": "float64"})
+        nothing = pd.DataFrame(columns=list(SCORE_COLUMNS)).astype({"value": "float64"})
+        return Measurement([], nothing)
     metrics = specificity_metrics(texts, settings, root)
     drawn = generations[generations["status"] == "ok"]
-    files = {str(r.image): store.root / str(r.image_path) for r in drawn.itertuples(index=False)}
-    images = kept_embeddings(store, settings, root, files, progress)
+    images = kept_embeddings(store, settings, root, image_files(store, drawn), progress)
     worker = PromptSpecificity(kept_text_embeddings(store, settings, root, texts))
     ready = drawn[drawn["image"].isin(images.vectors.keys())]
     place = {text: number for number, text in enumerate(texts)}
     own = ready["score_text"].astype(str).map(place).to_numpy(dtype=int)
-    failures = {
-        str(row.generation_key): images.unreadable.get(str(row.image), "not encoded")
-        for row in drawn.itertuples(index=False)
-    }
+    failures = encoding_failures(drawn, images.unreadable)
     values: list[dict[str, float]] = [{}, {}, {}]
     if len(ready):
         found = worker(images.rows(ready["image"].astype(str).tolist()), own)
@@ -151,4 +151,6 @@ def measure_specificity(
         score_rows(generations, metric.metric_id, own_values, failures)
         for metric, own_values in zip(metrics, values, strict=True)
     ]
-    return list(metrics), pd.concat(scores, ignore_index=True)
+    names = ("specific", "control", "rank")
+    roles = {metric.metric_id: name for metric, name in zip(metrics, names, strict=True)}
+    return Measurement(list(metrics), pd.concat(scores, ignore_index=True), roles)

@@ -28,7 +28,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured(store: Store, root: Path, table: pd.DataFrame) -> pd.DataFrame:
-    return measure_diversity(store, table, SETTINGS, root, NoProgress())[1]
+    return measure_diversity(store, table, [SETTINGS], root, NoProgress()).scores
 
 
 def test_the_mean_over_images_is_the_mean_over_pairs() -> None:

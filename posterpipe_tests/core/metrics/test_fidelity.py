@@ -313,7 +313,9 @@ def test_what_the_gate_reads_is_named_whatever_the_order_of_the_metrics(
         posters(store, "holdout", pictures(3, 47)),
     )  # fmt: skip
     names = {metric.metric_id: metric.name for metric in result.metrics}
-    assert names[result.similarity_id] == "CLIP-I holdout"
+    assert {role: names[metric_id] for metric_id, role in result.roles.items()} == {
+        "fidelity": "CLIP-I holdout", "copies": "CLIP-I nearest training poster",
+    }  # fmt: skip
     assert names[result.nearest_id] == "CLIP-I nearest training poster"
 
 

@@ -132,9 +132,11 @@ def test_each_image_with_a_title_gets_its_numbers(
     images = [lettered("STAR", "SAILOR"), lettered("STAR TAILOR"), lettered(), lettered("X"), None]
     titles = ["Star Sailor", "Star Sailor", "Star Sailor", "", "Star Sailor"]
     table = generations(store, images, titles=titles)
-    metrics, scores, read = measure_legibility(store, table, "drawn", NoProgress())
+    found = measure_legibility(store, table, "drawn", NoProgress())
+    scores, read = found.scores, found.read
     distance, exact = (
-        scores[scores["metric_id"] == metric.metric_id].reset_index(drop=True) for metric in metrics
+        scores[scores["metric_id"] == metric.metric_id].reset_index(drop=True)
+        for metric in found.metrics
     )
     assert distance.value[:3].tolist() == pytest.approx([0, 1 / 10, 1])
     assert exact.value[:3].tolist() == [1, 0, 0]
@@ -146,8 +148,8 @@ def test_each_image_with_a_title_gets_its_numbers(
 
     monkeypatch.setattr(legibility_module, "TitleReader", no_reader)
     renamed = table.assign(title=["Star Tailor"] * 5)
-    _, again, _ = measure_legibility(store, renamed[:2], "drawn", NoProgress())
-    assert again.value.tolist() == pytest.approx([1 / 10, 0, 0, 1])
+    again = measure_legibility(store, renamed[:2], "drawn", NoProgress())
+    assert again.scores.value.tolist() == pytest.approx([1 / 10, 0, 0, 1])
 
 
 def test_an_unreadable_image_is_a_row_with_the_reason(tmp_path: Path) -> None:
@@ -156,7 +158,8 @@ def test_an_unreadable_image_is_a_row_with_the_reason(tmp_path: Path) -> None:
     path = store.root / str(table.image_path[0])
     path.unlink()  # it may not be written to
     path.write_bytes(b"no image")
-    _, scores, read = measure_legibility(store, table, "drawn", NoProgress())
+    found = measure_legibility(store, table, "drawn", NoProgress())
+    scores, read = found.scores, found.read
     assert scores.status.tolist() == ["failed", "ok", "failed", "ok"]
     assert "cannot be read" in scores.reason[0] and len(read) == 1
     assert unread_count(table, scores) == 1
@@ -169,8 +172,6 @@ def test_an_unreadable_image_is_a_row_with_the_reason(tmp_path: Path) -> None:
 def test_a_suite_without_titles_has_nothing_to_read(tmp_path: Path) -> None:
     columns = ["generation_key", "image", "image_path", "title", "status", "reason"]
     nothing = pd.DataFrame(columns=columns)
-    metrics, scores, read = measure_legibility(
-        Store(tmp_path), nothing, "set", NoProgress(), lettering="abc"
-    )
-    assert len(metrics) == 2 and scores.empty and read.empty
-    assert of_all_titles(nothing, read).empty
+    found = measure_legibility(Store(tmp_path), nothing, "set", NoProgress(), lettering="abc")
+    assert len(found.metrics) == 2 and found.scores.empty and found.read.empty
+    assert of_all_titles(nothing, found.read).empty

@@ -50,7 +50,7 @@ def test_scores_are_the_scaled_cosines_of_plain_transformers(root: Path, tmp_pat
     table = generations(store, images, statuses=["ok", "blocked", "ok"])
     measured = measure_pickscore(store, table, EVIDENCE, root, NoProgress())
     assert measured is not None
-    metric, scores = measured
+    (metric,), scores = measured.metrics, measured.scores
     folder = root / "models" / "pick"
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     processor = CLIPProcessor(
@@ -98,9 +98,11 @@ def test_another_processor_is_another_metric_with_embeddings_of_its_own(
         measure_pickscore(store, table, evidence, root, NoProgress())
         for evidence in (EVIDENCE, changed)
     ]
-    (one, scores), (another, others) = (pair for pair in measured if pair is not None)
-    assert one.metric_id != another.metric_id
-    assert (scores.value != others.value).all(), "nothing is taken from the first one's embeddings"
+    one, another = (found for found in measured if found is not None)
+    assert one.metrics[0].metric_id != another.metrics[0].metric_id
+    assert (one.scores.value != another.scores.value).all(), (
+        "nothing is taken from the first one's embeddings"
+    )
 
 
 def test_it_is_measured_only_where_it_is_configured(root: Path, tmp_path: Path) -> None:

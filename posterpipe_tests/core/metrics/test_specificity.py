@@ -42,12 +42,10 @@ def drawn(
 
 
 def measured(store: Store, root: Path, table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    metrics, scores = measure_specificity(store, table, SETTINGS, root, NoProgress())
+    found = measure_specificity(store, table, SETTINGS, root, NoProgress())
     return {
-        metric.name.removeprefix("CLIP-T "): scores[
-            scores["metric_id"] == metric.metric_id
-        ].reset_index(drop=True)
-        for metric in metrics
+        role: found.scores[found.scores["metric_id"] == metric_id].reset_index(drop=True)
+        for metric_id, role in found.roles.items()
     }
 
 
@@ -230,7 +228,7 @@ def test_a_text_of_several_prompts_counts_once_and_one_alone_is_not_measured(
     cosines = plain_cosines(root / "models" / "clip", some_images(4), TEXTS[:3])
     control = measured(store, root, table)["control"]
     np.testing.assert_allclose(control.value[3], cosines[3, 1:].mean(), atol=1e-5)
-    metrics, scores = measure_specificity(
+    alone = measure_specificity(
         store, table.assign(score_text="a cat"), SETTINGS, root, NoProgress()
     )
-    assert metrics == [] and scores.empty
+    assert alone.metrics == [] and alone.scores.empty and not alone.roles
