@@ -19,13 +19,6 @@ from posterpipe.core.quality.captions import (
     repeated_share,
     words,
 )
-from posterpipe.core.quality.evidence import (
-    copied_posters,
-    rejected_champion,
-    unmeasured_images,
-    unread_titles,
-    unset_titles,
-)
 from posterpipe.core.quality.finding import Finding
 from posterpipe.core.quality.generations import (
     impossible_cosines,
@@ -48,6 +41,13 @@ from posterpipe.core.quality.posters import (
     rejected_share,
     some_held_out,
     source_names,
+)
+from posterpipe.core.quality.scores import (
+    copied_posters,
+    rejected_champion,
+    unmeasured_images,
+    unread_titles,
+    unset_titles,
 )
 from posterpipe.core.quality.training_set import (
     enough_rows,

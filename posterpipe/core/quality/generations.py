@@ -1,7 +1,7 @@
 """What is missing or impossible among generations and their CLIP scores.
 
 What belongs here: images and scores that are not there, out of date or out of range. What does not:
-images that show nothing (`images`), the other metrics (`evidence`).
+images that show nothing (`images`), the other metrics (`scores`).
 """
 
 from __future__ import annotations

@@ -23,9 +23,7 @@ from posterpipe.core.score_report.data import (
     variant_name,
 )
 from posterpipe.core.score_report.pictures import Picture, Pictures
-from posterpipe.core.score_report.words import (
-    cut,
-)
+from posterpipe.core.score_report.words import cut
 
 GALLERY_FILE = "gallery.html"
 
@@ -139,7 +137,7 @@ def _prompt(prompt: Prompt, published: Published, pictures: Pictures) -> dict[st
         "title": prompt.title,
         "negative": prompt.negative,
         "effect": prompt.effect,
-        "mean": prompt.lowest,
+        "lowest": prompt.lowest,
         "words": cut(f"{prompt.prompt_id} {prompt.prompt}".lower(), 500),
         "panels": [
             {

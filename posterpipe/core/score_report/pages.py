@@ -1,8 +1,8 @@
 """The pages of the report, rendered.
 
 What belongs here: which pages there are, and the templates' environment. What does not: what stands
-on them (`results`, `gallery_pages`, `evidence_pages`), queries (`data`), SVG (`charts`), markup and
-style (the templates, `report.css`).
+on them (`results`, `gallery_pages`, and `<template>_page` of the others), queries (`data`), SVG
+(`charts`), markup and style (the templates, `report.css`).
 
 Everything that comes from outside (prompts, reasons, names) reaches the templates as plain text,
 and they escape all of it; only `charts` makes markup.
@@ -19,15 +19,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from posterpipe.core.score_report import charts
+from posterpipe.core.score_report.copying_page import copying_context
 from posterpipe.core.score_report.data import Published
-from posterpipe.core.score_report.evidence_pages import (
-    copying_context,
-    data_context,
-    gate_context,
-    glossary_context,
-    legibility_context,
-)
+from posterpipe.core.score_report.data_page import data_context
 from posterpipe.core.score_report.gallery_pages import GALLERY_FILE, gallery_contexts
+from posterpipe.core.score_report.gate_page import gate_context
+from posterpipe.core.score_report.glossary_page import glossary_context
+from posterpipe.core.score_report.legibility_page import legibility_context
 from posterpipe.core.score_report.pictures import Pictures
 from posterpipe.core.score_report.results import index_context
 from posterpipe.core.score_report.words import moment

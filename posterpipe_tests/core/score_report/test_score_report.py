@@ -22,8 +22,8 @@ import pytest
 from posterpipe.core.gate import RULE
 from posterpipe.core.publication import publish_scores
 from posterpipe.core.score_report import Written, results, write_report
+from posterpipe.core.score_report.copying_page import copying_context
 from posterpipe.core.score_report.data import Published, read_published
-from posterpipe.core.score_report.evidence_pages import copying_context
 from posterpipe.core.score_report.gallery_pages import IMAGES_A_PAGE, slug_of
 from posterpipe.core.score_report.headline import board_of, control_context
 from posterpipe.core.score_report.pages import PAGES

@@ -1,7 +1,8 @@
-"""What is wrong with titles, with the evidence beside the CLIP score, and with what is served.
+"""What is wrong with scores beside CLIP-T, with the titles they are about, and with what is served.
 
 What belongs here: titles that are not set or not read, numbers that could not be measured, copies
-of posters, a champion that should not be one. What does not: the gate's decision (`core.gate`).
+of posters, a champion that should not be one. What does not: CLIP-T (`generations`) and the gate's
+decision (`core.gate`).
 """
 
 from __future__ import annotations
