@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from markupsafe import Markup
 
@@ -26,15 +27,18 @@ PLOT_HEIGHT = 280
 """Pixels."""
 _TOP, _BOTTOM = 18, 44
 
+_CROWD = 8
+"""Points of a chart, beyond which there is no room for each one's number and label."""
+
 
 def variant_class(variant: str) -> str:
     """The CSS class that gives a variant its colour and mark."""
     return f"v-{variant}" if variant in LABELS else "v-other"
 
 
-def missing(value: float | None) -> bool:
-    """Whether a number is not there."""
-    return value is None or not math.isfinite(value)
+def is_known(value: float | None) -> TypeGuard[float]:
+    """Whether there is a finite number."""
+    return value is not None and math.isfinite(value)
 
 
 def signed(value: float, digits: int = 3) -> str:
@@ -87,8 +91,7 @@ def nice_scale(
 
     `within`: the range of the quantity, which the scale does not leave, say (0, 1) of a share.
     """
-    known = [float(value) for value in [*values, *include] if value is not None]
-    known = [value for value in known if math.isfinite(value)] or [0.0, 1.0]
+    known = [float(value) for value in [*values, *include] if is_known(value)] or [0.0, 1.0]
     low, high = min(known), max(known)
     if high - low < 1e-9:
         pad = abs(high) * 0.1 or 0.1
@@ -155,8 +158,8 @@ def interval_row(
     parts = [_line(scale.at(t), 0, scale.at(t), ROW_HEIGHT, "grid") for t in scale.ticks]
     if zero is not None:
         parts.append(_line(scale.at(zero), 0, scale.at(zero), ROW_HEIGHT, "zero"))
-    if estimate is not None and not missing(estimate):
-        if low is not None and high is not None and not missing(low) and not missing(high):
+    if is_known(estimate):
+        if is_known(low) and is_known(high):
             css = f"whisker {variant_class(variant)}"
             ends = scale.at(low), scale.at(high)
             parts.append(_line(ends[0], middle, ends[1], middle, css))
@@ -173,14 +176,14 @@ def dots_row(
     middle = ROW_HEIGHT / 2
     parts = [_line(scale.at(t), 0, scale.at(t), ROW_HEIGHT, "grid") for t in scale.ticks]
     parts.append(_line(scale.at(0), 0, scale.at(0), ROW_HEIGHT, "zero"))
-    if mean is not None and not missing(mean):
+    if is_known(mean):
         parts.append(_line(scale.at(0), middle, scale.at(mean), middle, "effect"))
     parts += [
         Markup('<circle class="dot {}" cx="{}%" cy="{}" r="3"/>').format(
             variant_class(variant), _n(scale.at(value)), _n(middle)
         )
         for value in values
-        if not missing(value)
+        if is_known(value)
     ]
     return _svg(ROW_HEIGHT, "row-plot", *parts)
 
@@ -196,7 +199,7 @@ def axis_row(scale: Scale, *, sign: bool = False) -> Markup:
 
 def share_bar(share: float | None, *, css: str = "") -> Markup:
     """A bar from 0 to 1, as a cell of a table row."""
-    return stacked_bar([(share or 0.0, f"fill {css}")] if not missing(share) else [])
+    return stacked_bar([(share, f"fill {css}")] if is_known(share) else [])
 
 
 def stacked_bar(shares: Sequence[tuple[float, str]]) -> Markup:
@@ -226,6 +229,11 @@ class Point:
     variant: str = ""
     note: str = ""
     """What stands above the mark beside the number: a decision, say."""
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Its ends; None where one is not known."""
+        return (self.low, self.high) if is_known(self.low) and is_known(self.high) else None
 
 
 def _frame(
@@ -276,24 +284,41 @@ def points_chart(
     scale = nice_scale(
         numbers, include=include, within=within, start=PLOT_HEIGHT - _BOTTOM, end=_TOP
     )
-    bottom = scale.at(scale.low)
     parts = [_line(0, scale.at(t), 100, scale.at(t), "grid") for t in scale.ticks]
-    if reference is not None and not missing(reference.value):
-        if not missing(reference.low) and not missing(reference.high):
-            top = scale.at(reference.high or 0)
-            parts.append(
-                Markup('<rect class="band" x="0" y="{}" width="100%" height="{}"/>').format(
-                    _n(top), _n(scale.at(reference.low or 0) - top)
-                )
-            )
-        level = scale.at(reference.value or 0)
-        parts.append(_line(0, level, 100, level, f"level {variant_class(reference.variant)}"))
-        parts.append(_text(99.5, level - 6, reference.label, "value quiet", "end"))
+    if reference is not None:
+        parts += _reference_band(reference, scale)
     places = _columns(max(1, len(points)))
     parts += _joined(places, points, scale, "join")
     parts += _joined(places, beside, scale, "join beside")
+    parts += _beside_marks(places, beside, scale)
+    parts += _point_marks(places, points, scale)
+    described = "; ".join(_told(point) for point in [*points, *beside])
+    if reference is not None:
+        described += f". Level: {_told(reference)}"
+    return _frame(name, title, described + ".", scale, Markup("").join(parts), unit)
+
+
+def _reference_band(reference: Point, scale: Scale) -> list[Markup]:
+    if not is_known(reference.value):
+        return []
+    parts = []
+    if reference.interval is not None:
+        bottom, top = (scale.at(end) for end in reference.interval)
+        parts.append(
+            Markup('<rect class="band" x="0" y="{}" width="100%" height="{}"/>').format(
+                _n(top), _n(bottom - top)
+            )
+        )
+    level = scale.at(reference.value)
+    parts.append(_line(0, level, 100, level, f"level {variant_class(reference.variant)}"))
+    parts.append(_text(99.5, level - 6, reference.label, "value quiet", "end"))
+    return parts
+
+
+def _beside_marks(places: Sequence[float], beside: Sequence[Point], scale: Scale) -> list[Markup]:
+    parts = []
     for x, point in zip(places, beside, strict=False):
-        if point.value is None or missing(point.value):
+        if not is_known(point.value):
             continue
         y = scale.at(point.value)
         # A percentage cannot be moved by half a square; an inner svg has its own origin.
@@ -304,33 +329,34 @@ def points_chart(
             ).format(_n(x), _n(y))
         )
         parts.append(_text(x, y + 20, plain(point.value, 2), "value quiet"))
-    crowded = len(points) > 8
-    for index, (x, point) in enumerate(zip(places, points, strict=True)):
-        if point.value is not None and not missing(point.value):
+    return parts
+
+
+def _point_marks(places: Sequence[float], points: Sequence[Point], scale: Scale) -> list[Markup]:
+    """With their intervals, numbers, notes and labels. Of a crowd, no numbers and few labels: they
+    would run into each other."""
+    crowded = len(points) > _CROWD
+    bottom = scale.at(scale.low)
+    following = [*(point.value for point in points[1:]), None]
+    parts = []
+    for index, (x, point, after) in enumerate(zip(places, points, following, strict=True)):
+        if is_known(point.value):
             y = scale.at(point.value)
-            if not missing(point.low) and not missing(point.high):
-                ends = scale.at(point.low or 0), scale.at(point.high or 0)
-                parts.append(
-                    _line(x, ends[0], x, ends[1], f"whisker {variant_class(point.variant)}")
-                )
-            mark = _mark(x, y, point.variant, size=4 if crowded else 6)
-            parts.append(mark)
+            if point.interval is not None:
+                low, high = (scale.at(end) for end in point.interval)
+                parts.append(_line(x, low, x, high, f"whisker {variant_class(point.variant)}"))
+            parts.append(_mark(x, y, point.variant, size=4 if crowded else 6))
             if not crowded:
                 # On the side where the line is not, so that the number stays clear of it.
-                after = points[index + 1].value if index + 1 < len(points) else None
-                rises = after is not None and not missing(after) and after > point.value
+                rises = is_known(after) and after > point.value
                 side, anchor = (-1.6, "end") if rises else (1.6, "start")
                 parts.append(_text(x + side, y - 9, plain(point.value, 2), "value", anchor))
             if point.note:
                 parts.append(_text(x, _TOP - 6, point.note, "note"))
-        # Labels of a crowd would run into each other.
-        if not crowded or index % math.ceil(len(points) / 8) == 0:
+        if not crowded or index % math.ceil(len(points) / _CROWD) == 0:
             for line, text in enumerate(point.label.split("|")):
                 parts.append(_text(x, bottom + 20 + 16 * line, text, "label"))
-    described = "; ".join(_told(point) for point in [*points, *beside])
-    if reference is not None:
-        described += f". Level: {_told(reference)}"
-    return _frame(name, title, described + ".", scale, Markup("").join(parts), unit)
+    return parts
 
 
 def _joined(
@@ -339,18 +365,19 @@ def _joined(
     known = [
         (x, scale.at(point.value))
         for x, point in zip(places, points, strict=False)
-        if point.value is not None and not missing(point.value)
+        if is_known(point.value)
     ]
     return [_line(*one, *two, css) for one, two in itertools.pairwise(known)]
 
 
 def _told(point: Point) -> str:
     label = point.label.replace("|", " ")
-    if point.value is None or missing(point.value):
+    if not is_known(point.value):
         return f"{label}: no score"
     text = f"{label}: {plain(point.value)}"
-    if point.low is not None and point.high is not None and not missing(point.low):
-        text += f" ({plain(point.low)} to {plain(point.high)})"
+    if point.interval is not None:
+        low, high = point.interval
+        text += f" ({plain(low)} to {plain(high)})"
     return text + (f", {point.note}" if point.note else "")
 
 
@@ -370,8 +397,8 @@ def histogram(
 
     `groups`: label, numbers, CSS class. `limit`: a line through all strips.
     """
-    numbers = [value for _, values, _ in groups for value in values if not missing(value)]
-    scale = nice_scale(numbers, include=() if missing(limit) else (limit or 0.0,), start=2, end=98)
+    numbers = [value for _, values, _ in groups for value in values]
+    scale = nice_scale([*numbers, limit], start=2, end=98)
     strip, head = 66, 18
     height = head + strip * len(groups) + AXIS_HEIGHT
     floor = height - AXIS_HEIGHT
@@ -379,7 +406,7 @@ def histogram(
     width = (scale.high - scale.low) / _BINS
     told = []
     for index, (label, values, css) in enumerate(groups):
-        known = [value for value in values if not missing(value)]
+        known = [value for value in values if is_known(value)]
         counts = [0] * _BINS
         for value in known:
             counts[min(_BINS - 1, int((value - scale.low) / width))] += 1
@@ -404,7 +431,7 @@ def histogram(
                 f"{label}: {len(known)} values from {plain(min(known))} to {plain(max(known))}, "
                 f"median {plain(middle)}"
             )
-    if limit is not None and not missing(limit):
+    if is_known(limit):
         x = scale.at(limit)
         parts.append(_line(x, head - 4, x, floor, "limit"))
         parts.append(_text(x, head - 7, limit_label, "note", "end" if x > 60 else "start"))
