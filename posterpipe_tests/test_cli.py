@@ -284,7 +284,7 @@ def test_the_champion_is_shown_pinned_and_rolled_back_by_command(
         GATE,
         GateError,
         read_decisions,
-        told_decisions,
+        read_mirrored_decisions,
         write_decisions,
     )
     from posterpipe.core.warehouse import Warehouse
@@ -315,7 +315,7 @@ def test_the_champion_is_shown_pinned_and_rolled_back_by_command(
     log = read_decisions(warehouse)
     assert log["reason"].tolist() == ["every check passed", "draws hands", "it sells", "enough"]
     assert log["decided_by"].tolist()[1:3] == ["Ida Moss", "Otto"] and log["decided_by"].iloc[3]
-    assert told_decisions(tmp_path)["decision_id"].tolist() == log["decision_id"].tolist()
+    assert read_mirrored_decisions(tmp_path)["decision_id"].tolist() == log["decision_id"].tolist()
     with pytest.raises(GateError, match="has not seen the checkpoint nobody"):
         run("pin", "nobody", "--why", "x")
     # A base model that is not here yet has no fingerprint: enough to look, too little to decide.

@@ -14,7 +14,7 @@ import datetime as dt
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from posterpipe.core.files import write_atomic
 from posterpipe.core.gate import Decision, Verdict
 from posterpipe.core.store import content_key
 from posterpipe.core.warehouse import Warehouse, WarehouseError
-from posterpipe.core.warehouse_rows import insert
+from posterpipe.core.warehouse_rows import insert, utc_now
 
 GATE = "gate"
 """`decided_by` of decisions that no person took."""
@@ -38,7 +38,7 @@ DECISION_COLUMNS = (
 that share a store have champions of their own. Where it is not known (a decision of an older
 posterpipe about a checkpoint that the warehouse does not know), the decision counts for each."""
 
-TOLD = "decisions.json"
+MIRROR = "decisions.json"
 """File of the store that repeats fct_promotion, for those who cannot open the warehouse, and for a
 warehouse that was lost, since nothing else knows what was decided."""
 
@@ -114,8 +114,7 @@ def champion_of(decisions: pd.DataFrame, base_model: str) -> str:
     the gate promoted last. A checkpoint that the gate rejected since is not served, nor one of
     another base model.
     """
-    champion, pinned = _state(decisions, base_model)
-    return pinned or champion
+    return _standings(decisions, base_model)[-1].served
 
 
 def defender_of(decisions: pd.DataFrame, base_model: str, challenger: str) -> str:
@@ -124,13 +123,12 @@ def defender_of(decisions: pd.DataFrame, base_model: str, challenger: str) -> st
     Decisions about the challenger itself do not count. So judging it again, also after it was
     promoted, asks the same question as the first time, and its promotion makes nothing stale.
     """
-    champion, pinned = _state(decisions, base_model, without=challenger)
-    return pinned or champion
+    return _standings(decisions, base_model, without=challenger)[-1].served
 
 
 def pinned(decisions: pd.DataFrame, base_model: str) -> str | None:
     """The checkpoint that a person has pinned, or None."""
-    return _state(decisions, base_model)[1]
+    return _standings(decisions, base_model)[-1].pinned
 
 
 def pin(
@@ -177,12 +175,12 @@ def unpin(
 ) -> pd.DataFrame:
     """The row that gives the choice back to the gate. Raises GateError where nothing is pinned."""
     _named(who, why)
-    champion, now = _state(decisions, base_model)
-    if now is None:
+    now = _standings(decisions, base_model)[-1]
+    if now.pinned is None:
         raise GateError("no checkpoint is pinned: the gate decides already")
     return _row(
-        checkpoint=champion,
-        before=now,
+        checkpoint=now.champion,
+        before=now.pinned,
         base_model=base_model,
         verdict="promote",
         reason=why,
@@ -196,12 +194,9 @@ def rollback(
     decisions: pd.DataFrame, base_model: str, *, who: str, why: str, decided_at: dt.datetime
 ) -> pd.DataFrame:
     """The row that pins the champion before the present one. Raises GateError where none was."""
-    own = of_base(decisions, base_model)
-    served = [
-        base_model,
-        *(champion_of(own.iloc[:end], base_model) for end in range(1, len(own) + 1)),
-    ]
-    now, latest = served[-1], verdicts(own)
+    standings = _standings(decisions, base_model)
+    served = [standing.served for standing in standings]
+    now, latest = served[-1], standings[-1].latest
     # The present one may have been champion before as well, when what came between was rejected.
     earlier = [name for name in served if name != now and latest.get(name) != "reject"]
     if not earlier:
@@ -209,32 +204,60 @@ def rollback(
     return pin(decisions, earlier[-1], base_model, who=who, why=why, decided_at=decided_at)
 
 
-def _state(
+@dataclass(frozen=True)
+class _Standing:
+    """Where the decisions so far lead to."""
+
+    promoted: tuple[str, ...]
+    """By the gate, the base model first."""
+    rejected: frozenset[str] = frozenset()
+    """Not promoted since."""
+    latest: Mapping[str, str] = field(default_factory=dict)
+    """The gate's latest verdict by checkpoint."""
+    pinned: str | None = None
+
+    @property
+    def champion(self) -> str:
+        """By the gate."""
+        return next(name for name in reversed(self.promoted) if name not in self.rejected)
+
+    @property
+    def served(self) -> str:
+        return self.pinned or self.champion
+
+    def after_gate(self, checkpoint: str, verdict: str) -> _Standing:
+        latest = {**self.latest, checkpoint: verdict}
+        if verdict == "promote":
+            rejected = self.rejected - {checkpoint}
+            promoted = (*self.promoted, checkpoint)
+            return replace(self, latest=latest, promoted=promoted, rejected=rejected)
+        if verdict == "reject":
+            pinned = None if self.pinned == checkpoint else self.pinned
+            rejected = self.rejected | {checkpoint}
+            return replace(self, latest=latest, rejected=rejected, pinned=pinned)
+        return replace(self, latest=latest)
+
+    def after_person(self, checkpoint: str, *, pins: bool) -> _Standing:
+        if pins and self.latest.get(checkpoint) == "reject":
+            return self  # what is rejected is never served, however the row came here
+        return replace(self, pinned=checkpoint if pins else None)
+
+
+def _standings(
     decisions: pd.DataFrame, base_model: str, *, without: str | None = None
-) -> tuple[str, str | None]:
-    """The champion by the gate, and what is pinned; as if `without` did not exist."""
-    promoted: list[str] = [base_model]
-    now: str | None = None
-    rejected: set[str] = set()
-    latest: dict[str, str] = {}
+) -> list[_Standing]:
+    """Before any decision about the champion of a base model, and after each; as if the checkpoint
+    `without` did not exist: a pin of it takes away the one before."""
+    standings = [_Standing((base_model,))]
     for row in of_base(decisions, base_model).itertuples(index=False):
-        checkpoint = str(row.checkpoint_id)
+        now, checkpoint = standings[-1], str(row.checkpoint_id)
         if row.decided_by != GATE:
             pins = json.loads(str(row.numbers))["pinned"]
-            if pins and latest.get(checkpoint) == "reject":
-                continue  # what is rejected is never served, however the row came here
-            now = checkpoint if pins and checkpoint != without else None
-        elif checkpoint == without:
-            continue
-        else:
-            latest[checkpoint] = str(row.decision)
-            if row.decision == "promote":
-                rejected.discard(checkpoint)
-                promoted.append(checkpoint)
-            elif row.decision == "reject":
-                rejected.add(checkpoint)
-                now = None if now == checkpoint else now
-    return next(name for name in reversed(promoted) if name not in rejected), now
+            now = now.after_person(checkpoint, pins=pins and checkpoint != without)
+        elif checkpoint != without:
+            now = now.after_gate(checkpoint, str(row.decision))
+        standings.append(now)
+    return standings
 
 
 def verdicts(decisions: pd.DataFrame) -> dict[str, str]:
@@ -267,15 +290,15 @@ def _row(
     decided_at: dt.datetime,
     run_id: str | None = None,
 ) -> pd.DataFrame:
-    told = json.dumps(_finite(numbers), sort_keys=True)
+    encoded = json.dumps(_finite(numbers), sort_keys=True)
     values = {
-        "decision_id": content_key(checkpoint, before, verdict, told, decided_by, decided_at),
+        "decision_id": content_key(checkpoint, before, verdict, encoded, decided_by, decided_at),
         "decided_at": decided_at,
         "checkpoint_id": checkpoint,
         "champion_before": before,
         "decision": verdict,
         "reason": reason,
-        "numbers": told,
+        "numbers": encoded,
         "decided_by": decided_by,
         "run_id": run_id,
         "base_model": base_model,
@@ -297,15 +320,15 @@ def _finite(value: Any) -> Any:
 def read_decisions(warehouse: Warehouse) -> pd.DataFrame:
     """All decisions so far, rows of fct_promotion in their order; none before the first write.
 
-    Those told beside the warehouse are among them where it lacks them, since it was lost or put
+    Those mirrored beside the warehouse are among them where it lacks them, since it was lost or put
     back; the next write puts them into it. Raises WarehouseBusy and WarehouseError.
     """
-    told = told_decisions(warehouse.path.parent)
+    mirrored = read_mirrored_decisions(warehouse.path.parent)
     if not warehouse.path.exists():
-        return told
+        return mirrored
     with warehouse.read() as connection:
         own = _decisions(connection)
-    lacking = told[~told["decision_id"].isin(own["decision_id"])]
+    lacking = mirrored[~mirrored["decision_id"].isin(own["decision_id"])]
     if lacking.empty:
         return own
     everything = pd.concat([own, lacking]) if len(own) else lacking
@@ -319,8 +342,8 @@ def _decisions(connection: duckdb.DuckDBPyConnection) -> pd.DataFrame:
 
 
 def _put_back(connection: duckdb.DuckDBPyConnection, warehouse: Warehouse) -> None:
-    """Adds the decisions that were told and that the warehouse lacks."""
-    insert(connection, "fct_promotion", told_decisions(warehouse.path.parent))
+    """Adds the mirrored decisions that the warehouse lacks."""
+    insert(connection, "fct_promotion", read_mirrored_decisions(warehouse.path.parent))
 
 
 def write_decisions(
@@ -331,21 +354,20 @@ def write_decisions(
     Nobody else decides between the two, so who decides at the same time, a person or another run,
     knows of this decision. The time is later than that of any decision before, whatever the clock
     says. Decisions that a warehouse lacks which was lost or put back count as well, and are in it
-    afterwards. Adds nothing where `take` raises. All decisions, which are told as well to those who
-    cannot open the warehouse.
+    afterwards. Adds nothing where `take` raises. Returns all decisions, which are mirrored as well.
     """
     with warehouse.write() as connection:
         _put_back(connection, warehouse)
         before = _decisions(connection)
-        now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+        now = utc_now()
         if len(before):
             latest = before["decided_at"].max().to_pydatetime()
             now = max(now, latest + dt.timedelta(microseconds=1))
         insert(connection, "fct_promotion", take(before, now))
-    return tell_decisions(warehouse)
+    return mirror_decisions(warehouse)
 
 
-def tell_decisions(warehouse: Warehouse) -> pd.DataFrame:
+def mirror_decisions(warehouse: Warehouse) -> pd.DataFrame:
     """Writes all decisions (DECISION_COLUMNS) beside the warehouse, where it says otherwise, and
     returns them.
 
@@ -353,13 +375,13 @@ def tell_decisions(warehouse: Warehouse) -> pd.DataFrame:
     What one of the two lacks, it gets from the other: a crash between the two loses nothing, nor
     does a lost warehouse.
     """
-    # As a writer, so that of two who tell, the later one knows more.
+    # As a writer, so that of two who mirror them, the later one knows more.
     with warehouse.write() as connection:
         _put_back(connection, warehouse)
         decisions = _decisions(connection)
-        if _known(told_decisions(warehouse.path.parent)) != _known(decisions):
+        if _known(read_mirrored_decisions(warehouse.path.parent)) != _known(decisions):
             text = decisions.to_json(orient="records", date_format="iso", date_unit="us", indent=1)
-            write_atomic(warehouse.path.parent / TOLD, text.encode())
+            write_atomic(warehouse.path.parent / MIRROR, text.encode())
     return decisions
 
 
@@ -367,10 +389,11 @@ def _known(decisions: pd.DataFrame) -> list[list[str]]:
     return decisions[["decision_id", "base_model"]].fillna("").astype(str).to_numpy().tolist()
 
 
-def told_decisions(store_root: Path) -> pd.DataFrame:
-    """The decisions (DECISION_COLUMNS) as they were told last; opens no database. None before the
-    first. Raises WarehouseError where the file is damaged: what it held might be nowhere else."""
-    path = Path(store_root) / TOLD
+def read_mirrored_decisions(store_root: Path) -> pd.DataFrame:
+    """The decisions (DECISION_COLUMNS) as they were mirrored last; opens no database. None before
+    the first. Raises WarehouseError where the file is damaged: it may have held what nothing else
+    does."""
+    path = Path(store_root) / MIRROR
     try:
         rows = json.loads(path.read_text("utf-8"))
         if not isinstance(rows, list):

@@ -38,7 +38,7 @@ from posterpipe.core.progress import Progress
 from posterpipe.core.provenance import checkpoint_facts, images_trained_on
 from posterpipe.core.store import Store
 from posterpipe.core.warehouse import Warehouse
-from posterpipe.core.warehouse_rows import delete_titles, insert
+from posterpipe.core.warehouse_rows import delete_titles, insert, utc_now
 from posterpipe.settings import GateSettings, ScorerSettings, Settings
 
 EVIDENCE_COLUMNS = (
@@ -250,7 +250,7 @@ def _evidence_table(
 
 def _record_nearest(warehouse: Warehouse, nearest: pd.DataFrame, *, run_id: str) -> None:
     """Adds the nearest training poster of each image, under the metric that measured it."""
-    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+    now = utc_now()
     rows = nearest.assign(measured_at=now, run_id=run_id)
     with warehouse.write() as connection:
         insert(connection, "fct_nearest", rows)
@@ -266,7 +266,7 @@ def record_titles(
     """
     names = ["generation_key", "title", "image", "image_path", "style", "cap_height", "contrast",
              "scrim", "covered", "status", "reason"]  # fmt: skip
-    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+    now = utc_now()
     without = pd.Series(list(generation_keys), dtype="str")
     without = without[~without.isin(titled["generation_key"])]
     with warehouse.write() as connection:
@@ -278,7 +278,7 @@ def record_readings(
     warehouse: Warehouse, read: pd.DataFrame, lettering: str, *, run_id: str
 ) -> None:
     """Adds what `legibility.measure_legibility` read; `lettering` is drawn or set."""
-    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+    now = utc_now()
     with warehouse.write() as connection:
         insert(
             connection, "fct_reading", read.assign(lettering=lettering, read_at=now, run_id=run_id)

@@ -6,13 +6,11 @@ judging posters (`landing`), captions (`captions`, `captioner`), and counting (t
 
 from __future__ import annotations
 
-import datetime as dt
-
 import pandas as pd
 
 from posterpipe.core.store import Store
 from posterpipe.core.warehouse import Warehouse
-from posterpipe.core.warehouse_rows import replace_posters
+from posterpipe.core.warehouse_rows import replace_posters, utc_now
 
 INVENTORY_COLUMNS = (
     "poster_id", "source_name", "status", "reason", "format", "width", "height", "size_bytes",
@@ -51,6 +49,6 @@ def take_inventory(
 
 def record_inventory(warehouse: Warehouse, inventory: pd.DataFrame, *, run_id: str) -> None:
     """Makes these posters the ones that reports are about. Raises WarehouseBusy."""
-    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+    now = utc_now()
     with warehouse.write() as connection:
         replace_posters(connection, inventory.assign(recorded_at=now, run_id=run_id))

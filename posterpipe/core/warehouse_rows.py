@@ -123,6 +123,12 @@ NO_SCORES = pd.DataFrame(columns=list(HELD_COLUMNS)).astype({"value": "float64"}
 """What a warehouse without scores answers; to be copied."""
 
 
+def utc_now() -> dt.datetime:
+    """The present moment as the tables have it: UTC, without a time zone. DuckDB shows a TIMESTAMP
+    WITH TIME ZONE in the zone of whoever reads it, and a report would name other days elsewhere."""
+    return dt.datetime.now(dt.UTC).replace(tzinfo=None)
+
+
 def read_scores(
     connection: duckdb.DuckDBPyConnection,
     metric_id: str,

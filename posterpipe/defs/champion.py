@@ -57,7 +57,7 @@ def champion(
     """
     import pandas as pd
 
-    from posterpipe.core.decisions import champion_of, of_base, pinned, tell_decisions
+    from posterpipe.core.decisions import champion_of, mirror_decisions, of_base, pinned
     from posterpipe.core.evidence import judge, side_by_side
     from posterpipe.core.provenance import BaseModelsDiffer, require_base_model
 
@@ -84,7 +84,7 @@ def champion(
             run_id=context.run.run_id,
         )
         verdict, reason, judged = decision.verdict, decision.reason, decision.checks
-    decisions = of_base(tell_decisions(warehouse), base)
+    decisions = of_base(mirror_decisions(warehouse), base)
     served = champion_of(decisions, base)
     tuned = served != base
     last = str(decisions["decision_id"].iloc[-1]) if len(decisions) else ""

@@ -475,12 +475,14 @@ legibility_scores_checks = checks_of(
 
 
 def _rejected_champion(look: Look) -> "Finding":
-    from posterpipe.core.decisions import told_decisions, verdicts
+    from posterpipe.core.decisions import read_mirrored_decisions, verdicts
 
     row = look.table.iloc[0]
     folder = look.deployment.store_root / row["path"]
     there = row["kind"] == "base" or (folder / "model_index.json").is_file()
-    verdict = verdicts(told_decisions(look.deployment.store_root)).get(row["checkpoint_id"], "")
+    verdict = verdicts(read_mirrored_decisions(look.deployment.store_root)).get(
+        row["checkpoint_id"], ""
+    )
     return quality.rejected_champion(look.table, verdict, there)
 
 

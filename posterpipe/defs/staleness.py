@@ -320,11 +320,11 @@ def _decided(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deploy
     name = key.path[-1]
     if name not in ("champion", "champion_generations"):
         return ""
-    from posterpipe.core.decisions import defender_of, of_base, told_decisions
+    from posterpipe.core.decisions import defender_of, of_base, read_mirrored_decisions
     from posterpipe.core.warehouse import WarehouseError
 
     try:
-        told = told_decisions(deployment.store_root)
+        told = read_mirrored_decisions(deployment.store_root)
     except WarehouseError as error:
         return str(error)  # so will the step, of whose failure people are told
     known = {entry: str(value.value) for entry, value in made.metadata.items() if value is not None}

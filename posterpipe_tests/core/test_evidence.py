@@ -16,13 +16,13 @@ from posterpipe.core.arrivals import holdout_entries
 from posterpipe.core.decisions import (
     DECISION_COLUMNS,
     GATE,
-    TOLD,
+    MIRROR,
     GateError,
     champion_of,
+    mirror_decisions,
     pin,
     read_decisions,
-    tell_decisions,
-    told_decisions,
+    read_mirrored_decisions,
     write_decisions,
 )
 from posterpipe.core.evidence import (
@@ -236,7 +236,7 @@ def test_a_checkpoint_that_draws_its_training_posters_is_rejected(
     assert decisions.decision.tolist() == ["reject"]
     assert champion_of(decisions, "base") == "base"
     pd.testing.assert_frame_equal(
-        told_decisions(store.root), decisions, check_dtype=False, check_column_type=False
+        read_mirrored_decisions(store.root), decisions, check_dtype=False, check_column_type=False
     )
 
 
@@ -277,21 +277,30 @@ def test_with_two_holdout_posters_the_gate_does_not_say_that_nothing_is_copied(
 def test_decisions_are_told_while_the_warehouse_is_locked(
     store: Store, warehouse: Warehouse
 ) -> None:
-    assert told_decisions(store.root).empty
+    assert read_mirrored_decisions(store.root).empty
     now = dt.datetime(2026, 5, 4, 3, 2, 1, 123456)
-    row = pin(told_decisions(store.root), "base", "base", who="Ida", why="a 'fair'", decided_at=now)
+    row = pin(
+        read_mirrored_decisions(store.root),
+        "base",
+        "base",
+        who="Ida",
+        why="a 'fair'",
+        decided_at=now,
+    )
     write_decisions(warehouse, lambda *_: row)
     with warehouse.write():
-        told = told_decisions(store.root)
+        told = read_mirrored_decisions(store.root)
     assert champion_of(told, "base") == "base"
     assert told[["decided_at", "decided_by", "reason"]].to_numpy().tolist() == [
         [pd.Timestamp(now), "Ida", "a 'fair'"]
     ]
     # What a kill between the two lost is told again.
-    (store.root / TOLD).unlink()
-    assert told_decisions(store.root).empty
-    tell_decisions(warehouse)
-    assert told_decisions(store.root)["decision_id"].tolist() == row["decision_id"].tolist()
+    (store.root / MIRROR).unlink()
+    assert read_mirrored_decisions(store.root).empty
+    mirror_decisions(warehouse)
+    assert (
+        read_mirrored_decisions(store.root)["decision_id"].tolist() == row["decision_id"].tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -301,20 +310,20 @@ def test_decisions_that_cannot_be_read_are_said_to_be_so_and_are_not_written_ove
     warehouse: Warehouse, damage: bytes
 ) -> None:
     write_decisions(warehouse, lambda _, now: decision("hold", "a", now))
-    path = warehouse.path.parent / TOLD
+    path = warehouse.path.parent / MIRROR
     path.write_bytes(damage)
     for use in (
-        lambda: told_decisions(path.parent),
+        lambda: read_mirrored_decisions(path.parent),
         lambda: read_decisions(warehouse),
-        lambda: tell_decisions(warehouse),
+        lambda: mirror_decisions(warehouse),
         lambda: write_decisions(warehouse, lambda _, now: decision("reject", "a", now)),
     ):
-        with pytest.raises(WarehouseError, match=rf"{TOLD}: .* cannot be read .* from a backup"):
+        with pytest.raises(WarehouseError, match=rf"{MIRROR}: .* cannot be read .* from a backup"):
             use()
     assert path.read_bytes() == damage
     path.unlink()
-    assert tell_decisions(warehouse)["decision"].tolist() == ["hold"]
-    assert told_decisions(path.parent)["decision"].tolist() == ["hold"]
+    assert mirror_decisions(warehouse)["decision"].tolist() == ["hold"]
+    assert read_mirrored_decisions(path.parent)["decision"].tolist() == ["hold"]
 
 
 def decision(verdict: str, checkpoint: str, now: dt.datetime, by: str = GATE) -> pd.DataFrame:
@@ -345,7 +354,7 @@ def test_of_two_who_decide_at_once_the_second_knows_of_the_first(warehouse: Ware
     decisions = read_decisions(warehouse)
     assert decisions["decided_by"].tolist() == [GATE, "Ida", GATE]
     assert champion_of(decisions, "base") == "base"
-    assert told_decisions(warehouse.path.parent)["decision_id"].tolist() == (
+    assert read_mirrored_decisions(warehouse.path.parent)["decision_id"].tolist() == (
         decisions["decision_id"].tolist()
     )
     with pytest.raises(GateError, match="never served"):
@@ -396,8 +405,8 @@ def test_decisions_survive_a_warehouse_that_is_lost_or_put_back(
     write_decisions(warehouse, nothing_new)
     pd.testing.assert_frame_equal(seen[0], before)
     lose()
-    pd.testing.assert_frame_equal(tell_decisions(warehouse), before)
-    (warehouse.path.parent / TOLD).unlink()
+    pd.testing.assert_frame_equal(mirror_decisions(warehouse), before)
+    (warehouse.path.parent / MIRROR).unlink()
     pd.testing.assert_frame_equal(read_decisions(warehouse), before)
 
 

@@ -21,12 +21,12 @@ from PIL import Image
 
 from posterpipe.core.arrivals import holdout_entries
 from posterpipe.core.decisions import (
-    TOLD,
+    MIRROR,
     GateError,
     pin,
     read_decisions,
+    read_mirrored_decisions,
     rollback,
-    told_decisions,
     unpin,
     write_decisions,
 )
@@ -521,7 +521,7 @@ def test_a_pin_and_a_rollback_are_noticed_and_shown(served: World) -> None:
     assert log["reason"].iloc[-1] == "it sells"
     served.decide(unpin)
     assert served.judge("champion")["checkpoint_id"] == "good"
-    assert told_decisions(served.store.root)["decision_id"].tolist() == (
+    assert read_mirrored_decisions(served.store.root)["decision_id"].tolist() == (
         read_decisions(served.deployment.warehouse)["decision_id"].tolist()
     )
 
@@ -550,12 +550,12 @@ def test_the_gate_goes_on_after_the_warehouse_was_lost(served: World) -> None:
 
 
 def test_decisions_that_cannot_be_read_are_waited_for_by_name(served: World) -> None:
-    path = served.store.root / TOLD
+    path = served.store.root / MIRROR
     told = path.read_text("utf-8")
     path.write_text(told[:-9])
     assert set(served.stale()) == {"champion_generations", "champion"}
     assert all(str(path) in reason for reason in served.stale().values())
-    with pytest.raises(WarehouseError, match=TOLD):
+    with pytest.raises(WarehouseError, match=MIRROR):
         served.judge("champion")
     path.write_text(told)
     assert served.stale() == {}

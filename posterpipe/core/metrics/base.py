@@ -12,7 +12,6 @@ its id, so that rows of one id are always comparable and never have to change.
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from posterpipe.core.warehouse_rows import (
     record_generations,
     replace_current,
     replace_metrics,
+    utc_now,
 )
 from posterpipe.settings import ScorerSettings
 
@@ -165,7 +165,7 @@ def record_scores(
     holds of the first metric now (see `Warehouse.scores`), failed ones included: a score that
     another run wrote first is the one that counts. Raises WarehouseBusy.
     """
-    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
+    now = utc_now()
     described = pd.DataFrame([asdict(metric) for metric in [*metrics, *others]])
     with warehouse.write() as connection:
         record_generations(connection, generations, run_id=run_id, recorded_at=now)
