@@ -36,7 +36,7 @@ from posterpipe.core.errors import named_line
 from posterpipe.core.memory import TOO_LITTLE_MEMORY, doubt, is_out_of_memory
 from posterpipe.core.parallel import cores
 from posterpipe.core.progress import Progress
-from posterpipe.core.prompts import Prompt, suite_prompts
+from posterpipe.core.prompts import Prompt
 from posterpipe.core.provenance import record_environment
 from posterpipe.core.sampler import (
     FP32_VERSION,
@@ -163,7 +163,7 @@ def parameters_text(request: ImageRequest, settings: SamplerSettings, model_id: 
 
 def generate(
     store: Store,
-    suite: Sequence[Prompt] | pd.DataFrame,
+    suite: Sequence[Prompt],
     variants: Sequence[str],
     model_dir: Path,
     model_id: str,
@@ -175,24 +175,23 @@ def generate(
 ) -> pd.DataFrame:
     """The table of generations (COLUMNS): every prompt, seed and variant, drawn where missing.
 
-    `suite` are prompts or their table; `variants` those of VARIANTS and DELAYED_VARIANTS that this
-    model serves, the latter for prompts that hold them; `base_dir` is the model behind LoRA weights
-    (see `Sampler`); `model_id` is the model's fingerprint or the checkpoint's id, under which its
-    images are kept. The model is loaded only if something is missing. Finished images are kept when
-    a run is stopped; the next one draws the others to the same bytes, unless the batch has another
-    size then, since it was found by trial or memory ran out: that rounds pixels otherwise. A batch
-    that fails is drawn again one by one; an image that still fails is a row with status failed and
-    is tried again next time. Raises SamplerError when there is no image at all then, DeviceGone
-    where no further one can be drawn, and ModelMissing.
+    `variants` are those of VARIANTS and DELAYED_VARIANTS that this model serves, the latter for
+    prompts that hold them; `base_dir` is the model behind LoRA weights (see `Sampler`); `model_id`
+    is the model's fingerprint or the checkpoint's id, under which its images are kept. The model is
+    loaded only if something is missing. Finished images are kept when a run is stopped; the next
+    one draws the others to the same bytes, unless the batch has another size then, since it was
+    found by trial or memory ran out: that rounds pixels otherwise. A batch that fails is drawn
+    again one by one; an image that still fails is a row with status failed and is tried again next
+    time. Raises SamplerError when there is no image at all then, DeviceGone where no further one
+    can be drawn, and ModelMissing.
     """
-    prompts = suite_prompts(suite) if isinstance(suite, pd.DataFrame) else list(suite)
     known = (*VARIANTS, *DELAYED_VARIANTS)
     unknown = sorted(set(variants) - set(known))
     if unknown:
         raise ValueError(f"unknown variants {unknown}; choose from {', '.join(known)}")
     cells = [
         (prompt, variant, _request(prompt, variant, seed, settings))
-        for prompt in prompts
+        for prompt in suite
         for seed in prompt.seeds
         for variant in variants
         if variant not in DELAYED_VARIANTS or prompt.negative_from is not None

@@ -113,9 +113,9 @@ def paired_difference(
 ) -> Estimate:
     """`variant` minus `baseline`, paired by (prompt_id, seed), seeds averaged, prompts drawn.
 
-    `frame` has the columns of `effects`. A pair of which one is missing
-    (a blocked image) is left out; so are negative variants without a negative prompt (`answers`).
-    Raises ValueError where a (variant, prompt, seed) is there twice.
+    `frame` has the columns of `effects`. A pair of which one is missing (a blocked image) is left
+    out; so are negative variants without a negative prompt (`answers`). Raises ValueError where a
+    (variant, prompt, seed) is there twice.
     """
     weights = {variant: 1.0, baseline: -1.0}
     found = effect(answers(frame), variant, weights, value=value, scale=scale)
@@ -274,14 +274,12 @@ def hedges_g(differences: np.ndarray) -> float:
     return mean / float(np.std(differences, ddof=1)) * (1 - 3 / (4 * (n - 1) - 1))
 
 
-def wilson_interval(
-    successes: float, n: int, *, confidence: float = CONFIDENCE
-) -> tuple[float, float]:
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     """Interval of a share, Wilson (1927): `successes` of `n`, halves allowed. NaN without any, or
     where they are NaN."""
     if n == 0 or math.isnan(successes):
         return math.nan, math.nan
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     share = successes / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -301,13 +299,7 @@ def _values(frame: pd.DataFrame, variant: str, value: str) -> pd.Series:
     return own
 
 
-def bootstrap_interval(
-    values: np.ndarray,
-    *,
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-    seed: int = BOOTSTRAP_SEED,
-) -> tuple[float, float]:
+def bootstrap_interval(values: np.ndarray, *, resamples: int = RESAMPLES) -> tuple[float, float]:
     """Interval of the mean of `values` (n,): expanded percentile bootstrap, deterministic.
 
     The plain percentile interval is too narrow for few values: it uses the spread with n in the
@@ -319,27 +311,19 @@ def bootstrap_interval(
     are the same (`has_spread`): they do not say how others would vary.
     """
     samples = np.asarray(values, dtype=float)[np.newaxis]
-    ((low, high),) = bootstrap_intervals(
-        samples, confidence=confidence, resamples=resamples, seed=seed
-    )
+    ((low, high),) = bootstrap_intervals(samples, resamples=resamples)
     return float(low), float(high)
 
 
-def bootstrap_intervals(
-    samples: np.ndarray,
-    *,
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-    seed: int = BOOTSTRAP_SEED,
-) -> np.ndarray:
+def bootstrap_intervals(samples: np.ndarray, *, resamples: int = RESAMPLES) -> np.ndarray:
     """`bootstrap_interval` of each of `samples` (k, n), which share their draws: (k, 2), low and
-    high."""
+    high. Simulations take fewer `resamples`."""
     k, n = samples.shape
     if n < 2:
         return np.full((k, 2), math.nan)
-    quantile = student_quantile((1 - confidence) / 2, n - 1)
+    quantile = student_quantile((1 - CONFIDENCE) / 2, n - 1)
     level = NormalDist().cdf(math.sqrt(n / (n - 1)) * quantile)
-    means = [shares @ samples.T for shares in _patterns(n, resamples, seed)]
+    means = [shares @ samples.T for shares in _patterns(n, resamples)]
     low, high = np.quantile(np.concatenate(means), [level, 1 - level], axis=0)
     if n < _FEW_PROMPTS:
         middle = samples.mean(axis=1)
@@ -355,24 +339,24 @@ def has_spread(values: np.ndarray) -> bool:
     return len(values) > 1 and float(np.std(values, ddof=1)) > NO_SPREAD
 
 
-def _patterns(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def _patterns(n: int, resamples: int) -> Iterator[np.ndarray]:
     """How much each of n values weighs in the means of n drawn with replacement: float64 (some, n)
     a time, `resamples` in all.
 
     A report asks for the same ones for every metric and comparison: small ones are kept.
     """
     if n * resamples <= _CHUNK:
-        yield _kept_patterns(n, resamples, seed)
+        yield _kept_patterns(n, resamples)
         return
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
     at_once = max(1, _CHUNK // n)
     for start in range(0, resamples, at_once):
         yield _shares(rng, min(at_once, resamples - start), n)
 
 
 @lru_cache(maxsize=4)
-def _kept_patterns(n: int, resamples: int, seed: int) -> np.ndarray:
-    return _shares(np.random.default_rng(seed), resamples, n)
+def _kept_patterns(n: int, resamples: int) -> np.ndarray:
+    return _shares(np.random.default_rng(BOOTSTRAP_SEED), resamples, n)
 
 
 def _shares(rng: np.random.Generator, count: int, n: int) -> np.ndarray:

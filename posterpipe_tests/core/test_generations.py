@@ -24,7 +24,7 @@ from posterpipe.core.generations import (
 )
 from posterpipe.core.memory import TOO_LITTLE_MEMORY
 from posterpipe.core.progress import NoProgress
-from posterpipe.core.prompts import Prompt, suite_table
+from posterpipe.core.prompts import Prompt, suite_prompts, suite_table
 from posterpipe.core.sampler import ImageRequest, Sampler, SamplerError
 from posterpipe.core.store import Store, table_version
 from posterpipe.core.variants import DELAYED_VARIANTS, VARIANTS
@@ -81,8 +81,8 @@ def test_the_table_has_a_row_for_every_prompt_seed_and_variant(
             assert image.size == (row.width, row.height) == (TINY_WIDTH, TINY_HEIGHT)
     assert table_version(table) == table_version(drawn(store, model_dir, suite=SUITE))
     from_table = generate(
-        store, suite_table(SUITE), VARIANTS[:2], model_dir, "tiny1", SETTINGS, NoProgress(),
-        run_id="another",
+        store, suite_prompts(suite_table(SUITE)), VARIANTS[:2], model_dir, "tiny1", SETTINGS,
+        NoProgress(), run_id="another",
     )  # fmt: skip
     assert table_version(from_table) == table_version(table)
 
