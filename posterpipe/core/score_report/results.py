@@ -222,47 +222,58 @@ def _effects(published: Published) -> list[dict[str, Any]]:
 
 
 def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
-    by = text(rows[0]["scale"])
-    same = 1.0 if by == "ratio" else 0.0
-
-    def places(row: Row) -> list[float | None]:
-        """Of mean and interval on the axis, where `same` is no difference."""
-        values = [number(row[name]) for name in ("mean_difference", "low_95", "high_95")]
-        return [None if value is None else value + same for value in values]
-
-    scale = charts.row_scale((n for row in rows for n in places(row)), include=(same,))
-    shown = []
-    for row in rows:
-        mean, low, high = places(row)
-        question = text(row["question"])
-        variant = BASELINE if text(row["comparison"]).startswith("negative on base") else TUNED
-        win = share(row["win_rate"])
-        wins = number(row["win_low_95"]), number(row["win_high_95"])
-        if wins[0] is not None and wins[1] is not None:
-            win += f" ({100 * wins[0]:.0f} to {100 * wins[1]:.0f})"
-        shown.append(
-            {
-                "name": question[:1].upper() + question[1:],
-                "primary": bool(row["is_primary"]),
-                "difference": change(row["mean_difference"], by),
-                "interval": interval(
-                    row, "low_95", "high_95", sign=True, of="mean_difference", scale=by
-                ),
-                "plot": charts.interval_row(mean, low, high, scale, variant=variant, zero=same),
-                "finding": text(row["finding"]),
-                "p": f"{_p_value(row['p_value'])} · {_p_value(row['p_adjusted'])}",
-                "css": verdict(row),
-                "size": rounded(row["effect_size"], 2),
-                "win": win,
-                "detectable": (
-                    change(row["detectable_difference"], by)
-                    if by == "ratio"
-                    else rounded(row["detectable_difference"])
-                ),
-                "n": f"{count(row, 'prompts')} · {count(row, 'pairs')}",
-            }
-        )
     first = rows[0]
+    by = text(first["scale"])
+    same = 1.0 if by == "ratio" else 0.0
+    scale = charts.row_scale((n for row in rows for n in _places(row, same)), include=(same,))
+    shown = [_effect_cells(row, by, scale, same) for row in rows]
+    return {
+        "metric_id": metric_id,
+        "name": text(first["metric"]),
+        "better": BETTER.get(text(first["better"]), ""),
+        "rows": shown,
+        "axis": charts.axis_row(scale, sign=by != "ratio"),
+        "note": _effect_note(rows, by, alike=any(cells["interval"] == ALIKE for cells in shown)),
+    }
+
+
+def _places(row: Row, same: float) -> list[float | None]:
+    """Of an effect and its interval on the axis, where `same` is no difference."""
+    values = [number(row[name]) for name in ("mean_difference", "low_95", "high_95")]
+    return [None if value is None else value + same for value in values]
+
+
+def _effect_cells(row: Row, by: str, scale: charts.Scale, same: float) -> dict[str, Any]:
+    """One row of a table of effects, in words and as marks."""
+    mean, low, high = _places(row, same)
+    question = text(row["question"])
+    variant = BASELINE if text(row["comparison"]).startswith("negative on base") else TUNED
+    win = share(row["win_rate"])
+    wins = number(row["win_low_95"]), number(row["win_high_95"])
+    if wins[0] is not None and wins[1] is not None:
+        win += f" ({100 * wins[0]:.0f} to {100 * wins[1]:.0f})"
+    return {
+        "name": question[:1].upper() + question[1:],
+        "primary": bool(row["is_primary"]),
+        "difference": change(row["mean_difference"], by),
+        "interval": interval(row, "low_95", "high_95", sign=True, of="mean_difference", scale=by),
+        "plot": charts.interval_row(mean, low, high, scale, variant=variant, zero=same),
+        "finding": text(row["finding"]),
+        "p": f"{_p_value(row['p_value'])} · {_p_value(row['p_adjusted'])}",
+        "css": verdict(row),
+        "size": rounded(row["effect_size"], 2),
+        "win": win,
+        "detectable": (
+            change(row["detectable_difference"], by)
+            if by == "ratio"
+            else rounded(row["detectable_difference"])
+        ),
+        "n": f"{count(row, 'prompts')} · {count(row, 'pairs')}",
+    }
+
+
+def _effect_note(rows: Sequence[Row], by: str, *, alike: bool) -> str:
+    """How to read a table of effects; `alike`: where one has no interval."""
     note = ""
     if by == "ratio":
         note = (
@@ -271,24 +282,17 @@ def _effect_table(metric_id: str, rows: Sequence[Row]) -> dict[str, Any]:
             "arithmetic mean. "
         )
     note += _finds(rows, by)
-    if first["family"] == "guard":
+    if rows[0]["family"] == "guard":
         note += (
             "This metric watches for harm: “not told apart” does not say that there is none, nor "
             "that it is safe. Read the interval. "
         )
-    if any(cells["interval"] == ALIKE for cells in shown):
+    if alike:
         note += (
             "Where all prompts differ by the same there is no interval: such a sample does not say "
             "how other prompts would vary, nor which difference it would find."
         )
-    return {
-        "metric_id": metric_id,
-        "name": text(first["metric"]),
-        "better": BETTER.get(text(first["better"]), ""),
-        "rows": shown,
-        "axis": charts.axis_row(scale, sign=by != "ratio"),
-        "note": note.strip(),
-    }
+    return note.strip()
 
 
 def _design_told(published: Published) -> list[str]:
@@ -336,63 +340,61 @@ def _trend(index: int, rows: Sequence[Row]) -> dict[str, Any] | None:
         (r for r in rows if r["kind"] == "base" and r["variant"] == BASELINE and r["is_current"]),
         None,
     )
-    reference = None
-    if base is not None:
-        reference = charts.Point(
-            f"Base {rounded(base['mean'], 2)}", number(base["mean"]), number(base["low_95"]),
-            number(base["high_95"]), BASELINE,
-        )  # fmt: skip
-    points = [
-        charts.Point(
-            f"{short(row['checkpoint_id'], 7)}|{day(row['trained_at'])}",
-            number(row["mean"]), number(row["low_95"]), number(row["high_95"]), TUNED,
-            ", ".join(
-                word
-                for word in (
-                    DECIDED.get(text(row["decision"]), ""),
-                    "served" if row["is_champion"] else "",
-                )
-                if word
-            ),
-        )
-        for row in tuned
-    ]  # fmt: skip
     metric = text(rows[0]["metric"])
-    incomplete = sum(not row["is_complete"] for row in tuned)
-    better = BETTER.get(text(rows[0]["better"]), "")
-    caption = f"{metric} of the fine-tuned model without negative prompt" + (
-        f"; {better}. " if better else ". "
-    )
-    if rows[0]["scale"] == "ratio":
-        caption += "Geometric means over prompts. "
-    caption += "Dashed: the base model. "
-    caption += "Only answers to the present suite and sampler are compared."
-    if incomplete:
-        caption += f" {plural(incomplete, 'checkpoint')} did not answer all of it."
     return {
         "name": metric,
         "headline": bool(rows[0]["is_headline"]),
         "chart": charts.points_chart(
             f"trend-{index}",
             f"{metric} by checkpoint",
-            points,
-            reference=reference,
+            [_checkpoint_point(row) for row in tuned],
+            reference=_mean_point(f"Base {rounded(base['mean'], 2)}", base) if base else None,
             within=_range_of(text(rows[0]["metric_id"])),
         ),
-        "caption": caption,
-        "rows": [
-            {
-                "checkpoint": short(row["checkpoint_id"]),
-                "trained": moment(row["trained_at"]) or text(row["kind"]),
-                "variant": variant_name(text(row["variant"])),
-                "mean": rounded(row["mean"]),
-                "interval": interval(row, "low_95", "high_95", of="mean"),
-                "prompts": count(row, "prompts"),
-                "decision": DECIDED.get(text(row["decision"]), ""),
-                "decision_css": text(row["decision"]) if text(row["decision"]) in DECIDED else "",
-            }
-            for row in rows
-        ],
+        "caption": _trend_caption(metric, tuned),
+        "rows": [_trend_cells(row) for row in rows],
+    }
+
+
+def _mean_point(label: str, row: Row, note: str = "") -> charts.Point:
+    """The mean of a row of `checkpoint_trend`, with its interval."""
+    mean, low, high = (number(row[name]) for name in ("mean", "low_95", "high_95"))
+    return charts.Point(label, mean, low, high, text(row["variant"]), note)
+
+
+def _checkpoint_point(row: Row) -> charts.Point:
+    label = f"{short(row['checkpoint_id'], 7)}|{day(row['trained_at'])}"
+    decided = DECIDED.get(text(row["decision"]), "")
+    served = "served" if row["is_champion"] else ""
+    return _mean_point(label, row, ", ".join(filter(None, (decided, served))))
+
+
+def _trend_caption(metric: str, tuned: Sequence[Row]) -> str:
+    better = BETTER.get(text(tuned[0]["better"]), "")
+    caption = f"{metric} of the fine-tuned model without negative prompt" + (
+        f"; {better}. " if better else ". "
+    )
+    if tuned[0]["scale"] == "ratio":
+        caption += "Geometric means over prompts. "
+    caption += "Dashed: the base model. "
+    caption += "Only answers to the present suite and sampler are compared."
+    if incomplete := sum(not row["is_complete"] for row in tuned):
+        caption += f" {plural(incomplete, 'checkpoint')} did not answer all of it."
+    return caption
+
+
+def _trend_cells(row: Row) -> dict[str, Any]:
+    """One row of a table of checkpoints, in words."""
+    decision = text(row["decision"])
+    return {
+        "checkpoint": short(row["checkpoint_id"]),
+        "trained": moment(row["trained_at"]) or text(row["kind"]),
+        "variant": variant_name(text(row["variant"])),
+        "mean": rounded(row["mean"]),
+        "interval": interval(row, "low_95", "high_95", of="mean"),
+        "prompts": count(row, "prompts"),
+        "decision": DECIDED.get(decision, ""),
+        "decision_css": decision if decision in DECIDED else "",
     }
 
 
