@@ -22,7 +22,7 @@ import duckdb
 import pandas as pd
 
 from posterpipe.core.files import write_atomic
-from posterpipe.core.gate import Decision, Verdict
+from posterpipe.core.gate import GateDecision, Verdict
 from posterpipe.core.store import content_key
 from posterpipe.core.warehouse import Warehouse, WarehouseError
 from posterpipe.core.warehouse_rows import insert, utc_now
@@ -47,11 +47,11 @@ _NEEDED = ["decision_id", "decided_at", "checkpoint_id", "decision", "reason"]
 
 
 class GateError(ValueError):
-    """What a person asked of the gate cannot be done. The message says what can."""
+    """What a person requested of the gate cannot be done. The message says what can."""
 
 
 def decision_row(
-    decision: Decision,
+    decision: GateDecision,
     decisions: pd.DataFrame,
     base_model: str,
     *,
@@ -110,7 +110,7 @@ def of_base(decisions: pd.DataFrame, base_model: str) -> pd.DataFrame:
 def champion_of(decisions: pd.DataFrame, base_model: str) -> str:
     """The checkpoint that is served after all these decisions (rows of fct_promotion).
 
-    The base model before any. A pinned one until the pin is taken away; then the checkpoint that
+    The base model without any. A pinned one until the pin is taken away; then the checkpoint that
     the gate promoted last. A checkpoint that the gate rejected since is not served, nor one of
     another base model.
     """
@@ -193,7 +193,7 @@ def unpin(
 def rollback(
     decisions: pd.DataFrame, base_model: str, *, who: str, why: str, decided_at: dt.datetime
 ) -> pd.DataFrame:
-    """The row that pins the champion before the present one. Raises GateError where none was."""
+    """The row that pins the previous champion. Raises GateError where none was."""
     standings = _standings(decisions, base_model)
     served = [standing.served for standing in standings]
     now, latest = served[-1], standings[-1].latest
@@ -247,7 +247,7 @@ def _standings(
     decisions: pd.DataFrame, base_model: str, *, without: str | None = None
 ) -> list[_Standing]:
     """Before any decision about the champion of a base model, and after each; as if the checkpoint
-    `without` did not exist: a pin of it takes away the one before."""
+    `without` did not exist: a pin of it takes away the previous one."""
     standings = [_Standing((base_model,))]
     for row in of_base(decisions, base_model).itertuples(index=False):
         now, checkpoint = standings[-1], str(row.checkpoint_id)
@@ -368,10 +368,10 @@ def write_decisions(
 
 
 def mirror_decisions(warehouse: Warehouse) -> pd.DataFrame:
-    """Writes all decisions (DECISION_COLUMNS) beside the warehouse, where it says otherwise, and
+    """Writes all decisions (DECISION_COLUMNS) beside the warehouse, where that file differs, and
     returns them.
 
-    Sensors ask who is champion while a step may be writing, when the warehouse cannot be opened.
+    Sensors look up the champion while a step may be writing, when the warehouse cannot be opened.
     What one of the two lacks, it gets from the other: a crash between the two loses nothing, nor
     does a lost warehouse.
     """

@@ -1,7 +1,7 @@
 """All evidence about generations beside CLIP-T, and the gate's decision on it.
 
 What belongs here: which sets of posters images are compared with, running every metric over a table
-of generations, and reading from it what the gate asks. What does not: the metrics themselves
+of generations, and reading from it what the gate needs. What does not: the metrics themselves
 (`metrics`), the rules of the decision (`gate`), the log of decisions (`decisions`), assets
 (`defs.scoring`, `defs.champion`).
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from posterpipe.core.decisions import GateError, decision_row, defender_of, write_decisions
-from posterpipe.core.gate import Decision, MetricIds, decide, gather
+from posterpipe.core.gate import GateDecision, MetricIds, decide, gather
 from posterpipe.core.holdout_set import resized_holdout
 from posterpipe.core.metrics.base import SCORE_COLUMNS, Measurement, Metric, record_scores
 from posterpipe.core.metrics.clip import clip_t_id, clip_t_metric, clip_t_scores
@@ -56,7 +56,7 @@ In rows with the role copies:
 - `nearest_poster`: content hash of the nearest training image.
 - `copied`: whether the similarity by the first image encoder, or the perceptual hash, is that of a
   copy; what other encoders say is in fct_nearest, for reports.
-- `copy_threshold`: cosine above which it is; NaN with too few holdout posters to tell.
+- `copy_threshold`: cosine above which it is; NaN with too few holdout posters to know.
 - `copy_sensitivity`: share of altered training posters that lie above it.
 - `lost_posters`: how many posters that the checkpoint was trained on cannot be read, so that copies
   of them are not seen."""
@@ -116,8 +116,8 @@ def trained_on(store: Store, checkpoint_ids: Iterable[str]) -> dict[str, Posters
 def held_out(
     store: Store, holdout: pd.DataFrame, settings: Settings, progress: Progress
 ) -> Posters:
-    """The posters of the table `holdout_posters`, resized like those trained on; those resized
-    before are not again. Their bytes are the store's, whatever lies in the holdout folder now."""
+    """The posters of the table `holdout_posters`, resized like those trained on, each once. Their
+    bytes are the store's, whatever lies in the holdout folder now."""
     return posters_of(store, "holdout", resized_holdout(store, holdout, settings.images, progress))
 
 
@@ -147,8 +147,8 @@ def measure(
 
     CLIP-T with crop and with pad, the same against the other prompts (`specificity`), similarity to
     holdout and training posters with the overfit gap, nearest training poster and copies,
-    diversity, and PickScore where it is configured. Images are encoded once an encoder, whatever is
-    asked of them.
+    diversity, and PickScore where it is configured. Images are encoded once an encoder, for all
+    metrics.
 
     `trained`: what each fine-tuned checkpoint was trained on, by checkpoint_id. Its images are held
     against these, those of the base model against the challenger's, and all of them against the
@@ -318,7 +318,7 @@ def judge(
     base_model: str,
     settings: GateSettings,
     run_id: str,
-) -> Decision:
+) -> GateDecision:
     """The gate's decision about a challenger, written into the warehouse.
 
     `generations` (`generations.COLUMNS`) and `evidence` (EVIDENCE_COLUMNS) cover both checkpoints

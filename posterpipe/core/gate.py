@@ -41,7 +41,7 @@ RULE = (
     "both. Where gate.specific_margin is set, one that surely tells the prompts apart less, beyond "
     "that margin, is held."
 )
-"""What `decide` asks, for people; how few and how near the settings `gate` say."""
+"""What `decide` requires, for people; how few and how near is set in `gate`."""
 
 LEAST_SENSITIVITY = 0.5
 """Share of altered training posters that have to count as copies, before few copies among the
@@ -60,7 +60,7 @@ class Check:
 
     name: str
     outcome: Outcome
-    """`open`: the evidence does not say."""
+    """`open`: the evidence does not decide it."""
     value: float
     """The measured number; NaN where nothing could be measured."""
     low: float
@@ -85,8 +85,8 @@ class Evidence:
     """checkpoint_id."""
     champion: str
     expected: int
-    """Cells that either model was asked for: (arm, prompt, seed, question), see `_cells`. A prompt
-    without a negative prompt has one arm. What the models were asked in other words, or with other
+    """Cells that either model had to draw: (arm, prompt, seed, question), see `_cells`. A prompt
+    without a negative prompt has one arm. What was requested in other words, or with other
     settings of the sampler, is a cell of each.
 
     For example, 24 prompts with a negative prompt each and 4 seeds are 192 cells. Where the
@@ -109,8 +109,8 @@ class Evidence:
     compared: int
     """Images that were compared with the training posters."""
     sensitivity: float
-    """Share of training posters, altered a little, that similarity tells to be copies. NaN where
-    holdout posters are too few to say from which similarity on an image is one; then only those
+    """Share of slightly altered training posters that similarity recognises as copies. NaN where
+    holdout posters are too few to know from which similarity on an image is one; then only those
     that equal a training poster, or have its perceptual hash, are known."""
     clip: Effect
     """Difference of CLIP-T."""
@@ -137,13 +137,13 @@ class Evidence:
     dark: tuple[str, ...] = ()
     """Of champion and base model, those whose images are all black or of one colour."""
     apart: tuple[str, ...] = ()
-    """What the models were not asked alike, since their images are of different suites or settings:
-    columns of `_ASKED`, of settings the single ones (`sampler.guidance_scale`)."""
+    """In what the requests to the models differ, since their images are of different suites or
+    settings: columns of `_ASKED`, of settings the single ones (`sampler.guidance_scale`)."""
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What the gate says, with every number and reason."""
+class GateDecision:
+    """The verdict, with every number and reason."""
 
     verdict: Verdict
     reason: str
@@ -152,7 +152,7 @@ class Decision:
     evidence: Evidence
 
 
-def decide(evidence: Evidence, settings: GateSettings) -> Decision:
+def decide(evidence: Evidence, settings: GateSettings) -> GateDecision:
     """Whether the challenger is promoted. A pure function: same evidence, same decision."""
     checks = (
         _complete(evidence),
@@ -171,10 +171,10 @@ def decide(evidence: Evidence, settings: GateSettings) -> Decision:
     failed = [check for check in checks if check.outcome == "fail"]
     undecided = [check for check in checks if check.outcome == "open"]
     if failed:
-        return Decision("reject", _told(failed), checks, evidence)
+        return GateDecision("reject", _told(failed), checks, evidence)
     if undecided:
-        return Decision("hold", _told(undecided), checks, evidence)
-    return Decision("promote", "every check passed", checks, evidence)
+        return GateDecision("hold", _told(undecided), checks, evidence)
+    return GateDecision("promote", "every check passed", checks, evidence)
 
 
 def _told(checks: Sequence[Check]) -> str:
@@ -322,7 +322,7 @@ _MEASURED_BY = {
 
 
 def _if_measured(check: Check, evidence: Evidence) -> Check:
-    """The check; open, and told why, where no image has what it reads."""
+    """The check; open, with the reason, where no image has what it reads."""
     lacking = [
         f"no image has a number for {name}: {evidence.unmeasured[role]}"
         for role, name in _MEASURED_BY[check.name].items()
@@ -447,7 +447,7 @@ def _equal(effect: Effect) -> bool:
 
 
 def _few(effect: Effect, settings: GateSettings) -> str:
-    """What to say where an effect stands on too few prompts to decide; "" where it does not."""
+    """The sentence where an effect stands on too few prompts to decide; "" where it does not."""
     if effect.prompts >= settings.min_prompts:
         return ""
     return f"; {effect.prompts} prompts decide nothing, it takes {settings.min_prompts}"

@@ -1,8 +1,8 @@
 """The images of a prompt suite: what each is known by, and their table.
 
-What belongs here: the keys that say which pixels are meant, the table of generations over the
-store, and the PNGs, which say how they were made. What does not: the suite (`prompts`), the model
-that draws (`sampler`), scoring (`metrics`), titles set in type.
+What belongs here: the keys that name the pixels of an image, the table of generations over the
+store, and the PNGs, which record how they were made. What does not: the suite (`prompts`), the
+model that draws (`sampler`), scoring (`metrics`), titles set in type.
 
 The four variants of the thesis differ in the model (base or tuned) and in the negative prompt; an
 image's noise depends on its seed alone, so that variants can be compared in pairs. A suite may hold

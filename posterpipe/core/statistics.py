@@ -2,8 +2,8 @@
 
 What belongs here: estimates with intervals, and the thesis's 2x2 design. What does not: computing
 scores (`metrics`), keeping them (`warehouse`), drawing them, what follows from them for a
-checkpoint (`gate`), and p-values: whether a difference is more than chance depends on all that is
-asked, which the report `paired_effects` knows.
+checkpoint (`gate`), and p-values: whether a difference is more than chance depends on all
+questions, which the report `paired_effects` knows.
 
 All variants answer the same prompts with the same seeds, so differences are taken image by image.
 Seeds of one prompt are not independent answers, therefore they are averaged, and the prompts are
@@ -45,7 +45,7 @@ CONTRASTS: Mapping[str, Mapping[str, float]] = {
     "late negative on base": {"sd_negative": -1, "sd_negative_delayed": 1},
     "late negative on tuned": {"dreambooth_negative": -1, "dreambooth_negative_delayed": 1},
 }
-"""What is asked of the thesis's 2x2 design, tuned or not and with the negative prompt or without:
+"""The contrasts of the thesis's 2x2 design, tuned or not and with the negative prompt or without:
 weights of the variants' values. The two main effects, the simple effects, the sum of both, and by
 how much the negative prompt does more for the tuned model; and, where the suite holds it, what
 delaying the negative prompt changes."""
@@ -53,15 +53,15 @@ delaying the negative prompt changes."""
 Scale = Literal["difference", "ratio"]
 """How values of a metric are compared. `difference`: one less the other, means are arithmetic.
 `ratio`: by logarithms of each prompt's mean over seeds, so that means are geometric. A ratio is
-told less 1, since then 0 is no difference here as well: -0.2 is a fifth less."""
+reported less 1, since then 0 is no difference here as well: -0.2 is a fifth less."""
 
 RATIO_FLOOR = 1e-4
-"""Lower means count as this one: 0 has no logarithm, and below it a metric is 0 for all that it
-tells. The macros have it too."""
+"""Lower means count as this one: 0 has no logarithm, below it a metric is no other than 0. The
+macros have it too."""
 
 QUESTION = "question"
-"""Column that tells images apart which no difference is between, since the models were not asked
-the same."""
+"""Column by which images are kept apart that cannot be compared, since what was requested of the
+models differs."""
 
 _CELL = ["prompt_id", "seed"]
 _FEW_PROMPTS = 12
@@ -81,7 +81,7 @@ class Estimate:
     low: float
     high: float
     """Bounds of the interval; NaN with fewer than two prompts, or where all have the same value:
-    such prompts say nothing about others."""
+    such prompts are no sample of others."""
     prompts: int
     images: int
     """Images, or pairs of images, behind the mean."""
@@ -134,7 +134,7 @@ class Effect:
     """Interval over prompts (`bootstrap_interval`); NaN with fewer than two, or where all differ by
     the same."""
     effect_size: float
-    """Cohen's d of the prompts' differences, of logarithms where ratios are told, with Hedges'
+    """Cohen's d of the prompts' differences, of logarithms where ratios are reported, with Hedges'
     correction for few (`hedges_g`)."""
     win_rate: float
     """Share of prompts on the better side, ties half, those by rounding too; 0.5 is no preference.

@@ -59,7 +59,8 @@ SHOWN = 4
 """Best and worst pairs that are shown at most."""
 
 NO_INTERVAL = "no interval"
-"""Said of a mean over one prompt, which does not tell how far another prompt would be from it."""
+"""In place of the interval of a mean over one prompt, which does not tell how far another prompt
+would be from it."""
 
 SCALES = (
     "A cosine of image and text lies between -1 and 1; real CLIP models rarely give more than 0.4. "
@@ -125,10 +126,10 @@ def growth(scores: pd.DataFrame, generations: pd.DataFrame) -> pd.DataFrame:
 
 
 def questions(generations: pd.DataFrame) -> pd.Series:
-    """What the model of each image was asked with its prompt and seed, all variants together.
+    """What was requested of each image's model with its prompt and seed, all variants together.
 
     `generations` as of `generations.COLUMNS`. Where the suite or the sampler changed and only one
-    model has drawn anew, the two were asked different things, and are not compared.
+    model has drawn anew, the two answer different requests, and are not compared.
     """
     texts = generations[["prompt", "score_text", "negative_prompt", "settings"]].astype(str)
     rows = pd.Series([json.dumps(row) for row in texts.to_numpy().tolist()], generations.index)

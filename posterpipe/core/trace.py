@@ -40,7 +40,7 @@ _UNKNOWN = "not recorded"
 
 
 class NotTraceable(Exception):
-    """No score, or more than one, is meant. The message says what to give instead."""
+    """The key names no score, or more than one. The message says what to give instead."""
 
 
 @dataclass(frozen=True)

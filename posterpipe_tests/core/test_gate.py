@@ -22,7 +22,7 @@ from posterpipe.core.decisions import (
     rollback,
     unpin,
 )
-from posterpipe.core.gate import Decision, MetricIds, decide, gather
+from posterpipe.core.gate import GateDecision, MetricIds, Verdict, decide, gather
 from posterpipe.core.statistics import CONTRASTS, effect_of, effects
 from posterpipe.core.warehouse import Warehouse
 from posterpipe.core.warehouse_rows import insert
@@ -96,7 +96,7 @@ def judged(
     specific: float | None = None,
     settings: GateSettings = SETTINGS,
     sensitivity: float = 0.9,
-) -> Decision:
+) -> GateDecision:
     own = images("new", tuned=True, blocked=blocked, without=without)
     scores = measured(own, clip=clip, fidelity=fidelity, diversity=diversity, seed=1)
     if unscored:
@@ -118,7 +118,7 @@ def judged(
     return decide(evidence, settings)
 
 
-def outcomes(decision: Decision) -> dict[str, str]:
+def outcomes(decision: GateDecision) -> dict[str, str]:
     return {check.name: check.outcome for check in decision.checks}
 
 
@@ -171,7 +171,7 @@ def test_a_checkpoint_that_is_less_like_film_posters_is_rejected() -> None:
     assert judged(fidelity=0.55).verdict == "reject"
 
 
-def equal_models(prompts: int, spread: float, count: int) -> list[Decision]:
+def equal_models(prompts: int, spread: float, count: int) -> list[GateDecision]:
     """What the gate says of models that differ by chance alone, `spread` over the prompts."""
     rng = np.random.default_rng(prompts)
     good = judged().evidence
@@ -208,7 +208,7 @@ def test_a_checkpoint_that_is_lower_by_less_than_the_margin_is_held() -> None:
     assert strict.verdict == "reject"
 
 
-def chain(clip: float, diversity: float, steps: int = 8) -> list[Decision]:
+def chain(clip: float, diversity: float, steps: int = 8) -> list[GateDecision]:
     """Checkpoints one after the other, each that much lower than the champion of its moment."""
     champion, scores, level = BASE, BASE_SCORES, (0.25, 0.30)
     fidelity, decisions = 0.60, []
@@ -362,7 +362,7 @@ def skewed_scores(share: float, of_open: float) -> tuple[pd.DataFrame, pd.DataFr
     return own, pd.concat([scores[scores["metric_id"] != "diversity"], *parts])
 
 
-def skewed(share: float, of_open: float = 1.0) -> Decision:
+def skewed(share: float, of_open: float = 1.0) -> GateDecision:
     """What the gate says of the checkpoint of `skewed_scores`."""
     own, scores = skewed_scores(share, of_open)
     return between(BASE, own, scores)
@@ -443,7 +443,7 @@ def between(
     scores: pd.DataFrame,
     *,
     preference: bool = False,
-) -> Decision:
+) -> GateDecision:
     evidence = gather(
         pd.concat([champion, challenger]),
         scores,
@@ -728,12 +728,17 @@ def history(*steps: tuple[str, str], start: pd.DataFrame | None = None) -> pd.Da
         evidence = dataclasses.replace(
             good, challenger=checkpoint, champion=champion_of(table, "base")
         )
-        decision = Decision(verdict, "made up", (), evidence)  # type: ignore[arg-type]
+        decision = GateDecision(verdict, "made up", (), evidence)  # type: ignore[arg-type]
         row = decision_row(
             decision, table, "base", decided_at=START + dt.timedelta(days=len(table))
         )
         table = pd.concat([table, row], ignore_index=True)
     return table
+
+
+def made_up(verdict: Verdict, checkpoint: str) -> GateDecision:
+    evidence = dataclasses.replace(judged().evidence, challenger=checkpoint)
+    return GateDecision(verdict, "made up", (), evidence)
 
 
 def later(table: pd.DataFrame) -> dt.datetime:
@@ -765,7 +770,7 @@ def test_each_base_model_has_a_champion_of_its_own() -> None:
     table = history(("a", "promote"))
     assert champion_of(table, "other base") == defender_of(table, "other base", "x") == "other base"
     own = decision_row(
-        Decision("promote", "made up", (), dataclasses.replace(judged().evidence, challenger="x")),
+        made_up("promote", "x"),
         table, "other base", decided_at=later(table),
     )  # fmt: skip
     table = pd.concat([table, own], ignore_index=True)
@@ -801,12 +806,12 @@ def test_nobody_decides_in_the_name_of_the_gate() -> None:
 def test_the_same_decision_again_is_no_new_row() -> None:
     table = history(("a", "promote"))
     again = decision_row(
-        Decision("promote", "made up", (), dataclasses.replace(judged().evidence, challenger="a")),
+        made_up("promote", "a"),
         table, "base", decided_at=later(table),
     )  # fmt: skip
     assert again.empty
     other = decision_row(
-        Decision("reject", "made up", (), dataclasses.replace(judged().evidence, challenger="a")),
+        made_up("reject", "a"),
         table, "base", decided_at=later(table),
     )  # fmt: skip
     assert len(other) == 1

@@ -47,7 +47,7 @@ class Metric:
     name: str
     """What it is called whatever its encoder: `CLIP-T`, `CLIP-I holdout`, `title exact`."""
     encoder: str
-    """Id of the model, or "" where none is asked."""
+    """Id of the model, or "" where there is none."""
     revision: str
     """The commit of a hub model, the fingerprint of a directory, or ""."""
     preprocessing: str
@@ -159,7 +159,7 @@ def record_scores(
     """Adds scores (SCORE_COLUMNS) with their images, prompts, checkpoints and metrics, at once.
 
     Rows that are there stay as they are, but a success replaces a failure. `step` names who scores:
-    these metrics are the ones that it uses from now on, and reports leave out those it used before.
+    these metrics are the ones that it uses from now on, and reports leave out its previous ones.
     `others`: metrics of scores that reports about the images of now leave out as well.
     `make_current` makes `generations` the images that reports are about. Returns what the warehouse
     holds of the first metric now (see `Warehouse.scores`), failed ones included: a score that

@@ -134,7 +134,7 @@ def clip_t_scores(
 ) -> pd.DataFrame:
     """The scores (SCORE_COLUMNS) of generations, nothing written to the warehouse.
 
-    Images and pairs that the store knows are not asked again. Raises ModelMissing.
+    What the store has of images and pairs is not computed again. Raises ModelMissing.
     """
     drawn = generations[generations["status"] == "ok"]
     pairs: dict[str, tuple[str, str]] = {}

@@ -388,10 +388,8 @@ def kept_embeddings(
                 for key, found in batch:
                     if isinstance(found, str):
                         unreadable[key] = found
-                    elif np.isfinite(found).all():
-                        yield key, {"vector": _packed(found)}
                     else:
-                        unreadable[key] = "the encoder gave no finite number"
+                        yield key, {"vector": _packed(found)}
                 tick(len(batch))
 
     save_every = max(settings.batch_size, _SAVE_EVERY)
@@ -423,7 +421,7 @@ def kept_text_embeddings(
 
 
 Found = tuple[str, np.ndarray | str]
-"""The key of an image, with what was found, or why nothing could be."""
+"""The key of an image, with its embedding (or pixels), or why it has none."""
 
 
 def _encoded(
@@ -462,8 +460,12 @@ def _one_core() -> None:
 def _features(encoder: ImageEncoder, batch: Sequence[Found]) -> list[Found]:
     """Embeddings of opened images; those that could not be opened keep their reason."""
     ready = [found for _, found in batch if not isinstance(found, str)]
-    vectors = iter(encoder.prepared_features(ready))
+    vectors = map(_if_finite, encoder.prepared_features(ready))
     return [(key, found if isinstance(found, str) else next(vectors)) for key, found in batch]
+
+
+def _if_finite(vector: np.ndarray) -> np.ndarray | str:
+    return vector if np.isfinite(vector).all() else "the encoder gave no finite number"
 
 
 def _opened(

@@ -73,7 +73,7 @@ class PromptSpecificity:
 
 
 def suite_texts(generations: pd.DataFrame) -> list[str]:
-    """The score texts that the generations were asked for, each once, in order."""
+    """The score texts of the generations, each once, in order."""
     return sorted(set(generations["score_text"].astype(str)))
 
 

@@ -37,7 +37,7 @@ class Written:
     missing: int
     """Images that were drawn and whose file is gone from the store."""
     made: int
-    """Small images that the report before did not have."""
+    """Small images that the previous report did not have."""
     bytes: int
     """Of all files, as if no full image was a link."""
     summary: str
@@ -53,7 +53,7 @@ def write_report(
     *,
     progress: Progress = NO_PROGRESS,
 ) -> Written:
-    """Write the report of a published database into `folder`, in place of the one before.
+    """Write the report of a published database into `folder`, in place of the previous one.
 
     `store_root` is where its images lie. On any error, and until the new report is complete, the
     old one stays. Raises WarehouseMissing where nothing was published.

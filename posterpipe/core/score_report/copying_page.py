@@ -41,7 +41,7 @@ def copying_context(published: Published, pictures: Pictures) -> dict[str, Any]:
     """For `copying.html.j2`: how near images come to training posters; which count as copies.
 
     Copies are those of the fine-tuned model. Images of the base are flagged by chance, since it saw
-    none of the posters: they are told apart, as the yardstick.
+    none of the posters: they are counted apart, as the yardstick.
     """
     files = gallery_files(published)
     compared = [(prompt, shot, shot.nearest) for prompt, shot in published.shots if shot.nearest]

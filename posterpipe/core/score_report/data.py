@@ -5,7 +5,7 @@ markup (`charts`, the templates), image files (`pictures`), and statistics: thes
 (`dbt_like_reports`).
 
 The published database is the one source: what it does not hold is not in the report. A mart that is
-not there, or has other columns than the ones asked for (it was built by an older project), counts
+not there, or has other columns than the required ones (it was built by an older project), counts
 as not built, and its section says what to materialize.
 """
 
@@ -178,7 +178,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Published:
-    """Everything that the pages tell."""
+    """Everything that the pages show."""
 
     marts: Mapping[str, pd.DataFrame]
     """Those that are there."""

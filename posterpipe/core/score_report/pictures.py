@@ -4,7 +4,7 @@ What belongs here: bringing images of the store into the report's folder. What d
 images are shown (`data`), and contact sheets (`core.gallery`).
 
 Full images are hard links where the file system allows, so that a report costs no second copy of
-them; small ones are taken over from the report before, so that only new images cost work.
+them; small ones are taken over from the previous report, so that only new images cost work.
 """
 
 from __future__ import annotations

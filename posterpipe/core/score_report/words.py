@@ -53,7 +53,7 @@ def rounded(value: Any, digits: int = 3) -> str:
 
 
 def change(value: Any, scale: Any) -> str:
-    """A difference, or a ratio (`scale`), which marts tell less 1."""
+    """A difference, or a ratio (`scale`), which marts store less 1."""
     known = number(value)
     if known is None:
         return DASH
