@@ -6,6 +6,7 @@ they do (`commands`, `studio`).
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -57,6 +58,12 @@ def trace(
     run_trace(generation_key, as_json=as_json, posters=posters)
 
 
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number of hours.")
+    return value
+
+
 @app.command()
 def draw(
     model: Annotated[
@@ -91,7 +98,8 @@ def gc(
         int, typer.Option(min=1, help="Versions of each table that stay, the current one included.")
     ] = 3,
     grace_hours: Annotated[
-        float, typer.Option(min=0, help="What was used less long ago than this stays.")
+        float,
+        typer.Option(min=0, callback=_finite, help="What was used less long ago than this stays."),
     ] = 24.0,
     everything: Annotated[
         bool, typer.Option("--all", help="List every item, not the largest of each kind.")

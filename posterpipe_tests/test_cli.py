@@ -14,8 +14,7 @@ import pytest
 from PIL import Image
 
 from posterpipe import cli
-from posterpipe.commands import doctor
-from posterpipe.commands.demo import require_inputs
+from posterpipe.commands import demo, doctor
 from posterpipe.core.landing import scan
 from posterpipe.core.listing import Folder
 from posterpipe.core.models import ModelMissing
@@ -93,6 +92,15 @@ def test_doctor_looks_without_leaving_anything_behind(settings: Settings) -> Non
     assert found["packages"].state == "ok"
     assert {"devices", "precision", "memory", "disk", "prompts"} <= found.keys()
     assert not settings.store.exists()
+
+
+def test_doctor_shows_long_paths_whole(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    path = "/a-folder-[/of]-a-long-name-:cat:" * 5
+    found = doctor.Finding("missing", "store", f"{path}: cannot be written")
+    monkeypatch.setattr(doctor, "examine", lambda _: iter([found]))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert doctor.run_doctor() == 1
+    assert f"{path}:cannotbewritten" in "".join(capsys.readouterr().out.split())
 
 
 def test_doctor_does_not_take_emulated_bf16_for_computed(
@@ -231,7 +239,22 @@ def test_doctor_asks_no_gpu_memory_of_the_starter_models(settings: Settings) -> 
 def test_the_demo_wants_its_models_and_prompts_first(tmp_path: Path) -> None:
     settings = load_settings("starter", store=tmp_path / "store", base_model=MISSING)
     with pytest.raises(ModelMissing, match="nowhere"):
-        require_inputs(settings)
+        demo.require_inputs(settings)
+
+
+def test_the_demo_ends_with_its_paths_and_the_champion_as_they_are(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    folder, line = tmp_path / "store [/old] :cat:", "champion  held: [urgent] see [/ticket 12]"
+    deployment: Any = SimpleNamespace(
+        published_path=folder, contact_sheet_path=folder, report_path=folder, settings=settings
+    )
+    for name in ("leaderboard_table", "control_line"):
+        monkeypatch.setattr(demo, name, lambda _: "")
+    monkeypatch.setattr(demo, "champion_line", lambda _: line)
+    demo._conclude(deployment, demo.Watch(), 1.0, tmp_path)
+    told = capsys.readouterr().out
+    assert line in told and f"score report   {folder}\n" in told
 
 
 def test_rehash_reads_every_poster_and_says_what_changed(tmp_path: Path) -> None:
@@ -318,6 +341,11 @@ def test_the_champion_is_shown_pinned_and_rolled_back_by_command(
     assert read_mirrored_decisions(tmp_path)["decision_id"].tolist() == log["decision_id"].tolist()
     with pytest.raises(GateError, match="has not seen the checkpoint nobody"):
         run("pin", "nobody", "--why", "x")
+    # A reason is shown as it was written, and whole: what looks like markup, and long links.
+    link = "https://tracker.example.org/posters/issues/1234567890-burnt-in-letters-of-every-poster"
+    run("pin", "c0ff", "--why", f"[urgent] :boom: see [/ticket 12] and {link}")
+    shown = run("show").replace(" ", "")
+    assert "[urgent]:boom:see[/ticket12]and" in shown and link in shown
     # A base model that is not here yet has no fingerprint: enough to look, too little to decide.
     monkeypatch.setenv("POSTERPIPE_BASE_MODEL__ID", "owner/name-of-no-model")
     assert "Served: c0ffee12 (a fine-tuned checkpoint)" in run()

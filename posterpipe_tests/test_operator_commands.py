@@ -64,9 +64,10 @@ def test_a_backup_has_what_the_settings_name_and_says_what_it_lacks(
     monkeypatch.setenv("POSTERPIPE_PROMPT_SUITE", str(tmp_path / "suite.yaml"))
     monkeypatch.setenv("POSTERPIPE_CAPTIONS", str(tmp_path / "captions.csv"))
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
-    told = run("backup", str(tmp_path / "backup"))
-    assert told.exit_code == 0 and "5 files" in told.output
-    copy = tmp_path / "backup" / "elsewhere" / tmp_path.relative_to("/")
+    backup = tmp_path / "backup [old] :cat: [" / "monday]"
+    told = run("backup", str(backup))
+    assert told.exit_code == 0 and f"5 files, 61 bytes, in {backup};" in told.output
+    copy = backup / "elsewhere" / tmp_path.relative_to("/")
     for name in ("landing/a.png", "holdout/b.png", "suite.yaml", "home/dagster.yaml"):
         assert (copy / name).read_bytes() == name.encode()
     assert Store(copy / "store").has(blob, ".png")

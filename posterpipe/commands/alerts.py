@@ -18,7 +18,7 @@ from posterpipe.settings import load_settings
 def run_alerts_test() -> int:
     """Send it and print which channels worked; the exit code, 1 unless all of them did."""
     settings = load_settings().alerts
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     configured = channels(settings)
     if not configured:
         console.print(

@@ -26,7 +26,7 @@ def run_backup(folder: Path) -> int:
     cannot be copied.
     """
     settings = load_settings()
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     done = back_up(
         folder,
         root=settings.root,

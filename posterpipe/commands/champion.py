@@ -29,7 +29,8 @@ def show() -> None:
     warehouse, known, ref = _opened()
     base = known or ref.id
     decisions = read_decisions(warehouse)
-    console = Console(highlight=False)
+    # A reason is a person's words: nothing in it is markup.
+    console = Console(highlight=False, markup=False, emoji=False)
     served = log.champion_of(decisions, base)
     decisions = log.of_base(decisions, base)
     what = "the base model" if served == base else "a fine-tuned checkpoint"
@@ -39,6 +40,7 @@ def show() -> None:
         console.print("No checkpoint has been judged yet: materialize the asset `champion`.")
         return
     table = Table("when", "checkpoint", "decision", "by", "why", box=SIMPLE_HEAD)
+    table.columns[-1].overflow = "fold"  # links are long, and ids that people copy
     for row in decisions.tail(SHOWN).itertuples(index=False):
         when = f"{row.decided_at:%Y-%m-%d %H:%M}"
         table.add_row(when, str(row.checkpoint_id)[:12], str(row.decision), str(row.decided_by),

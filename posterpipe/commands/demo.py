@@ -72,7 +72,7 @@ def run_demo(timings: Path | None = None) -> int:
     log = home / "demo.log"
     atexit.register(_keep_last_words, log)
     with _terminal(log) as console:
-        console.print(f"[bold]posterpipe demo[/], profile {settings.profile}")
+        console.print(f"[bold]posterpipe demo[/], profile {escape(settings.profile)}")
         import dagster as dg
 
         from posterpipe.core.progress import BarProgress
@@ -160,7 +160,7 @@ def materialize(
         return True
     if len(chosen) < len(names):
         for key in [key for key in names if key in stale]:
-            console.print(f"  {key.to_user_string()}: {stale[key]}", style="dim")
+            console.print(f"  {key.to_user_string()}: {escape(stale[key])}", style="dim")
     return run([key for key in names if key in chosen])
 
 
@@ -247,7 +247,7 @@ def _terminal(log: Path) -> Iterator[Console]:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
         try:
-            yield Console(file=output, highlight=False)
+            yield Console(file=output, highlight=False, emoji=False)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -284,7 +284,7 @@ def _conclude(deployment: Deployment, watch: Watch, total: float, home: Path) ->
     from posterpipe.core.progress import duration
     from posterpipe.defs.arrivals import ROOTS
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     stages = _stages(watch)
     if set(watch.seconds) & set(watch.groups) - set(ROOTS):
         times = Table("stage", "wall time", box=SIMPLE_HEAD)

@@ -20,7 +20,8 @@ from typing import Literal
 
 from huggingface_hub.constants import ENDPOINT
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from posterpipe.core.parallel import cores
 from posterpipe.settings import ModelRef, Settings, load_settings
@@ -67,15 +68,15 @@ class Finding:
 def run_doctor() -> int:
     """Print the findings; 1 if something that is needed is missing, else 0."""
     settings = load_settings()
-    console = Console()
-    table = Table.grid(padding=(0, 2))
+    console = Console(emoji=False)
+    table = Table.grid("", "", Column(overflow="fold"), padding=(0, 2))
     marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "missing": "[red]missing[/]"}
     found = list(examine(settings))
     for finding in found:
         # Paths contain brackets now and then, which rich would take for markup.
-        text = finding.text.replace("[", r"\[")
-        table.add_row(marks[finding.state], finding.subject, text)
-    console.print(f"posterpipe {_installed('posterpipe') or '?'}, profile {settings.profile}")
+        table.add_row(marks[finding.state], escape(finding.subject), escape(finding.text))
+    profile = escape(settings.profile)
+    console.print(f"posterpipe {_installed('posterpipe') or '?'}, profile {profile}")
     console.print(table)
     missing = [finding for finding in found if finding.state == "missing"]
     if missing:

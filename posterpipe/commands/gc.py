@@ -30,7 +30,7 @@ def run_gc(*, yes: bool, keep: int, grace_seconds: float, everything: bool) -> i
     """
     settings = load_settings()
     root = settings.path(settings.store)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not root.is_dir():
         console.print(f"{root}: there is no store yet, so nothing to tidy.", soft_wrap=True)
         return 0
@@ -70,6 +70,7 @@ def _show(console: Console, garbage: Garbage, everything: bool) -> None:
         return
     table = Table("kind", "items", "size", "", box=SIMPLE_HEAD)
     table.columns[1].justify = table.columns[2].justify = "right"
+    table.columns[-1].overflow = "fold"
     for kind in KINDS:
         items = sorted(garbage.of(kind), key=lambda item: (-item.size, item.name))
         if not items:

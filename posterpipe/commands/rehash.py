@@ -24,7 +24,7 @@ def run_rehash() -> int:
     cannot be used.
     """
     settings = load_settings()
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     store = Store(settings.path(settings.store))
     places = [open_place(settings.landing, settings.root)]
     if settings.path(settings.holdout).exists():

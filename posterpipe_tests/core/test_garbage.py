@@ -642,8 +642,8 @@ def test_a_step_and_gc_at_full_speed_beside_each_other(tmp_path: Path) -> None:
 # -- the command ---------------------------------------------------------------------------------
 
 
-def gc(store: Store, *arguments: str) -> Result:
-    environment = {"POSTERPIPE_STORE": str(store.root), "COLUMNS": "200"}
+def gc(store: Store, *arguments: str, columns: int = 200) -> Result:
+    environment = {"POSTERPIPE_STORE": str(store.root), "COLUMNS": str(columns)}
     return CliRunner().invoke(app, ["gc", *arguments], env=environment)
 
 
@@ -655,9 +655,20 @@ def test_the_command_lists_and_only_with_yes_removes(store: Store) -> None:
     assert listed.exit_code == 0, listed.output
     assert f"{unnamed}.png" in listed.stdout and "2.5 MB" in listed.stdout
     assert "Nothing was removed" in listed.stdout and "--yes" in listed.stdout
+    assert f"{unnamed}.png" in gc(store, columns=80).stdout.replace(" ", "").replace("\n", "")
     assert store.path(unnamed, ".png").exists()
     done = gc(store, "--yes")
     assert done.exit_code == 0, done.output
     assert "Removed 1 items, 2.5 MB" in done.stdout
     assert not store.path(unnamed, ".png").exists()
     assert "Nothing to remove" in gc(store, "--yes").stdout
+
+
+def test_the_command_names_a_store_as_it_is_called_and_refuses_an_endless_grace(
+    store: Store,
+) -> None:
+    named = Store(store.root / "store [/old] :cat:")
+    assert f"Nothing to remove in {named.root}:" in gc(named).stdout
+    for hours in ("inf", "nan"):
+        refused = gc(named, "--grace-hours", hours)
+        assert refused.exit_code == 2 and "--grace-hours" in refused.output
