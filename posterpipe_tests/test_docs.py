@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import datetime as dt
 import io
 import os
 import re
@@ -307,6 +308,25 @@ def test_queries_find_something_in_a_published_database(page: Path, published_wo
             for statement in duckdb.extract_statements(block.text):
                 result = connection.execute(statement)
                 assert result.description and result.fetchall(), f"{block}: {statement.query}"
+
+
+def test_ages_are_the_same_in_every_time_zone(published_world: Path) -> None:
+    database = published_world / "public" / "scores.duckdb"
+    with duckdb.connect(str(database), read_only=True) as connection:
+        ((comment,),) = connection.execute(
+            "SELECT comment FROM duckdb_tables() WHERE table_name = 'freshness'"
+        ).fetchall()
+        queries = re.findall("`(select [^`]+)`", comment)
+        for block in blocks("sql"):
+            found = duckdb.extract_statements(block.text) if "latest_at" in block.text else []
+            queries += [each.query for each in found if "latest_at" in each.query]
+        assert len(queries) >= 2
+        for query in queries:
+            ages = []
+            for zone in ("UTC", "Pacific/Kiritimati"):
+                connection.execute(f"SET TimeZone = '{zone}'")
+                ages.append(dict(row[:: len(row) - 1] for row in connection.sql(query).fetchall()))
+            assert abs(ages[0]["scores"] - ages[1]["scores"]) < dt.timedelta(hours=1), query
 
 
 def test_the_query_of_the_readme_gives_every_image_once_by_the_metric_of_the_leaderboard(

@@ -295,7 +295,8 @@ def test_columns_lead_back_to_what_they_come_from(world: World) -> None:
     assert ("clip_scores", "value") in origins("leaderboard", "mean")
     assert origins("leaderboard", "variant") == {("clip_scores", "variant")}
     assert origins(NEW, "spread_over_seeds") == {("prompt_drilldown", "clip_cosine")}
-    assert ("poster_inventory", "source_name") in origins("prompt_drilldown", "nearest_poster_name")
+    for name in ("nearest_poster_name", "hash_poster_name"):
+        assert ("poster_inventory", "source_name") in origins("prompt_drilldown", name)
 
 
 def test_every_column_of_staging_and_marts_is_described_and_contracts_are_enforced(
@@ -651,6 +652,7 @@ def test_counts_of_posters_copies_and_readings_are_those_of_the_tables(world: Wo
     assert read["exact"].sum() == (newest["title_distance_set"] == 0).sum() > 0
     shown = drill[drill["copied"].notna()].iloc[0]
     assert shown["nearest_poster_name"] == "poster 1.png"
+    assert shown["hash_poster_name"] == "poster 2.png"
     assert dict(shown["scores"])["CLIP-T crop"] == shown["clip_cosine"]
 
 

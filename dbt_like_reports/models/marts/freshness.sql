@@ -1,5 +1,5 @@
--- When something last happened at each stage. Ages are left to the reader: `now() - latest_at`
--- would be right only at the moment of the build.
+-- When something last happened at each stage. Ages are left to the reader: those of the build
+-- would be right only at its moment. What a person did has no run, and arg_max would name another.
 with posters as (
     select
         1 as place,
@@ -61,7 +61,7 @@ decisions as (
         6 as place,
         'gate' as subject,
         max(decided_at) as latest_at,
-        arg_max(run_id, decided_at) as run_id,
+        arg_max_null(run_id, decided_at) as run_id,
         count(*) as items,
         'a checkpoint was judged, or pinned by a person' as explanation
     from {{ source('warehouse', 'fct_promotion') }}

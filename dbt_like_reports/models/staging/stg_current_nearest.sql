@@ -26,6 +26,8 @@ select
     nearest.similarity,
     nearest.similarity_threshold,
     nearest.hash_poster,
+    hash_posters.source_name as hash_poster_name,
+    hash_posters.image_path as hash_poster_path,
     nearest.hash_distance,
     nearest.hash_threshold,
     nearest.copied
@@ -34,6 +36,7 @@ inner join current_metrics on current_metrics.metric_id = nearest.metric_id
 inner join {{ ref('stg_current_images') }} as image
     on image.generation_key = nearest.generation_key
 left join posters on posters.image = nearest.nearest_poster
+left join posters as hash_posters on hash_posters.image = nearest.hash_poster
 qualify row_number() over (
     partition by nearest.generation_key
     order by current_metrics.place, nearest.metric_id

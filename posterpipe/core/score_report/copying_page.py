@@ -57,7 +57,7 @@ def copying_context(published: Published, pictures: Pictures) -> dict[str, Any]:
             "variant": shot.variant,
             "name": variant_name(shot.variant),
             "seed": shot.seed,
-            "cosine": nearest.similarity,
+            "cosine": nearest.cosine,
             "bits": nearest.hash_distance,
             "prompt_id": prompt.prompt_id,
         }
@@ -179,7 +179,7 @@ def _nearness(compared: Sequence[tuple[Prompt, Shot, Nearest]]) -> Markup | None
     """How near the images of each variant come to their nearest training poster."""
     groups: dict[str, list[float]] = {}
     for _, shot, nearest in compared:
-        groups.setdefault(shot.variant, []).append(nearest.similarity)
+        groups.setdefault(shot.variant, []).append(nearest.cosine)
     if not groups:
         return None
     limits = [n.threshold for _, _, n in compared if n.threshold is not None]

@@ -56,8 +56,9 @@ MARTS: Mapping[str, tuple[str, ...]] = {
     "prompt_drilldown": (
         "prompt_id", "seed", "variant", "prompt", "score_text", "title", "negative_prompt",
         "generation_key", "status", "reason", "image_path", "titled_image_path", "clip_cosine",
-        "clip_diff_to_sd", "clip_specific", "nearest_similarity", "copy_threshold", "hash_distance",
-        "nearest_poster_name", "nearest_poster_path", "copied", "read_drawn", "read_set",
+        "clip_diff_to_sd", "clip_specific", "nearest_similarity", "copy_threshold",
+        "nearest_poster", "nearest_poster_name", "nearest_poster_path", "hash_distance",
+        "hash_poster", "hash_poster_name", "hash_poster_path", "copied", "read_drawn", "read_set",
         "title_distance_drawn", "title_distance_set",
     ),
     "overfit_and_copy": (
@@ -112,14 +113,18 @@ class Stored:
 class Nearest:
     """What comparing an image with the training posters gave."""
 
+    similarity: float
+    """The highest cosine."""
+    threshold: float | None
+    copied: bool
     poster: Stored | None
+    """The nearest one by cosine; by perceptual hash, where that alone makes the image a copy."""
     name: str
     """Its file in the landing folder."""
-    similarity: float
-    threshold: float | None
+    cosine: float | None
+    """With this poster; None where another one is nearer by cosine."""
     hash_distance: int | None
-    """Bits of 64."""
-    copied: bool
+    """Bits of 64, from this poster; None where another one is nearer by hash."""
 
 
 @dataclass(frozen=True)
@@ -285,18 +290,26 @@ def _prompt(prompt_id: str, rows: list[Row]) -> Prompt:
     )
 
 
-def _shot(row: Row) -> Shot:
+def _nearest(row: Row) -> Nearest | None:
     similarity, bits = number(row["nearest_similarity"]), number(row["hash_distance"])
-    nearest = None
-    if similarity is not None:
-        nearest = Nearest(
-            poster=_stored(row["nearest_poster_path"]),
-            name=text(row["nearest_poster_name"]),
-            similarity=similarity,
-            threshold=number(row["copy_threshold"]),
-            hash_distance=None if bits is None else int(bits),
-            copied=not missing(row["copied"]) and bool(row["copied"]),
-        )
+    if similarity is None:
+        return None
+    threshold = number(row["copy_threshold"])
+    copied = not missing(row["copied"]) and bool(row["copied"])
+    by_hash = copied and (threshold is None or similarity < threshold)
+    same = text(row["nearest_poster"]) == text(row["hash_poster"])
+    return Nearest(
+        similarity=similarity,
+        threshold=threshold,
+        copied=copied,
+        poster=_stored(row["hash_poster_path" if by_hash else "nearest_poster_path"]),
+        name=text(row["hash_poster_name" if by_hash else "nearest_poster_name"]),
+        cosine=similarity if same or not by_hash else None,
+        hash_distance=int(bits) if bits is not None and (same or by_hash) else None,
+    )
+
+
+def _shot(row: Row) -> Shot:
     distances = {where: number(row[f"title_distance_{where}"]) for where in ("drawn", "set")}
     return Shot(
         key=text(row["generation_key"]),
@@ -309,7 +322,7 @@ def _shot(row: Row) -> Shot:
         difference=number(row["clip_diff_to_sd"]),
         specific=number(row["clip_specific"]),
         titled=_stored(row["titled_image_path"]),
-        nearest=nearest,
+        nearest=_nearest(row),
         read={
             where: text(row[f"read_{where}"])
             for where in ("drawn", "set")

@@ -178,7 +178,8 @@ def _shot(prompt: Prompt, shot: Shot, pictures: Pictures) -> dict[str, Any]:
         "copied": copied is not None,
         "nearest": picture_of(pictures, copied.poster) if copied else None,
         "nearest_name": copied.name if copied else "",
-        "nearest_cosine": copied.similarity if copied else None,
+        "nearest_cosine": copied.cosine if copied else None,
+        "nearest_bits": copied.hash_distance if copied else None,
         "alt": alt_text(prompt, shot.variant, shot.seed),
     }
 

@@ -441,6 +441,33 @@ def test_the_copying_page_tells_which_share_of_copies_would_be_found(
     assert "Copy from Would find Copies" in text and "0.850 72 %" in text
 
 
+def test_a_copy_stands_beside_the_poster_that_it_is_a_copy_of(
+    world: Path, pages: dict[str, Parsed]
+) -> None:
+    with duckdb.connect(str(world / "public" / "scores.duckdb"), read_only=True) as connection:
+        copies = connection.execute(
+            "SELECT nearest_similarity >= copy_threshold, nearest_poster_path, hash_poster_path, "
+            "hash_distance FROM prompt_drilldown WHERE copied"
+        ).fetchall()
+    published = read_published(world / "public" / "scores.duckdb")
+    shown = [
+        one.nearest.poster.path
+        for _, one in published.shots
+        if one.nearest and one.nearest.copied and one.nearest.poster
+    ]
+    assert Counter(shown) == Counter(
+        near if by_cosine else far for by_cosine, near, far, _ in copies
+    )
+    by_hash = [bits for by_cosine, _, _, bits in copies if not by_cosine]
+    assert 0 < len(by_hash) < len(copies)
+    for name, said in (("copying.html", "perceptual hash"), ("gallery.html", "Counts as a copy")):
+        text = "".join(page.text for file, page in pages.items() if file.startswith(name[:7]))
+        assert said in text
+        assert text.count("poster 1.png: cosine 0.") == len(copies) - len(by_hash)
+        for bits in by_hash:
+            assert f"poster 2.png: {bits} of 64 hash bits differ" in text
+
+
 def test_copies_are_counted_among_images_of_the_tuned_model_and_only_where_they_would_be_found(
     world: Path, pages: dict[str, Parsed], tmp_path: Path
 ) -> None:
