@@ -15,6 +15,7 @@ import datetime as dt
 import hashlib
 import os
 import posixpath
+import re
 import stat
 import threading
 import time
@@ -96,7 +97,7 @@ class Place(ABC):
     """A folder or bucket with files in it."""
 
     location: str
-    """Absolute path or URL, for people."""
+    """Absolute path or URL, for people: without its password."""
     threads: int
     """How many files are worth reading at the same time."""
     role: Role
@@ -357,7 +358,8 @@ class Bucket(Place):
 
     def __init__(self, url: str, role: Role = LANDING) -> None:
         self.role = role
-        self.location = url
+        self.location = _without_password(url)
+        self._url = url
         self.threads = FETCHES
         self._opened: tuple[Any, str] | None = None
 
@@ -373,9 +375,8 @@ class Bucket(Place):
             ) from error
         except Exception as error:  # each provider has its own
             raise PlaceMissing(
-                f"{self.location}: cannot be listed ({type(error).__name__}: {error}); check the "
-                f"address, the network and the credentials, or set {self.role.setting} to another "
-                "folder or URL"
+                f"{self.location}: cannot be listed ({_told(error)}); check the address, the "
+                f"network and the credentials, or set {self.role.setting} to another folder or URL"
             ) from error
         entries = []
         for path, info in found.items():
@@ -423,17 +424,24 @@ class Bucket(Place):
 
             try:
                 # Its cache of listings would hide what arrives.
-                files, base = url_to_fs(self.location, use_listings_cache=False)
+                files, base = url_to_fs(self._url, use_listings_cache=False)
             except ImportError as error:
                 raise PlaceMissing(
                     f"{self.location}: {error}; `.venv/bin/pip install -e '.[cloud]'` in the "
                     "project's folder brings S3 and Google Cloud Storage"
                 ) from error
-            except ValueError as error:
+            except Exception as error:  # each driver has its own
+                if str(error).startswith("Protocol not known"):
+                    raise PlaceMissing(
+                        f"{self.location}: {error}; set {self.role.setting} to a folder, or a URL "
+                        "such as s3://bucket/posters"
+                    ) from error
+                # Only the kind: the text of some of them holds the credentials.
                 raise PlaceMissing(
-                    f"{self.location}: {error}; set {self.role.setting} to a folder, or a URL "
-                    "such as s3://bucket/posters"
-                ) from error
+                    f"{self.location}: cannot be opened ({type(error).__name__}); check the "
+                    f"address, the network and the credentials, or set {self.role.setting} to "
+                    "another folder or URL"
+                ) from None
             self._opened = files, str(base).rstrip("/")
         return self._opened
 
@@ -464,11 +472,14 @@ def _objects(files: Any, base: str) -> dict[str, dict[str, Any]]:
 def _unopenable(files: Any, path: str) -> str:
     """Why an object cannot be opened by its name; "" where it can.
 
-    s3fs takes `a?versionId=1.png` for a version of `a`, and other drivers have forms of their own.
+    s3fs takes `a?versionId=1.png` for a version of `a`, and tells which only where it was asked for
+    versions. Other drivers have forms of their own.
     """
-    split = getattr(files, "split_path", None)
-    version = split(path)[2:] if split else ()
-    if not any(version):
+    if not hasattr(files, "split_path"):
+        return ""
+    bucket, key, *version = files.split_path(path)
+    opened = f"{bucket}/{key}"
+    if not any(version) and (opened == path or not path.startswith(opened)):
         return ""
     return "its name reads as the version of another object, so it cannot be opened; rename it"
 
@@ -480,7 +491,19 @@ def _os_errors(function: Any, *arguments: Any) -> Any:
     except OSError:
         raise
     except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        raise OSError(_told(error)) from error
+
+
+_PASSWORD = re.compile(r"(?<=://)([^/:@\s]*):[^/\s]*@")
+
+
+def _without_password(text: str) -> str:
+    """URLs in a text without the password of their user."""
+    return _PASSWORD.sub(r"\1@", text)
+
+
+def _told(error: Exception) -> str:
+    return _without_password(f"{type(error).__name__}: {error}")
 
 
 def _remote_entry(name: str, info: Mapping[str, Any]) -> Entry:

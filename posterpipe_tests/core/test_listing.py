@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from posterpipe.core.listing import (
     SourceChanged,
     _nanoseconds,
     _remote_entry,
+    _unopenable,
     entries_within,
     listing_digest,
     open_place,
@@ -202,8 +204,7 @@ class Versioned(MemoryFileSystem):
 
     def split_path(self, path: str) -> list[str | None]:
         bucket, _, key = path.partition("/")
-        key, _, version = key.partition("?versionId=")
-        return [bucket, key, version or None]
+        return [bucket, key.partition("?versionId=")[0], None]  # not asked for versions
 
     def exists(self, path: str, **options: object) -> bool:
         return any(name.startswith(f"{path}/") for name in self.store)
@@ -272,8 +273,54 @@ def test_an_object_that_its_driver_takes_for_a_version_is_to_be_renamed(
     versioned: type[Versioned],
 ) -> None:
     versioned.store["bucket/posters/a?versionId=3.png"] = MemoryFile(data=b"1")
-    (entry,) = Bucket("versioned://bucket/posters").entries()
-    assert entry.problem.endswith("it cannot be opened; rename it")
+    versioned.store["bucket/posters/b?.png"] = MemoryFile(data=b"1")
+    entry, other = Bucket("versioned://bucket/posters").entries()
+    assert entry.problem.endswith("it cannot be opened; rename it") and not other.problem
+
+
+def test_the_driver_of_s3_takes_such_a_name_for_a_version_and_no_other() -> None:
+    s3fs = pytest.importorskip("s3fs")
+    files = s3fs.S3FileSystem(skip_instance_cache=True)
+    assert "rename it" in _unopenable(files, "bucket/o/q?versionId=1.png")
+    for name in ("o/q?x=1.png", "a b+%20#.png", "/a.png", "x//y.png", "ü[*].png"):
+        assert _unopenable(files, f"bucket/{name}") == ""
+
+
+def test_a_driver_that_fails_at_once_is_told_without_its_text_which_may_hold_a_secret(
+    versioned: type[Versioned], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Versioned, *_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(versioned, "__init__", refuse)
+    for raised in (ConnectionError("/tokeninfo?access_token=SECRET"), ValueError("SECRET?")):
+        told = (
+            rf"bucket/posters: cannot be opened \({type(raised).__name__}\); .*POSTERPIPE_LANDING"
+        )
+        with pytest.raises(PlaceMissing, match=told) as caught:
+            entries_within(Bucket("versioned://bucket/posters"), 60)
+        assert "SECRET" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_password_in_a_url_opens_the_bucket_and_is_shown_nowhere(
+    versioned: type[Versioned], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def refuse(self: Versioned, path: str, **_: object) -> dict:
+        opened.append(path)
+        raise RuntimeError(f"401 for versioned://{path}/a.png")
+
+    monkeypatch.setattr(versioned, "find", refuse)
+    place = Bucket("versioned://ida:p@ss:word@host/posters")
+    with pytest.raises(PlaceMissing) as caught:
+        place.entries()
+    assert opened == ["ida:p@ss:word@host/posters"]
+    told = f"{caught.value} {place.location} {place.key(Entry('a', 1, 2, ''))}"
+    assert "ss" not in told.replace("posters", "").replace("address", "") and "word" not in told
+    assert place.location == "versioned://ida@host/posters"
+    for url in ("s3://bucket/a:b@c", "ftp://host:21/a@b", "ftp://[::1]:21/", "https://ida@host/"):
+        assert Bucket(url).location == url
 
 
 @pytest.fixture
