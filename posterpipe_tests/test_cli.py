@@ -143,6 +143,13 @@ def test_doctor_names_what_is_missing_and_what_to_do(tmp_path: Path, settings: S
         assert remedy in found[subject].text, subject
 
 
+def test_doctor_names_a_store_whose_path_cannot_be(tmp_path: Path, settings: Settings) -> None:
+    store = tmp_path / ("x" * 300) / "store"
+    found = states(settings.model_copy(update={"store": store}))["store"]
+    assert found.state == "missing" and "POSTERPIPE_STORE" in found.text
+    assert "xxx" in found.text and "File name too long" in found.text
+
+
 def test_doctor_tells_of_prompts_that_share_a_seed(tmp_path: Path, settings: Settings) -> None:
     assert states(settings)["prompts"].state == "ok"
     suite = tmp_path / "suite.yaml"

@@ -231,6 +231,7 @@ def _store(settings: Settings) -> Finding:
     # Looking must not create the store: its nearest folder that exists is tried.
     folder = _existing(store)
     try:
+        store.exists()  # raises for a path that cannot be
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -250,7 +251,7 @@ def _disk(settings: Settings) -> Finding:
 
 
 def _existing(path: Path) -> Path:
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:
         path = path.parent
     return path
 

@@ -85,11 +85,15 @@ def back_up(
         ) from error
     copy = _Copy(folder, root)
     published = store / _PUBLISHED
-    missing = [place for place in (store, *places, published) if not place.exists()]
+    missing = []
+    for place in (store, *places, published):
+        with copy.telling(place):
+            if not place.exists():
+                missing.append(place)
     copy.all((file for place in places for file in _files(place)), "inputs and history", progress)
     copy.all(_naming_others(store), "index and tables", progress)
     copy.all(_of_the_store(store), "store", progress)
-    if published.exists():
+    if published not in missing:
         copy.warehouse(published, store / _WAREHOUSE)
     copy.end(missing)
     return Backup(folder, copy.files, copy.size, missing)
@@ -106,18 +110,18 @@ class _Copy:
 
     def all(self, found: Iterator[Path], part: str, progress: Progress) -> None:
         """Copies files. Raises BackupError."""
-        with self._telling(part):
+        with self.telling(part):
             files = list(found)
         with progress.task(f"copy {part}", len(files), "files") as tick:
             for file in files:
-                with self._telling(file):
+                with self.telling(file):
                     self._file(file, self._place_of(file))
                 tick()
 
     def warehouse(self, published: Path, private: Path) -> None:
         """Copies the published database as what the pipeline writes into. Raises BackupError."""
         target = self._place_of(private)
-        with self._telling(published):
+        with self.telling(published):
             self._file(published, target)
             target.chmod(0o644)
 
@@ -128,7 +132,7 @@ class _Copy:
             "files": self.files,
             "missing": [str(place) for place in missing],
         }
-        with self._telling(WHOLE):
+        with self.telling(WHOLE):
             os.sync()
             write_atomic(self._folder / WHOLE, json.dumps(told, indent=1).encode())
 
@@ -164,7 +168,8 @@ class _Copy:
         self.size += 0 if twin else target.stat().st_size
 
     @contextmanager
-    def _telling(self, what: Path | str) -> Iterator[None]:
+    def telling(self, what: Path | str) -> Iterator[None]:
+        """While inside, errors say that something could not be copied. Raises BackupError."""
         try:
             yield
         except (OSError, sqlite3.Error) as error:
@@ -183,13 +188,25 @@ def _is_sqlite(file: Path) -> bool:
 
 
 def _copy_sqlite(file: Path, target: Path) -> None:
-    address = f"{file.absolute().as_uri()}?mode=ro"
+    try:
+        _through_sqlite(file, target, "mode=ro")
+    except sqlite3.OperationalError:
+        # Where it cannot write beside the file, SQLite reads it only if it is told that nobody
+        # changes it; then it does not look into the log, where a killed process may have left some.
+        log = file.with_name(f"{file.name}-wal")
+        if os.access(file.parent, os.W_OK) or (log.exists() and log.stat().st_size):
+            raise
+        _through_sqlite(file, target, "immutable=1")
+    shutil.copystat(file, target)
+
+
+def _through_sqlite(file: Path, target: Path, how: str) -> None:
+    address = f"{file.absolute().as_uri()}?{how}"
     with (
         closing(sqlite3.connect(address, timeout=BUSY_SECONDS, uri=True)) as source,
         closing(sqlite3.connect(target)) as copy,
     ):
         source.backup(copy)
-    shutil.copystat(file, target)
 
 
 def _naming_others(store: Path) -> Iterator[Path]:

@@ -324,7 +324,7 @@ def read_decisions(warehouse: Warehouse) -> pd.DataFrame:
     back; the next write puts them into it. Raises WarehouseBusy and WarehouseError.
     """
     mirrored = read_mirrored_decisions(warehouse.path.parent)
-    if not warehouse.path.exists():
+    if not warehouse.exists():
         return mirrored
     with warehouse.read() as connection:
         own = _decisions(connection)

@@ -98,10 +98,20 @@ class Warehouse:
     def prepare(self) -> str:
         """Creates the file where there is none, and notes how far it has got. Its `identity`.
         Raises WarehouseError and StoreError."""
-        if not self.path.exists():
+        if not self.exists():
             self._create()
         self._note()
         return self.identity()
+
+    def exists(self) -> bool:
+        """Whether there is a file. Raises WarehouseError where that cannot be told."""
+        try:
+            return self.path.exists()
+        except OSError as error:  # the folder may not be entered, say
+            raise WarehouseError(
+                f"{self.path}: cannot be looked at ({error.strerror}); make the store's folder "
+                "readable, or choose another one with POSTERPIPE_STORE"
+            ) from error
 
     @contextmanager
     def write(self) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -109,7 +119,7 @@ class Warehouse:
 
         Creates file and schema. Always closes. Raises WarehouseBusy, WarehouseError and StoreError.
         """
-        if not self.path.exists():
+        if not self.exists():
             self._create()
         with self._turn():
             self._note()  # before: what is written now must not hide that the file is behind
@@ -126,8 +136,8 @@ class Warehouse:
                     if _of_the_disk(error):
                         raise WarehouseError(
                             f"{self.path}: could not be written ({first_line(error)}); make room "
-                            "on the disk, and materialize the asset again: nothing of it was "
-                            "written"
+                            "on the disk and the folder writable, and do it again: nothing of it "
+                            "was written"
                         ) from error
                     raise
             self._note()
@@ -135,7 +145,7 @@ class Warehouse:
     @contextmanager
     def read(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """A read-only connection. Always closes. Raises WarehouseMissing and WarehouseBusy."""
-        if not self.path.exists():
+        if not self.exists():
             raise WarehouseMissing(
                 f"{self.path}: no scores have been written yet; materialize the asset "
                 "`clip_scores` first"
@@ -150,7 +160,7 @@ class Warehouse:
 
         Failed ones, which are to be tried again, only on request. Empty before the first write.
         """
-        if not self.path.exists():
+        if not self.exists():
             return NO_SCORES.copy()
         with self.read() as connection:
             return read_scores(connection, metric_id, generation_keys, with_failed=with_failed)
@@ -275,7 +285,9 @@ def _open(path: Path, *, read_only: bool) -> duckdb.DuckDBPyConnection:
 
 def _of_the_disk(error: BaseException) -> bool:
     """Whether it is the disk's fault; at a commit, DuckDB tells that as one of the transaction."""
-    at_commit = isinstance(error, duckdb.TransactionException) and "Could not write" in str(error)
+    at_commit = isinstance(error, duckdb.TransactionException) and any(
+        why in str(error) for why in ("Could not write", "Cannot open file")
+    )
     return at_commit or isinstance(error, duckdb.IOException | duckdb.FatalException)
 
 

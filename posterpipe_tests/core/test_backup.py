@@ -161,6 +161,37 @@ def test_a_folder_that_holds_something_or_lies_in_the_store_is_refused(
         checkout.back_up(tmp_path / "used" / "file" / "backup")
 
 
+def test_a_store_that_cannot_be_written_is_copied_and_what_cannot_be_read_of_it_is_told(
+    checkout: Checkout, tmp_path: Path
+) -> None:
+    checkout.fill()
+    root, index = checkout.store.root, checkout.store.root / "index.sqlite"
+    root.chmod(0o555)
+    try:
+        if os.access(root, os.W_OK):
+            pytest.skip("root may write into every folder")
+        checkout.back_up(tmp_path / "backup")
+        copy = Checkout(tmp_path / "backup").store
+        assert copy.results("caption", ["key"]) == {"key": {"caption": "a cat"}}
+        # What a killed process left in the log would be lost by reading past it.
+        root.chmod(0o755)
+        log = index.with_name("index.sqlite-wal")
+        log.write_bytes(b"the last results")
+        root.chmod(0o555)
+        with pytest.raises(BackupError, match=r"index\.sqlite: cannot be copied"):
+            checkout.back_up(tmp_path / "second")
+    finally:
+        root.chmod(0o755)
+
+
+def test_a_place_of_which_nobody_can_tell_whether_it_is_there_is_told(
+    checkout: Checkout, tmp_path: Path
+) -> None:
+    too_long = tmp_path / ("x" * 300) / "store"
+    with pytest.raises(BackupError, match=r"xxx.*: cannot be copied \(File name too long\)"):
+        back_up(tmp_path / "backup", root=checkout.root, store=too_long, places=[])
+
+
 def test_a_copy_that_broke_off_is_told_and_does_not_pass_for_a_whole_one(
     checkout: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -230,6 +230,33 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
             pass
 
 
+def test_a_folder_without_rights_is_told(warehouse: Warehouse) -> None:
+    warehouse.prepare()
+    folder = warehouse.path.parent
+    folder.chmod(0o555)
+    try:
+        if os.access(folder, os.W_OK):
+            pytest.skip("root may write into every folder")
+        with pytest.raises(WarehouseError, match="the folder writable"), warehouse.write() as held:
+            held.execute("INSERT INTO schema_version VALUES (0)")
+        folder.chmod(0)
+        for use in (warehouse.read, warehouse.write):
+            with pytest.raises(WarehouseError, match="Permission denied"), use():
+                pass
+    finally:
+        folder.chmod(0o755)
+
+
+def test_a_path_that_cannot_be_is_told(tmp_path: Path) -> None:
+    warehouse = Warehouse(tmp_path / ("x" * 300) / "warehouse.duckdb")
+    for use in (warehouse.read, warehouse.write):
+        with (
+            pytest.raises(WarehouseError, match=r"xxx.*File name too long.*POSTERPIPE_STORE"),
+            use(),
+        ):
+            pass
+
+
 def test_a_newer_schema_is_refused(warehouse: Warehouse) -> None:
     with warehouse.write() as connection:
         connection.execute("INSERT INTO schema_version VALUES (99)")

@@ -179,7 +179,7 @@ def _nearness(compared: Sequence[tuple[Prompt, Shot, Nearest]]) -> Markup | None
     """How near the images of each variant come to their nearest training poster."""
     groups: dict[str, list[float]] = {}
     for _, shot, nearest in compared:
-        groups.setdefault(shot.variant, []).append(nearest.cosine)
+        groups.setdefault(shot.variant, []).append(nearest.similarity)
     if not groups:
         return None
     limits = [n.threshold for _, _, n in compared if n.threshold is not None]
