@@ -179,8 +179,8 @@ def _post(alert: Alert, settings: AlertSettings) -> None:
 
     assert settings.webhook_url is not None
     url = settings.webhook_url.get_secret_value()
-    host = urlsplit(url).hostname or "the webhook"
     try:
+        host = urlsplit(url).hostname or "the webhook"
         answer = httpx.post(url, json=alert.payload, timeout=TIMEOUT, follow_redirects=False)
     except httpx.TransportError as error:
         # Only the kind: the text of some of them holds the whole address.

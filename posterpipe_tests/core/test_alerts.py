@@ -123,6 +123,14 @@ def test_a_webhook_that_is_not_there_is_said_without_its_address() -> None:
     assert TOKEN not in str(failure.value)
 
 
+def test_what_is_no_address_of_a_webhook_is_said_without_it() -> None:
+    for url in (f"http://[x/{TOKEN}", f"http://127.0.0.1:port/{TOKEN}"):
+        settings = AlertSettings(webhook_url=url)
+        with pytest.raises(AlertNotSent, match=r"alerts\.webhook_url: not an address") as failure:
+            send(compose(RUN, settings), WEBHOOK, settings, QUICK)
+        assert TOKEN not in str(failure.value)
+
+
 def test_an_e_mail_reaches_every_receiver(mailbox: Mailbox) -> None:
     settings = mailbox.settings
     assert channels(settings) == [EMAIL]
