@@ -27,7 +27,7 @@ def run_draw(model: str, folder: Path, *, suite: Path | None, base: str | None) 
     posterpipe's own errors for wrong settings, a missing model and a suite with mistakes.
     """
     settings = load_settings()
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     base_ref = ModelRef(id=base) if base else settings.base_model
     found = find_model(ModelRef(id=_from_here(model)), base_ref, settings.root)
     prompts = load_suite(
