@@ -607,3 +607,12 @@ def test_posters_arrive_in_a_bucket_too(
     fsspec.filesystem("memory").rm("/arrivals/a.png")
     assert place.settle() == [["raw_posters"]]
     assert place.names() == ["b.png"]
+
+
+def test_a_bucket_that_cannot_be_opened_is_a_problem_told_without_its_password(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    place = Place(tmp_path, instance, landing="ftp://ida:secret@127.0.0.1:9/posters")  # discard
+    assert place.look() == []
+    assert "ftp://ida@127.0.0.1:9/posters: cannot be opened (Conn" in place.said
+    assert "secret" not in place.said
