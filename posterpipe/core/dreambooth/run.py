@@ -304,9 +304,7 @@ class Run:
         """Leaves the finished model and nothing else of the run, in the main process."""
         if self._main:
             with only_writer(self.config, self.log):
-                if (
-                    read_result(self.config, self._checkpoint_id) is None
-                ):  # or another run was quicker
+                if read_result(self.config, self._checkpoint_id) is None:  # no other was quicker
                     self._write_finished()
             remove_all_saves(self.config, self._checkpoint_id)
 
