@@ -63,7 +63,7 @@ class Measurement:
     metrics: list[Metric]
     scores: pd.DataFrame
     """SCORE_COLUMNS, of each of the metrics."""
-    roles: Mapping[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
     """What is read of them by the gate and the charts, by metric_id: see
     `evidence.EVIDENCE_COLUMNS`."""
 
