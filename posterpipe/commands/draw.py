@@ -28,7 +28,7 @@ def run_draw(model: str, folder: Path, *, suite: Path | None, base: str | None) 
     """
     settings = load_settings()
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    base_ref = ModelRef(id=base) if base else settings.base_model
+    base_ref = ModelRef(id=_from_here(base)) if base else settings.base_model
     found = find_model(ModelRef(id=_from_here(model)), base_ref, settings.root)
     prompts = load_suite(
         suite or settings.path(settings.prompt_suite), limit=text_limit(found.base or found.folder)
@@ -54,4 +54,5 @@ def run_draw(model: str, folder: Path, *, suite: Path | None, base: str | None) 
 
 def _from_here(model: str) -> str:
     """A directory as it is typed starts where the command runs, not at the project's root."""
-    return str(Path(model).absolute()) if Path(model).expanduser().is_dir() else model
+    folder = Path(model).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else model

@@ -193,8 +193,9 @@ def _copy_sqlite(file: Path, target: Path) -> None:
     except sqlite3.OperationalError:
         # Where it cannot write beside the file, SQLite reads it only if it is told that nobody
         # changes it; then it does not look into the log, where a killed process may have left some.
-        log = file.with_name(f"{file.name}-wal")
-        if os.access(file.parent, os.W_OK) or (log.exists() and log.stat().st_size):
+        logs = [file.with_name(f"{file.name}{end}") for end in ("-wal", "-journal")]
+        left = any(log.exists() and log.stat().st_size for log in logs)
+        if left or os.access(file.parent, os.W_OK):
             raise
         _through_sqlite(file, target, "immutable=1")
     shutil.copystat(file, target)

@@ -283,6 +283,8 @@ class Sampler:
         )
         try:
             pipeline.load_lora_weights(lora.parent, weight_name=lora.name, use_safetensors=True)
+            if not pipeline.get_list_adapters():  # diffusers only warns of names that it knows not
+                raise ValueError("none of them is for a part of it")
             pipeline.fuse_lora()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelMissing(

@@ -87,7 +87,7 @@ def draw_into(
             model.fingerprint,
             settings,
             progress,
-            run_id="",
+            run_id="posterpipe draw",
             base_dir=model.base,
         )
         # An empty negative prompt asks for the same image once more.
@@ -100,7 +100,7 @@ def draw_into(
             if image:
                 (folder / file).parent.mkdir(exist_ok=True)
                 write_atomic(folder / file, (store.root / str(image)).read_bytes())
-        write_atomic(folder / SHEET, _sheet(suite[:_SHOWN], table, store))
+        write_atomic(folder / SHEET, _sheet(suite[:_SHOWN], asked, store))
     index = asked.assign(file=files)[list(FIELDS)].reset_index(drop=True)
     index.loc[index["status"] == "failed", "file"] = ""
     write_atomic(folder / INDEX, _csv(index))

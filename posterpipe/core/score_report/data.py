@@ -290,13 +290,22 @@ def _prompt(prompt_id: str, rows: list[Row]) -> Prompt:
     )
 
 
+_SAME = 0.999999
+"""`metrics.fidelity.SAME_COSINE`, as the published column is rounded."""
+
+
 def _nearest(row: Row) -> Nearest | None:
     similarity, bits = number(row["nearest_similarity"]), number(row["hash_distance"])
     if similarity is None:
         return None
     threshold = number(row["copy_threshold"])
     copied = not missing(row["copied"]) and bool(row["copied"])
-    by_hash = copied and (threshold is None or similarity < threshold)
+    by_hash = (
+        copied
+        and bits is not None
+        and similarity < _SAME  # which is a copy whatever the threshold is
+        and (threshold is None or similarity <= threshold)
+    )
     same = text(row["nearest_poster"]) == text(row["hash_poster"])
     return Nearest(
         similarity=similarity,
