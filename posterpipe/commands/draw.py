@@ -33,14 +33,17 @@ def run_draw(model: str, folder: Path, *, suite: Path | None, base: str | None) 
     prompts = load_suite(
         suite or settings.path(settings.prompt_suite), limit=text_limit(found.base or found.folder)
     )
-    index = draw_into(
-        folder,
-        Store(settings.path(settings.store)),
-        prompts,
-        found,
-        settings.sampler,
-        BarProgress(console),
-    )
+    store = Store(settings.path(settings.store))
+    try:
+        index = draw_into(folder, store, prompts, found, settings.sampler, BarProgress(console))
+    except OSError as error:
+        where = error.filename or folder
+        print(
+            f"posterpipe: {where}: cannot be written ({error.strerror or error}); name another "
+            "folder. What was drawn is kept: the same command goes on",
+            file=sys.stderr,
+        )
+        return 1
     console.print(
         f"{len(index)} images of {len(prompts)} prompts by {found.folder}\n"
         f"look at {folder / SHEET}; every image is named in {folder / INDEX}"

@@ -347,7 +347,8 @@ def _point_at(snapshot: Path, public: Path) -> None:
     with _temporary(public) as folder:
         database, parquet = folder / DATABASE, folder / PARQUET
         if not link_or_copy(snapshot / DATABASE, database):
-            fsync(database)
+            database.chmod(0o644)
+            _settle(database)
         parquet.symlink_to(Path(SNAPSHOTS, snapshot.name, PARQUET), target_is_directory=True)
         os.replace(database, public / DATABASE)
         os.replace(parquet, public / PARQUET)

@@ -146,7 +146,10 @@ class _Stopped(Exception):
 def main() -> None:
     """The process: answers requests until its input ends."""
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is for the log
-    studio = Connection(sys.stdin.fileno())
+    # A copy that no process inherits: one that a library starts would hide this one's end.
+    studio = Connection(os.dup(sys.stdin.fileno()))
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), sys.stdin.fileno())
     settings: Settings = studio.recv()
     requests: queue.Queue[Any] = queue.Queue()
     stop = threading.Event()
