@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from posterpipe.core import generations
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.prompts import Prompt
-from posterpipe.core.sampler import Sampler
+from posterpipe.core.sampler import LORA_WEIGHTS, Sampler
 from posterpipe.core.store import Store
 from posterpipe.core.suite_folder import FIELDS, INDEX, SHEET, AnyModel, draw_into, find_model
 from posterpipe.settings import ModelRef
@@ -81,3 +83,15 @@ def test_lora_weights_draw_with_their_base_model_and_are_another_model_with_anot
 def test_a_model_that_is_not_there_is_named(tmp_path: Path, model_dir: Path) -> None:
     with pytest.raises(ModelMissing, match="nowhere"):
         found(tmp_path / "nowhere", model_dir)
+
+
+def test_lora_weights_for_another_kind_of_model_are_refused(
+    store: Store, model_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    names = ("lora_A", "lora_B")
+    weights = {f"transformer.blocks.0.attn.to_q.{name}.weight": torch.ones(2, 2) for name in names}
+    save_file(weights, folder / LORA_WEIGHTS)
+    with pytest.raises(ModelMissing, match="the LoRA weights do not fit the model"):
+        drawn(tmp_path / "images", store, found(folder, model_dir))
