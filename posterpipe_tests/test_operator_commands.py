@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from posterpipe.cli import app
+from posterpipe.core import generations
 from posterpipe.core.store import Store
 from posterpipe_tests.receivers import TOKEN, Mailbox, Webhook, mailbox, webhook
 
@@ -75,3 +76,14 @@ def test_a_backup_has_what_the_settings_name_and_says_what_it_lacks(
     monkeypatch.setenv("POSTERPIPE_LANDING", "s3://bucket/posters")
     again = run("backup", str(tmp_path / "second"))
     assert "the posters in s3://bucket/posters are not copied" in again.output
+
+
+def test_draw_says_where_it_cannot_write_before_it_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTERPIPE_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr(generations, "Sampler", None)  # drawing would fail otherwise
+    (tmp_path / "file").touch()
+    told = run("draw", "data/models/starter/base", str(tmp_path / "file"))
+    assert told.exit_code == 1
+    assert f"{tmp_path / 'file'}: cannot be written" in told.output

@@ -262,6 +262,16 @@ def test_a_publication_that_fails_leaves_the_one_before(
         with monkeypatch.context() as patch, pytest.raises(PublishError, match="No space left"):
             patch.setattr(publication, name, full)
             publish_scores(warehouse.path, public, run_id="run")
+    # And where files cannot be linked, while the copy gets onto the disk.
+    settle = publication._settle
+    with monkeypatch.context() as patch, pytest.raises(PublishError, match="No space left"):
+        patch.setattr(os, "link", full)
+        patch.setattr(
+            publication,
+            "_settle",
+            lambda file: full() if file.parent.parent == public else settle(file),
+        )
+        publish_scores(warehouse.path, public, run_id="run")
     after = {path: path.read_bytes() for path in before}
     assert after == before
     assert query(public / "scores.duckdb", "SELECT publication_id FROM publication") == [
