@@ -43,8 +43,8 @@ from posterpipe.settings import GateSettings, ScorerSettings, Settings
 
 EVIDENCE_COLUMNS = (
     "generation_key", "variant", "prompt_id", "seed", "checkpoint_id", "metric_id", "metric",
-    "role", "value", "status", "reason", "nearest_poster", "copied", "copy_threshold",
-    "copy_sensitivity", "lost_posters",
+    "role", "value", "status", "reason", "nearest_poster", "copied", "copied_by", "copied_poster",
+    "copy_threshold", "copy_sensitivity", "lost_posters",
 )  # fmt: skip
 """Columns of the table of evidence: one row a generation and metric.
 
@@ -53,9 +53,12 @@ EVIDENCE_COLUMNS = (
 
 In rows with the role copies:
 
-- `nearest_poster`: content hash of the nearest training image.
+- `nearest_poster`: content hash of the training image with the highest similarity.
 - `copied`: whether the similarity by the first image encoder, or the perceptual hash, is that of a
   copy; what other encoders say is in fct_nearest, for reports.
+- `copied_by`: which of the two says so, "cosine" (also where both do) or "hash"; "" for no copy.
+- `copied_poster`: content hash of the training image that it is a copy of, which by the hash may be
+  another one than `nearest_poster`; "" for no copy.
 - `copy_threshold`: cosine above which it is; NaN with too few holdout posters to know.
 - `copy_sensitivity`: share of altered training posters that lie above it.
 - `lost_posters`: how many posters that the checkpoint was trained on cannot be read, so that copies
@@ -240,6 +243,10 @@ def _evidence_table(
     keys = table["generation_key"].where(copies)
     table["nearest_poster"] = keys.map(first["nearest_poster"]).astype(object).fillna("")
     table["copied"] = keys.map(first["copied"]).astype("boolean")
+    table["copied_by"] = keys.map(first["copied_by"]).astype(object).fillna("")
+    originals = first["nearest_poster"].where(first["copied_by"] != "hash", first["hash_poster"])
+    originals = originals.where(first["copied"].astype(bool), "")
+    table["copied_poster"] = keys.map(originals).astype(object).fillna("")
     table["copy_threshold"] = keys.map(first["similarity_threshold"]).astype(float)
     table["copy_sensitivity"] = keys.map(first["copy_sensitivity"]).astype(float)
     table["lost_posters"] = table["metric_id"].map(dict(lost)).astype("Int64")
@@ -251,7 +258,7 @@ def _evidence_table(
 def _record_nearest(warehouse: Warehouse, nearest: pd.DataFrame, *, run_id: str) -> None:
     """Adds the nearest training poster of each image, under the metric that measured it."""
     now = utc_now()
-    rows = nearest.assign(measured_at=now, run_id=run_id)
+    rows = nearest.drop(columns="copied_by").assign(measured_at=now, run_id=run_id)
     with warehouse.write() as connection:
         insert(connection, "fct_nearest", rows)
 

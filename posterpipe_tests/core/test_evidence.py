@@ -204,6 +204,25 @@ def test_of_two_encoders_the_first_says_what_is_a_copy(
     assert not thresholds[0].isin(other["similarity_threshold"]).any()
 
 
+def test_a_copy_by_its_hash_names_the_poster_with_that_hash(
+    store: Store, warehouse: Warehouse, settings: Settings
+) -> None:
+    images = [i for i in pictures(8, 2) if i]
+    seen = posters(store, "training", images)
+    # Without its colours a poster keeps its hash, and is no nearer to itself than to others.
+    drawn = [*images[:2], *(image.convert("L").convert("RGB") for image in images), None]
+    table = measured(store, warehouse, generations(store, drawn), settings, seen).table
+    copies = table[table["role"] == "copies"].reset_index(drop=True)
+    assert copies["copied_by"].tolist()[:2] == ["cosine"] * 2
+    by_hash = copies[copies["copied_by"] == "hash"]
+    assert (by_hash["copied_poster"] != by_hash["nearest_poster"]).any()
+    expected = [*list(seen.files)[:2], *seen.files, ""]
+    told = [key if by else "" for key, by in zip(expected, copies["copied_by"], strict=True)]
+    assert copies["copied_poster"].tolist() == told
+    offenders = copied_posters(table.assign(variant="dreambooth"), 0.05).offenders
+    assert offenders["copied_poster"].tolist() == [key for key in told if key]
+
+
 def test_measuring_again_changes_nothing(
     store: Store, warehouse: Warehouse, settings: Settings
 ) -> None:

@@ -162,6 +162,8 @@ class World:
             value=0.5,
             nearest_poster="ab",
             copied=False,
+            copied_by="",
+            copied_poster="",
             copy_threshold=0.9,
         )
         self.store.write_table("fidelity_scores", measured)
@@ -434,7 +436,7 @@ def an_unmeasured_image(world: World) -> None:
 
 
 def a_copy(world: World) -> None:
-    world.change("fidelity_scores", 7, copied=True, nearest_poster="the poster")
+    world.change("fidelity_scores", 7, copied=True, copied_by="hash", copied_poster="the poster")
 
 
 def misread_titles(world: World) -> None:

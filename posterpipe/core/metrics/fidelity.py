@@ -234,7 +234,8 @@ class Fidelity(Measurement):
     """One row a generation that is ok and an encoder: generation_key, metric_id (of the
     similarity), nearest_poster (content hash of the training image), similarity,
     similarity_threshold, copy_sensitivity (`CopyCalibration.sensitivity`), hash_poster,
-    hash_distance (bits), hash_threshold, copied (either says so)."""
+    hash_distance (bits), hash_threshold, copied (either says so), copied_by ("cosine" where the
+    similarity says so, else "hash"; "" where it is not copied)."""
     calibrations: dict[str, CopyCalibration]
     """By encoder id."""
     lost: int
@@ -398,7 +399,7 @@ class _ByEncoder:
         """See `Fidelity.nearest`."""
         columns = ["generation_key", "metric_id", "nearest_poster", "similarity",
                    "similarity_threshold", "copy_sensitivity", "hash_poster", "hash_distance",
-                   "hash_threshold", "copied"]  # fmt: skip
+                   "hash_threshold", "copied", "copied_by"]  # fmt: skip
         ready, _ = self._ready(drawn)
         if ready.empty or not self.seen:
             return pd.DataFrame(columns=columns)
@@ -414,12 +415,13 @@ class _ByEncoder:
             ready.itertuples(index=False), similarities, indices, copied, strict=True
         ):
             twin, bits = _nearest_hash(hashes.get(str(row.image)), self.training, hashes)
+            same_hash = bits is not None and bits <= hash_bound
             rows.append(
                 (
                     str(row.generation_key), metric_id, self.seen[int(index)],
                     float(similarity), self.calibration.threshold, sensitivity, twin, bits,
-                    hash_bound,
-                    bool(near or (bits is not None and bits <= hash_bound)),
+                    hash_bound, bool(near or same_hash),
+                    "cosine" if near else "hash" if same_hash else "",
                 )
             )  # fmt: skip
         return pd.DataFrame(rows, columns=columns)

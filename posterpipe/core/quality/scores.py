@@ -74,7 +74,9 @@ def copied_posters(evidence: pd.DataFrame, max_share: float) -> Finding:
     posters that a checkpoint was trained on cannot be read.
     """
     # A table that an older posterpipe made lacks them.
-    later = ["copy_threshold", "copy_sensitivity", "lost_posters"]
+    later = [
+        "copy_threshold", "copy_sensitivity", "lost_posters", "copied_by", "copied_poster",
+    ]  # fmt: skip
     compared = evidence.reindex(columns=[*evidence.columns.union(later, sort=False)])
     compared = compared[(compared["role"] == "copies") & compared["copied"].notna()]
     tuned = compared[is_tuned(compared["variant"])]
@@ -121,7 +123,7 @@ def copied_posters(evidence: pd.DataFrame, max_share: float) -> Finding:
         remedy=remedy,
         expected=expected,
         actual=actual,
-        offenders=copies[["variant", "prompt_id", "seed", "nearest_poster", "value"]],
+        offenders=copies[["variant", "prompt_id", "seed", "copied_poster", "copied_by"]],
         numbers={"copies": len(copies)},
     )
 
