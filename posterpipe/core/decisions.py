@@ -23,7 +23,7 @@ import pandas as pd
 
 from posterpipe.core.files import write_atomic
 from posterpipe.core.gate import GateDecision, Verdict
-from posterpipe.core.store import content_key
+from posterpipe.core.store import content_key, writing
 from posterpipe.core.warehouse import Warehouse, WarehouseError
 from posterpipe.core.warehouse_rows import insert, utc_now
 
@@ -373,7 +373,8 @@ def mirror_decisions(warehouse: Warehouse) -> pd.DataFrame:
 
     Sensors look up the champion while a step may be writing, when the warehouse cannot be opened.
     What one of the two lacks, it gets from the other: a crash between the two loses nothing, nor
-    does a lost warehouse.
+    does a lost warehouse. Raises WarehouseBusy, WarehouseError, and StoreError where the file cannot
+    be written.
     """
     # As a writer, so that of two who mirror them, the later one knows more.
     with warehouse.write() as connection:
@@ -381,7 +382,9 @@ def mirror_decisions(warehouse: Warehouse) -> pd.DataFrame:
         decisions = _decisions(connection)
         if _known(read_mirrored_decisions(warehouse.path.parent)) != _known(decisions):
             text = decisions.to_json(orient="records", date_format="iso", date_unit="us", indent=1)
-            write_atomic(warehouse.path.parent / MIRROR, text.encode())
+            mirror = warehouse.path.parent / MIRROR
+            with writing(mirror):
+                write_atomic(mirror, text.encode())
     return decisions
 
 

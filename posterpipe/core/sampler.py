@@ -270,13 +270,14 @@ class Sampler:
     def _merge(self, lora: Path) -> None:
         """Adds LoRA weights to those of the U-Net and the text encoder."""
         from diffusers import DDPMScheduler, StableDiffusionPipeline
+        from safetensors import SafetensorError
 
         pipeline: Any = StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
-            scheduler=DDPMScheduler(),
+            scheduler=DDPMScheduler(steps_offset=1, clip_sample=False),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -286,6 +287,11 @@ class Sampler:
             if not pipeline.get_list_adapters():  # diffusers only warns of names that it knows not
                 raise ValueError("none of them is for a part of it")
             pipeline.fuse_lora()
+        except SafetensorError as error:
+            raise ModelMissing(
+                f"{lora}: the LoRA weights cannot be read ({named_line(error)}); the file is "
+                "damaged: fetch or train it again"
+            ) from error
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelMissing(
                 f"{lora}: the LoRA weights do not fit the model ({named_line(error)}); name the "

@@ -77,7 +77,8 @@ def draw_into(
     on there, and nothing is drawn twice. Raises ModelMissing, SamplerError, DeviceGone, StoreError,
     and OSError where the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)  # before anything is drawn
+    for prompt in suite:  # before anything is drawn
+        (folder / prompt.prompt_id).mkdir(parents=True, exist_ok=True)
     with store.lease():
         table = generate(
             store,
@@ -98,7 +99,6 @@ def draw_into(
         ]
         for file, image in zip(files, asked["image_path"], strict=True):
             if image:
-                (folder / file).parent.mkdir(exist_ok=True)
                 write_atomic(folder / file, (store.root / str(image)).read_bytes())
         write_atomic(folder / SHEET, _sheet(suite[:_SHOWN], asked, store))
     index = asked.assign(file=files)[list(FIELDS)].reset_index(drop=True)

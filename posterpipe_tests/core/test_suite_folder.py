@@ -95,3 +95,22 @@ def test_lora_weights_for_another_kind_of_model_are_refused(
     save_file(weights, folder / LORA_WEIGHTS)
     with pytest.raises(ModelMissing, match="the LoRA weights do not fit the model"):
         drawn(tmp_path / "images", store, found(folder, model_dir))
+
+
+def test_damaged_lora_weights_are_named(store: Store, model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    (folder / LORA_WEIGHTS).write_bytes(b"cut off")
+    with pytest.raises(ModelMissing, match="cut.*cannot be read.*damaged"):
+        drawn(tmp_path / "images", store, found(folder, model_dir))
+
+
+def test_what_stands_in_the_way_of_an_image_is_told_before_one_is_drawn(
+    store: Store, model_dir: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "images" / SUITE[-1].prompt_id
+    place.parent.mkdir()
+    place.write_text("mine")
+    with pytest.raises(FileExistsError, match=place.name):
+        drawn(tmp_path / "images", store, found(model_dir, model_dir))
+    assert place.read_text() == "mine" and not list(store.root.rglob("*.png"))
