@@ -9,7 +9,7 @@ many times as long, and the bound of 2 % no test. The posters are as big as thos
 of rows is measured without a captioner, on captions by people.
 
 Between the runs everything in the store is made a day old: what is used again is marked as used
-again (see `posterpipe.core.garbage`), which right after a run would cost nothing.
+again (see `posterpipe.core.housekeeping.garbage`), which right after a run would cost nothing.
 """
 
 from __future__ import annotations

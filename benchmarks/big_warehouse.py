@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from posterpipe.core.variants import VARIANTS
-from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse.database import Warehouse
 
 METRICS = (
     "clip_t.crop", "clip_t.pad", "fidelity.holdout", "fidelity.training", "overfit_gap",

@@ -22,7 +22,7 @@ import duckdb
 
 from benchmarks.big_warehouse import build
 from benchmarks.rows import Row
-from posterpipe.core.sql_functions import register
+from posterpipe.core.warehouse.sql_functions import register
 from posterpipe.settings import default_root
 
 SCORES = 5_000_000

@@ -82,8 +82,8 @@ def thesis(landing: Path, output: Path) -> Callable[[], list[Path]]:
 def ours(landing: Path, output: Path, *, with_scan: bool) -> Callable[[], list[Path]]:
     """What the assets run, up to their tables; the scan is done before unless it is counted."""
     from posterpipe.core.images import resize_posters
-    from posterpipe.core.landing import scan
-    from posterpipe.core.listing import Folder
+    from posterpipe.core.posters.landing import scan
+    from posterpipe.core.posters.listing import Folder
     from posterpipe.core.store import Store
     from posterpipe.settings import ImageSettings
 

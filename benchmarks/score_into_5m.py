@@ -29,7 +29,7 @@ from posterpipe.core.progress import NoProgress
 from posterpipe.core.prompts import Prompt, load_suite
 from posterpipe.core.store import Store
 from posterpipe.core.variants import TUNED_VARIANTS
-from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse.database import Warehouse
 from posterpipe.settings import Settings, load_settings
 from posterpipe.starter.render import render
 from posterpipe.starter.world import sample_scene

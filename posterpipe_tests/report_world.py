@@ -19,9 +19,9 @@ import duckdb
 import pandas as pd
 from PIL import Image, ImageDraw
 
-from posterpipe.core.publication import publish_scores
-from posterpipe.core.warehouse import Warehouse
-from posterpipe.core.warehouse_rows import insert, record_generations
+from posterpipe.core.warehouse.database import Warehouse
+from posterpipe.core.warehouse.publication import publish_scores
+from posterpipe.core.warehouse.rows import insert, record_generations
 from posterpipe.settings import default_root
 from posterpipe_tests import study
 

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from posterpipe.core.decisions import pin, unpin
-from posterpipe.core.evidence import record_readings, record_titles
+from posterpipe.core.champion.decisions import pin, unpin
+from posterpipe.core.champion.evidence import record_readings, record_titles
 from posterpipe.core.metrics.base import Metric, record_scores
 from posterpipe.core.store import content_key
-from posterpipe.core.warehouse import Warehouse
-from posterpipe.core.warehouse_rows import fill_checkpoints, insert, replace_posters
+from posterpipe.core.warehouse.database import Warehouse
+from posterpipe.core.warehouse.rows import fill_checkpoints, insert, replace_posters
 
 NOW = dt.datetime(2026, 1, 2, 3, 4, 5)
 BASE, OLD, NEW = "base1", "tuned1", "tuned2"

@@ -15,9 +15,9 @@ from PIL import Image
 
 from posterpipe import cli
 from posterpipe.commands import demo, doctor
-from posterpipe.core.landing import scan
-from posterpipe.core.listing import Folder
 from posterpipe.core.models import ModelMissing
+from posterpipe.core.posters.landing import scan
+from posterpipe.core.posters.listing import Folder
 from posterpipe.core.store import Store
 from posterpipe.settings import ModelRef, Settings, SettingsError, load_settings
 from posterpipe_tests.models import HubCache
@@ -310,14 +310,14 @@ def test_the_champion_is_shown_pinned_and_rolled_back_by_command(
     from typer.testing import CliRunner
 
     from posterpipe.cli import app
-    from posterpipe.core.decisions import (
+    from posterpipe.core.champion.decisions import (
         GATE,
         GateError,
         read_decisions,
         read_mirrored_decisions,
         write_decisions,
     )
-    from posterpipe.core.warehouse import Warehouse
+    from posterpipe.core.warehouse.database import Warehouse
 
     monkeypatch.setenv("POSTERPIPE_STORE", str(tmp_path))
     warehouse = Warehouse(tmp_path / "warehouse.duckdb")

@@ -25,8 +25,14 @@ from posterpipe.commands.demo import (
     leaderboard_table,
     materialize,
 )
-from posterpipe.core.decisions import GateError, pin, read_decisions, unpin, write_decisions
-from posterpipe.core.garbage import find_garbage, remove_garbage
+from posterpipe.core.champion.decisions import (
+    GateError,
+    pin,
+    read_decisions,
+    unpin,
+    write_decisions,
+)
+from posterpipe.core.housekeeping.garbage import find_garbage, remove_garbage
 from posterpipe.core.models import fingerprint
 from posterpipe.core.progress import BarProgress
 from posterpipe.core.store import Store
@@ -37,8 +43,8 @@ from posterpipe.defs.metadata import DATA_VERSION
 from posterpipe.defs.resources import Deployment
 from posterpipe.defs.staleness import stale_assets
 from posterpipe.settings import Settings, default_root, load_settings
+from posterpipe_tests.core.housekeeping.test_garbage import age
 from posterpipe_tests.core.metrics.test_clip import build_tiny_clip
-from posterpipe_tests.core.test_garbage import age
 from posterpipe_tests.core.tiny_blip import build_tiny_blip
 from posterpipe_tests.models import TINY_HEIGHT, TINY_WIDTH, build_tiny_stable_diffusion
 from posterpipe_tests.reference import leaderboard

@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from posterpipe.core.listing import open_place
+from posterpipe.core.posters.listing import open_place
 from posterpipe.setting_types import Group
 from posterpipe.settings import (
     PROFILES,

@@ -42,9 +42,11 @@ from PIL import Image
 from rich.console import Console
 
 from posterpipe.commands import demo
-from posterpipe.core import captioner, images, landing, warehouse
-from posterpipe.core.listing import Folder
+from posterpipe.core import captioner, images
+from posterpipe.core.posters import landing
+from posterpipe.core.posters.listing import Folder
 from posterpipe.core.store import Store, StoreError, table_version
+from posterpipe.core.warehouse import database
 from posterpipe.definitions import build_defs
 from posterpipe.defs import resources, training
 from posterpipe.defs.alerts import reason_of
@@ -63,8 +65,8 @@ CHAIN = (
     *("training_csv", "class_images", "dreambooth_checkpoint", "prompt_suite"),
     *("base_generations", "tuned_generations", "clip_scores"),
 )
-"""Everything but the reports, which dbt makes of what is there (see `core/test_warehouse.py` for
-the published file)."""
+"""Everything but the reports, which dbt makes of what is there (for the published file see
+`core/warehouse/test_publication.py`)."""
 
 SUITE = """
 prompts:
@@ -427,17 +429,17 @@ def while_results_are_saved(kind: str, number: int) -> None:
 
 def while_the_database_is_written(*, committed: bool) -> None:
     """Dies when everything was inserted, before or after it counts."""
-    write = warehouse.Warehouse.write
+    write = database.Warehouse.write
 
     @contextmanager
-    def dies(self: warehouse.Warehouse) -> Iterator[duckdb.DuckDBPyConnection]:
+    def dies(self: database.Warehouse) -> Iterator[duckdb.DuckDBPyConnection]:
         with write(self) as connection:
             yield connection
             if not committed:
                 die()
         die()
 
-    warehouse.Warehouse.write = dies  # type: ignore[method-assign]
+    database.Warehouse.write = dies  # type: ignore[method-assign]
 
 
 def after_the_step(asset: str) -> None:
@@ -454,7 +456,7 @@ def after_the_step(asset: str) -> None:
 
 DEATHS: dict[str, tuple[Callable[[], None], dict[str, int]]] = {
     "while posters are read": (
-        partial(on_call, "posterpipe.core.landing", "perceptual_hash", 6),
+        partial(on_call, "posterpipe.core.posters.landing", "perceptual_hash", 6),
         {},
     ),
     "while images are resized": (partial(on_call, "posterpipe.core.images", "png_bytes", 7), {}),

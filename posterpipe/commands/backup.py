@@ -13,8 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.filesize import decimal
 
-from posterpipe.core.backup import WHOLE, back_up
-from posterpipe.core.listing import Folder, open_place
+from posterpipe.core.housekeeping.backup import WHOLE, back_up
+from posterpipe.core.posters.listing import Folder, open_place
 from posterpipe.core.progress import BarProgress
 from posterpipe.settings import Settings, load_settings
 

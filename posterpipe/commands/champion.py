@@ -14,10 +14,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from posterpipe.core import decisions as log
-from posterpipe.core.decisions import GateError, read_decisions, write_decisions
+from posterpipe.core.champion import decisions as log
+from posterpipe.core.champion.decisions import GateError, read_decisions, write_decisions
 from posterpipe.core.models import ModelMissing, known_fingerprint
-from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse.database import Warehouse
 from posterpipe.settings import ModelRef, load_settings
 
 SHOWN = 20

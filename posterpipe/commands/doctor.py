@@ -257,8 +257,8 @@ def _existing(path: Path) -> Path:
 
 
 def _posters(settings: Settings) -> Finding:
-    from posterpipe.core.landing import EXTENSIONS
-    from posterpipe.core.listing import PlaceMissing, open_place
+    from posterpipe.core.posters.landing import EXTENSIONS
+    from posterpipe.core.posters.listing import PlaceMissing, open_place
 
     place = open_place(settings.landing, settings.root)
     try:

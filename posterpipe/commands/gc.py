@@ -12,10 +12,16 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from posterpipe.core.garbage import KINDS, Garbage, champions, find_garbage, remove_garbage
+from posterpipe.core.housekeeping.garbage import (
+    KINDS,
+    Garbage,
+    champions,
+    find_garbage,
+    remove_garbage,
+)
 from posterpipe.core.progress import BarProgress, duration
 from posterpipe.core.store import Store
-from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse.database import Warehouse
 from posterpipe.settings import load_settings
 
 SHOWN = 3

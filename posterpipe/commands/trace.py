@@ -10,7 +10,7 @@ from rich.console import Console
 
 from posterpipe.core.store import Store
 from posterpipe.core.trace import TREE_WIDTH, as_tree, trace
-from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse.database import Warehouse
 from posterpipe.settings import load_settings
 
 

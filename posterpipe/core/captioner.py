@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import pandas as pd
 from PIL import Image
 
-from posterpipe.core.captions import HumanCaption
+from posterpipe.core.captions.people import HumanCaption
 from posterpipe.core.devices import (
     DeviceGone,
     best_device,
@@ -166,7 +166,7 @@ def caption_posters(
     """The caption of each training image: a person's where there is one, else the model's.
 
     `resized`: the table of `images.resize_posters`; only rows with status `ok` count. `human`:
-    captions by people by poster_id (`captions.captions_by_poster`). Columns of the result:
+    captions by people by poster_id (`captions.people.captions_by_poster`). Columns of the result:
     poster_id, caption, source (`model` or `human`), model (id, "" for human), revision (fingerprint
     of the model, "" for human), status (`ok` or `failed`), reason (why it failed; of an `ok` one,
     what a person should look at: cut short, or several people disagree); sorted by poster_id.

@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 from PIL import ExifTags, Image, ImageCms
 
-from posterpipe.core.buckets import bucket_of
 from posterpipe.core.memory import TOO_LITTLE_MEMORY
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import NO_PROGRESS, Progress
 from posterpipe.core.store import Store, compute_missing, content_key
+from posterpipe.core.training.buckets import bucket_of
 from posterpipe.settings import ImageSettings
 
 PREPARE_VERSION = 2

@@ -47,7 +47,7 @@ from posterpipe.core.store import (
     table_version,
     writing,
 )
-from posterpipe.core.training_set import CSV_NAME
+from posterpipe.core.training.training_set import CSV_NAME
 from posterpipe.settings import default_root
 
 ENVIRONMENT = "environment"

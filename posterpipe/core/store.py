@@ -3,7 +3,7 @@
 What belongs here: content-addressed blobs, the index of computed results, small versioned tables,
 the one mechanism for per-item work (`compute_missing`), and what users of the store do so that
 nothing is taken away under their hands. What does not: what is computed (the modules that own an
-asset), what may be taken away (`garbage`) and the score warehouse (`warehouse.py`).
+asset), what may be taken away (`garbage`) and the score warehouse (`warehouse`).
 
 Layout below the root:
 

@@ -24,10 +24,10 @@ from rich.text import Text
 from rich.tree import Tree
 
 from posterpipe.core.generations import GENERATION
-from posterpipe.core.history import moment
 from posterpipe.core.provenance import CHECKPOINT, ENVIRONMENT, lineage, training_steps
 from posterpipe.core.store import Store
-from posterpipe.core.warehouse import Warehouse, WarehouseBusy, WarehouseMissing
+from posterpipe.core.warehouse.database import Warehouse, WarehouseBusy, WarehouseMissing
+from posterpipe.core.warehouse.history import moment
 
 SHOWN_POSTERS = 10
 

@@ -1,7 +1,7 @@
 """Noticing what arrives from outside: posters, captions by people, prompts.
 
 What belongs here: the sensor that requests the assets without inputs. What does not: deciding
-whether something is due (`core.arrivals`), what follows below (`automation`, `retraining`).
+whether something is due (`core.posters.arrivals`), what follows below (`automation`, `retraining`).
 """
 
 import json
@@ -19,8 +19,8 @@ from posterpipe.defs.staleness import made_or_wiped
 from posterpipe.settings import Settings
 
 if TYPE_CHECKING:
-    from posterpipe.core.arrivals import LastRead, Memory, Source
-    from posterpipe.core.listing import Entry
+    from posterpipe.core.posters.arrivals import LastRead, Memory, Source
+    from posterpipe.core.posters.listing import Entry
 
 ROOTS = ("raw_posters", "holdout_posters", "human_captions", "prompt_suite")
 """Assets that read the outside world: only running them tells whether it changed."""
@@ -86,7 +86,7 @@ def look(context: dg.SensorEvaluationContext, deployment: Deployment) -> dg.Sens
     The cursor holds the digests that were seen. A run key holds the digest of the source, what was
     made from it last, and how often that failed.
     """
-    from posterpipe.core.arrivals import Memory, decide
+    from posterpipe.core.posters.arrivals import Memory, decide
 
     now = time.time()
     settings = deployment.settings.automation
@@ -143,7 +143,7 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _memories(cursor: str | None) -> dict[str, "Memory"]:
-    from posterpipe.core.arrivals import Memory
+    from posterpipe.core.posters.arrivals import Memory
 
     try:
         return {name: Memory(**memory) for name, memory in json.loads(cursor or "{}").items()}
@@ -155,7 +155,7 @@ class _Listing:
     """What lies outside at one moment."""
 
     def __init__(self, deployment: Deployment, now: float) -> None:
-        from posterpipe.core.listing import Bucket, PlaceMissing, entries_within, open_place
+        from posterpipe.core.posters.listing import Bucket, PlaceMissing, entries_within, open_place
 
         self._deployment = deployment
         self._now = now
@@ -180,7 +180,7 @@ class _Listing:
             return error
 
     def _source(self, name: str) -> "Source":
-        from posterpipe.core.arrivals import (
+        from posterpipe.core.posters.arrivals import (
             Source,
             captions_source,
             file_source,
@@ -211,7 +211,7 @@ class _Listing:
 
     def change(self) -> str:
         """What is new about the posters, in words."""
-        from posterpipe.core.arrivals import describe_change
+        from posterpipe.core.posters.arrivals import describe_change
         from posterpipe.core.store import TableMissing
 
         try:
@@ -245,7 +245,7 @@ class _Root:
         ever. They also differ where the source changed before the step read it: then it was not
         made from what was requested.
         """
-        from posterpipe.core.arrivals import LastRead
+        from posterpipe.core.posters.arrivals import LastRead
 
         if self._made is None:
             return LastRead()

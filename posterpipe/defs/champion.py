@@ -20,7 +20,7 @@ from posterpipe.defs.metadata import (
 from posterpipe.defs.resources import TABLES, Deployment, Table, table_output
 
 if TYPE_CHECKING:
-    from posterpipe.core.gate import Check
+    from posterpipe.core.champion.gate import Check
 
 
 @dg.asset(
@@ -57,8 +57,8 @@ def champion(
     """
     import pandas as pd
 
-    from posterpipe.core.decisions import champion_of, mirror_decisions, of_base, pinned
-    from posterpipe.core.evidence import judge, side_by_side
+    from posterpipe.core.champion.decisions import champion_of, mirror_decisions, of_base, pinned
+    from posterpipe.core.champion.evidence import judge, side_by_side
     from posterpipe.core.provenance import BaseModelsDiffer, require_base_model
 
     warehouse = deployment.warehouse

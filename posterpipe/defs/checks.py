@@ -475,7 +475,7 @@ legibility_scores_checks = checks_of(
 
 
 def _rejected_champion(look: Look) -> "Finding":
-    from posterpipe.core.decisions import read_mirrored_decisions, verdicts
+    from posterpipe.core.champion.decisions import read_mirrored_decisions, verdicts
 
     row = look.table.iloc[0]
     folder = look.deployment.store_root / row["path"]

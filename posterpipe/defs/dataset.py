@@ -97,11 +97,11 @@ def human_captions(
     list of posters, changed. A landing folder without any poster is an error, as for `raw_posters`:
     nothing may be mounted there.
     """
-    from posterpipe.core.arrivals import captions_digest
-    from posterpipe.core.captions import read_human_captions, unread_count
-    from posterpipe.core.captions_csv import read_csv
-    from posterpipe.core.landing import list_posters
-    from posterpipe.core.listing import open_place
+    from posterpipe.core.captions.csv_file import read_csv
+    from posterpipe.core.captions.people import read_human_captions, unread_count
+    from posterpipe.core.posters.arrivals import captions_digest
+    from posterpipe.core.posters.landing import list_posters
+    from posterpipe.core.posters.listing import open_place
 
     settings = deployment.settings
     place = open_place(settings.landing, settings.root)
@@ -163,7 +163,7 @@ def poster_captions(
     a poster that a person described. Runs after the three tables that it reads.
     """
     from posterpipe.core.captioner import HUMAN, MODEL, caption_posters, retriable_count
-    from posterpipe.core.captions import captions_by_poster
+    from posterpipe.core.captions.people import captions_by_poster
     from posterpipe.core.models import fingerprint
     from posterpipe.core.store import cells
 
@@ -229,7 +229,7 @@ def training_csv(
     another wording captions nothing again. Each version lies in a folder of its own, named by the
     hash of its CSV, and stays.
     """
-    from posterpipe.core.training_set import build_training_set
+    from posterpipe.core.training.training_set import build_training_set
 
     store = deployment.store
     captioner = deployment.settings.captioner

@@ -360,8 +360,8 @@ def _with_content(
 ) -> dg.Output[Any]:
     """dbt's output of a model with the hash of the table as data version, its first rows, and where
     its columns come from."""
-    from posterpipe.core.column_lineage import column_origins
     from posterpipe.core.store import table_version
+    from posterpipe.core.warehouse.column_lineage import column_origins
 
     with deployment.warehouse.read() as connection:
         table = connection.sql(f'select * from "{output.output_name}"').df()

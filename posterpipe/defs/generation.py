@@ -201,7 +201,7 @@ def champion_generations(
     already. Decisions about the newest checkpoint itself do not count here, so its promotion makes
     nothing of this stale; a pin or a rollback by a person does.
     """
-    from posterpipe.core.decisions import defender_of, read_decisions
+    from posterpipe.core.champion.decisions import defender_of, read_decisions
     from posterpipe.core.provenance import require_checkpoint
 
     base = str(base_generations["checkpoint_id"].iloc[0])

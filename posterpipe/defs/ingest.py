@@ -1,7 +1,8 @@
 """Posters as they arrive.
 
 What belongs here: the assets over the landing folder or bucket, and over the holdout folder. What
-does not: judging and decoding files (`core.landing`), and noticing that they arrived (`arrivals`).
+does not: judging and decoding files (`core.posters.landing`), and noticing that they arrived
+(`arrivals`).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -57,8 +58,8 @@ def raw_posters(
     the store under the hash of their bytes, so nothing later depends on the folder; unchanged files
     are not read again. Posters that look like an earlier one are marked, and used all the same.
     """
-    from posterpipe.core.landing import landing_digest, list_posters, scan
-    from posterpipe.core.listing import Folder, open_place
+    from posterpipe.core.posters.landing import landing_digest, list_posters, scan
+    from posterpipe.core.posters.listing import Folder, open_place
 
     settings = deployment.settings
     store = deployment.store
@@ -104,11 +105,11 @@ def holdout_posters(
     poster the table is empty, and so are the scores against them. Where there were some, a folder
     that is missing or holds nothing is an error: nothing may be mounted there.
     """
-    from posterpipe.core.arrivals import holdout_digest, holdout_entries, missing_holdout
-    from posterpipe.core.captions import unread_count
-    from posterpipe.core.holdout_set import with_captions
-    from posterpipe.core.landing import LandingEmpty, scan_holdout
-    from posterpipe.core.listing import HOLDOUT, open_place
+    from posterpipe.core.captions.people import unread_count
+    from posterpipe.core.posters.arrivals import holdout_digest, holdout_entries, missing_holdout
+    from posterpipe.core.posters.landing import LandingEmpty, scan_holdout
+    from posterpipe.core.posters.listing import HOLDOUT, open_place
+    from posterpipe.core.training.holdout_set import with_captions
 
     settings = deployment.settings
     store = deployment.store
@@ -140,7 +141,7 @@ def holdout_posters(
 
 def _shown(posters: Table, store: "Store") -> dict[str, Any]:
     """What the UI shows of a table of posters, and how many could not be read."""
-    from posterpipe.core.landing import unread_count
+    from posterpipe.core.posters.landing import unread_count
 
     usable = posters[posters["status"] == "ok"]
     refused = posters[posters["status"] != "ok"]

@@ -58,7 +58,7 @@ def publication(
         later. To see a newer copy, close your connections and open it again. The same tables are in
         `parquet/` beside it, the last few publications in `snapshots/`.
         """
-        from posterpipe.core.publication import content_digest, publish_scores
+        from posterpipe.core.warehouse.publication import content_digest, publish_scores
 
         _require_passed(context.instance, tests)
         published = publish_scores(
@@ -143,7 +143,7 @@ def poster_inventory(
     The reports on data quality count it, and the names of posters that images are near to come
     from it. The same posters as before change nothing there.
     """
-    from posterpipe.core.inventory import record_inventory, take_inventory
+    from posterpipe.core.posters.inventory import record_inventory, take_inventory
 
     warehouse = deployment.warehouse.prepare()
     table = take_inventory(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from posterpipe.core.progress import Progress
     from posterpipe.core.store import Store
-    from posterpipe.core.warehouse import Warehouse
+    from posterpipe.core.warehouse.database import Warehouse
 else:
     # Dagster looks at annotations when the definitions load; pandas is loaded by the steps.
     Table = Any
@@ -96,7 +96,7 @@ class Deployment:
     @property
     def warehouse(self) -> Warehouse:
         """The score warehouse; write to it only in steps of the pool `warehouse`."""
-        from posterpipe.core.warehouse import Warehouse
+        from posterpipe.core.warehouse.database import Warehouse
 
         return Warehouse(self.warehouse_path)
 

@@ -32,7 +32,7 @@ from posterpipe.defs.timing import cron_of
 from posterpipe.settings import Settings
 
 if TYPE_CHECKING:
-    from posterpipe.core.retraining import Situation
+    from posterpipe.core.training.retraining import Situation
 
 TRAINING_SET = dg.AssetKey("training_csv")
 
@@ -71,7 +71,7 @@ def consider_training(
     context: dg.ScheduleEvaluationContext, deployment: Deployment, now: dt.datetime
 ) -> dg.RunRequest | dg.SkipReason:
     """A run of `retrain`, or why there is none. `now` decides how old changes are."""
-    from posterpipe.core.retraining import decide
+    from posterpipe.core.training.retraining import decide
 
     facts, state = _facts(context, deployment)
     decision = decide(facts, deployment.settings.automation, now)
@@ -95,7 +95,7 @@ def _facts(
     context: dg.ScheduleEvaluationContext, deployment: Deployment
 ) -> tuple["Situation", str]:
     """What the decision rests on, and the tag of runs for exactly this training."""
-    from posterpipe.core.retraining import Situation, compare, differing_since
+    from posterpipe.core.training.retraining import Situation, compare, differing_since
 
     instance = context.instance
     sets = instance.fetch_materializations(TRAINING_SET, limit=_VERSIONS).records
@@ -230,7 +230,7 @@ def captions_trained_on(
 ) -> Mapping[str, str] | None:
     """The training set of the latest checkpoint, captions by file name; None where it is not there
     any more, and where its posters came from another place than those of now."""
-    from posterpipe.core.retraining import captions_in
+    from posterpipe.core.training.retraining import captions_in
 
     records = instance.fetch_materializations(CHECKPOINT, limit=1).records
     made = records[0].asset_materialization if records else None

@@ -49,11 +49,11 @@ def clip_scores(
     Rows are only added; the view `clip_scores` of the published database is what analysts read.
     An image that was scored before is not scored again.
     """
-    from posterpipe.core.history import record_history
     from posterpipe.core.metrics.base import summary, unread_count
     from posterpipe.core.metrics.clip import score_generations
     from posterpipe.core.models import fingerprint
     from posterpipe.core.provenance import base_and_tuned, environment
+    from posterpipe.core.warehouse.history import record_history
 
     settings = deployment.settings
     warehouse = deployment.warehouse.prepare()
@@ -136,7 +136,7 @@ def fidelity_scores(
     A checkpoint is held against the posters that it was trained on, which may lie in the folder no
     more. Holdout posters that one of the compared checkpoints was trained on do not count.
     """
-    from posterpipe.core.evidence import held_out, measure, side_by_side, trained_on
+    from posterpipe.core.champion.evidence import held_out, measure, side_by_side, trained_on
     from posterpipe.core.metrics.base import summary, unread_count
     from posterpipe.core.models import fingerprint, joint_fingerprint
 
@@ -209,7 +209,7 @@ def legibility_scores(
     """
     import pandas as pd
 
-    from posterpipe.core.evidence import record_readings, record_titles
+    from posterpipe.core.champion.evidence import record_readings, record_titles
     from posterpipe.core.metrics.base import record_scores, unread_count
     from posterpipe.core.metrics.legibility import measure_legibility, of_all_titles
     from posterpipe.core.typography import lettering_id

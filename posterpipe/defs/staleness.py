@@ -320,8 +320,8 @@ def _decided(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deploy
     name = key.path[-1]
     if name not in ("champion", "champion_generations"):
         return ""
-    from posterpipe.core.decisions import defender_of, of_base, read_mirrored_decisions
-    from posterpipe.core.warehouse import WarehouseError
+    from posterpipe.core.champion.decisions import defender_of, of_base, read_mirrored_decisions
+    from posterpipe.core.warehouse.database import WarehouseError
 
     try:
         told = read_mirrored_decisions(deployment.store_root)
@@ -353,7 +353,7 @@ def _lost(key: dg.AssetKey, made: dg.AssetMaterialization, deployment: Deploymen
     }.get(name, [])
     version = made.metadata.get(TABLE_VERSION)
     if version is not None:
-        from posterpipe.core.presence import lost_part
+        from posterpipe.core.housekeeping.presence import lost_part
 
         store = deployment.store
         if store.table_version(name) != version.value:

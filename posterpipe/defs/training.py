@@ -111,8 +111,8 @@ def class_images(
     Off by default, and then this table is empty; switch it on with `training.prior_preservation`.
     Drawn once for each prompt, base model and sampler, then taken from the store.
     """
-    from posterpipe.core.class_images import build_class_images
     from posterpipe.core.models import fingerprint, locate
+    from posterpipe.core.training.class_images import build_class_images
 
     settings = deployment.settings
     store = deployment.store
@@ -179,7 +179,7 @@ def dreambooth_checkpoint(
     """
     import pandas as pd
 
-    from posterpipe.core.checkpoints import train_or_adopt
+    from posterpipe.core.training.checkpoints import train_or_adopt
 
     overrides = dict(context.op_execution_context.op_config or {})
     training = training_settings(deployment.settings.training, overrides)

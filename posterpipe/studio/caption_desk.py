@@ -2,7 +2,7 @@
 
 What belongs here: which poster has which caption, by whom, and what is to be looked at; small
 pictures of posters; saving. What does not: captions on disk (`core.captions`), what a conflict is
-(`core.caption_edits`), and pages.
+(`core.captions.edits`), and pages.
 
 The tables of the pipeline tell what BLIP wrote; the files tell what people wrote, also since the
 pipeline ran last.
@@ -20,13 +20,19 @@ from typing import Literal
 import pandas as pd
 from PIL import Image
 
-from posterpipe.core.caption_edits import remove_human_caption, write_human_caption
-from posterpipe.core.captions import read_human_captions
-from posterpipe.core.captions_csv import read_csv
+from posterpipe.core.captions.csv_file import read_csv
+from posterpipe.core.captions.edits import remove_human_caption, write_human_caption
+from posterpipe.core.captions.people import read_human_captions
 from posterpipe.core.files import file_signature
 from posterpipe.core.images import decode, open_image, png_bytes, upright
-from posterpipe.core.landing import EXTENSIONS
-from posterpipe.core.listing import Entry, SourceChanged, listing_digest, open_place, source_name
+from posterpipe.core.posters.landing import EXTENSIONS
+from posterpipe.core.posters.listing import (
+    Entry,
+    SourceChanged,
+    listing_digest,
+    open_place,
+    source_name,
+)
 from posterpipe.core.prompts import MAX_TEXT_TOKENS, estimate_tokens
 from posterpipe.core.quality import repeated_share, words
 from posterpipe.core.store import Store, TableMissing

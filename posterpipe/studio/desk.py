@@ -15,7 +15,7 @@ from streamlit.delta_generator import DeltaGenerator
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.progress import duration
 from posterpipe.core.prompts import Prompt, PromptSuiteError, load_suite
-from posterpipe.core.training_set import training_caption
+from posterpipe.core.training.training_set import training_caption
 from posterpipe.settings import CaptionerSettings, Settings
 from posterpipe.studio import look
 from posterpipe.studio.engine import Job, Order, OrderRejected, QueueFull, View, one_line

@@ -15,12 +15,17 @@ from pathlib import Path
 import duckdb
 import pandas as pd
 
-from posterpipe.core.decisions import DECISION_COLUMNS, champion_of, read_decisions, verdicts
+from posterpipe.core.champion.decisions import (
+    DECISION_COLUMNS,
+    champion_of,
+    read_decisions,
+    verdicts,
+)
 from posterpipe.core.files import file_signature
 from posterpipe.core.models import fingerprint, is_on_hub, known_fingerprint, locate
 from posterpipe.core.provenance import RECORD_NAME
 from posterpipe.core.store import CHECKPOINTS
-from posterpipe.core.warehouse import Warehouse, WarehouseError
+from posterpipe.core.warehouse.database import Warehouse, WarehouseError
 from posterpipe.settings import Settings
 
 BUSY_SECONDS = 0.3

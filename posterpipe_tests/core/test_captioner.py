@@ -19,7 +19,7 @@ from posterpipe.core.captioner import (
     caption_posters,
     retriable_count,
 )
-from posterpipe.core.captions import HumanCaption
+from posterpipe.core.captions.people import HumanCaption
 from posterpipe.core.devices import DeviceGone
 from posterpipe.core.images import png_bytes
 from posterpipe.core.memory import TOO_LITTLE_MEMORY

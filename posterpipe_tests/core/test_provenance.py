@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 from posterpipe.cli import app
 from posterpipe.core import provenance
-from posterpipe.core.garbage import find_garbage, remove_garbage
-from posterpipe.core.history import record_history
+from posterpipe.core.housekeeping.garbage import find_garbage, remove_garbage
 from posterpipe.core.provenance import (
     CheckpointMismatch,
     current_lineage,
@@ -28,14 +27,15 @@ from posterpipe.core.provenance import (
     require_checkpoint,
     training_steps,
 )
-from posterpipe.core.publication import publish_scores
 from posterpipe.core.store import Store
 from posterpipe.core.trace import NotTraceable, as_tree, trace
-from posterpipe.core.training_set import build_training_set
-from posterpipe.core.warehouse import Warehouse, WarehouseMissing
-from posterpipe.core.warehouse_rows import insert, record_generations
-from posterpipe_tests.core.test_garbage import age
-from posterpipe_tests.core.test_warehouse import generation, score
+from posterpipe.core.training.training_set import build_training_set
+from posterpipe.core.warehouse.database import Warehouse, WarehouseMissing
+from posterpipe.core.warehouse.history import record_history
+from posterpipe.core.warehouse.publication import publish_scores
+from posterpipe.core.warehouse.rows import insert, record_generations
+from posterpipe_tests.core.housekeeping.test_garbage import age
+from posterpipe_tests.core.warehouse.test_database import generation, score
 
 NOW = dt.datetime(2026, 1, 2, 3, 4, 5)
 PIXELS = "5" * 64

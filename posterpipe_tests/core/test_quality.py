@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from posterpipe.core import quality
-from posterpipe.core.arrivals import holdout_entries
 from posterpipe.core.images import hash_distance, perceptual_hash, png_bytes
-from posterpipe.core.landing import scan_holdout
-from posterpipe.core.listing import HOLDOUT, Folder
+from posterpipe.core.posters.arrivals import holdout_entries
+from posterpipe.core.posters.landing import scan_holdout
+from posterpipe.core.posters.listing import HOLDOUT, Folder
 from posterpipe.core.quality import Finding
 from posterpipe.core.quality.training_set import _nearest
 from posterpipe.core.store import Store

@@ -101,7 +101,7 @@ def test_damaged_lora_weights_are_named(store: Store, model_dir: Path, tmp_path:
     folder = tmp_path / "cut"
     folder.mkdir()
     (folder / LORA_WEIGHTS).write_bytes(b"cut off")
-    with pytest.raises(ModelMissing, match="cut.*cannot be read.*damaged"):
+    with pytest.raises(ModelMissing, match=r"cut.*cannot be read.*damaged"):
         drawn(tmp_path / "images", store, found(folder, model_dir))
 
 

@@ -23,8 +23,8 @@ from PIL import Image
 
 from posterpipe.core.gallery import contact_sheet
 from posterpipe.core.images import resize_posters
-from posterpipe.core.landing import scan
-from posterpipe.core.listing import Folder
+from posterpipe.core.posters.landing import scan
+from posterpipe.core.posters.listing import Folder
 from posterpipe.core.store import Store
 from posterpipe.settings import ImageSettings
 from posterpipe_tests.core.torture import (

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from posterpipe.core import arrivals, landing, prompts
-from posterpipe.core.captions import rehash_sidecars
-from posterpipe.core.listing import Entry, Folder, open_place
+from posterpipe.core import prompts
+from posterpipe.core.captions.people import rehash_sidecars
+from posterpipe.core.posters import arrivals, landing
+from posterpipe.core.posters.listing import Entry, Folder, open_place
 from posterpipe.definitions import build_defs
 from posterpipe.defs import arrivals as look_module
 from posterpipe.defs.arrivals import REASON_TAG, ROOTS, _Root, reading_problem

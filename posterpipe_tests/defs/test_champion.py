@@ -19,8 +19,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from posterpipe.core.arrivals import holdout_entries
-from posterpipe.core.decisions import (
+from posterpipe.core.champion.decisions import (
     MIRROR,
     GateError,
     pin,
@@ -32,11 +31,12 @@ from posterpipe.core.decisions import (
 )
 from posterpipe.core.generations import COLUMNS, generation_key
 from posterpipe.core.images import png_bytes
-from posterpipe.core.landing import scan_holdout
-from posterpipe.core.listing import HOLDOUT, Folder
+from posterpipe.core.posters.arrivals import holdout_entries
+from posterpipe.core.posters.landing import scan_holdout
+from posterpipe.core.posters.listing import HOLDOUT, Folder
 from posterpipe.core.provenance import CHECKPOINT, BaseModelsDiffer, record_table
 from posterpipe.core.store import Store, table_version
-from posterpipe.core.warehouse import WarehouseError
+from posterpipe.core.warehouse.database import WarehouseError
 from posterpipe.defs import champion, checks, generation, reports, scoring
 from posterpipe.defs.metadata import FAILED_ITEMS
 from posterpipe.defs.resources import TABLES, Deployment, store_tables

@@ -16,14 +16,14 @@ import pytest
 from dagster._core.definitions.schedule_definition import ScheduleExecutionData
 from PIL import Image
 
-from posterpipe.core.arrivals import holdout_entries
-from posterpipe.core.decisions import DECISION_COLUMNS, GATE, write_decisions
+from posterpipe.core.champion.decisions import DECISION_COLUMNS, GATE, write_decisions
 from posterpipe.core.images import png_bytes, resize_posters
-from posterpipe.core.landing import scan, scan_holdout
-from posterpipe.core.listing import HOLDOUT, Folder
+from posterpipe.core.posters.arrivals import holdout_entries
+from posterpipe.core.posters.landing import scan, scan_holdout
+from posterpipe.core.posters.listing import HOLDOUT, Folder
 from posterpipe.core.provenance import CHECKPOINT
 from posterpipe.core.store import Store
-from posterpipe.core.training_set import build_training_set
+from posterpipe.core.training.training_set import build_training_set
 from posterpipe.core.variants import BASE_VARIANTS, TUNED_VARIANTS
 from posterpipe.defs import champion, checks, dataset, generation, ingest, scoring
 from posterpipe.defs.arrivals import REASON_TAG

@@ -18,8 +18,8 @@ from posterpipe.settings import load_settings
 ROOT = Path(posterpipe.core.__file__).parent
 
 RAISED_FOR: dict[str, tuple[object, dict[str, int]]] = {
-    "landing.INSPECT_VERSION": (4, {"raw_posters": 4, "holdout_posters": 4}),
-    "captions.READ_VERSION": (3, {"human_captions": 3, "holdout_posters": 4}),
+    "posters.landing.INSPECT_VERSION": (4, {"raw_posters": 4, "holdout_posters": 4}),
+    "captions.people.READ_VERSION": (3, {"human_captions": 3, "holdout_posters": 4}),
     "images.PREPARE_VERSION": (2, {"resized_posters": 2, "fidelity_scores": 3}),
     "captioner.CAPTION_VERSION": (2, {"poster_captions": 2}),
     "sampler.SAMPLER_VERSION": (
@@ -63,9 +63,9 @@ RAISED_FOR: dict[str, tuple[object, dict[str, int]]] = {
 raises one raises theirs, and notes all of them here."""
 
 DECIDE_NO_TABLE = {
-    "publication.STORAGE_VERSION",
+    "warehouse.publication.STORAGE_VERSION",
     "quality.images.STATISTICS_VERSION",  # of numbers that checks look at
-    "warehouse_schema.SCHEMA_VERSION",
+    "warehouse.schema.SCHEMA_VERSION",
 }
 
 

@@ -26,11 +26,11 @@ from dagster_dbt import DbtProject
 from benchmarks.big_warehouse import build
 from benchmarks.leaderboard_5m import compiled
 from posterpipe.core import statistics, thesis
-from posterpipe.core.decisions import DECISION_COLUMNS, champion_of, verdicts
+from posterpipe.core.champion.decisions import DECISION_COLUMNS, champion_of, verdicts
 from posterpipe.core.score_report.data import TO_BASELINE
-from posterpipe.core.sql_functions import register
-from posterpipe.core.warehouse import Warehouse
-from posterpipe.core.warehouse_rows import delete_titles
+from posterpipe.core.warehouse.database import Warehouse
+from posterpipe.core.warehouse.rows import delete_titles
+from posterpipe.core.warehouse.sql_functions import register
 from posterpipe.defs import dbt_reports, reports
 from posterpipe.defs.alerts import reason_of
 from posterpipe.defs.automation import with_policy

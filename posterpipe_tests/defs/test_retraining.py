@@ -349,7 +349,7 @@ def test_a_folder_that_cannot_be_listed_holds_the_training_back(
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), folder)
         return scandir(folder)
 
-    monkeypatch.setattr("posterpipe.core.listing.os.scandir", stale)
+    monkeypatch.setattr("posterpipe.core.posters.listing.os.scandir", stale)
     assert nights.tick() is None
     assert f"but 2024 in {landing}: this folder cannot be listed (Stale file" in nights.said
     assert "make it readable" in nights.said

@@ -16,7 +16,7 @@ from PIL import Image
 
 from posterpipe.core.dreambooth.launch import STOPPING_SECONDS
 from posterpipe.core.store import Store
-from posterpipe.core.training_set import build_training_set
+from posterpipe.core.training.training_set import build_training_set
 from posterpipe.defs import training
 from posterpipe.defs.ingest import holdout_posters
 from posterpipe.defs.metadata import HELD_OUT

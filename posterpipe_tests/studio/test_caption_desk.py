@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from posterpipe.core.caption_edits import CaptionConflict
-from posterpipe.core.landing import scan
-from posterpipe.core.listing import PlaceMissing, open_place
+from posterpipe.core.captions.edits import CaptionConflict
+from posterpipe.core.posters.landing import scan
+from posterpipe.core.posters.listing import PlaceMissing, open_place
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.store import Store
 from posterpipe.settings import Settings

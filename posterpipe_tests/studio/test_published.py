@@ -9,8 +9,8 @@ import duckdb
 import pandas as pd
 import pytest
 
-from posterpipe.core.publication import publish_scores
-from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse.database import Warehouse
+from posterpipe.core.warehouse.publication import publish_scores
 from posterpipe.studio.published import Published, PublishedError
 
 

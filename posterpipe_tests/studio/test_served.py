@@ -11,10 +11,10 @@ from typing import Any
 
 import pandas as pd
 
-from posterpipe.core.decisions import DECISION_COLUMNS, GATE, write_decisions
+from posterpipe.core.champion.decisions import DECISION_COLUMNS, GATE, write_decisions
 from posterpipe.core.models import fingerprint
-from posterpipe.core.publication import publish_scores
-from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse.database import Warehouse
+from posterpipe.core.warehouse.publication import publish_scores
 from posterpipe.settings import ModelRef, Settings
 from posterpipe.studio.served import Models
 

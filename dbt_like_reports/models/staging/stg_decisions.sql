@@ -1,4 +1,4 @@
--- Who is served after each decision, by the rules of `posterpipe.core.decisions`: what a person
+-- Who is served after each decision, by the rules of `core.champion.decisions`: what a person
 -- pinned, unless the gate had rejected it or did so since; else what the gate promoted last and did
 -- not reject since; else the base model. Each base model has a champion of its own; a decision whose
 -- base model is not known counts for all of them.

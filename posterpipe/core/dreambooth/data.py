@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posterpipe.core.dreambooth.errors import TrainingSetError
 from posterpipe.core.images import upright
-from posterpipe.core.training_set import CSV_NAME
+from posterpipe.core.training.training_set import CSV_NAME
 
 _NAMED_AT_MOST = 5
 _PIXELS_A_LATENT = 8

@@ -22,8 +22,8 @@ import pandas as pd
 from posterpipe.core.images import UNREADABLE
 from posterpipe.core.models import revision_of
 from posterpipe.core.store import Store, content_key
-from posterpipe.core.warehouse import Warehouse
-from posterpipe.core.warehouse_rows import (
+from posterpipe.core.warehouse.database import Warehouse
+from posterpipe.core.warehouse.rows import (
     HELD_COLUMNS,
     insert,
     read_scores,

@@ -31,7 +31,7 @@ from posterpipe.core.metrics.base import (
 from posterpipe.core.metrics.encoders import ClipEncoder, encoder_id, kept_embeddings
 from posterpipe.core.progress import Progress
 from posterpipe.core.store import Store, compute_missing, content_key
-from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse.database import Warehouse
 from posterpipe.settings import ScorerSettings
 
 CLIP_T_VERSION = 1

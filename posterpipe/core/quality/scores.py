@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from posterpipe.core.gate import LEAST_SENSITIVITY, copy_verdict
+from posterpipe.core.champion.gate import LEAST_SENSITIVITY, copy_verdict
 from posterpipe.core.quality.finding import Finding, share_of
 from posterpipe.core.variants import is_tuned
 

@@ -19,7 +19,7 @@ from posterpipe.core.images import PLAIN_HASHES
 from posterpipe.core.quality.finding import Finding, share_of
 from posterpipe.core.quality.posters import source_names
 from posterpipe.core.store import cells
-from posterpipe.core.training_set import CSV_NAME
+from posterpipe.core.training.training_set import CSV_NAME
 
 _PAIRS_AT_ONCE = 4_000_000
 """Bounds the memory of comparing hashes: 8 bytes a pair."""

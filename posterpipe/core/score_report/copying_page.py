@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from posterpipe.core.gate import copy_verdict
+from posterpipe.core.champion.gate import copy_verdict
 from posterpipe.core.score_report import charts
 from posterpipe.core.score_report.data import (
     Nearest,

@@ -23,7 +23,7 @@ import pandas as pd
 
 from posterpipe.core.store import content_key
 from posterpipe.core.variants import LABELS
-from posterpipe.core.warehouse import WarehouseMissing
+from posterpipe.core.warehouse.database import WarehouseMissing
 
 BASELINE = "sd"
 TUNED = "dreambooth"

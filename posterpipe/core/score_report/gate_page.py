@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from posterpipe.core.gate import LEAST_SENSITIVITY, RULE
+from posterpipe.core.champion.gate import LEAST_SENSITIVITY, RULE
 from posterpipe.core.score_report import charts
 from posterpipe.core.score_report.data import Published, Row, number, text
 from posterpipe.core.score_report.words import (

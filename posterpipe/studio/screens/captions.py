@@ -9,10 +9,10 @@ from typing import Any
 
 import streamlit as st
 
-from posterpipe.core.caption_edits import CaptionConflict
-from posterpipe.core.captions import MAX_CHARACTERS, CaptionRejected, clean_caption
-from posterpipe.core.captions_csv import CaptionsFileError
-from posterpipe.core.listing import PlaceMissing
+from posterpipe.core.captions.csv_file import CaptionsFileError
+from posterpipe.core.captions.edits import CaptionConflict
+from posterpipe.core.captions.people import MAX_CHARACTERS, CaptionRejected, clean_caption
+from posterpipe.core.posters.listing import PlaceMissing
 from posterpipe.studio import look
 from posterpipe.studio.caption_desk import Captioned
 from posterpipe.studio.rooms import rooms

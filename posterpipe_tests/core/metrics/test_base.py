@@ -11,7 +11,7 @@ import pytest
 
 from posterpipe.core.metrics import base
 from posterpipe.core.metrics.base import SCORE_COLUMNS, record_scores, summary
-from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse.database import Warehouse
 from posterpipe_tests import study
 
 IMAGES = study.generations(study.BASE, ["sd"], 3, 1)

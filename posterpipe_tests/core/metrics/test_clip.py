@@ -21,7 +21,7 @@ from posterpipe.core.metrics.pixels import letterbox
 from posterpipe.core.models import ModelMissing
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.store import Store, table_version
-from posterpipe.core.warehouse import Warehouse
+from posterpipe.core.warehouse.database import Warehouse
 from posterpipe.settings import ModelRef, ScorerSettings
 from posterpipe_tests.core.metrics.tiny import build_tiny_clip, some_images
 

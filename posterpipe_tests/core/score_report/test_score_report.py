@@ -19,8 +19,7 @@ from urllib.parse import unquote
 import duckdb
 import pytest
 
-from posterpipe.core.gate import RULE
-from posterpipe.core.publication import publish_scores
+from posterpipe.core.champion.gate import RULE
 from posterpipe.core.score_report import Written, results, write_report
 from posterpipe.core.score_report.copying_page import copying_context
 from posterpipe.core.score_report.data import Published, read_published
@@ -28,7 +27,8 @@ from posterpipe.core.score_report.gallery_pages import IMAGES_A_PAGE, slug_of
 from posterpipe.core.score_report.headline import board_of, control_context
 from posterpipe.core.score_report.pages import PAGES
 from posterpipe.core.score_report.results import first_words
-from posterpipe.core.warehouse import Warehouse, WarehouseMissing
+from posterpipe.core.warehouse.database import Warehouse, WarehouseMissing
+from posterpipe.core.warehouse.publication import publish_scores
 from posterpipe_tests import study
 from posterpipe_tests.report_world import (
     GONE,
