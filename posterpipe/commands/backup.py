@@ -1,7 +1,7 @@
 """What `posterpipe backup` does: copies what cannot be made again at once, and says what it copied.
 
 What belongs here: which places are copied, and what the command prints. What does not: how they are
-copied (`core.backup`).
+copied (`core.housekeeping.backup`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What `posterpipe champion` does: shows which checkpoint is served, pins one, rolls back.
 
-What belongs here: what the command prints and writes. What does not: the rules (`core.decisions`).
+What belongs here: what the command prints and writes. What does not: the rules
+(`core.champion.decisions`).
 """
 
 from __future__ import annotations

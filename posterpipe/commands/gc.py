@@ -1,6 +1,7 @@
 """What `posterpipe gc` does: lists garbage by kind and size, and removes it where that was asked.
 
-What belongs here: what the command prints. What does not: what is garbage (`core.garbage`).
+What belongs here: what the command prints. What does not: what is garbage
+(`core.housekeeping.garbage`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What `posterpipe rehash` does: reads posters and their sidecars again, and says what changed.
 
 What belongs here: which places are read, and what the command prints. What does not: reading and
-comparing (`core.landing`, `core.captions`).
+comparing (`core.posters.landing`, `core.captions`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The checkpoint that is served because of the evidence.
 
 What belongs here: the gate as an asset. What does not: the evidence (`scoring`), the gate's rules
-and how it decides (`core.gate`, `core.evidence`), and the log of decisions (`core.decisions`).
+and how it decides (`core.champion.gate`, `core.champion.evidence`), and the log of decisions
+(`core.champion.decisions`).
 """
 
 from collections.abc import Sequence
@@ -51,9 +52,9 @@ def champion(
 ) -> dg.Output[Table]:
     """The checkpoint that is served: the one that the gate accepted last, or that a person pinned.
 
-    A new checkpoint is promoted when it passes every check of the gate (`core.gate.RULE`, in words
-    on the page of the score report). Every decision is a row of `fct_promotion` with its numbers
-    and reasons. `posterpipe champion` shows, pins and rolls back.
+    A new checkpoint is promoted when it passes every check of the gate (`core.champion.gate.RULE`,
+    in words on the page of the score report). Every decision is a row of `fct_promotion` with its
+    numbers and reasons. `posterpipe champion` shows, pins and rolls back.
     """
     import pandas as pd
 

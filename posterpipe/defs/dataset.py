@@ -1,7 +1,8 @@
 """From posters to a training set: resized images, captions by people and by BLIP, the CSV.
 
 What belongs here: the four assets. What does not: pixels (`core.images`), what people wrote
-(`core.captions`), BLIP (`core.captioner`) and the files of a training set (`core.training_set`).
+(`core.captions`), BLIP (`core.captioner`) and the files of a training set
+(`core.training.training_set`).
 """
 
 import dagster as dg

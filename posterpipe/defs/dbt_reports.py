@@ -216,7 +216,7 @@ _VARIABLE = re.compile(r"""\bvar\(\s*(?:['"](\w+)['"])?""")
 """A use of a variable of the project, and its name; "" where that is worked out."""
 
 _ESTIMATES_VERSION = "1"
-"""Raise it when `core.sql_functions` gives other intervals: it is not in dbt's manifest."""
+"""Raise it when `core.warehouse.sql_functions` gives other intervals: dbt's manifest has it not."""
 
 _OF_DBT = ("dbt", "dbt_duckdb")
 """Packages of macros that come with dbt, which is pinned."""

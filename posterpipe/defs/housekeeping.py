@@ -2,7 +2,7 @@
 
 What belongs here: the sensor that removes it. What does not: ticks, which Dagster forgets itself
 (`retention` in deploy/dagster.yaml), runs and what was materialized, which stay, and the store's
-garbage (`core.garbage`).
+garbage (`core.housekeeping.garbage`).
 """
 
 import time

@@ -2,7 +2,7 @@
 
 What belongs here: the published database, the inventory, the contact sheet and the growth chart.
 What does not: the dbt models as assets (`defs.dbt_reports`) and their SQL (`dbt_like_reports/`),
-copying the database (`core.publication`) and arranging pictures (`core.gallery`).
+copying the database (`core.warehouse.publication`) and arranging pictures (`core.gallery`).
 """
 
 import hashlib

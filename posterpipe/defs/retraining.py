@@ -1,7 +1,7 @@
 """When the model is trained again.
 
 What belongs here: the schedule, where the facts for its decision come from, and what the latest
-checkpoint was trained on. What does not: the decision (`core.retraining`) and the training
+checkpoint was trained on. What does not: the decision (`core.training.retraining`) and the training
 (`training`). Other assets follow their inputs at once (`automation`); a training costs hours of a
 GPU, so it waits for the night and for enough changes.
 """

@@ -1,8 +1,8 @@
 """What is measured of images: how well they match their prompts, and the evidence beside it.
 
 What belongs here: the assets that put scores into the warehouse. What does not: how they are
-measured (`core.metrics`, `core.evidence`), the warehouse (`core.warehouse`), and what is concluded
-from them (`champion`, `dbt_like_reports`).
+measured (`core.metrics`, `core.champion.evidence`), the warehouse (`core.warehouse`), and what is
+concluded from them (`champion`, `dbt_like_reports`).
 """
 
 import dagster as dg

@@ -1,8 +1,8 @@
 """The published scores, as pages show them.
 
 What belongs here: whether there is a new publication, the leaderboard, and which images there are.
-What does not: how scores are made and published (`core.publication`), what reports say of them
-(`dbt_like_reports`), and pages.
+What does not: how scores are made and published (`core.warehouse.publication`), what reports say
+of them (`dbt_like_reports`), and pages.
 
 Each answer opens the file, asks, and closes it: a publication replaces the file, and who holds the
 old one open would go on reading it.

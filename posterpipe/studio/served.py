@@ -2,7 +2,7 @@
 
 What belongs here: the base model, the champion and the other checkpoints as choices, and where the
 decisions about them are read while the pipeline works. What does not: the rules of the decisions
-(`core.decisions`), loading a model (`painter`).
+(`core.champion.decisions`), loading a model (`painter`).
 """
 
 from __future__ import annotations

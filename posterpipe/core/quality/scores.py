@@ -2,7 +2,7 @@
 
 What belongs here: titles that are not set or not read, numbers that could not be measured, copies
 of posters, a champion that should not be one. What does not: CLIP-T (`generations`) and the gate's
-decision (`core.gate`).
+decision (`core.champion.gate`).
 """
 
 from __future__ import annotations
