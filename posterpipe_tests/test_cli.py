@@ -342,6 +342,9 @@ def test_the_champion_is_shown_pinned_and_rolled_back_by_command(
     run("pin", "c0ff", "--why", "it sells", "--who", "Otto")
     assert "Served: c0ffee12 (a fine-tuned checkpoint, pinned)" in run()
     run("unpin", "--why", "enough")
+    words = run("show").split()
+    did = [word for word in words if word in ("promote", "pin", "unpin")]
+    assert did == ["promote", "pin", "pin", "unpin"]
     log = read_decisions(warehouse)
     assert log["reason"].tolist() == ["every check passed", "draws hands", "it sells", "enough"]
     assert log["decided_by"].tolist()[1:3] == ["Ida Moss", "Otto"] and log["decided_by"].iloc[3]

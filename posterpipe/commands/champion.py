@@ -44,8 +44,9 @@ def show() -> None:
     table.columns[-1].overflow = "fold"  # links are long, and ids that people copy
     for row in decisions.tail(SHOWN).itertuples(index=False):
         when = f"{row.decided_at:%Y-%m-%d %H:%M}"
-        table.add_row(when, str(row.checkpoint_id)[:12], str(row.decision), str(row.decided_by),
-                      str(row.reason))  # fmt: skip
+        who = str(row.decided_by)
+        done = log.action(str(row.decision), who, str(row.numbers))
+        table.add_row(when, str(row.checkpoint_id)[:12], done, who, str(row.reason))
     console.print(table)
 
 

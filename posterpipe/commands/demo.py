@@ -76,6 +76,7 @@ def run_demo(timings: Path | None = None) -> int:
         import dagster as dg
 
         from posterpipe.core.progress import BarProgress
+        from posterpipe.defs.dbt_reports import reports_mistake
         from posterpipe.defs.resources import Deployment
 
         deployment = Deployment(settings, BarProgress(console))
@@ -98,6 +99,9 @@ def run_demo(timings: Path | None = None) -> int:
         print(f"posterpipe: the whole log is {log}", file=sys.stderr)
         return 1
     _conclude(deployment, watch, total, home)
+    if mistake := reports_mistake(settings):
+        print(f"posterpipe: {mistake}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -193,8 +193,8 @@ def _from_hub(ref: ModelRef) -> Path:
     )
     if not _hub_answers():
         raise ModelMissing(
-            f"The profile needs the model {which} from the Hugging Face hub, and the hub cannot "
-            f"be reached: {remedy}"
+            f"The model {which} is no folder here, and the Hugging Face hub, which may have it, "
+            f"cannot be reached: {remedy}"
         )
     try:
         snapshot = huggingface_hub.snapshot_download(
@@ -206,12 +206,12 @@ def _from_hub(ref: ModelRef) -> Path:
         )
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise ModelMissing(
-            f"The Hugging Face hub has no model {which} that this account may read: correct its "
-            "id or revision in the profile, or log in with `hf auth login`"
+            f"The model {which} is no folder here, and the Hugging Face hub has none of this name "
+            "that this account may read: correct its id or revision, or log in with `hf auth login`"
         ) from error
     except Exception as error:  # the network fails in many ways
         raise ModelMissing(
-            f"The profile needs the model {which} from the Hugging Face hub, and the download "
+            f"The model {which} is no folder here, and its download from the Hugging Face hub "
             f"failed ({first_line(error)}): {remedy}"
         ) from error
     if not _complete(Path(snapshot)):

@@ -31,7 +31,7 @@ from dagster_dbt.asset_utils import get_upstream_unique_ids
 from dagster_dbt.errors import DagsterDbtCliRuntimeError
 from packaging.version import Version
 
-from posterpipe.core.files import sha256_of
+from posterpipe.core.files import sha256_of, write_atomic
 from posterpipe.defs.metadata import table_preview
 from posterpipe.defs.resources import Deployment
 from posterpipe.settings import Settings
@@ -42,27 +42,57 @@ PROJECT = Path("dbt_like_reports")
 _OF = "manifest.of"
 """File beside the manifest: what it was made of."""
 
+_MISTAKE = "manifest.mistake"
+"""File beside the manifest, while dbt cannot read the files: what they are, and what dbt says."""
+
 
 def dbt_project(settings: Settings) -> DbtProject:
     """The dbt project, with the manifest of its files as they are.
 
     `make install` writes the manifest. Where it is missing or another one's, as after a pull or
     while a report is edited, it is written here, which takes some seconds. A mistake in a report
-    must not keep the rest of the pipeline from loading: then the previous manifest stays, and the
-    next run of the reports fails with dbt's message.
+    must not keep the rest of the pipeline from loading: then the previous manifest stays,
+    `reports_mistake` says so, and the next run of the reports fails with dbt's message.
     """
     project = DbtProject(project_dir=settings.path(PROJECT))
-    if _manifest_is_behind(project):
+    if _manifest_is_behind(project) and not reports_mistake(settings):
         try:
             _write_manifest(project)
         except DagsterDbtCliRuntimeError as error:
             if not project.manifest_path.exists():
                 raise
-            dg.get_dagster_logger().error(
-                f"{project.project_dir}: dbt cannot read the reports, so they stay as they were "
-                f"before the last edit. {error}"
-            )
+            _note_mistake(project, error)
+            dg.get_dagster_logger().error(reports_mistake(settings))
     return project
+
+
+def reports_mistake(settings: Settings) -> str:
+    """What to tell people while dbt cannot read the reports as they are; "" when it can.
+
+    Nothing runs because of a report that does not exist for dbt, so no run says it.
+    """
+    project = DbtProject(project_dir=settings.path(PROJECT))
+    try:
+        noted = json.loads((project.manifest_path.parent / _MISTAKE).read_text("utf-8"))
+    except FileNotFoundError:
+        return ""
+    if noted["sources"] != _sources(project) or not project.manifest_path.exists():
+        return ""
+    return (
+        f"{PROJECT}: dbt cannot read the reports, so they stay as they were before the last edit: "
+        f"{noted['said']}. Mend the file and load the code location again"
+    )
+
+
+def _note_mistake(project: DbtProject, error: Exception) -> None:
+    note = {"sources": _sources(project), "said": _parse_errors(error)}
+    write_atomic(project.manifest_path.parent / _MISTAKE, json.dumps(note).encode())
+
+
+def _parse_errors(error: Exception) -> str:
+    """On one line."""
+    said = str(error).partition("Errors parsed from dbt logs:")[2] or str(error)
+    return " ".join(said.split()).removeprefix("Encountered an error: ")
 
 
 def _manifest_is_behind(project: DbtProject) -> bool:
@@ -90,8 +120,6 @@ def _of(sources: str, manifest: Path) -> str:
 
 
 def _write_manifest(project: DbtProject) -> None:
-    from posterpipe.core.files import write_atomic
-
     target = project.manifest_path.parent
     target.mkdir(exist_ok=True)
     sources = _sources(project)  # before: what changes meanwhile is noticed the next time
@@ -104,6 +132,7 @@ def _write_manifest(project: DbtProject) -> None:
         for name in ("partial_parse.msgpack", project.manifest_path.name):
             os.replace(Path(folder, name), target / name)
     write_atomic(target / _OF, of.encode())
+    (target / _MISTAKE).unlink(missing_ok=True)
 
 
 class _Dbt(DbtCliResource):
@@ -329,7 +358,7 @@ def _problem(build: DbtCliInvocation) -> str:
         f"{result['unique_id'].split('.')[2]}: {result['message']}"
         for result in results
         if result["status"] in ("error", "fail")
-    ] or [str(error).partition("Errors parsed from dbt logs:")[2]]
+    ] or [_parse_errors(error)]
     return (
         f"{' '.join('; '.join(said).split())}. Mend it, and materialize the report again; those "
         "that are well are recorded. All that dbt said is in the step's stdout in the UI"

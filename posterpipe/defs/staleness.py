@@ -247,10 +247,14 @@ def recorded_difference(
     tags = made.tags or {}
     if code_version and tags.get(CODE_VERSION) != code_version:
         return "its code or settings changed"
-    for name in inputs:
+    names = {name.to_user_string(): name for name in inputs}
+    for shown, name in names.items():
         if data_version(latest.get(name)) != used_version(made, name):
-            return f"{name.to_user_string()} changed"
-    return ""
+            return f"{shown} changed"
+    # As of a report whose file was taken away: what it was published with is to be published anew.
+    read = [tag.removeprefix(INPUT_DATA_VERSION) for tag in tags if INPUT_DATA_VERSION in tag]
+    gone = sorted(set(read) - names.keys())
+    return f"{gone[0]} is gone" if gone else ""
 
 
 def other_base_model(

@@ -18,6 +18,7 @@ from dagster._core.storage.asset_check_execution_record import (
 from posterpipe.core.retries import ATTEMPTS
 from posterpipe.defs.arrivals import REASON_TAG, UNFINISHED
 from posterpipe.defs.automation import ON_SCHEDULE, all_upstream
+from posterpipe.defs.dbt_reports import reports_mistake
 from posterpipe.defs.resources import Deployment
 from posterpipe.defs.retries import device_gone_at, device_obstacle, retry_reason
 from posterpipe.defs.staleness import (
@@ -60,7 +61,7 @@ def stale_sweep(
     blocking check of an input has not passed or the checkpoint is another base model's, or when it
     failed ATTEMPTS times, was canceled, or stayed stale with the same inputs, code and model.
     Failures for want of an accelerator do not count: they are tried again after ever longer pauses
-    (`retries`).
+    (`retries`). A report that dbt cannot read is not there to be stale: that is told first.
     """
     repository = context.repository_def
     assert repository is not None, "a sensor of a code location has its repository"
@@ -68,9 +69,12 @@ def stale_sweep(
     requests, waiting, memory = tick.decide()
     for request in requests:
         context.log.info(f"{request.run_key}: {request.tags[REASON_TAG]}")
+    told = [mistake, *waiting] if (mistake := reports_mistake(deployment.settings)) else waiting
+    if mistake and requests:
+        context.log.error(mistake)
     return dg.SensorResult(
         run_requests=requests,
-        skip_reason=None if requests else "; ".join(waiting) or "everything matches its inputs",
+        skip_reason=None if requests else "; ".join(told) or "everything matches its inputs",
         cursor=json.dumps({name: asdict(known) for name, known in memory.items()}),
     )
 

@@ -70,9 +70,9 @@ def test_a_hub_model_without_network_gives_one_sentence(
     with pytest.raises(ModelMissing) as caught:
         locate(ModelRef(id="owner/name", revision="abc"), root)
     assert str(caught.value) == (
-        "The profile needs the model owner/name (revision abc) from the Hugging Face hub, and the "
-        "hub cannot be reached: connect, or run `hf download owner/name` on a machine that is "
-        "connected and copy its cache, or choose POSTERPIPE_PROFILE=starter"
+        "The model owner/name (revision abc) is no folder here, and the Hugging Face hub, which "
+        "may have it, cannot be reached: connect, or run `hf download owner/name` on a machine "
+        "that is connected and copy its cache, or choose POSTERPIPE_PROFILE=starter"
     )
 
 

@@ -35,6 +35,7 @@ from posterpipe.defs import dbt_reports, reports
 from posterpipe.defs.alerts import reason_of
 from posterpipe.defs.automation import with_policy
 from posterpipe.defs.resources import Deployment
+from posterpipe.defs.sweep import stale_sweep
 from posterpipe.settings import Settings, default_root, load_settings
 from posterpipe_tests import study
 from posterpipe_tests.reference import holm, leaderboard, smallest_detectable
@@ -805,17 +806,31 @@ def test_a_failing_test_keeps_the_publication_of_before(world: World) -> None:
     assert world.materialize("leaderboard", "published_scores").success
 
 
-def test_a_file_that_dbt_cannot_read_stops_nothing_else(
-    world: World, caplog: pytest.LogCaptureFixture
+def test_a_file_that_dbt_cannot_read_stops_nothing_else_and_is_told(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = world.settings.path(dbt_reports.PROJECT) / "models" / "marts" / "broken.sql"
     broken.write_text("select {{ ref('leaderboard' }}", "utf-8")
     try:
-        assets = reports.models_and_publication(dbt_reports.dbt_project(world.settings))
-        # The reports themselves fail with what dbt says.
+        project = dbt_reports.dbt_project(world.settings)
+        assets = reports.models_and_publication(project)
+        # The reports themselves fail with what dbt says; and so that people learn of it before one
+        # runs, the sweep and the demo say it first. It is not read again until it is another file.
         assert "Compilation Error in model broken" in said(world.materialize("freshness"))
+        mistake = dbt_reports.reports_mistake(world.settings)
+        assert "marts/broken.sql" in mistake and "stay as they were" in mistake
+        resources = {"deployment": world.deployment, "dbt": dbt_reports.dbt_resource(project)}
+        definitions = dg.Definitions(assets, sensors=[stale_sweep], resources=resources)
+        context = dg.build_sensor_context(
+            world.instance, definitions=definitions, resources={"deployment": world.deployment}
+        )
+        assert (stale_sweep.evaluate_tick(context).skip_message or "").startswith(mistake)
+        with monkeypatch.context() as patch:
+            patch.setattr(dbt_reports, "_write_manifest", lambda _: pytest.fail("read again"))
+            dbt_reports.dbt_project(world.settings)
     finally:
         broken.unlink()
+    assert dbt_reports.reports_mistake(world.settings) == ""
     assert {spec.key for a in assets for spec in a.specs} == {
         spec.key for a in world.assets for spec in a.specs
     }

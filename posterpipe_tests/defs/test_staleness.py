@@ -118,6 +118,16 @@ def test_it_finds_other_code_of_an_asset_without_inputs(chain: World) -> None:
     assert chain.settle_by_sweeps() == [["a"]]
 
 
+def test_it_finds_what_was_made_from_an_input_that_is_gone(make_world: MakeWorld) -> None:
+    world = make_world(a="", b="a", c="a b")
+    world.run("a", "b", "c")
+    assert world.stale() == []
+    world.reads["c"] = ["a"]
+    world.deploy()
+    assert world.settle_by_sweeps() == [["c"]]
+    assert world.contents["c"] == "c(1)" and world.stale() == []
+
+
 def test_it_finds_what_a_job_that_stopped_early_did_not_take_up(chain: World) -> None:
     chain.tick()
     chain.outside["a"] = "2"

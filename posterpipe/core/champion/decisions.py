@@ -267,6 +267,14 @@ def verdicts(decisions: pd.DataFrame) -> dict[str, str]:
     return dict(zip(own["checkpoint_id"].astype(str), own["decision"].astype(str), strict=True))
 
 
+def action(decision: str, decided_by: str, numbers: str) -> str:
+    """What a row of fct_promotion did, by these columns of it: the gate's verdict (promote, hold,
+    reject), or what a person did (pin, also by a rollback; unpin)."""
+    if decided_by == GATE:
+        return decision
+    return "pin" if json.loads(numbers)["pinned"] else "unpin"
+
+
 def _ordered(decisions: pd.DataFrame) -> pd.DataFrame:
     return decisions.sort_values("decided_at", kind="stable")
 
