@@ -1,8 +1,8 @@
-"""How runs are started on one machine, and how it is noticed that one died.
+"""How runs are started and stopped on one machine, and how it is noticed that one died.
 
-What belongs here: Dagster's own launcher with the health check that it lacks, and the lease of a
-process that executes runs itself. What does not: when runs start (`automation`, `arrivals`,
-`retraining`) and what they do.
+What belongs here: Dagster's own launcher with what it lacks when the code server died, and the
+lease of a process that executes runs itself. What does not: when runs start (`automation`,
+`arrivals`, `retraining`) and what they do.
 
 The code server notices when a run's process dies, but not when it dies itself together with its
 runs, and runs of `posterpipe demo` have none: after a power cut or `kill -9` they would count as
@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
 from dagster import DagsterEventType
+from dagster._core.errors import DagsterUserCodeUnreachableError
 from dagster._core.launcher import CheckRunHealthResult, DefaultRunLauncher, WorkerStatus
 from dagster._core.storage.tags import GRPC_INFO_TAG
 
@@ -38,11 +41,30 @@ _GONE = "its process is gone"
 
 
 class LocalRunLauncher(DefaultRunLauncher):
-    """Dagster's default launcher; a run whose process is gone is found to have failed.
+    """Dagster's default launcher; a run whose process is gone is found to have failed, and one that
+    outlived its code server can still be stopped.
 
     Judges runs whose process holds a lease, and those that a code server on this machine started;
     the latter only on Linux.
     """
+
+    def terminate(self, run_id: str) -> bool:
+        """See RunLauncher. Asks the code server that started the run; where that is gone, the run's
+        process itself, in the same way."""
+        from grpc import RpcError
+
+        try:
+            stopped = bool(super().terminate(run_id))
+        except (RpcError, DagsterUserCodeUnreachableError):
+            stopped = False
+        run = self._instance.get_run_by_id(run_id)
+        if stopped or run is None or run.is_finished:
+            return stopped
+        process = _process_of(self._instance, run)
+        if process is None or not process.runs:
+            return False
+        os.kill(int(process.pid), signal.SIGINT)
+        return True
 
     @property
     def supports_check_run_worker_health(self) -> bool:
@@ -54,22 +76,10 @@ class LocalRunLauncher(DefaultRunLauncher):
         running = CheckRunHealthResult(WorkerStatus.RUNNING)
         if _is_abandoned(self._instance, run):
             return CheckRunHealthResult(WorkerStatus.FAILED, _GONE)
-        server = json.loads(run.tags.get(GRPC_INFO_TAG, "{}"))
-        if server.get("host") not in _HERE or not Path("/proc/stat").exists():
+        process = _process_of(self._instance, run)
+        if process is None or process.runs:
             return running
-        started = [
-            (entry.timestamp, entry.get_dagster_event().engine_event_data.metadata.get("pid"))
-            for entry in self._instance.all_logs(run.run_id, of_type=DagsterEventType.ENGINE_EVENT)
-            if str(entry.get_dagster_event().message).startswith("Started process for run")
-        ]
-        if not started or started[-1][1] is None:
-            return running
-        at, pid = started[-1][0], str(started[-1][1].value)
-        began = _began(pid)
-        # A process that began later only has its number.
-        if began is not None and began < at + _CLOCKS_DIFFER:
-            return running
-        return CheckRunHealthResult(WorkerStatus.FAILED, f"its process (pid {pid}) is gone")
+        return CheckRunHealthResult(WorkerStatus.FAILED, f"its process (pid {process.pid}) is gone")
 
 
 @contextmanager
@@ -112,6 +122,32 @@ def _is_abandoned(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
 
 def _leases(instance: dg.DagsterInstance) -> Leases:
     return Leases(Path(instance.root_directory) / "leases")
+
+
+@dataclass(frozen=True)
+class _Process:
+    """The process that a code server of this machine started for a run."""
+
+    pid: str
+    runs: bool
+
+
+def _process_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> _Process | None:
+    """None where that cannot be told: of other machines, before it was started, not on Linux."""
+    server = json.loads(run.tags.get(GRPC_INFO_TAG, "{}"))
+    if server.get("host") not in _HERE or not Path("/proc/stat").exists():
+        return None
+    started = [
+        (entry.timestamp, entry.get_dagster_event().engine_event_data.metadata.get("pid"))
+        for entry in instance.all_logs(run.run_id, of_type=DagsterEventType.ENGINE_EVENT)
+        if str(entry.get_dagster_event().message).startswith("Started process for run")
+    ]
+    if not started or started[-1][1] is None:
+        return None
+    at, pid = started[-1][0], str(started[-1][1].value)
+    began = _began(pid)
+    # A process that began later only has its number.
+    return _Process(pid, began is not None and began < at + _CLOCKS_DIFFER)
 
 
 def _began(pid: str) -> float | None:

@@ -32,7 +32,11 @@ from posterpipe.defs.resources import Deployment
 from posterpipe.settings import SAMPLING_SPEED, ModelRef, Settings
 
 INPUT_DATA_VERSION = "dagster/input_data_version/"
+
 CODE_VERSION = "dagster/code_version"
+
+_REPORTED = 20
+"""Materializations reported by hand, one after another, that are looked behind at most."""
 
 CHECKPOINT = dg.AssetKey("dreambooth_checkpoint")
 
@@ -171,11 +175,19 @@ def stale_assets(
 def latest_materializations(
     instance: dg.DagsterInstance, keys: Iterable[dg.AssetKey]
 ) -> dict[dg.AssetKey, dg.EventLogRecord | None]:
-    """The latest materialization of each asset, in one query."""
+    """The latest materialization of each asset, in one query.
+
+    Those that a person reported by hand, without a data version, do not count where there is
+    another: nothing was made, and what was made before still holds.
+    """
     latest: dict[dg.AssetKey, dg.EventLogRecord | None] = dict.fromkeys(keys)
     for record in instance.get_asset_records(list(latest)):
         entry = record.asset_entry
-        latest[entry.asset_key] = entry.last_materialization_record
+        made = entry.last_materialization_record
+        if made is not None and data_version(made) is None:
+            records = instance.fetch_materializations(entry.asset_key, limit=_REPORTED).records
+            made = next(filter(data_version, records), made)
+        latest[entry.asset_key] = made
     return latest
 
 
@@ -212,16 +224,50 @@ def staleness(
     deployment: Deployment,
     models: Models,
 ) -> str:
-    """Why an asset does not match what it is made from; "" when it does.
+    """Why an asset does not match what it is made from, or is not there; "" when it does and is.
 
     `latest` holds the latest materializations of the asset and of what it reads.
     """
+    return _difference(spec, latest, deployment, models) or _lost(
+        spec.key, _made(spec.key, latest), deployment
+    )
+
+
+def is_adopted(
+    spec: dg.AssetSpec,
+    latest: Mapping[dg.AssetKey, dg.EventLogRecord | None],
+    deployment: Deployment,
+    models: Models,
+) -> bool:
+    """Whether making a checkpoint again would adopt the one that is there: it matches what it is
+    made from, and its directory is there, whatever became of its table. `latest` as of
+    `staleness`."""
+    if _difference(spec, latest, deployment, models):
+        return False
+    path = _made(spec.key, latest).metadata.get("path")
+    return path is not None and (deployment.store_root / str(path.value)).is_dir()
+
+
+def _made(
+    key: dg.AssetKey, latest: Mapping[dg.AssetKey, dg.EventLogRecord | None]
+) -> dg.AssetMaterialization:
+    record = latest[key]
+    made = record.asset_materialization if record else None
+    assert made is not None, "else it differs"
+    return made
+
+
+def _difference(
+    spec: dg.AssetSpec,
+    latest: Mapping[dg.AssetKey, dg.EventLogRecord | None],
+    deployment: Deployment,
+    models: Models,
+) -> str:
+    """Why an asset does not match what it is made from; "" when it does."""
     inputs = [dep.asset_key for dep in spec.deps]
     if difference := recorded_difference(spec.key, spec.code_version, inputs, latest):
         return difference
-    record = latest[spec.key]
-    made = record.asset_materialization if record else None
-    assert made is not None, "else it differs"
+    made = _made(spec.key, latest)
     model = made.metadata.get(MODEL_FINGERPRINT)
     now = models.fingerprint(spec.key) if model else None
     if model is not None and now is not None and model.value != now:
@@ -229,7 +275,7 @@ def staleness(
     held_out = made.metadata.get(HELD_OUT)
     if held_out is not None and held_out.value != held_out_version(deployment):
         return "the held-out posters, which decide when its training stops, changed"
-    return _decided(spec.key, made, deployment) or _lost(spec.key, made, deployment)
+    return _decided(spec.key, made, deployment)
 
 
 def recorded_difference(
@@ -247,14 +293,10 @@ def recorded_difference(
     tags = made.tags or {}
     if code_version and tags.get(CODE_VERSION) != code_version:
         return "its code or settings changed"
-    names = {name.to_user_string(): name for name in inputs}
-    for shown, name in names.items():
+    for name in inputs:
         if data_version(latest.get(name)) != used_version(made, name):
-            return f"{shown} changed"
-    # As of a report whose file was taken away: what it was published with is to be published anew.
-    read = [tag.removeprefix(INPUT_DATA_VERSION) for tag in tags if INPUT_DATA_VERSION in tag]
-    gone = sorted(set(read) - names.keys())
-    return f"{gone[0]} is gone" if gone else ""
+            return f"{name.to_user_string()} changed"
+    return ""
 
 
 def other_base_model(

@@ -25,6 +25,7 @@ from posterpipe.defs.staleness import (
     Models,
     data_version,
     digest,
+    is_adopted,
     is_of,
     latest_materializations,
     made_or_wiped,
@@ -59,7 +60,10 @@ def stale_sweep(
     the same inputs, so that the policy comes first. It is not requested while it or something
     upstream is being made (a training holds up only what reads it, as in the policy), while a
     blocking check of an input has not passed or the checkpoint is another base model's, or when it
-    failed ATTEMPTS times, was canceled, or stayed stale with the same inputs, code and model.
+    failed ATTEMPTS times, was canceled, or stayed stale with the same inputs, code and model. What
+    failed gets a new chance when an input is made again, also with the same content: that is how a
+    damaged table is mended. A checkpoint is requested where nothing but its table is lost, which
+    trains nothing.
     Failures for want of an accelerator do not count: they are tried again after ever longer pauses
     (`retries`). A report that dbt cannot read is not there to be stale: that is told first.
     """
@@ -88,7 +92,7 @@ class _Known:
     since: int
     """Failures before this event of the log do not count: code or model were others."""
     state: str
-    """Digest of `made_with` and the versions of its inputs."""
+    """Digest of `made_with`, the versions of its inputs, and when these were made."""
     requested: int
     """How often the sweep requested it in that state."""
     ready: str
@@ -188,7 +192,9 @@ class _Sweep:
     def _judge(self, key: dg.AssetKey, known: _Known, running: set[dg.AssetKey]) -> tuple[str, str]:
         """The run key of a stale asset, and what stands in the way of requesting it."""
         name = key.to_user_string()
-        if key.path[-1] in ON_SCHEDULE:
+        if key.path[-1] in ON_SCHEDULE and not is_adopted(
+            self._specs[key], self._latest, self._deployment, self._models
+        ):
             return "", "it follows its schedule"
         if key in running:
             return "", "it is being made"
@@ -224,10 +230,11 @@ class _Sweep:
         since = known.since if known else 0
         if known and known.made_with != made_with:
             since = self._instance.event_log_storage.get_maximum_record_id() or 0
-        versions = {
-            upstream.to_user_string(): data_version(self._latest.get(upstream))
-            for upstream in self._reads[key]
-        }
+        versions = {}
+        for upstream in self._reads[key]:
+            record = self._latest.get(upstream)
+            made = record.storage_id if record else 0
+            versions[upstream.to_user_string()] = (data_version(record), made)
         state = digest(made_with, versions)[:16]
         requested = known.requested if known and known.state == state else 0
         return _Known(made_with, since, state, requested, ready="")
@@ -280,16 +287,23 @@ class _Sweep:
         if not planned:
             return []
         began = max(map(self._version_began, self._reads[key]), default=0)
+        inputs = [record for name in self._reads[key] if (record := self._latest.get(name))]
+        made_again = max((record.storage_id for record in inputs), default=0)
         steps = {
-            record.run_id: record.event_log_entry.get_dagster_event().step_key
+            record.run_id: (record.storage_id, record.event_log_entry.get_dagster_event().step_key)
             for record in planned
             if record.storage_id > began
         }
         if not steps:
             return []
-        runs = self._instance.get_runs(dg.RunsFilter(run_ids=list(steps)))
-        outcomes = [self._outcome(run, steps[run.run_id]) for run in runs]
-        return [outcome for outcome in outcomes if outcome is not None]
+        outcomes = []
+        for run in self._instance.get_runs(dg.RunsFilter(run_ids=list(steps))):
+            event, step = steps[run.run_id]
+            outcome = self._outcome(run, step)
+            canceled = run.status == DagsterRunStatus.CANCELED  # which a person meant
+            if outcome is not None and (canceled or event > made_again):
+                outcomes.append(outcome)
+        return outcomes
 
     def _outcome(self, run: dg.DagsterRun, step: str | None) -> _Outcome | None:
         """How a run ended; None where a step failed and it did not come as far as this one."""

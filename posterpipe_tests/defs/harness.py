@@ -235,6 +235,7 @@ class World(Daemon):
         """Assets in the order in which their runs reached them."""
         self.computed: list[str] = []
         """The same, where the store did not hold the result."""
+        self.home = home
         self._store = Store(home / "store")
         self.resources = {"deployment": Deployment(load_settings("starter", store=home / "store"))}
         super().__init__(self._define(), instance)

@@ -688,6 +688,7 @@ def test_another_limit_and_other_holdout_posters_run_the_checks_again(
 
     # A poster that is trained on is held out as well, and no more.
     holdout.mkdir()
+    (holdout / "README.md").write_text("so that it is not taken for a folder that is not mounted")
     (holdout / "held.png").write_bytes((landing / "0.png").read_bytes())
     assert daemon.run("holdout_posters")
     assert daemon.tick() == ["training_csv"]

@@ -60,8 +60,8 @@ def deployed(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
         yield instance
 
 
-def health(instance: dg.DagsterInstance, pid: int, host: str = "localhost") -> WorkerStatus:
-    """Of a run that a code server on that host started as that process."""
+def run_of(instance: dg.DagsterInstance, pid: int, host: str = "localhost") -> dg.DagsterRun:
+    """A run that a code server on that host, which is gone, started as that process."""
     run = instance.create_run_for_job(
         nothing,
         status=dg.DagsterRunStatus.STARTED,
@@ -69,6 +69,11 @@ def health(instance: dg.DagsterInstance, pid: int, host: str = "localhost") -> W
     )
     data = EngineEventData.in_process(pid)
     instance.report_engine_event(f"Started process for run (pid: {pid}).", run, data)
+    return run
+
+
+def health(instance: dg.DagsterInstance, pid: int, host: str = "localhost") -> WorkerStatus:
+    run = run_of(instance, pid, host)
     status: WorkerStatus = instance.run_launcher.check_run_worker_health(run).status
     return status
 
@@ -88,6 +93,23 @@ def test_a_live_process_is_running_and_a_dead_one_failed(deployed: dg.DagsterIns
     assert health(deployed, child.pid) == WorkerStatus.FAILED  # ended, and not waited for
     child.wait()
     assert health(deployed, child.pid) == WorkerStatus.FAILED
+
+
+def test_a_run_that_outlived_its_code_server_is_stopped_like_any_other(
+    deployed: dg.DagsterInstance,
+) -> None:
+    script = (
+        "import time\ntry: print(1, flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print(2)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "1\n"
+    run = run_of(deployed, child.pid)
+    assert deployed.run_launcher.terminate(run.run_id)
+    assert child.communicate(timeout=30)[0] == "2\n"
+    stopping = deployed.get_run_by_id(run.run_id)
+    assert stopping is not None and stopping.status == dg.DagsterRunStatus.CANCELING
+    # With its process gone, nobody else's is stopped.
+    assert not deployed.run_launcher.terminate(run_of(deployed, child.pid).run_id)
 
 
 def test_another_process_with_the_number_is_not_taken_for_it(

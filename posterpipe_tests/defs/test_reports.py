@@ -158,6 +158,18 @@ def test_one_new_file_is_an_asset_with_the_policy_and_a_published_table(world: W
     assert materialization(world.result, NEW).metadata["dagster/row_count"].value == len(table)
 
 
+def test_a_report_that_is_taken_away_makes_another_publication(world: World) -> None:
+    models = world.assets[0]
+    there = sorted(models.keys)
+
+    def code_version(*keys: dg.AssetKey) -> str | None:
+        (spec,) = reports.publication(keys, sorted(models.check_keys)).specs
+        return spec.code_version
+
+    without = [key for key in there if key != dg.AssetKey(NEW)]
+    assert code_version(*there) == code_version(*reversed(there)) != code_version(*without)
+
+
 def test_a_report_is_made_again_when_a_macro_or_a_staging_model_of_it_changes(
     world: World, tmp_path: Path
 ) -> None:

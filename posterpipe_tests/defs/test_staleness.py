@@ -118,16 +118,6 @@ def test_it_finds_other_code_of_an_asset_without_inputs(chain: World) -> None:
     assert chain.settle_by_sweeps() == [["a"]]
 
 
-def test_it_finds_what_was_made_from_an_input_that_is_gone(make_world: MakeWorld) -> None:
-    world = make_world(a="", b="a", c="a b")
-    world.run("a", "b", "c")
-    assert world.stale() == []
-    world.reads["c"] = ["a"]
-    world.deploy()
-    assert world.settle_by_sweeps() == [["c"]]
-    assert world.contents["c"] == "c(1)" and world.stale() == []
-
-
 def test_it_finds_what_a_job_that_stopped_early_did_not_take_up(chain: World) -> None:
     chain.tick()
     chain.outside["a"] = "2"
@@ -368,6 +358,42 @@ def test_it_never_requests_a_training_but_what_is_stale_below_it(make_world: Mak
     assert world.stale() == ["dreambooth_checkpoint", "tuned"]
 
 
+def test_a_checkpoint_whose_table_alone_is_lost_is_made_again_and_no_other(
+    make_world: MakeWorld,
+) -> None:
+    """Which trains nothing: the directory is there, and is adopted."""
+    world = make_world(csv="", dreambooth_checkpoint="csv")
+    store = Deployment(load_settings("starter", store=world.home / "store")).store
+    (world.home / "store" / "model").mkdir(parents=True)
+
+    @dg.asset(deps=["csv"], code_version="1")
+    def dreambooth_checkpoint() -> dg.MaterializeResult[None]:
+        world.started.append("dreambooth_checkpoint")
+        version = store.write_table("dreambooth_checkpoint", pd.DataFrame({"path": ["model"]}))
+        metadata = {TABLE_VERSION: version, "path": "model"}
+        return dg.MaterializeResult(data_version=dg.DataVersion("1"), metadata=metadata)
+
+    assets = [world._asset("csv"), dreambooth_checkpoint]
+    world.load(dg.Definitions(assets=assets, resources=world.resources))
+    world.run("csv", "dreambooth_checkpoint")
+    assert world.settle_by_sweeps() == []
+    shutil.rmtree(store.root / "tables" / "dreambooth_checkpoint")
+    assert world.settle_by_sweeps() == [["dreambooth_checkpoint"]]
+    # With another training set it would be trained.
+    shutil.rmtree(store.root / "tables" / "dreambooth_checkpoint")
+    world.change("csv", "2")
+    assert world.settle_by_sweeps() == []
+    assert "dreambooth_checkpoint: csv changed, but it follows its schedule" in world.said
+
+
+def test_what_a_person_reported_as_made_makes_nothing_again(chain: World) -> None:
+    for name in ("a", "b"):
+        chain.instance.report_runless_asset_event(dg.AssetMaterialization(name))
+    assert chain.settle_by_sweeps() == []
+    chain.change("a", "2")
+    assert chain.settle_by_sweeps() == [["b"], ["c"]]
+
+
 def test_a_failed_blocking_check_holds_it_back_until_it_passes(make_world: MakeWorld) -> None:
     world = make_world(checked="a", a="", b="a", c="b")
     world.run("a", "b", "c")
@@ -397,6 +423,18 @@ def test_a_failed_run_is_tried_once_more_and_not_for_ever(chain: World) -> None:
     sweep_and_work(chain, 10)
     assert chain.started == ["a", "b", "b"]
     assert "b: a changed, but it failed 2 times with these inputs" in chain.said
+
+
+def test_an_input_that_is_made_again_gives_what_failed_another_chance(chain: World) -> None:
+    chain.broken.add("b")
+    chain.change("a", "2")
+    sweep_and_work(chain, 6)
+    assert "it failed 2 times" in chain.said
+    chain.broken.clear()
+    chain.run("a")  # with the same content, as when its damaged table was written anew
+    sweep_and_work(chain, 6)
+    assert chain.stale() == []
+    assert chain.started == ["a", "b", "b", "a", "b", "c"]
 
 
 def test_policy_and_sweep_together_try_a_failed_run_once_more(chain: World) -> None:
