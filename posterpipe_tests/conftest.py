@@ -83,8 +83,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the whole come first, those of parts later: a worker that begins the longest file
-    last would work on it alone while the others are done. Slow ones that say how long they take
-    (`slow(minutes=60)`) come after the rest: within a `--budget` one of them would leave out many."""
+    last would work on it alone while the others are done.
+
+    Slow ones that say how long they take (`slow(minutes=60)`) come after the rest: within a
+    `--budget` one of them would leave out many.
+    """
     items.sort(key=lambda item: (_minutes(item), item.path.parent != _HERE))
 
 
