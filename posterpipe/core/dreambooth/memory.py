@@ -85,6 +85,8 @@ def advice(
     parameters: how many each model has, by its folder. Takes one measure after the other, those
     that cost the least first, until the models leave enough room for images.
     """
+    if settings.halve_batch_on_out_of_memory and processes == 1:  # divided by itself, down to 1
+        settings = settings.model_copy(update={"train_batch_size": 1})
     fitting, words = settings, list[str]()
     for change, in_words in _measures(settings, processes):
         fitting = fitting.model_copy(update=change)

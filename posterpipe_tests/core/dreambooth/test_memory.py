@@ -64,6 +64,20 @@ def test_several_processes_are_not_told_to_halve_a_batch() -> None:
     assert "train_batch_size = 1" in several and "halve_batch_on_out_of_memory" not in several
 
 
+def test_a_batch_that_was_halved_down_to_one_is_not_advised_again() -> None:
+    halving = TrainingSettings(
+        train_batch_size=4, optimizer="adamw", halve_batch_on_out_of_memory=True
+    )
+    words = advice(halving, SD21, gib=80.0)
+    assert "batch" not in words and "gradient_checkpointing = true" in words
+    fitting = halving.model_copy(update={"gradient_checkpointing": True})
+    assert 'optimizer = "adamw_8bit"' in advice(fitting, SD21, gib=80.0)
+    least = fitting.model_copy(update={"method": "lora", "train_text_encoder": False})
+    assert "train on smaller images, or on a larger device" in advice(least, SD21, gib=80.0)
+    # Of several processes none halves its batch.
+    assert "train_batch_size = 1" in advice(halving, SD21, gib=80.0, processes=2)
+
+
 def test_where_the_words_can_mean_something_else_they_are_told(make_config: MakeConfig) -> None:
     words = "GET was unable to find an engine to execute this computation"
     with (
