@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(ge=1)]
@@ -23,10 +23,19 @@ def no_bool_for_a_number(cls: type[BaseModel], value: Any, field: ValidationInfo
     return value
 
 
+def none_by_its_word(cls: type[BaseModel], value: Any, field: ValidationInfo) -> Any:
+    """None for the word `none` where a setting may be that and is no text: TOML and variables have
+    nothing else for it."""
+    kinds = get_args(cls.model_fields[str(field.field_name)].annotation)
+    may_be_none = type(None) in kinds and not {str, SecretStr}.intersection(kinds)
+    return None if value == "none" and may_be_none else value
+
+
 class Group(BaseModel):
     """A group of settings: unknown names are refused, and true and false where a number is due;
-    values never change after loading."""
+    `none` is a value of those that may be none; values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     _no_bool_for_a_number = field_validator("*", mode="before")(no_bool_for_a_number)
+    _none_by_its_word = field_validator("*", mode="before")(none_by_its_word)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from posterpipe.core.posters.listing import open_place
 from posterpipe.setting_types import Group
+from posterpipe.setting_words import values_of
 from posterpipe.settings import (
     PROFILES,
     ModelRef,
@@ -169,6 +170,35 @@ def test_numbers_and_switches_may_be_written_as_text(monkeypatch: pytest.MonkeyP
     settings = load_settings()
     assert settings.training.max_train_steps == 7
     assert settings.training.compile is True and settings.sampler.vae_slicing is True
+
+
+OPTIONAL = [
+    name
+    for name, field in TrainingSettings.model_fields.items()
+    if values_of(field.annotation).endswith("or none")
+]
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_a_setting_of_the_training_that_may_be_none_is_so_by_that_word(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setenv(f"POSTERPIPE_TRAINING__{name.upper()}", "none")
+    assert getattr(load_settings().training, name) is None
+    monkeypatch.undo()
+    mine = tmp_path / "mine.toml"
+    starter = re.sub(f"^{name} = .*\n", "", profile_path("starter").read_text("utf-8"), flags=re.M)
+    mine.write_text(starter.replace("[training]\n", f'[training]\n{name} = "none"\n'))
+    assert getattr(load_settings(str(mine)).training, name) is None
+
+
+def test_none_is_a_word_where_a_setting_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ModelRef(id="owner/name", revision="none").revision == "none"
+    assert TrainingSettings(class_prompt="none").class_prompt == "none"
+    monkeypatch.setenv("POSTERPIPE_SAMPLER__VAE_SLICING", "none")
+    assert load_settings().sampler.vae_slicing is None
+    with pytest.raises(ValidationError, match="max_train_steps"):
+        TrainingSettings.model_validate({"max_train_steps": "none"})
 
 
 def test_all_wrong_settings_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ class RunConfig(BaseModel):
 
     def to_toml(self, path: Path) -> Path:
         """Writes the config, atomically, and returns `path`; `from_toml` reads it back equal."""
-        lines = _toml_lines(self.model_dump(mode="json", exclude_none=True))
+        lines = _toml_lines(_toml_values(self))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, ("\n".join(lines) + "\n").encode())
         return path
@@ -225,6 +225,21 @@ def hash_files(folder: Path, *patterns: str, named: Iterable[Path] = ()) -> str:
         name = path.relative_to(folder).as_posix()
         digest.update(f"{name}\0{sha256_of(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _toml_values(model: BaseModel) -> dict[str, Any]:
+    """The model's values without null, which TOML does not have: where a field is none by default
+    it is left out, where another value is the default it is the word."""
+    values = model.model_dump(mode="json")
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            values[name] = _toml_values(value)
+        elif value is None and field.default is None:
+            del values[name]
+        elif value is None:
+            values[name] = "none"
+    return values
 
 
 def _toml_lines(values: Mapping[str, Any], table: str = "") -> list[str]:

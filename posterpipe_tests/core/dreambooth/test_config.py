@@ -30,6 +30,7 @@ def test_toml_gives_the_same_config_back(make_config: MakeConfig, tmp_path: Path
         snr_gamma=5.0,
         seed=-3,
         max_grad_norm=math.inf,
+        holdout_every_steps=None,
         sample_prompts=('a "cat"', "a \u00fc"),
     )
     path = config.to_toml(tmp_path / "new" / "run.toml")
