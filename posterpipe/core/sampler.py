@@ -45,6 +45,10 @@ _CACHED_TEXTS = 256
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
+ZERO_TERMINAL_SNR = "zero_terminal_snr"
+"""In the header of LoRA weights, "true" where they were trained on a noise schedule that ends in
+pure noise; there is no scheduler's config beside them that could say so."""
+
 MOST_AT_ONCE = 64
 """Images that a batch found by trial holds at most: beyond, a GPU gains nothing more."""
 
@@ -124,8 +128,9 @@ class Sampler:
     prediction type and the noise schedule come from the model's scheduler config. `model_dir` may
     also hold LoRA weights alone (`pytorch_lora_weights.safetensors`); then `base_dir` is the model
     that they belong to, and they are added to it in fp32 whatever the precision is: what they
-    change is often less than the last digit of a short number. Only safetensors are read, and no
-    safety checker is loaded. `model_id` is the name that goes into the images. Raises ModelMissing.
+    change is often less than the last digit of a short number. Its noise schedule then ends in pure
+    noise where their header says so (`ZERO_TERMINAL_SNR`). Only safetensors are read, and no safety
+    checker is loaded. `model_id` is the name that goes into the images. Raises ModelMissing.
     """
 
     def __init__(
@@ -190,7 +195,8 @@ class Sampler:
         self._predict: Any = (
             torch.compile(self.unet, dynamic=False) if settings.compile else self.unet
         )
-        self.scheduler = make_scheduler(folder, settings.scheduler)
+        to_noise = lora is not None and _trained_to_pure_noise(lora)
+        self.scheduler = make_scheduler(folder, settings.scheduler, zero_terminal_snr=to_noise)
         shrink = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.latent_shape = (
             int(self.unet.config.in_channels),
@@ -436,6 +442,13 @@ def lora_weights(model_dir: Path) -> Path | None:
     weights = Path(model_dir) / LORA_WEIGHTS
     whole = (Path(model_dir) / "model_index.json").is_file()
     return weights if weights.is_file() and not whole else None
+
+
+def _trained_to_pure_noise(lora: Path) -> bool:
+    from safetensors import safe_open
+
+    with safe_open(lora, framework="pt") as file:
+        return (file.metadata() or {}).get(ZERO_TERMINAL_SNR) == "true"
 
 
 def _model(model_dir: Path) -> Path:

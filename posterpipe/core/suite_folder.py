@@ -18,6 +18,7 @@ from posterpipe.core.files import write_atomic
 from posterpipe.core.gallery import grid
 from posterpipe.core.generations import generate
 from posterpipe.core.models import (
+    ModelMissing,
     directory_fingerprint,
     fingerprint,
     joint_fingerprint,
@@ -25,7 +26,7 @@ from posterpipe.core.models import (
 )
 from posterpipe.core.progress import Progress
 from posterpipe.core.prompts import Prompt
-from posterpipe.core.sampler import lora_weights
+from posterpipe.core.sampler import LORA_WEIGHTS, lora_weights
 from posterpipe.core.store import Store
 from posterpipe.core.variants import OF_TUNED
 from posterpipe.settings import ModelRef, SamplerSettings
@@ -54,10 +55,17 @@ def find_model(ref: ModelRef, base: ModelRef, root: Path) -> AnyModel:
 
     Relative directories start at `root`. Raises ModelMissing.
     """
+    from posterpipe.core.dreambooth.lora import KOHYA_NAME  # it imports torch
+
     folder = root / Path(ref.id).expanduser()
     if folder.is_dir() and lora_weights(folder) is not None:
         both = (directory_fingerprint(folder), fingerprint(base, root))
         return AnyModel(folder, joint_fingerprint(both), locate(base, root))
+    if [path.name for path in folder.glob("*.safetensors")] == [KOHYA_NAME]:
+        raise ModelMissing(
+            f"{folder}: {KOHYA_NAME} has the names of kohya's scripts, which are not read; give "
+            f"the folder {LORA_WEIGHTS}, which the training wrote beside it"
+        )
     return AnyModel(locate(ref, root), fingerprint(ref, root))
 
 

@@ -97,6 +97,16 @@ def test_lora_weights_for_another_kind_of_model_are_refused(
         drawn(tmp_path / "images", store, found(folder, model_dir))
 
 
+def test_lora_weights_in_kohyas_naming_are_refused_with_the_file_that_is_read(
+    tmp_path: Path, model_dir: Path
+) -> None:
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    save_file({"lora_unet_x.alpha": torch.ones(())}, folder / "kohya_lora.safetensors")
+    with pytest.raises(ModelMissing, match=rf"alone.*kohya.*not read.*{LORA_WEIGHTS}"):
+        found(folder, model_dir)
+
+
 def test_damaged_lora_weights_are_named(store: Store, model_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cut"
     folder.mkdir()

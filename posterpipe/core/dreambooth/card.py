@@ -75,6 +75,14 @@ def card(config: RunConfig, record: Mapping[str, Any], folder: Path) -> str:
             f"that follow them there is `{KOHYA_NAME}`.",
             "",
         ]
+    if settings.method == "lora" and settings.zero_terminal_snr:
+        lines += [
+            "The noise schedule ended in pure noise (zero terminal SNR). On the base model that is "
+            "to be set: `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, "
+            'rescale_betas_zero_snr=True, timestep_spacing="trailing")`, or what other programs '
+            "have for it.",
+            "",
+        ]
     lines += ["## Curves", "", f"![Loss over the steps]({PICTURE_NAME})", ""]
     lines += [f"Smoothed loss at the end: {record['final_loss']:.4f}. {_holdout(record)}"]
     lines += [f"All numbers are in `{METRICS_NAME}`.", ""]

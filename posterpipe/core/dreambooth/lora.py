@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.sampler import LORA_WEIGHTS, ZERO_TERMINAL_SNR
 from posterpipe.training_settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -97,7 +99,8 @@ def write_lora(folder: Path, models: Mapping[str, nn.Module], settings: Training
     """Writes pytorch_lora_weights.safetensors, which `pipeline.load_lora_weights(folder)` reads,
     and `KOHYA_NAME`, the same for kohya's scripts and the interfaces that follow them.
 
-    Rank and alpha are in both, for each model.
+    Rank and alpha are in both, for each model; in the header of the first, for whoever draws, that
+    it was trained with `zero_terminal_snr`.
     """
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
@@ -111,9 +114,18 @@ def write_lora(folder: Path, models: Mapping[str, nn.Module], settings: Training
     StableDiffusionLoraLoaderMixin.save_lora_weights(
         str(folder), safe_serialization=True, **arguments
     )
+    if settings.zero_terminal_snr:
+        _add_to_header(folder / LORA_WEIGHTS, {ZERO_TERMINAL_SNR: "true"})
     # Without metadata: AUTOMATIC1111's interface takes a file that has any, but not kohya's, for
     # one of Stable Diffusion 1.
     save_file(for_kohya, folder / KOHYA_NAME)
+
+
+def _add_to_header(path: Path, words: Mapping[str, str]) -> None:
+    """diffusers writes no words of others there, and passes over them where it reads."""
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    save_file(load(path.read_bytes()), path, {**header, **words})
 
 
 def _state(name: str, model: nn.Module) -> dict[str, Tensor]:

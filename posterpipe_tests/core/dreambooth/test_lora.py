@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from posterpipe.core.dreambooth.base_model import load_text_encoder, load_unet
+from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.lora import KOHYA_NAME, add_lora, lora_deltas
 from posterpipe.core.dreambooth.train import train
-from posterpipe.core.sampler import LORA_WEIGHTS, Sampler
+from posterpipe.core.sampler import LORA_WEIGHTS, ImageRequest, Sampler
 from posterpipe.settings import SamplerSettings
 from posterpipe.training_settings import TrainingSettings
 from posterpipe_tests.core.dreambooth.conftest import (
@@ -46,6 +49,11 @@ def image_of(folder: Path, lora: Path | None = None, name: str | None = None) ->
         generator=torch.Generator().manual_seed(1),
     ).images[0]
     return np.asarray(image, dtype=int)
+
+
+def small_files_of(config: RunConfig) -> Path:
+    """The folder of the LoRA files alone after the first step."""
+    return config.output_dir / "exports" / "step-00000001"
 
 
 def test_diffusers_loads_it_on_the_base_model_and_draws_what_the_merged_one_draws(
@@ -125,6 +133,40 @@ def test_diffusers_and_the_sampler_load_it_into_the_text_encoder_as_well(
     assert way > 0.05 and error < way / 20
     sampler = Sampler(lora, SamplerSettings(), model_id="x", base_dir=base_model)
     assert (says(loaded) - says(sampler)).abs().max() < way / 20
+
+
+def test_the_small_file_alone_is_drawn_on_the_noise_schedule_that_it_was_trained_on(
+    make_config: MakeConfig, base_model: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(base_model, tmp_path / "linear"))  # whose end is not pure noise
+    schedule = base / "scheduler" / "scheduler_config.json"
+    linear = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    schedule.write_text(json.dumps({**json.loads(schedule.read_text()), **linear}))
+    parts = {"base_model": base}
+    settings = {**LORA, "max_train_steps": 1, "export_every_steps": 1}
+    request = [ImageRequest("a red rocket", "blue", 1)]
+
+    def sampler_of(folder: Path) -> Sampler:
+        quick = SamplerSettings(num_inference_steps=3, width=32, height=48)
+        return Sampler(folder, quick, model_id="x", base_dir=base)
+
+    ends = []
+    for to_noise in (False, True):
+        config = make_config(f"{to_noise}", parts=parts, **settings, zero_terminal_snr=to_noise)
+        train(config)
+        whole, small = sampler_of(config.output_dir), sampler_of(small_files_of(config))
+        assert torch.equal(small.scheduler.alphas_cumprod, whole.scheduler.alphas_cumprod)
+        ends.append(float(small.scheduler.alphas_cumprod[-1]))
+        drawn = (np.asarray(sampler(request)[0], dtype=int) for sampler in (whole, small))
+        # The merged weights are rounded to the fp16 of the base model's files.
+        assert np.abs(next(drawn) - next(drawn)).max() <= 2
+        # Others read it as before: diffusers both matrices, kohya's scripts a file without a word.
+        image_of(base, small_files_of(config))
+        with safe_open(small_files_of(config) / KOHYA_NAME, framework="pt") as file:
+            assert file.metadata() is None
+        card = (config.output_dir / "README.md").read_text()
+        assert ("rescale_betas_zero_snr=True" in card) == to_noise
+    assert ends[0] > 1e-3 > ends[1]
 
 
 @pytest.mark.parametrize(
