@@ -45,6 +45,8 @@ RAISED_FOR: dict[str, tuple[object, dict[str, int]]] = {
         {"tuned_generations": 2, "champion_generations": 2},
     ),
     "dreambooth.config.TRAINER_VERSION": ("3", {"dreambooth_checkpoint": 3}),
+    # Part of the settings that decide a checkpoint, and so of the code version.
+    "dreambooth.effects.FROZEN_LORA_VERSION": ("texts in fp32", {"dreambooth_checkpoint": 3}),
     "dreambooth.latents._LATENTS_VERSION": (3, {"dreambooth_checkpoint": 3}),
     "dreambooth.texts._EMBEDDINGS_VERSION": (1, {"dreambooth_checkpoint": 3}),
     "typography.titled.TYPOGRAPHY_VERSION": (4, {"titled_posters": 3, "legibility_scores": 3}),

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from posterpipe.core.dreambooth.base_model import disk_dtype, load_text_encoder, load_unet
 from posterpipe.core.dreambooth.card import CARD_NAME, write_card
 from posterpipe.core.dreambooth.config import MODEL_PARTS, TRAINER_VERSION, RunConfig, Versions
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.guards import only_writer_of, writing
-from posterpipe.core.dreambooth.lora import lora_deltas, write_lora
+from posterpipe.core.dreambooth.lora import merge_lora, write_lora
 from posterpipe.core.dreambooth.reports import (
     METRICS_NAME,
     PICTURE_NAME,
@@ -78,7 +78,7 @@ def write_checkpoint(
         write_lora(temporary, trained, config.training)
     for name, model in trained.items():
         if config.training.method == "lora":
-            model = _merged(name, config.base_model, lora_deltas(model))
+            model = merge_lora(_LOADERS[name](config.base_model), model)
         _write_model(model, temporary / name, disk_dtype(config.base_model))
     write_metrics(temporary / METRICS_NAME, journal)
     draw_curves(temporary / PICTURE_NAME, journal)
@@ -214,15 +214,6 @@ def _is_empty(folder: Path) -> bool:
         return not folder.is_symlink() and next(folder.iterdir(), None) is None
     except OSError:
         return False
-
-
-@torch.no_grad()
-def _merged(name: str, base_model: Path, deltas: Mapping[str, Tensor]) -> nn.Module:
-    """The base model's own weights, in fp32, with what LoRA adds to them."""
-    model: nn.Module = _LOADERS[name](base_model)
-    for key, delta in deltas.items():
-        model.get_parameter(key).add_(delta)
-    return model
 
 
 def _write_model(model: Any, folder: Path, dtype: torch.dtype) -> None:

@@ -30,18 +30,33 @@ WATCHING = frozenset(
 # Younger than the first checkpoints, whose names stay as they were where these are off.
 _LATER = frozenset({"tf32", "compile_blocks"})
 
+FROZEN_LORA_VERSION = "texts in fp32"
+"""Changed when a text encoder with LoRA in bf16 or fp16, once it has stopped learning, would say
+something else."""
+
+
+def freezes_short_lora(training: TrainingSettings) -> bool:
+    """Whether a text encoder with LoRA in bf16 or fp16 stops learning before the run ends."""
+    stop = training.text_encoder_stop_step if training.train_text_encoder else None
+    short = training.method == "lora" and training.mixed_precision != "fp32"
+    return short and stop is not None and stop < training.max_train_steps
+
 
 def deciding(training: TrainingSettings) -> dict[str, Any]:
     """The settings that may decide a weight, as JSON values.
 
     One that has no effect beside the others is as if nobody had given it: a LoRA's rank does not
-    tell two full trainings apart.
+    tell two full trainings apart. `frozen_lora` is no setting: it tells weights of before a mend
+    apart, where the settings are those that it mends.
     """
     fields = TrainingSettings.model_fields
     unused = {name: fields[name].default for name in idle(training)}
     in_use = training.model_copy(update=unused)
     off = {name for name in _LATER if getattr(in_use, name) == fields[name].default}
-    return in_use.model_dump(mode="json", exclude=set(WATCHING) | off)
+    values = in_use.model_dump(mode="json", exclude=set(WATCHING) | off)
+    if freezes_short_lora(training):
+        values["frozen_lora"] = FROZEN_LORA_VERSION
+    return values
 
 
 def idle(training: TrainingSettings) -> dict[str, str]:

@@ -24,8 +24,9 @@ from posterpipe.core.dreambooth import objective
 from posterpipe.core.dreambooth.base_model import load_text_encoder, load_unet
 from posterpipe.core.dreambooth.batches import Batch
 from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.effects import freezes_short_lora
 from posterpipe.core.dreambooth.errors import TrainingError
-from posterpipe.core.dreambooth.lora import add_lora
+from posterpipe.core.dreambooth.lora import add_lora, merge_lora
 from posterpipe.core.dreambooth.optimizers import InMemoryOrder, MovingAverage, make_optimizer
 from posterpipe.core.dreambooth.saves import Save, pack, unpack
 from posterpipe.core.dreambooth.texts import FrozenTexts, Tokens, TrainedTexts, encoder_key
@@ -135,14 +136,14 @@ class Learner:
         tokens_of = Tokens(config.base_model)
         for remark in length_remarks(tokens_of, texts):
             log(remark)
+        # An encoder of its own then says them, which captions that stay the same need but once.
+        once = freezes_short_lora(self.settings) and not self.settings.caption_shuffling
         frozen = FrozenTexts(
-            lambda: (
-                self.models.get("text_encoder")
-                or load_text_encoder(config.base_model).to(self.device)
-            ),
+            lambda: self._text_encoder_in_fp32(config.base_model),
             tokens_of,
             self.device,
             self._dtype,
+            expected=sorted({"", *texts}) if once else (),
         )
         if self.settings.train_text_encoder:
             # What is measured and drawn goes through the model itself: copies are for training.
@@ -156,6 +157,17 @@ class Learner:
                 key = encoder_key(config.base_model)
                 frozen.learn(sorted({"", *texts}), config.cache, key, log=log)
         return frozen, frozen, frozen
+
+    def _text_encoder_in_fp32(self, base_model: Path) -> nn.Module:
+        """The text encoder as it is now, on the device: that in training, or where LoRA has frozen
+        weights of a short precision there, another one that has it merged."""
+        trained = self.models.get("text_encoder")
+        if trained is not None and not freezes_short_lora(self.settings):
+            return trained
+        encoder: nn.Module = load_text_encoder(base_model)
+        if trained is not None:
+            encoder = merge_lora(encoder, trained)
+        return encoder.to(self.device)
 
     # -- learning ---------------------------------------------------------------------------------
 

@@ -95,6 +95,15 @@ def lora_deltas(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()
+def merge_lora(base: nn.Module, trained: nn.Module) -> nn.Module:
+    """Adds to the base model's own weights, in fp32 on the CPU, what LoRA adds to them in
+    `trained`; returns it."""
+    for name, delta in lora_deltas(trained).items():
+        base.get_parameter(name).add_(delta)
+    return base
+
+
 def write_lora(folder: Path, models: Mapping[str, nn.Module], settings: TrainingSettings) -> None:
     """Writes pytorch_lora_weights.safetensors, which `pipeline.load_lora_weights(folder)` reads,
     and `KOHYA_NAME`, the same for kohya's scripts and the interfaces that follow them.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from posterpipe.core.devices import give_memory_back
 from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.effects import freezes_short_lora
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.memory import doubt, is_out_of_memory
 from posterpipe.training_settings import TrainingSettings
@@ -108,9 +109,9 @@ def models_gib(settings: TrainingSettings, parameters: Mapping[str, int]) -> flo
     """What weights, gradients, optimizer states and average take, images not counted.
 
     Trained weights and their gradients are fp32, Adam's two states 4 bytes each or 1 with 8-bit
-    Adam; autocast holds short copies of the weights. A text encoder that is not trained goes once
-    it has read all captions; shuffled ones never end, so it stays then, in fp32. LoRA's own
-    matrices are left out: hundredths.
+    Adam; autocast holds short copies of the weights. A text encoder that is not trained, or beside
+    LoRA in a short precision no longer is, goes once it has read all captions; shuffled ones never
+    end, so it stays then, in fp32. LoRA's own matrices are left out: hundredths.
     """
     names = ["unet", "text_encoder"] if settings.train_text_encoder else ["unet"]
     short = 0 if settings.mixed_precision == "fp32" else 2
@@ -120,7 +121,8 @@ def models_gib(settings: TrainingSettings, parameters: Mapping[str, int]) -> flo
         states = 2 if settings.optimizer == "adamw_8bit" else 8
         each = 4 + 4 + states + short + (4 if settings.ema_decay is not None else 0)
     trained = each * sum(parameters[name] for name in names)
-    stays = settings.caption_shuffling and not settings.train_text_encoder
+    frozen_beside = freezes_short_lora(settings) or not settings.train_text_encoder
+    stays = settings.caption_shuffling and frozen_beside
     frozen = 4 * parameters["text_encoder"] if stays else 0
     return (trained + frozen) / 2**30
 

@@ -7,7 +7,7 @@ does not: which caption is trained when (`draws`), files and keys in general (`c
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -84,7 +84,8 @@ class FrozenTexts:
 
     Each text alone: how a batch is made up shows in the last digits, and a resumed run has to see
     the same ones. `load` gives the encoder, in fp32 on `device`; it is not called while all texts
-    are known. dtype: of the answers, the type in which the U-Net computes.
+    are known. dtype: of the answers, the type in which the U-Net computes. expected: texts that are
+    all made known when the first one is asked for, after which the encoder is let go of.
     """
 
     def __init__(
@@ -93,16 +94,21 @@ class FrozenTexts:
         tokens_of: Tokens,
         device: torch.device,
         dtype: torch.dtype,
+        expected: Collection[str] = (),
     ) -> None:
         self._load = load
         self._tokens_of = tokens_of
         self._device = device
         self._dtype = dtype
+        self._expected = expected
         self._encoder: nn.Module | None = None
         self._known: dict[str, Tensor] = {}
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Hidden states (texts, tokens, width) on the device, without gradients."""
+        if self._expected:
+            self._known = {text: self._compute(text) for text in self._expected}
+            self._expected, self._encoder = (), None
         states = []
         for text in texts:
             state = self._known.get(text)
@@ -139,10 +145,10 @@ class FrozenTexts:
 
     @torch.no_grad()
     def _compute(self, text: str) -> Tensor:
-        if self._encoder is None:
-            self._encoder = self._load()
-        self._encoder.eval()
         with whole_fp32(), torch.autocast(self._device.type, enabled=False):
+            if self._encoder is None:
+                self._encoder = self._load()
+            self._encoder.eval()
             state = self._encoder(self._tokens_of([text]).to(self._device))[0][0]
         return state.to(self._dtype).cpu()
 

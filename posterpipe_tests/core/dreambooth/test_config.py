@@ -145,6 +145,29 @@ def test_the_profiles_make_the_checkpoints_that_they_made_before(make_config: Ma
         assert make_config(parts=parts).checkpoint_id(VERSIONS) == name, profile
 
 
+def test_only_lora_that_stops_a_short_text_encoder_makes_another_checkpoint_than_before(
+    make_config: MakeConfig,
+) -> None:
+    lora = {"method": "lora", "mixed_precision": "bf16"}
+    before = {
+        "stops": "5c461d10595677c7",
+        "in fp32": "6864115505b35758",
+        "in full": "efd4a196d32cbba0",
+        "never stops": "fa1449b4fe113817",
+        "ends before": "becc127d06b9db4b",
+    }
+    made = {
+        "stops": make_config(**lora, text_encoder_stop_step=2),
+        "in fp32": make_config(method="lora", text_encoder_stop_step=2),
+        "in full": make_config(mixed_precision="bf16", text_encoder_stop_step=2),
+        "never stops": make_config(**lora),
+        "ends before": make_config(**lora, text_encoder_stop_step=4, max_train_steps=4),
+    }
+    ids = {name: config.checkpoint_id(VERSIONS) for name, config in made.items()}
+    assert ids.pop("stops") != before.pop("stops")
+    assert ids == before
+
+
 def test_class_images_and_held_out_posters_count_only_where_they_decide(
     make_config: MakeConfig,
 ) -> None:

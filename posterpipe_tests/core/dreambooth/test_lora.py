@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from posterpipe.core.dreambooth.base_model import load_text_encoder, load_unet
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.lora import KOHYA_NAME, add_lora, lora_deltas
+from posterpipe.core.dreambooth.texts import FrozenTexts, Tokens
 from posterpipe.core.dreambooth.train import train
 from posterpipe.core.sampler import LORA_WEIGHTS, ImageRequest, Sampler
 from posterpipe.settings import SamplerSettings
@@ -30,6 +33,7 @@ from posterpipe_tests.core.dreambooth.conftest import (
     text_weights,
     unet_weights,
 )
+from posterpipe_tests.models import build_tiny_stable_diffusion
 
 LORA = {"method": "lora", "lora_rank": 4, "lora_alpha": 2.0, "learning_rate": 1e-2}
 
@@ -231,8 +235,10 @@ def test_only_the_named_layers_change(make_config: MakeConfig, base_model: Path)
     assert all(4 in value.shape for value in small.values())
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(make_config: MakeConfig) -> None:
+@pytest.mark.parametrize("stop", [None, 3, 5], ids=lambda stop: f"text encoder until {stop}")
+def test_a_stopped_run_goes_on_to_the_same_bits(make_config: MakeConfig, stop: int | None) -> None:
     settings = {**LORA, "max_train_steps": 6, "save_every_steps": 2, "mixed_precision": "bf16"}
+    settings["text_encoder_stop_step"] = stop
     whole, cut = make_config("whole", **settings), make_config("cut", **settings)
     uninterrupted = train(whole)
     with pytest.raises(KeyboardInterrupt):
@@ -245,6 +251,56 @@ def test_a_stopped_run_goes_on_to_the_same_bits(make_config: MakeConfig) -> None
     assert losses(resumed) == losses(uninterrupted)
     assert equal(unet_weights(whole.output_dir), unet_weights(cut.output_dir))
     assert equal(text_weights(whole.output_dir), text_weights(cut.output_dir))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_text_encoder_that_never_learns_speaks_as_one_that_is_not_trained(
+    make_config: MakeConfig, precision: str
+) -> None:
+    settings = {**LORA, "mixed_precision": precision}
+    never = make_config("never", **settings, text_encoder_stop_step=0)
+    untrained = make_config("untrained", **settings, train_text_encoder=False)
+    assert losses(train(never)) == losses(train(untrained))
+    assert equal(unet_weights(never.output_dir), unet_weights(untrained.output_dir))
+
+
+@pytest.mark.parametrize("shuffling", [False, True], ids=["fixed captions", "shuffled ones"])
+def test_a_text_encoder_that_has_stopped_speaks_in_fp32_as_the_finished_one_does(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffling: bool
+) -> None:
+    base = build_tiny_stable_diffusion(tmp_path / "base", precision="fp32")
+    said: dict[str, torch.Tensor] = {}
+    encoders: list[weakref.ref[Any]] = []
+    left: list[int] = []
+    speak = FrozenTexts.__call__
+
+    def listened_to(texts: FrozenTexts, asked: Sequence[str]) -> torch.Tensor:
+        answers = speak(texts, asked)
+        said.update(zip(asked, answers, strict=True))
+        left.append(sum(encoder() is not None for encoder in encoders))
+        return answers
+
+    def load(folder: Path) -> Any:
+        encoder = load_text_encoder(folder)
+        encoders.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr(FrozenTexts, "__call__", listened_to)
+    monkeypatch.setattr("posterpipe.core.dreambooth.learner.load_text_encoder", load)
+    settings = {**LORA, "mixed_precision": "bf16", "caption_shuffling": shuffling}
+    config = make_config(parts={"base_model": base}, **settings, text_encoder_stop_step=2)
+    train(config)
+    finished = FrozenTexts(
+        lambda: load_text_encoder(config.output_dir),
+        Tokens(base),
+        torch.device("cpu"),
+        torch.bfloat16,
+    )
+    assert said and all(
+        torch.equal(answer, speak(finished, [text])[0]) for text, answer in said.items()
+    )
+    # Beside the one in training, one that goes as soon as it has spoken all that will be asked.
+    assert set(left) == ({2} if shuffling else {1}) and len(encoders) == 2
 
 
 def test_models_from_the_middle_of_a_run_are_the_small_files(make_config: MakeConfig) -> None:
