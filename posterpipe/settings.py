@@ -12,7 +12,6 @@ path. Environment variables win over the profile: `POSTERPIPE_TRAINING__MAX_TRAI
 from __future__ import annotations
 
 import itertools
-import os
 import tomllib
 from pathlib import Path
 from string import Formatter
@@ -31,7 +30,15 @@ from pydantic_settings.exceptions import SettingsError as VariableError
 
 from posterpipe.setting_types import Group, Positive, Precision, Share, no_bool_for_a_number
 from posterpipe.training_settings import TrainingSettings
-from posterpipe.variables import PREFIX, is_told, malformed_variables, problem, unknown_variables
+from posterpipe.variables import (
+    PREFIX,
+    is_told,
+    malformed_variables,
+    problem,
+    ragged_paths,
+    unknown_variables,
+    value_of,
+)
 
 PROFILES = Path(__file__).parent / "profiles"
 
@@ -603,18 +610,19 @@ def load_settings(profile: str | None = None, **overrides: Any) -> Settings:
     `overrides` are top-level settings that win over the profile's; environment variables win
     over both. Raises SettingsError with every wrong setting named.
     """
-    name = profile or os.environ.get("POSTERPIPE_PROFILE") or "starter"
+    name = profile or value_of("POSTERPIPE_PROFILE") or "starter"
     path = profile_path(name)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # as Windows' editors write it
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: not valid TOML: {error}; mend that line") from error
     unknown = unknown_variables(Settings)
+    wrong = [*unknown.values(), *ragged_paths(Settings)]
     try:
-        settings = Settings(**{**values, "profile": name, **overrides})
+        settings = Settings(**{**values, **overrides})
     except VariableError as error:
         malformed = malformed_variables(Settings) or [str(error)]
-        raise SettingsError("; ".join([*unknown.values(), *malformed])) from error
+        raise SettingsError("; ".join([*wrong, *malformed])) from error
     except ValidationError as error:
         problems = [
             problem(Settings, item["loc"], item["msg"])
@@ -622,9 +630,8 @@ def load_settings(profile: str | None = None, **overrides: Any) -> Settings:
             if not (item["type"] == "extra_forbidden" and is_told(item["loc"], unknown))
         ]
         found = f"{path} (with {PREFIX}* variables): {'; '.join(problems)}; correct it there"
-        raise SettingsError(
-            "; ".join([*unknown.values(), *([found] if problems else [])])
-        ) from error
-    if unknown:
-        raise SettingsError("; ".join(unknown.values()))
-    return settings
+        raise SettingsError("; ".join([*wrong, *([found] if problems else [])])) from error
+    if wrong:
+        raise SettingsError("; ".join(wrong))
+    # Whatever the variable says where another one was asked for.
+    return settings.model_copy(update={"profile": name})

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -29,6 +30,15 @@ OTHER_VARIABLES = (
 
 # Kubernetes and Docker give such variables to all containers beside a service called posterpipe.
 _OF_A_SERVICE = re.compile(r"POSTERPIPE_(SERVICE|PORT)(_.*)?")
+
+
+def value_of(variable: str) -> str:
+    """The value of a variable, whose name counts in small letters as well; "" where it is not set.
+
+    As pydantic has it for the settings themselves: of several, the last one that is not empty.
+    """
+    values = [value for name, value in os.environ.items() if name.upper() == variable and value]
+    return values[-1] if values else ""
 
 
 def is_told(place: tuple[int | str, ...], unknown: Iterable[str]) -> bool:
@@ -117,6 +127,18 @@ def malformed_variables(settings: type[BaseModel]) -> list[str]:
             except ValueError:
                 found.append(name.upper())
     return [_form(name, kinds[name]) for name in sorted(found)]
+
+
+def ragged_paths(settings: type[BaseModel]) -> list[str]:
+    """What is wrong with each path in a variable that has blanks or quotes around it: env files
+    keep them, and a folder of that name would be made."""
+    found = []
+    for name, kind in sorted(_variables(settings).items()):
+        value = value_of(name)
+        bare = re.sub(r"""^(["'])(.*)\1$""", r"\2", value.strip()).strip()
+        if Path in (kind, *get_args(kind)) and bare != value:
+            found.append(f"{name} is {value!r}: blanks or quotes around a path; write {bare}")
+    return found
 
 
 def _form(variable: str, kind: Any) -> str:

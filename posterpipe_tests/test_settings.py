@@ -91,13 +91,25 @@ def test_the_environment_wins_over_the_profile(monkeypatch: pytest.MonkeyPatch) 
     assert settings.captioner.model.id == "mine/captioner"
 
 
+def test_the_profile_is_the_one_that_was_loaded_however_its_variable_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("posterpipe_profile", "sd21")
+    for asked, name in ((None, "sd21"), ("starter", "starter")):
+        settings = load_settings(asked)
+        assert settings.profile == name
+        assert settings.base_model == load_settings(name).base_model
+        assert ("starter" in settings.base_model.id) == (name == "starter")
+
+
 def test_overrides_win_over_the_profile() -> None:
     assert load_settings("starter", store=Path("elsewhere")).store == Path("elsewhere")
 
 
 def test_a_profile_may_be_any_toml_file(tmp_path: Path) -> None:
     mine = tmp_path / "mine.toml"
-    mine.write_text((PROFILES / "starter.toml").read_text() + "\n", encoding="utf-8")
+    # With a byte order mark, as Windows' editors write it.
+    mine.write_text((PROFILES / "starter.toml").read_text() + "\n", encoding="utf-8-sig")
     assert load_settings(str(mine)).base_model == load_settings("starter").base_model
 
 
@@ -112,6 +124,9 @@ def test_broken_toml_names_file_and_line(tmp_path: Path) -> None:
     mine = tmp_path / "mine.toml"
     mine.write_text("[images\nwidth = 64\n")
     with pytest.raises(SettingsError, match=r"mine\.toml: not valid TOML: .*line 1"):
+        load_settings(str(mine))
+    mine.write_text("images = 64", encoding="utf-16")
+    with pytest.raises(SettingsError, match=r"mine\.toml: not valid TOML: .*utf-8"):
         load_settings(str(mine))
 
 
@@ -282,6 +297,19 @@ def test_a_list_or_group_that_is_written_wrongly_is_answered_with_a_form_that_wo
     example = re.search(rf"such as {name}='(.+?)'", str(caught.value))
     assert example is not None
     monkeypatch.setenv(name, example[1])
+    load_settings()
+
+
+@pytest.mark.parametrize(
+    "value", ["/data/store ", " /data/store", "/data/store\r", '"/data/store"']
+)
+def test_a_path_with_blanks_or_quotes_around_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("POSTERPIPE_STORE", value)
+    with pytest.raises(SettingsError, match=r"^POSTERPIPE_STORE is .*write /data/store$"):
+        load_settings()
+    monkeypatch.setenv("POSTERPIPE_STORE", "/data/the 'own'")
     load_settings()
 
 

@@ -130,7 +130,8 @@ class RunConfig(BaseModel):
     def from_toml(cls, path: Path) -> RunConfig:
         """Reads a config. Raises TrainingError with the file and every wrong key named."""
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            # As Windows' editors write it: with a mark at the beginning.
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
             return cls(**values)
         except OSError as error:
             raise TrainingError(

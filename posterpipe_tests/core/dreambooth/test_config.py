@@ -36,6 +36,8 @@ def test_toml_gives_the_same_config_back(make_config: MakeConfig, tmp_path: Path
     path = config.to_toml(tmp_path / "new" / "run.toml")
     assert RunConfig.from_toml(path) == config
     assert [p.name for p in path.parent.iterdir()] == ["run.toml"]
+    path.write_text(path.read_text("utf-8"), "utf-8-sig")  # as Windows' editors do
+    assert RunConfig.from_toml(path) == config
 
 
 @pytest.mark.parametrize(
