@@ -19,10 +19,17 @@ from posterpipe.core.dreambooth.guards import launched, stop_with_parent
 from posterpipe.core.dreambooth.launch import is_first_process, let_the_first_speak
 from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.progress import BarProgress
+from posterpipe.core.streams import lost_output_is_dropped, open_closed_streams
 
 
 def main() -> int:
-    """Runs one training; returns the exit status."""
+    """Runs one training; returns the exit status. It goes on when nobody takes its output."""
+    open_closed_streams()
+    with lost_output_is_dropped():
+        return _run()
+
+
+def _run() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m posterpipe.core.dreambooth",
         description="Fine-tune Stable Diffusion on a training set; a stopped run goes on.",

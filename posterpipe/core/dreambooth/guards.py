@@ -116,8 +116,8 @@ def wait_until_none_trains(folder: Path, seconds: float, *, besides: str | None)
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and Ctrl-C become a question the loop can ask between steps. A further Ctrl-C is a
-    KeyboardInterrupt as ever."""
+    """SIGTERM, Ctrl-C and the end of the terminal become a question the loop can ask between steps.
+    A further Ctrl-C is a KeyboardInterrupt as ever."""
     # No threading.Event: a second signal (a service's and the dying launcher's come together) may
     # be handled while the first is, and would wait for ever for the lock that `set` holds.
     asked = False
@@ -134,7 +134,10 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         first = min(first, now)
         asked = True
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    asking = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        asking.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in asking}
     try:
         yield lambda: asked
     finally:
