@@ -13,6 +13,12 @@ from typing import Annotated
 
 import typer
 
+from posterpipe.core.streams import (
+    lost_output_is_told,
+    open_closed_streams,
+    print_all_characters,
+)
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -243,8 +249,11 @@ def rollback(why: Why, who: Who = None) -> None:
 
 def main() -> None:
     """Run the command. Errors of posterpipe are one sentence and exit code 1."""
+    open_closed_streams()
+    print_all_characters()
     try:
-        app()
+        with lost_output_is_told():
+            app()
     except Exception as error:
         if not is_plain(error):
             raise

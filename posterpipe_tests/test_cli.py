@@ -75,6 +75,47 @@ def test_other_errors_keep_their_traceback() -> None:
     assert not cli.is_plain(ValueError("a bug"))
 
 
+@pytest.mark.parametrize(
+    ("script", "status", "said"),
+    [
+        ('"$@" gc >/dev/full', 1, "posterpipe: What was printed could not be written (No space"),
+        ('"$@" gc --help >/dev/full', 1, "posterpipe: What was printed could not be written (No"),
+        ('"$@" gc | true; exit "${PIPESTATUS[0]}"', 1, ""),
+        ('"$@" gc >&- 2>&-', 0, ""),
+        ('"$@" demo >&-', 1, "posterpipe: The model directory"),
+    ],
+)
+def test_output_that_is_lost_is_told_in_one_sentence_if_at_all(
+    tmp_path: Path, script: str, status: int, said: str
+) -> None:
+    command = [sys.executable, "-m", "posterpipe.cli"]
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *command],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "POSTERPIPE_STORE": str(tmp_path / "store"),
+            "POSTERPIPE_BASE_MODEL__ID": MISSING["id"],
+            "DAGSTER_HOME": str(tmp_path / "home"),
+        },
+        timeout=60,
+    )
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
+
+
+def test_what_an_output_cannot_spell_is_a_question_mark(tmp_path: Path) -> None:
+    store = tmp_path / "st\u00f6re \u2013"
+    place = {"POSTERPIPE_STORE": str(store), "PYTHONIOENCODING": "latin-1", "COLUMNS": "500"}
+    told = subprocess.run(
+        [sys.executable, "-m", "posterpipe.cli", "gc"],
+        capture_output=True,
+        env={**os.environ, **place},
+    )
+    assert told.returncode == 0 and str(tmp_path / "st\u00f6re ?").encode("latin-1") in told.stdout
+
+
 def states(settings: Settings) -> dict[str, doctor.Finding]:
     return {finding.subject: finding for finding in doctor.examine(settings)}
 
@@ -351,6 +392,9 @@ def test_the_champion_is_shown_pinned_and_rolled_back_by_command(
     assert read_mirrored_decisions(tmp_path)["decision_id"].tolist() == log["decision_id"].tolist()
     with pytest.raises(GateError, match="has not seen the checkpoint nobody"):
         run("pin", "nobody", "--why", "x")
+    for who, why in (("Ida", "b\udcff"), ("b\udcff", "it sells")):  # as Python has such bytes
+        with pytest.raises(GateError, match="no text in UTF-8"):
+            run("pin", "c0ff", "--why", why, "--who", who)
     # A reason is shown as it was written, and whole: what looks like markup, and long links.
     link = "https://tracker.example.org/posters/issues/1234567890-burnt-in-letters-of-every-poster"
     run("pin", "c0ff", "--why", f"[urgent] :boom: see [/ticket 12] and {link}")

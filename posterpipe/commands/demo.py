@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from posterpipe.core.streams import dropping
 from posterpipe.home import prepare_home
 from posterpipe.settings import Settings, load_settings
 
@@ -251,7 +252,8 @@ def _terminal(log: Path) -> Iterator[Console]:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
         try:
-            yield Console(file=output, highlight=False, emoji=False)
+            # A reader that goes ends no training.
+            yield Console(file=dropping(output), highlight=False, emoji=False)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -282,6 +282,13 @@ def _ordered(decisions: pd.DataFrame) -> pd.DataFrame:
 def _named(who: str, why: str) -> None:
     if not who.strip() or not why.strip():
         raise GateError("say who decides and why: both are kept in the log")
+    try:
+        (who + why).encode()
+    except UnicodeEncodeError as error:  # as Python has bytes of an argument that are no UTF-8
+        raise GateError(
+            "who decides and why have bytes that are no text in UTF-8: write them in a terminal "
+            "that is set to it"
+        ) from error
     if who.strip().casefold() == GATE:
         raise GateError(f"`{who}` is how the log calls the gate itself; give a name with --who")
 
