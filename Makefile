@@ -8,7 +8,11 @@ ONLY   ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-export DAGSTER_HOME ?= $(CURDIR)/.dagster
+# An empty one counts as not set: Dagster itself would keep its history in a temporary folder.
+ifeq ($(strip $(DAGSTER_HOME)),)
+override DAGSTER_HOME := $(CURDIR)/.dagster
+endif
+export DAGSTER_HOME
 export DAGSTER_DISABLE_TELEMETRY := 1
 export DBT_SEND_ANONYMOUS_USAGE_STATS := false
 

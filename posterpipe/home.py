@@ -19,12 +19,28 @@ _MARK = "# Written by posterpipe and renewed by it until something here is chang
 """The first line of what is written, with the digest of what follows."""
 
 
+class HomeError(Exception):
+    """Dagster cannot use a folder as its home. The message names it and says what to do."""
+
+
+def home_of(root: Path) -> Path:
+    """DAGSTER_HOME (default: `.dagster` in the root). Raises HomeError."""
+    home = Path(os.environ.get("DAGSTER_HOME") or root / ".dagster").resolve()
+    # Dagster writes the path into a URL as it is: history would come to lie elsewhere, or nowhere.
+    if re.search("[?]|%[0-9a-fA-F]{2}", str(home)):
+        raise HomeError(
+            f"{home}: Dagster cannot keep its history in a path with ? or with % and two digits; "
+            "set DAGSTER_HOME to a folder without these, or move the checkout"
+        )
+    return home
+
+
 def prepare_home(root: Path) -> Path:
-    """DAGSTER_HOME (default: `.dagster` in the root) with a dagster.yaml in it.
+    """The home with a dagster.yaml in it. Raises HomeError.
 
     One that is there and is not as posterpipe wrote it stays, and a line on stderr says so.
     """
-    home = Path(os.environ.get("DAGSTER_HOME") or root / ".dagster").resolve()
+    home = home_of(root)
     home.mkdir(parents=True, exist_ok=True)
     os.environ["DAGSTER_HOME"] = str(home)
     source, target = root / "deploy" / "dagster.yaml", home / "dagster.yaml"
@@ -56,4 +72,7 @@ def _is_ours(present: bytes) -> bool:
 
 
 if __name__ == "__main__":
-    prepare_home(default_root())
+    try:
+        prepare_home(default_root())
+    except HomeError as error:
+        sys.exit(f"posterpipe: {error}")

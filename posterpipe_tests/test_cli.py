@@ -163,7 +163,10 @@ def test_doctor_does_not_mind_the_hub_where_the_profile_does_not_need_it(
     assert "does not need it" in finding.text
 
 
-def test_doctor_names_what_is_missing_and_what_to_do(tmp_path: Path, settings: Settings) -> None:
+def test_doctor_names_what_is_missing_and_what_to_do(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home?"))
     empty = tmp_path / "empty"
     empty.mkdir()
     found = states(
@@ -179,6 +182,7 @@ def test_doctor_names_what_is_missing_and_what_to_do(tmp_path: Path, settings: S
         ("posters", "POSTERPIPE_LANDING"),
         ("prompts", "nowhere.yaml"),
         ("base model", "nowhere"),
+        ("history", "DAGSTER_HOME"),
     ]:
         assert found[subject].state == "missing", subject
         assert remedy in found[subject].text, subject

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from posterpipe.home import prepare_home
+from posterpipe.home import HomeError, prepare_home
 from posterpipe.settings import default_root
 
 DEPLOYED = default_root() / "deploy" / "dagster.yaml"
@@ -72,6 +73,18 @@ def test_what_posterpipe_wrote_follows_its_new_version(home: Path, tmp_path: Pat
     prepare_home(root_with("telemetry: {enabled: true}\n", tmp_path / "old"))
     prepare_home(root_with("telemetry: {enabled: false}\n", tmp_path / "new"))
     assert content(home) == {"telemetry": {"enabled": False}}
+
+
+@pytest.mark.parametrize("name", ["what?", "a%41b"])
+def test_a_home_where_dagster_would_lose_its_history_is_refused_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / name))
+    with pytest.raises(HomeError, match=f"{re.escape(name)}: .*set DAGSTER_HOME"):
+        prepare_home(default_root())
+    assert not (tmp_path / name).exists()
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "100% #1"))
+    assert prepare_home(default_root()).name == "100% #1"
 
 
 def test_make_dev_keeps_a_configuration_of_ones_own_too(home: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from posterpipe.core.parallel import cores
+from posterpipe.home import HomeError, home_of
 from posterpipe.settings import ModelRef, Settings, load_settings
 
 PACKAGES = (
@@ -93,6 +94,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield from _devices(settings)
     yield _memory(settings)
     yield _store(settings)
+    yield from _home(settings)
     yield _disk(settings)
     yield _posters(settings)
     yield _suite(settings)
@@ -238,6 +240,13 @@ def _store(settings: Settings) -> Finding:
         remedy = "make it writable or choose another one with POSTERPIPE_STORE"
         return Finding("missing", "store", f"{folder}: cannot be written ({error}); {remedy}")
     return Finding("ok", "store", f"{store} can be written")
+
+
+def _home(settings: Settings) -> Iterator[Finding]:
+    try:
+        home_of(settings.root)
+    except HomeError as error:
+        yield Finding("missing", "history", str(error))
 
 
 def _disk(settings: Settings) -> Finding:
