@@ -195,6 +195,18 @@ def test_doctor_names_a_store_whose_path_cannot_be(tmp_path: Path, settings: Set
     assert "xxx" in found.text and "File name too long" in found.text
 
 
+def test_doctor_names_a_store_where_nothing_can_be_published(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
+    def refused(*arguments: object, **options: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refused)
+    found = doctor._store(settings)
+    assert found.state == "missing" and "no symbolic links" in found.text
+    assert not settings.store.exists()
+
+
 def test_doctor_tells_of_prompts_that_share_a_seed(tmp_path: Path, settings: Settings) -> None:
     assert states(settings)["prompts"].state == "ok"
     suite = tmp_path / "suite.yaml"

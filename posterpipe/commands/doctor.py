@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from posterpipe.core.files import has_symbolic_links
 from posterpipe.core.parallel import cores
 from posterpipe.home import HomeError, home_of
 from posterpipe.settings import ModelRef, Settings, load_settings
@@ -236,9 +237,13 @@ def _store(settings: Settings) -> Finding:
         store.exists()  # raises for a path that cannot be
         with tempfile.TemporaryFile(dir=folder):
             pass
+        links = has_symbolic_links(folder)
     except OSError as error:
         remedy = "make it writable or choose another one with POSTERPIPE_STORE"
         return Finding("missing", "store", f"{folder}: cannot be written ({error}); {remedy}")
+    if not links:
+        text = f"{folder}: the file system has no symbolic links, which a publication needs"
+        return Finding("missing", "store", f"{text}; choose another one with POSTERPIPE_STORE")
     return Finding("ok", "store", f"{store} can be written")
 
 

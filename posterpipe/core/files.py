@@ -11,10 +11,12 @@ over, perhaps through another link to it, is told without reading it (`unchanged
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import stat
+import tempfile
 import time
 import uuid
 from contextlib import suppress
@@ -114,6 +116,17 @@ def link_or_copy(source: Path | str, target: Path | str) -> bool:
     except OSError:
         shutil.copy2(source, target)
         return False
+    return True
+
+
+def has_symbolic_links(folder: Path) -> bool:
+    """Whether the file system of a folder does; exFAT and some shares have none. Raises OSError
+    where nothing can be written there."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as tried:
+        try:
+            os.symlink("nowhere", Path(tried, "link"))
+        except OSError as error:
+            return error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
     return True
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 import duckdb
 
 from posterpipe.core.errors import first_line
-from posterpipe.core.files import fsync, link_or_copy, remove_leftovers
+from posterpipe.core.files import fsync, has_symbolic_links, link_or_copy, remove_leftovers
 from posterpipe.core.warehouse.database import (
     BUSY_SECONDS,
     WarehouseError,
@@ -117,8 +117,14 @@ def publish_scores(
     try:
         snapshots.mkdir(parents=True, exist_ok=True)
         publication_id = _name_after(_whole(snapshots), now)
+        links = has_symbolic_links(snapshots)
     except OSError as error:
         raise _not_published(public, error) from error
+    if not links:
+        raise PublishError(
+            f"{public}: could not be published, since the file system has no symbolic links, and "
+            f"`{PARQUET}` is one; put the store (POSTERPIPE_STORE) on one that has them"
+        )
     for parent in (public, snapshots):
         remove_leftovers(parent)
     with _temporary(snapshots) as folder:
@@ -135,7 +141,11 @@ def publish_scores(
             fsync(folder)
             os.rename(folder, snapshots / publication_id)
             fsync(snapshots)
-            _point_at(snapshots / publication_id, public)
+            try:
+                _point_at(snapshots / publication_id, public)
+            except OSError:
+                shutil.rmtree(snapshots / publication_id, ignore_errors=True)
+                raise
         except (duckdb.Error, OSError) as error:
             raise _not_published(public, error) from error
     for old in sorted(_whole(snapshots))[:-kept]:

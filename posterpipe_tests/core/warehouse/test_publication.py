@@ -258,6 +258,9 @@ def test_a_publication_that_fails_leaves_the_one_before(
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
+    def refused(*arguments: object, **options: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
     for name in ("_write_parquet", "_point_at"):
         with monkeypatch.context() as patch, pytest.raises(PublishError, match="No space left"):
             patch.setattr(publication, name, full)
@@ -272,7 +275,11 @@ def test_a_publication_that_fails_leaves_the_one_before(
             lambda file: full() if file.parent.parent == public else settle(file),
         )
         publish_scores(warehouse.path, public, run_id="run")
-    after = {path: path.read_bytes() for path in before}
+    # And where the file system has no symbolic links.
+    with monkeypatch.context() as patch, pytest.raises(PublishError, match="symbolic links"):
+        patch.setattr(os, "symlink", refused)
+        publish_scores(warehouse.path, public, run_id="run")
+    after = {path: path.read_bytes() for path in public.rglob("*") if path.is_file()}
     assert after == before
     assert query(public / "scores.duckdb", "SELECT publication_id FROM publication") == [
         (published.publication_id,)
