@@ -530,6 +530,16 @@ class Settings(BaseSettings):
             raise ValueError(f"{path}: there is no such home folder; write it whole") from error
 
     @model_validator(mode="after")
+    def _duckdb_finds_its_files(self) -> Self:
+        """DuckDB takes a ? for the end of a path, and writes its log to another folder."""
+        if "?" in str(self.path(self.store)):
+            raise ValueError(
+                f"`store` ({self.path(self.store)}): DuckDB cannot write below a path with ?; give "
+                "it a folder without, or move the checkout"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _apart(self) -> Self:
         """Images of the store would be taken for new posters, held-out posters be trained on."""
         folders = {

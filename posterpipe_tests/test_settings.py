@@ -313,6 +313,11 @@ def test_a_path_with_blanks_or_quotes_around_it_is_refused(
     load_settings()
 
 
+def test_a_store_that_duckdb_could_not_write_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"`store` \(.*what\?/store\): DuckDB cannot write"):
+        load_settings("starter", store=tmp_path / "what?" / "store")
+
+
 def test_settings_do_not_change_after_loading() -> None:
     settings = load_settings()
     with pytest.raises(ValidationError, match="frozen"):

@@ -52,7 +52,8 @@ def dbt_project(settings: Settings) -> DbtProject:
     `make install` writes the manifest. Where it is missing or another one's, as after a pull or
     while a report is edited, it is written here, which takes some seconds. A mistake in a report
     must not keep the rest of the pipeline from loading: then the previous manifest stays,
-    `reports_mistake` says so, and the next run of the reports fails with dbt's message.
+    `reports_mistake` says so, and the next run of the reports fails with dbt's message. It stays as
+    well where nothing can be written; raises ReportsFailed where there is none.
     """
     project = DbtProject(project_dir=settings.path(PROJECT))
     if _manifest_is_behind(project) and not reports_mistake(settings):
@@ -63,6 +64,15 @@ def dbt_project(settings: Settings) -> DbtProject:
                 raise
             _note_mistake(project, error)
             dg.get_dagster_logger().error(reports_mistake(settings))
+        except OSError as error:
+            unwritten = (
+                f"{project.manifest_path}: dbt's manifest of the reports as they are cannot be "
+                f"written ({error.strerror}); the owner of the checkout can write it with "
+                "`.venv/bin/python -m posterpipe.defs.dbt_reports`"
+            )
+            if not project.manifest_path.exists():
+                raise ReportsFailed(unwritten) from error
+            dg.get_dagster_logger().warning(f"{unwritten}. Until then the previous one is used")
     return project
 
 
@@ -279,7 +289,8 @@ def dbt_specs(project: DbtProject) -> tuple[list[dg.AssetSpec], list[dg.AssetChe
 
 
 class ReportsFailed(Exception):
-    """dbt failed, or a test did. The message names models and tests and says what to do."""
+    """dbt failed, or a test did. The message names models and tests, or the file in the way, and
+    says what to do."""
 
 
 def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
@@ -308,7 +319,8 @@ def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
         with (
             # dbt's logs and artifacts of a run are in Dagster's log; kept, they would pile up.
             tempfile.TemporaryDirectory() as target,
-            _environment(POSTERPIPE_WAREHOUSE=str(deployment.warehouse_path)),
+            path_for_dbt(deployment.warehouse_path) as database,
+            _environment(POSTERPIPE_WAREHOUSE=database),
             deployment.progress(context).task("build reports", total, "models and tests") as tick,
         ):
             build = dbt.cli(
@@ -334,7 +346,7 @@ def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
                 yield event
             for file in Path(target, "compiled").rglob("models/**/*.sql"):
                 queries[file.stem] = file.read_text("utf-8")
-            problem = _problem(build)
+            problem = _problem(build).replace(database, str(deployment.warehouse_path))
         deployment.warehouse.prepare()  # notes what dbt wrote: an earlier copy lacks it
         for name, output in outputs.items():
             if name not in failed:
@@ -343,6 +355,24 @@ def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
             raise ReportsFailed(problem)
 
     return models
+
+
+@contextmanager
+def path_for_dbt(database: Path) -> Iterator[str]:
+    """A path to the database without #, after which dbt-duckdb reads no further. It leads through a
+    link to the folder, so that DuckDB's other files lie beside the database."""
+    if "#" not in str(database):
+        yield str(database)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if {"#", "?"} & {*folder}:
+            raise ReportsFailed(
+                f"{database}: dbt cannot open a path with #, nor a link to it below {folder}: set "
+                "TMPDIR, or POSTERPIPE_STORE, to a folder without # and ?"
+            )
+        link = Path(folder, "store")
+        link.symlink_to(database.parent.absolute(), target_is_directory=True)
+        yield str(link / database.name)
 
 
 def _problem(build: DbtCliInvocation) -> str:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -96,7 +97,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     )
     new = root / "dbt_like_reports" / "models" / "marts" / f"{NEW}.sql"
     new.write_text(the_file_of_the_guide(), "utf-8")
-    settings = load_settings("starter", root=root, store=root / "store")
+    # dbt-duckdb takes what follows a # for no part of a path.
+    settings = load_settings("starter", root=root, store=root / "store #1")
     deployment = Deployment(settings)
     study.fill(deployment.warehouse_path)
     with deployment.warehouse.write() as connection:
@@ -282,12 +284,13 @@ def test_numbers_worked_out_by_hand_are_those_of_the_models(world: World) -> Non
         ).read_text()
     )["unit_tests"]
     dbt = dbt_reports.dbt_resource(dbt_reports.dbt_project(world.settings))
-    environment = os.environ | {"POSTERPIPE_WAREHOUSE": str(world.deployment.warehouse_path)}
-    done = subprocess.run(
-        [dbt.dbt_executable, "test", "--select", "test_type:unit", "--project-dir",
-         dbt.project_dir, "--profiles-dir", dbt.project_dir],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    with dbt_reports.path_for_dbt(world.deployment.warehouse_path) as database:
+        done = subprocess.run(
+            [dbt.dbt_executable, "test", "--select", "test_type:unit", "--project-dir",
+             dbt.project_dir, "--profiles-dir", dbt.project_dir],
+            env=os.environ | {"POSTERPIPE_WAREHOUSE": database},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert f"PASS={len(tests)} " in done.stdout
 
@@ -847,6 +850,37 @@ def test_a_file_that_dbt_cannot_read_stops_nothing_else_and_is_told(
         spec.key for a in world.assets for spec in a.specs
     }
     assert "dbt cannot read the reports" in caplog.text and "broken" in caplog.text
+
+
+def test_without_room_for_a_manifest_the_one_before_is_used_or_a_sentence_says_who_can_write_it(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(**options: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refused)
+    new = world.settings.path(dbt_reports.PROJECT) / "models" / "marts" / "new.sql"
+    new.write_text("select 1 as one", "utf-8")
+    try:
+        assert dbt_reports.dbt_project(world.settings).manifest_path.exists()
+    finally:
+        new.unlink()
+    assert "(Read-only file system); the owner of the checkout can" in caplog.text
+    (tmp_path / dbt_reports.PROJECT).mkdir()
+    for name in ("dbt_project.yml", "profiles.yml"):
+        source = world.settings.path(dbt_reports.PROJECT) / name
+        shutil.copyfile(source, tmp_path / dbt_reports.PROJECT / name)
+    with pytest.raises(dbt_reports.ReportsFailed, match="the owner of the checkout can"):
+        dbt_reports.dbt_project(world.settings.model_copy(update={"root": tmp_path}))
+
+
+def test_where_no_path_leads_dbt_to_the_database_a_sentence_says_so(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "#").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "#"))
+    told = said(world.materialize("freshness"))
+    assert "store #1/warehouse.duckdb: dbt cannot open" in told and "set TMPDIR" in told
 
 
 # The last one: it leaves a failed test behind.
