@@ -416,6 +416,14 @@ def test_the_champion_is_shown_pinned_and_rolled_back_by_command(
     run("pin", "c0ff", "--why", f"[urgent] :boom: see [/ticket 12] and {link}")
     shown = run("show").replace(" ", "")
     assert "[urgent]:boom:see[/ticket12]and" in shown and link in shown
+    with (
+        monkeypatch.context() as nameless,
+        pytest.raises(GateError, match="9753 has no name.*--who"),
+    ):
+        for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+            nameless.delenv(name, raising=False)
+        nameless.setattr("os.getuid", lambda: 9753)
+        run("unpin", "--why", "x")
     # A base model that is not here yet has no fingerprint: enough to look, too little to decide.
     monkeypatch.setenv("POSTERPIPE_BASE_MODEL__ID", "owner/name-of-no-model")
     assert "Served: c0ffee12 (a fine-tuned checkpoint)" in run()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import getpass
+import os
 from collections.abc import Callable
 
 import pandas as pd
@@ -85,7 +86,7 @@ def _decide(
             f"The base model {ref.id} is not on this machine, so which one it is cannot be told: "
             f"decide where the pipeline runs, or run `hf download {ref.id}` first"
         )
-    known, name = base, who or getpass.getuser()
+    known, name = base, who or _user()
     decisions = write_decisions(warehouse, lambda before, now: row(before, known, name, now))
     served = log.champion_of(decisions, base)
     Console(highlight=False, soft_wrap=True).print(
@@ -93,6 +94,16 @@ def _decide(
         "materialize `champion_generations`, `fidelity_scores` and `champion`, or run "
         "`posterpipe demo`."
     )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # another error from Python 3.13 on
+        raise GateError(
+            f"the user id {os.getuid()} has no name on this machine, as in many containers: say "
+            "who decides with --who"
+        ) from None
 
 
 def _opened() -> tuple[Warehouse, str | None, ModelRef]:

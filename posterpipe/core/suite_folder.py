@@ -85,8 +85,9 @@ def draw_into(
     on there, and nothing is drawn twice. Raises ModelMissing, SamplerError, DeviceGone, StoreError,
     and OSError where the folder cannot be written.
     """
-    for prompt in suite:  # before anything is drawn
-        (folder / prompt.prompt_id).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)  # before anything is drawn
+    for prompt in suite:
+        (folder / prompt.prompt_id).mkdir(exist_ok=True)
     with store.lease():
         table = generate(
             store,
