@@ -418,7 +418,7 @@ def test_the_champion_is_shown_pinned_and_rolled_back_by_command(
     assert "[urgent]:boom:see[/ticket12]and" in shown and link in shown
     with (
         monkeypatch.context() as nameless,
-        pytest.raises(GateError, match="9753 has no name.*--who"),
+        pytest.raises(GateError, match="9753 has no name"),
     ):
         for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
             nameless.delenv(name, raising=False)
