@@ -374,7 +374,7 @@ print(number)
 
 
 @pytest.mark.parametrize(
-    ("readers", "publications"), [(2, 4), pytest.param(8, 200, marks=pytest.mark.slow)]
+    ("readers", "publications"), [(2, 4), pytest.param(8, 200, marks=pytest.mark.slow(minutes=5))]
 )
 def test_readers_query_without_pause_through_many_publications(
     warehouse: Warehouse, public: Path, tmp_path: Path, readers: int, publications: int
