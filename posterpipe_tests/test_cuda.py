@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from posterpipe.core.devices import give_memory_back
-from posterpipe.core.dreambooth import checkpoint, objective
+from posterpipe.core.dreambooth import lora, objective
 from posterpipe.core.dreambooth.base_model import load_vae
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.data import load_pixels
@@ -362,7 +362,7 @@ def test_in_tf32_steps_are_nearly_the_same_and_what_is_computed_once_is_whole(
     watch(AutoencoderKL, "encode")
     watch(CLIPTextModel, "forward")
     watch(objective, "squared_errors")
-    watch(checkpoint, "lora_deltas")
+    watch(lora, "lora_deltas")
     config = changed(world, "tf32", **settings, tf32=True)
     result = train(config.model_copy(update={"cache_dir": config.work_dir / "cache"}))
     assert_learnt(config, result)

@@ -19,10 +19,13 @@ and then after twice as long each time, up to LONGEST_PAUSE_SECONDS."""
 
 LONGEST_PAUSE_SECONDS = 86_400.0
 
+ROOM_PAUSE_SECONDS = 300.0
+"""The first pause where a disk was full: people make room at once, and to look costs little."""
 
-def pause_after(tried_seconds: float) -> float:
+
+def pause_after(tried_seconds: float, first: float = FIRST_PAUSE_SECONDS) -> float:
     """Seconds to wait before something is tried once more that was tried in vain for so long."""
-    return min(max(tried_seconds, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
+    return min(max(tried_seconds, first), LONGEST_PAUSE_SECONDS)
 
 
 def clock(moment: float) -> str:

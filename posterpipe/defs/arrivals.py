@@ -10,12 +10,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import dagster as dg
-from dagster import DagsterRunStatus
+from dagster import DagsterEventType, DagsterRunStatus
 
 from posterpipe.core.retries import ATTEMPTS, clock, pause_after
 from posterpipe.defs.metadata import SOURCE_DIGEST, SOURCE_PORTABLE, UNREAD
 from posterpipe.defs.resources import Deployment
-from posterpipe.defs.staleness import made_or_wiped
+from posterpipe.defs.retries import Passing, passing, passing_obstacle
+from posterpipe.defs.staleness import made_or_wiped, materializations
 from posterpipe.settings import Settings
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ class _Root:
     def __init__(self, name: str, instance: dg.DagsterInstance) -> None:
         self._name = name
         self._instance = instance
-        records = instance.fetch_materializations(dg.AssetKey(name), limit=1).records
+        records = materializations(instance, dg.AssetKey(name), 1)
         self._made = records[0] if records else None
 
     def last_read(self) -> "LastRead":
@@ -267,9 +268,7 @@ class _Root:
     def _unread_since(self) -> float:
         """When it was first made, of the latest times in a row, from the source of the last time
         with files that could not be read."""
-        records = self._instance.fetch_materializations(
-            dg.AssetKey(self._name), limit=_TRIES
-        ).records
+        records = materializations(self._instance, dg.AssetKey(self._name), _TRIES)
         since, source = 0.0, None
         for record in records:
             made = record.asset_materialization
@@ -287,9 +286,7 @@ class _Root:
         As where they have other rights in a folder than the sensor, or another mount. The digests
         will never agree, so each look would request a run.
         """
-        records = self._instance.fetch_materializations(
-            dg.AssetKey(self._name), limit=_TRIES
-        ).records
+        records = materializations(self._instance, dg.AssetKey(self._name), _TRIES)
         read_at: list[float] = []
         saw = None
         for record in records:
@@ -322,10 +319,14 @@ class _Root:
         tried = self._instance.get_runs(dg.RunsFilter(tags={STATE_TAG: state}))
         if any(run.status == DagsterRunStatus.CANCELED for run in tried):
             return None, "its run was canceled: materialize it, or change something"
-        failed = [run.run_id[:8] for run in tried if run.status == DagsterRunStatus.FAILURE]
-        if len(failed) >= ATTEMPTS:
-            runs = ", ".join(failed)
-            return None, f"it failed {len(failed)} times (runs {runs}): mend it and materialize it"
+        failed = [run.run_id for run in tried if run.status == DagsterRunStatus.FAILURE]
+        passes = {run: why for run in failed if (why := self._passing(run)) is not None}
+        stays = [run[:8] for run in failed if run not in passes]
+        if len(stays) >= ATTEMPTS:
+            runs = ", ".join(stays)
+            return None, f"it failed {len(stays)} times (runs {runs}): mend it and materialize it"
+        if obstacle := passing_obstacle(list(passes.values())):
+            return None, obstacle
         if obstacle := self._seen_otherwise(source, now):
             return None, obstacle
         tags = {
@@ -337,3 +338,8 @@ class _Root:
         }
         run_key = f"{state}-{len(failed)}"
         return dg.RunRequest(run_key, asset_selection=[dg.AssetKey(self._name)], tags=tags), ""
+
+    def _passing(self, run_id: str) -> Passing | None:
+        """What the run waits for that failed; None where it failed for a reason that stays."""
+        failures = self._instance.all_logs(run_id, of_type=DagsterEventType.STEP_FAILURE)
+        return passing(failures[-1]) if failures else None

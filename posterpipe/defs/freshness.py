@@ -14,6 +14,7 @@ from posterpipe.defs.arrivals import REASON_TAG
 from posterpipe.defs.automation import BY_HAND
 from posterpipe.defs.metadata import TABLE_VERSION
 from posterpipe.defs.resources import Deployment, Table
+from posterpipe.defs.staleness import materializations
 from posterpipe.defs.timing import cron_of
 from posterpipe.settings import Settings
 
@@ -63,8 +64,8 @@ def scores_are_current(
 
 def _materialized_at(instance: dg.DagsterInstance, name: str) -> dt.datetime:
     """When an asset was last materialized; long ago where that is not on record."""
-    record = instance.get_latest_materialization_event(dg.AssetKey(name))
-    return dt.datetime.fromtimestamp(record.timestamp if record else 0, dt.UTC)
+    records = materializations(instance, dg.AssetKey(name), 1)
+    return dt.datetime.fromtimestamp(records[0].timestamp if records else 0, dt.UTC)
 
 
 def _in_tables_since(
@@ -76,7 +77,7 @@ def _in_tables_since(
     since: dict[str, dt.datetime] = {}
     for name in ("base_generations", "tuned_generations"):
         left, held = keys, {}
-        records = instance.fetch_materializations(dg.AssetKey(name), limit=_VERSIONS).records
+        records = materializations(instance, dg.AssetKey(name), _VERSIONS)
         for record in records if left else ():
             made = record.asset_materialization
             entry = made.metadata.get(TABLE_VERSION) if made else None

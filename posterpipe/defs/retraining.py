@@ -25,6 +25,7 @@ from posterpipe.defs.staleness import (
     digest,
     is_of,
     latest_materializations,
+    materializations,
     stale_assets,
     used_version,
 )
@@ -98,12 +99,12 @@ def _facts(
     from posterpipe.core.training.retraining import Situation, compare, differing_since
 
     instance = context.instance
-    sets = instance.fetch_materializations(TRAINING_SET, limit=_VERSIONS).records
+    sets = materializations(instance, TRAINING_SET, _VERSIONS)
     versions = [
         (_tag(record, DATA_VERSION), dt.datetime.fromtimestamp(record.timestamp, dt.UTC))
         for record in sets
     ]
-    checkpoints = instance.fetch_materializations(CHECKPOINT, limit=1).records
+    checkpoints = materializations(instance, CHECKPOINT, 1)
     checkpoint = checkpoints[0] if checkpoints else None
     made = checkpoint.asset_materialization if checkpoint else None
     trained = (used_version(made, TRAINING_SET) or "") if made else ""
@@ -232,7 +233,7 @@ def captions_trained_on(
     any more, and where its posters came from another place than those of now."""
     from posterpipe.core.training.retraining import captions_in
 
-    records = instance.fetch_materializations(CHECKPOINT, limit=1).records
+    records = materializations(instance, CHECKPOINT, 1)
     made = records[0].asset_materialization if records else None
     version = used_version(made, TRAINING_SET) if made else None
     then = _landing_before(instance, records[0].storage_id) if records else None
@@ -246,7 +247,7 @@ def _landing_before(instance: dg.DagsterInstance, storage_id: int | None = None)
     """Where the posters lay that were read last before an event of the log; None if not on
     record."""
     posters = dg.AssetRecordsFilter(dg.AssetKey("raw_posters"), before_storage_id=storage_id)
-    for record in instance.fetch_materializations(posters, limit=1).records:
+    for record in materializations(instance, posters, 1):
         made = record.asset_materialization
         folder = made.metadata.get("folder") if made else None
         return str(folder.value) if folder else None

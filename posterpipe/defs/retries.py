@@ -1,18 +1,26 @@
-"""When an asset is made again because some of its items failed, or its run lost the accelerator.
+"""When an asset is made again because items of it failed, or its run for a reason that passes.
 
 What belongs here: whether it is time, by what the event log tells. What does not: how long the
 pauses are (`core.retries`), requesting the run (`sweep`), and files outside that could not be read
 (`arrivals`).
 """
 
+import errno
+import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import dagster as dg
 
-from posterpipe.core.retries import clock, pause_after
+from posterpipe.core.retries import (
+    FIRST_PAUSE_SECONDS,
+    ROOM_PAUSE_SECONDS,
+    clock,
+    pause_after,
+)
 from posterpipe.defs.metadata import FAILED_ITEMS
-from posterpipe.defs.staleness import CODE_VERSION, INPUT_DATA_VERSION
+from posterpipe.defs.staleness import CODE_VERSION, INPUT_DATA_VERSION, materializations
 
 GIVE_UP_SECONDS = 7 * 86_400.0
 """What failed for so long is tried again only when an input, code or a setting changes."""
@@ -41,28 +49,46 @@ def retry_reason(
     return f"{failed} of its items failed at {clock(made_at(made))}"
 
 
-def device_obstacle(gone_at: Sequence[float]) -> str:
-    """Why an asset is not to be made yet whose runs lost the accelerator at these times, in seconds
-    since 1970; "" where it is time, or where none did. The pauses are those of failed items."""
-    if not gone_at:
-        return ""
-    tried = max(gone_at) - min(gone_at)
-    if tried >= GIVE_UP_SECONDS:
-        return (
-            f"its GPU was lost {len(gone_at)} times: look at the machine, and materialize the asset"
-        )
-    again = max(gone_at) + pause_after(tried)
-    if now() < again:
-        return f"its GPU was lost; it is tried again after {clock(again)}"
-    return ""
+@dataclass(frozen=True)
+class Passing:
+    """A failure of a step that may pass without anyone's doing, or by doing that the pipeline does
+    not see."""
+
+    what: str
+    at: float
+    """Seconds since 1970."""
 
 
-def device_gone_at(failure: dg.EventLogEntry) -> float | None:
-    """When a step failed, in seconds since 1970, if it lost the accelerator; else None."""
+_GPU_LOST = "its GPU was lost"
+_DISK_FULL = "the disk was full"
+_PAUSES = {_GPU_LOST: FIRST_PAUSE_SECONDS, _DISK_FULL: ROOM_PAUSE_SECONDS}
+_REMEDIES = {_GPU_LOST: "look at the machine", _DISK_FULL: "make room"}
+
+
+def passing(failure: dg.EventLogEntry) -> Passing | None:
+    """What a step that failed waits for; None where it failed for a reason that stays."""
     error = failure.get_dagster_event().step_failure_data.error
-    while error is not None and error.cls_name != DEVICE_GONE:
+    while error is not None:
+        if error.cls_name == DEVICE_GONE:
+            return Passing(_GPU_LOST, failed_at(failure))
+        if os.strerror(errno.ENOSPC) in error.message:  # whoever wrote: the store, DuckDB, dbt
+            return Passing(_DISK_FULL, failed_at(failure))
         error = error.cause
-    return None if error is None else failed_at(failure)
+    return None
+
+
+def passing_obstacle(failures: Sequence[Passing]) -> str:
+    """Why what failed so is not to be tried yet; "" where it is time, or where nothing failed. The
+    pauses grow like those of failed items."""
+    if not failures:
+        return ""
+    last = max(failures, key=lambda failure: failure.at)
+    tried = last.at - min(failure.at for failure in failures)
+    if tried >= GIVE_UP_SECONDS:
+        remedy = _REMEDIES[last.what]
+        return f"{last.what} {len(failures)} times: {remedy}, and materialize the asset"
+    again = last.at + pause_after(tried, _PAUSES[last.what])
+    return f"{last.what}; it is tried again after {clock(again)}" if now() < again else ""
 
 
 def failed_at(failure: dg.EventLogEntry) -> float:
@@ -85,7 +111,7 @@ def _failing_since(
 ) -> float:
     """When it was first made with failed items, of the latest times in a row from the same."""
     since = made_at(made)
-    for record in instance.fetch_materializations(key, limit=_TRIES).records:
+    for record in materializations(instance, key, _TRIES):
         if _made_from(record) != _made_from(made) or not _failed(record):
             break
         since = made_at(record)

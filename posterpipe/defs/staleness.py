@@ -185,10 +185,24 @@ def latest_materializations(
         entry = record.asset_entry
         made = entry.last_materialization_record
         if made is not None and data_version(made) is None:
-            records = instance.fetch_materializations(entry.asset_key, limit=_REPORTED).records
-            made = next(filter(data_version, records), made)
+            (made,) = materializations(instance, entry.asset_key, 1)
         latest[entry.asset_key] = made
     return latest
+
+
+def materializations(
+    instance: dg.DagsterInstance, of: dg.AssetKey | dg.AssetRecordsFilter, limit: int
+) -> list[dg.EventLogRecord]:
+    """Up to so many materializations of an asset, the latest first; those that do not count (see
+    `latest_materializations`) are left out."""
+    records: list[dg.EventLogRecord] = []
+    made: list[dg.EventLogRecord] = []
+    for more in (0, _REPORTED):
+        records = list(instance.fetch_materializations(of, limit=limit + more).records)
+        made = [record for record in records if data_version(record) is not None]
+        if len(made) == len(records):
+            break
+    return (made or records)[:limit]
 
 
 def data_version(record: dg.EventLogRecord | None) -> str | None:

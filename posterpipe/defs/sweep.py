@@ -20,7 +20,7 @@ from posterpipe.defs.arrivals import REASON_TAG, UNFINISHED
 from posterpipe.defs.automation import ON_SCHEDULE, all_upstream
 from posterpipe.defs.dbt_reports import reports_mistake
 from posterpipe.defs.resources import Deployment
-from posterpipe.defs.retries import device_gone_at, device_obstacle, retry_reason
+from posterpipe.defs.retries import Passing, passing, passing_obstacle, retry_reason
 from posterpipe.defs.staleness import (
     Models,
     data_version,
@@ -29,6 +29,7 @@ from posterpipe.defs.staleness import (
     is_of,
     latest_materializations,
     made_or_wiped,
+    materializations,
     other_base_model,
     staleness,
 )
@@ -63,9 +64,9 @@ def stale_sweep(
     failed ATTEMPTS times, was canceled, or stayed stale with the same inputs, code and model. What
     failed gets a new chance when an input is made again, also with the same content: that is how a
     damaged table is mended. A checkpoint is requested where nothing but its table is lost, which
-    trains nothing.
-    Failures for want of an accelerator do not count: they are tried again after ever longer pauses
-    (`retries`). A report that dbt cannot read is not there to be stale: that is told first.
+    trains nothing. Failures for want of an accelerator or of room on the disk do not count: they
+    are tried again after ever longer pauses (`retries`). A report that dbt cannot read is not there
+    to be stale: that is told first.
     """
     repository = context.repository_def
     assert repository is not None, "a sensor of a code location has its repository"
@@ -111,8 +112,8 @@ class _Outcome:
     """How a run ended that tried to make an asset."""
 
     status: DagsterRunStatus
-    device_gone_at: float | None = None
-    """When it lost the accelerator, in seconds since 1970; None where it did not fail so."""
+    passing: Passing | None = None
+    """What it waits for; None where it did not fail so."""
 
 
 class _Sweep:
@@ -213,12 +214,12 @@ class _Sweep:
         if any(outcome.status == DagsterRunStatus.CANCELED for outcome in outcomes):
             return "", "its run was canceled: materialize it, or change something"
         failures = sum(outcome.status == DagsterRunStatus.FAILURE for outcome in outcomes)
-        gone = [each.device_gone_at for each in outcomes if each.device_gone_at is not None]
-        if failures - len(gone) >= ATTEMPTS:
+        passes = [outcome.passing for outcome in outcomes if outcome.passing is not None]
+        if failures - len(passes) >= ATTEMPTS:
             return "", f"it failed {failures} times with these inputs"
-        if known.requested - len(gone) >= ATTEMPTS:  # those runs made nothing
+        if known.requested - len(passes) >= ATTEMPTS:  # those runs made nothing
             return "", "it stayed so when it was made again"
-        if obstacle := device_obstacle(gone):
+        if obstacle := passing_obstacle(passes):
             return "", obstacle
         since = made_or_wiped(self._instance, key, self._latest[key])
         return f"{name}-{digest(known.state, since, failures)[:16]}", ""
@@ -306,18 +307,20 @@ class _Sweep:
         return outcomes
 
     def _outcome(self, run: dg.DagsterRun, step: str | None) -> _Outcome | None:
-        """How a run ended; None where a step failed and it did not come as far as this one."""
+        """How a run ended; None where a step failed and it did not come as far as this one. What a
+        person stopped, they stopped as a whole."""
         kinds = {DagsterEventType.STEP_START, DagsterEventType.STEP_FAILURE}
         log = self._instance.all_logs(run.run_id, of_type=kinds)
         own = [entry for entry in log if entry.get_dagster_event().step_key == step]
-        if not own and any(entry.get_dagster_event().is_step_failure for entry in log):
+        failed = any(entry.get_dagster_event().is_step_failure for entry in log)
+        if not own and failed and run.status != DagsterRunStatus.CANCELED:
             return None
         failures = [entry for entry in own if entry.get_dagster_event().is_step_failure]
-        return _Outcome(run.status, device_gone_at(failures[-1]) if failures else None)
+        return _Outcome(run.status, passing(failures[-1]) if failures else None)
 
     def _version_began(self, key: dg.AssetKey) -> int:
         """Since which event of the log an asset has the data version that it has now."""
-        records = self._instance.fetch_materializations(key, limit=_EVENTS).records
+        records = materializations(self._instance, key, _EVENTS)
         began = 0
         for record in records:
             if data_version(record) != data_version(records[0]):

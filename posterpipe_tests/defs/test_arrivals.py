@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,8 +22,10 @@ from posterpipe.core import prompts
 from posterpipe.core.captions.people import rehash_sidecars
 from posterpipe.core.posters import arrivals, landing
 from posterpipe.core.posters.listing import Entry, Folder, open_place
+from posterpipe.core.retries import ROOM_PAUSE_SECONDS
 from posterpipe.definitions import build_defs
 from posterpipe.defs import arrivals as look_module
+from posterpipe.defs import retries
 from posterpipe.defs.arrivals import REASON_TAG, ROOTS, _Root, reading_problem
 from posterpipe.defs.metadata import SOURCE_DIGEST
 from posterpipe.defs.resources import Deployment
@@ -282,6 +285,24 @@ def test_nothing_is_requested_twice_while_a_run_waits(place: Place) -> None:
     assert place.daemon.work() == [True]
     assert place.settle() == []
     assert place.names() == ["a.png", "b.png", "c.png", "d.png", "e.png"]
+
+
+def test_a_full_disk_is_waited_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    later = 0.0
+    now = retries.now
+    monkeypatch.setattr(retries, "now", lambda: now() + later)
+    place.put("d.png")
+    with monkeypatch.context() as full:
+        full.setattr("posterpipe.core.store.write_atomic", no_room)
+        assert place.settle() == [["raw_posters"]]
+    assert "the disk was full; it is tried again after" in place.said
+    later = ROOM_PAUSE_SECONDS
+    assert place.settle() == [["raw_posters"]]
+    assert "d.png" in place.names()
+
+
+def no_room(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_failed_run_is_tried_once_more_and_again_after_a_change(place: Place) -> None:

@@ -98,8 +98,12 @@ def test_a_live_process_is_running_and_a_dead_one_failed(deployed: dg.DagsterIns
 def test_a_run_that_outlived_its_code_server_is_stopped_like_any_other(
     deployed: dg.DagsterInstance,
 ) -> None:
+    # Whoever starts the tests may ignore the signal, and children would inherit that.
     script = (
-        "import time\ntry: print(1, flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print(2)"
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try: print(1, flush=True); time.sleep(60)\n"
+        "except KeyboardInterrupt: print(2)"
     )
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "1\n"

@@ -150,6 +150,15 @@ def nights(tmp_path: Path, instance: dg.DagsterInstance) -> Nights:
     return nights
 
 
+def test_what_a_person_reported_as_made_starts_no_training_and_holds_none_off(
+    nights: Nights,
+) -> None:
+    for key in (CHECKPOINT, TRAINING_SET):
+        nights.instance.report_runless_asset_event(dg.AssetMaterialization(key))
+        assert nights.tick() is None
+        assert nights.said == "the checkpoint was trained on this training set (a)"
+
+
 def test_nothing_is_trained_before_there_is_a_training_set(
     tmp_path: Path, instance: dg.DagsterInstance
 ) -> None:

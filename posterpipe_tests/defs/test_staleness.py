@@ -5,6 +5,8 @@ The policy is kept quiet in most of these tests: without `tick` nobody evaluates
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 
 from posterpipe.core.devices import DeviceGone
 from posterpipe.core.retries import ATTEMPTS
+from posterpipe.core.store import writing
 from posterpipe.definitions import build_defs
 from posterpipe.defs import retries
 from posterpipe.defs.arrivals import REASON_TAG
@@ -528,6 +531,28 @@ def test_a_device_that_is_gone_is_waited_for_ever_more_seldom_and_not_for_ever(
     assert world.said == "everything matches its inputs"
 
 
+def test_a_full_disk_is_waited_for(chain: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    failed: dict[str, float] = {}
+    monkeypatch.setattr(retries, "now", lambda: clock)
+    monkeypatch.setattr(retries, "failed_at", lambda entry: failed.setdefault(entry.run_id, clock))
+
+    def full() -> None:
+        chain.meanwhile["b"] = full
+        with writing(Path("tables/b")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    chain.meanwhile["b"] = full
+    chain.change("a", "2")
+    for tries, pause in enumerate((300, 300, 600, 1200), start=1):
+        sweep_and_work(chain, 4)
+        assert chain.started == ["a", *["b"] * tries]
+        assert "b: a changed, but the disk was full; it is tried again after" in chain.said
+        clock += pause
+    chain.meanwhile.clear()  # there is room
+    assert chain.settle_by_sweeps() == [["b"], ["c"]]
+
+
 def test_a_fix_of_the_input_runs_it_again(chain: World) -> None:
     chain.broken.add("b")
     chain.change("a", "2")
@@ -558,6 +583,25 @@ def test_a_run_that_a_person_canceled_is_not_requested_again(chain: World) -> No
     assert "its run was canceled: materialize it, or change something" in chain.said
     chain.change("a", "3")
     assert chain.settle_by_sweeps() == [["b"], ["c"]]
+
+
+def test_of_a_run_that_a_person_stopped_in_a_step_the_later_ones_are_not_requested(
+    make_world: MakeWorld,
+) -> None:
+    world = make_world(a="", b="a", c="a b")
+    world.run("a", "b", "c")
+    world.change("a", "2")
+
+    def stopped() -> None:
+        (run,) = world.instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
+        world.instance.report_run_canceling(run)
+        raise dg.DagsterExecutionInterruptedError
+
+    world.meanwhile["b"] = stopped
+    assert not world.run("b", "c")
+    assert [world.sweep() for _ in range(4)] == [[]] * 4
+    for name in "b", "c":
+        assert f"{name}: a changed, but its run was canceled: materialize it" in world.said
 
 
 def test_runs_that_failed_before_they_reached_it_do_not_count(chain: World) -> None:
