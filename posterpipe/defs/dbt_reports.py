@@ -310,9 +310,10 @@ def dbt_models(project: DbtProject) -> dg.AssetsDefinition:
         dbt: DbtCliResource,
         deployment: dg.ResourceParam[Deployment],
     ) -> Iterator[Any]:
-        if deployment.warehouse_path.exists():
-            with deployment.warehouse.write():
-                pass  # notes what the file is before dbt writes; adds what a newer schema has
+        with deployment.warehouse.read():
+            pass  # raises where nothing was written yet: dbt would make a file without tables
+        with deployment.warehouse.write():
+            pass  # notes what the file is before dbt writes; adds what a newer schema has
         outputs: dict[str, dg.Output[Any]] = {}
         queries: dict[str, str] = {}
         total = len(context.selected_asset_keys) + len(context.selected_asset_check_keys)

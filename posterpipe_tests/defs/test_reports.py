@@ -883,6 +883,15 @@ def test_where_no_path_leads_dbt_to_the_database_a_sentence_says_so(
     assert "store #1/warehouse.duckdb: dbt cannot open" in told and "set TMPDIR" in told
 
 
+def test_without_a_score_a_report_names_the_asset_that_comes_first(
+    world: World, tmp_path: Path
+) -> None:
+    empty = Deployment(world.settings.model_copy(update={"store": tmp_path / "store"}))
+    result = run(world.assets, empty, world.instance, ("leaderboard",))
+    assert "materialize the asset `clip_scores` first" in said(result)
+    assert not empty.warehouse_path.exists()
+
+
 # The last one: it leaves a failed test behind.
 def test_a_failing_report_keeps_none_of_the_others_from_being_recorded(world: World) -> None:
     asked = ("gate_checks", "gate_decisions", "freshness", "data_quality")
