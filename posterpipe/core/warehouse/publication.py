@@ -144,7 +144,8 @@ def publish_scores(
             try:
                 _point_at(snapshots / publication_id, public)
             except OSError:
-                shutil.rmtree(snapshots / publication_id, ignore_errors=True)
+                if not _is_shown(snapshots / publication_id, public):  # each try would leave one
+                    shutil.rmtree(snapshots / publication_id, ignore_errors=True)
                 raise
         except (duckdb.Error, OSError) as error:
             raise _not_published(public, error) from error
@@ -363,6 +364,10 @@ def _point_at(snapshot: Path, public: Path) -> None:
         os.replace(database, public / DATABASE)
         os.replace(parquet, public / PARQUET)
         fsync(public)
+
+
+def _is_shown(snapshot: Path, public: Path) -> bool:
+    return (public / PARQUET).resolve() == (snapshot / PARQUET).resolve()
 
 
 @contextmanager

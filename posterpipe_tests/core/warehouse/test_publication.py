@@ -285,6 +285,12 @@ def test_a_publication_that_fails_leaves_the_one_before(
         (published.publication_id,)
     ]
     assert not list(public.rglob("*.tmp"))
+    # What is shown already stays, also where the disk fails when it is to be made lasting.
+    with monkeypatch.context() as patch, pytest.raises(PublishError, match="No space"):
+        sync = publication.fsync
+        patch.setattr(publication, "fsync", lambda path: full() if path == public else sync(path))
+        publish_scores(warehouse.path, public, run_id="run")
+    assert list((public / "parquet").glob("fct_score.parquet"))
     publish_scores(warehouse.path, public, run_id="run")
     assert query(public / "scores.duckdb", "SELECT count(*) FROM fct_score") == [(5,)]
 
