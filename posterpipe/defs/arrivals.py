@@ -10,12 +10,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import dagster as dg
-from dagster import DagsterEventType, DagsterRunStatus
+from dagster import DagsterRunStatus
 
 from posterpipe.core.retries import ATTEMPTS, clock, pause_after
 from posterpipe.defs.metadata import SOURCE_DIGEST, SOURCE_PORTABLE, UNREAD
 from posterpipe.defs.resources import Deployment
-from posterpipe.defs.retries import Passing, passing, passing_obstacle
+from posterpipe.defs.retries import passing_failure, passing_obstacle
 from posterpipe.defs.staleness import made_or_wiped, materializations
 from posterpipe.settings import Settings
 
@@ -320,7 +320,7 @@ class _Root:
         if any(run.status == DagsterRunStatus.CANCELED for run in tried):
             return None, "its run was canceled: materialize it, or change something"
         failed = [run.run_id for run in tried if run.status == DagsterRunStatus.FAILURE]
-        passes = {run: why for run in failed if (why := self._passing(run)) is not None}
+        passes = {run: why for run in failed if (why := passing_failure(self._instance, run))}
         stays = [run[:8] for run in failed if run not in passes]
         if len(stays) >= ATTEMPTS:
             runs = ", ".join(stays)
@@ -338,8 +338,3 @@ class _Root:
         }
         run_key = f"{state}-{len(failed)}"
         return dg.RunRequest(run_key, asset_selection=[dg.AssetKey(self._name)], tags=tags), ""
-
-    def _passing(self, run_id: str) -> Passing | None:
-        """What the run waits for that failed; None where it failed for a reason that stays."""
-        failures = self._instance.all_logs(run_id, of_type=DagsterEventType.STEP_FAILURE)
-        return passing(failures[-1]) if failures else None

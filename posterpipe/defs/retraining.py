@@ -20,6 +20,7 @@ from posterpipe.defs.arrivals import REASON_TAG, UNFINISHED, reading_problem
 from posterpipe.defs.automation import retrain
 from posterpipe.defs.metadata import DATA_VERSION
 from posterpipe.defs.resources import Deployment
+from posterpipe.defs.retries import passing_failure
 from posterpipe.defs.staleness import (
     CHECKPOINT,
     digest,
@@ -166,8 +167,8 @@ def _failed_runs(
 
     That of a training does. A run that failed before, when posters or captions were read, does not
     once another run has made one of these since: what was wrong was mended, and what comes out may
-    be the same training set. `latest`: the materializations of that set, and of what it is made
-    from.
+    be the same training set. One for want of a GPU or of room on the disk does not: another night
+    may have both. `latest`: the materializations of that set, and of what it is made from.
     """
     began = {
         run.dagster_run.run_id: run.start_time or run.create_timestamp.timestamp() for run in tried
@@ -179,7 +180,8 @@ def _failed_runs(
     return [
         run_id
         for run_id in _with_status(tried, DagsterRunStatus.FAILURE)
-        if made_at < began[run_id] or _trained(instance, run_id)
+        if (made_at < began[run_id] or _trained(instance, run_id))
+        and passing_failure(instance, run_id) is None
     ]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import dagster as dg
+from dagster import DagsterEventType
 
 from posterpipe.core.retries import (
     FIRST_PAUSE_SECONDS,
@@ -75,6 +76,12 @@ def passing(failure: dg.EventLogEntry) -> Passing | None:
             return Passing(_DISK_FULL, failed_at(failure))
         error = error.cause
     return None
+
+
+def passing_failure(instance: dg.DagsterInstance, run_id: str) -> Passing | None:
+    """What a run that failed waits for; None where it failed for a reason that stays."""
+    failures = instance.all_logs(run_id, of_type=DagsterEventType.STEP_FAILURE)
+    return passing(failures[-1]) if failures else None
 
 
 def passing_obstacle(failures: Sequence[Passing]) -> str:

@@ -13,7 +13,9 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 import pytest
-from dagster import DagsterRunStatus
+from dagster import DagsterEventType, DagsterRunStatus
+from dagster._core.events import DagsterEvent, StepFailureData
+from dagster._utils.error import SerializableErrorInfo
 from PIL import Image
 
 from posterpipe.core.store import Store
@@ -402,6 +404,30 @@ def test_a_failed_training_is_tried_once_more_until_something_changes(nights: Ni
     assert "it failed 2 times" in nights.said
     nights.training_set("c", "train/3.png,drei")
     assert nights.tick() is not None
+
+
+def test_a_training_for_which_there_was_no_room_is_tried_another_night(nights: Nights) -> None:
+    nights.training_set("b", "train/3.png,three")
+    no_room = SerializableErrorInfo(
+        f"the save of step 100: cannot be written ({os.strerror(errno.ENOSPC)})",
+        [],
+        "TrainingError",
+    )
+    for _ in range(3):
+        request = nights.tick()
+        assert request is not None
+        run_id = nights.started(request, DagsterRunStatus.STARTED)
+        failure = StepFailureData(error=no_room, user_failure_data=None)
+        nights.instance.report_dagster_event(
+            DagsterEvent(
+                DagsterEventType.STEP_FAILURE.value,
+                job_name="retrain",
+                step_key=CHECKPOINT.path[-1],
+                event_specific_data=failure,
+            ),
+            run_id,
+        )
+        nights.ended(run_id)
 
 
 def test_captions_that_were_mended_are_trained_on_though_the_training_set_stays_the_same(
