@@ -36,7 +36,7 @@ BENCHMARKS = (
 )
 REHEARSED = ("train_sd21_gpu", "sample_sd21_gpu", "clip_scoring")
 """Those with lines that only a GPU runs, and that can be tried without one."""
-IN_PARTS = ("train_sd21_gpu",)
+IN_PARTS = ("train_sd21_gpu", "sample_sd21_gpu")
 """Those that give their rows one by one, each of which is filed at once."""
 AGAINST_THE_SCRIPT = ("train_unet", "train_unet_text_encoder")
 """Those that are measured against diffusers' script, which is no part of this project."""
@@ -115,12 +115,15 @@ def main() -> None:
     )
     parser.add_argument(
         "--part",
-        help="with --only train_sd21_gpu: only runs whose name contains it, such as unet.batch1",
+        action="append",
+        help="with --only train_sd21_gpu: only runs with this in their names, such as unet.batch1 "
+        "or with_compile; may be given several times",
     )
     parser.add_argument(
         "--keep",
         type=Path,
-        help="with --only train_sd21_gpu: folder in which its model is left for the next command",
+        help="with --only train_sd21_gpu or sample_sd21_gpu: folder in which the model is left for "
+        "the next command",
     )
     parser.add_argument(
         "--rounds",
@@ -135,8 +138,11 @@ def main() -> None:
     only = arguments.only
     options = {name: getattr(arguments, name) for name in ("part", "keep", "rounds")}
     options = {name: value for name, value in options.items() if value is not None}
-    if options and only not in IN_PARTS:
-        parser.error(f"--part, --keep and --rounds need --only with one of {', '.join(IN_PARTS)}")
+    if options and (only not in IN_PARTS or (only != IN_PARTS[0] and options.keys() != {"keep"})):
+        parser.error(
+            f"--part and --rounds need --only {IN_PARTS[0]}, and --keep needs --only with one of "
+            f"{', '.join(IN_PARTS)}"
+        )
     names = (only,) if only else BENCHMARKS
     needing = [name for name in names if name in AGAINST_THE_SCRIPT]
     if arguments.file and needing and not peer_script():

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from posterpipe.core.devices import best_device, torch_dtype, usable_precision
+from posterpipe.core.devices import best_device, memory_layout, torch_dtype, usable_precision
 from posterpipe.core.generations import generate
 from posterpipe.core.parallel import cores
 from posterpipe.core.progress import NoProgress
@@ -37,7 +37,6 @@ class Loop:
     """The loop a user writes. Loading the model is not counted."""
 
     def __init__(self, model: Path, settings: SamplerSettings) -> None:
-        import torch
         from diffusers import StableDiffusionPipeline
 
         self.settings = settings
@@ -49,17 +48,23 @@ class Loop:
         pipeline.scheduler = make_scheduler(model, settings.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline = pipeline.to(self.device)
-        if settings.channels_last:
-            for part in (pipeline.unet, pipeline.vae):
-                part.to(memory_format=torch.channels_last)
+        layout = memory_layout(settings.channels_last, self.device, compiled=False)
+        for part in (pipeline.unet, pipeline.vae):
+            part.to(memory_format=layout)
 
     def __call__(self, prompts: Sequence[Prompt], folder: Path) -> list[Path]:
         """The images' files, by prompt and seed."""
         import torch
 
+        shrink = self.pipeline.vae_scale_factor
+        height, width = self.settings.height // shrink, self.settings.width // shrink
+        shape = (1, self.pipeline.unet.config.in_channels, height, width)
         paths = []
         for prompt in prompts:
             for seed in prompt.seeds:
+                # Left to itself the pipeline draws noise in its own precision, and in a short one
+                # torch makes other numbers of a seed: then no image could be compared.
+                noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
                 image = self.pipeline(
                     prompt.prompt,
                     negative_prompt=prompt.negative,
@@ -67,7 +72,7 @@ class Loop:
                     guidance_scale=self.settings.guidance_scale,
                     width=self.settings.width,
                     height=self.settings.height,
-                    generator=torch.Generator("cpu").manual_seed(seed),
+                    latents=noise.to(self.pipeline.device, self.pipeline.dtype),
                 ).images[0]
                 paths.append(folder / f"{prompt.prompt_id}-{seed}.png")
                 image.save(paths[-1])
@@ -137,21 +142,22 @@ def in_turns(
     half = len(prompts) // 2
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for side in ("loop", "ours"):
-            (folder / side).mkdir()
-        first, one = _timed(loop, prompts[:half], folder / "loop")
-        drawn, own = _timed(ours, prompts, folder / "ours")
-        second, other = _timed(loop, prompts[half:], folder / "loop")
+        first, one = timed(loop, prompts[:half], folder / "loop")
+        drawn, own = timed(ours, prompts, folder / "ours")
+        second, other = timed(loop, prompts[half:], folder / "loop")
         pairs = zip(drawn, first + second, strict=True)
-        return own, one + other, [_apart(ours, theirs) for ours, theirs in pairs]
+        return own, one + other, [apart(ours, theirs) for ours, theirs in pairs]
 
 
-def _timed(side: Side, prompts: Sequence[Prompt], folder: Path) -> tuple[list[Path], float]:
+def timed(side: Side, prompts: Sequence[Prompt], folder: Path) -> tuple[list[Path], float]:
+    """The files that a side leaves in a folder, made where it is not there, and seconds."""
+    folder.mkdir(exist_ok=True)
     started = time.perf_counter()
     paths = side(prompts, folder)
     return paths, time.perf_counter() - started
 
 
-def _apart(one: Path, other: Path) -> np.ndarray:
+def apart(one: Path, other: Path) -> np.ndarray:
+    """By how much two images differ: uint8, absolute."""
     a, b = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (one, other))
     return np.abs(a - b).astype(np.uint8)

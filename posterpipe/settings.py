@@ -188,8 +188,10 @@ class SamplerSettings(Group):
         False,
         description="torch.compile of the U-Net: a minute or more at the start, faster steps after",
     )
-    channels_last: bool = Field(
-        True, description="memory layout in which convolutions are faster on most hardware"
+    channels_last: bool | None = Field(
+        None,
+        description="memory layout in which convolutions are faster; none: where the rest is not "
+        "slower for it, which is on CPUs, and on GPUs with compile",
     )
     vae_slicing: bool | None = Field(
         None,

@@ -279,11 +279,12 @@ class TrainingSettings(Group):
         unit="",
         source=_NOT_IN_THESIS,
     )
-    channels_last: bool = knob(
-        True,
-        "memory layout of the U-Net's images in which convolutions are quicker",
+    channels_last: bool | None = knob(
+        None,
+        "memory layout of the U-Net's images in which convolutions are quicker; none: where the "
+        "rest is not slower for it, which is on CPUs, and on GPUs if the whole U-Net is compiled",
         unit="",
-        source="PyTorch's tuning guide",
+        source="PyTorch's tuning guide; [measured](benchmarks.md) on a GPU",
     )
     compile: bool = knob(
         False,

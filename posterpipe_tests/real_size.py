@@ -294,7 +294,10 @@ def build_dinov2_base(folder: Path, *, seed: int = 0) -> Path:
 def _random(build: Callable[[], Any], seed: int) -> Any:
     import torch
 
-    with torch.random.fork_rng():
+    from posterpipe.core.devices import best_device
+
+    # A GPU draws gigabytes of random numbers in no time, a CPU in half a minute.
+    with torch.random.fork_rng(), best_device():
         torch.manual_seed(seed)
         return build()
 

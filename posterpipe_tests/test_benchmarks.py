@@ -252,14 +252,14 @@ def test_a_run_that_fails_is_a_row_and_the_next_ones_are_measured(
 
     monkeypatch.setattr(train_sd21_gpu, "run_ours", measured)
     monkeypatch.setattr(train_sd21_gpu, "_step_flops", lambda *_: 1e12)
-    found = {row.name: row for row in train_sd21_gpu.run(rehearse=True, part="unet.batch2")}
+    found = {row.name: row for row in train_sd21_gpu.run(rehearse=True, part=["unet.batch2"])}
     failed = found["train_sd21_gpu.unet.batch2.with_compile"]
     assert failed.ours is None and "training.compile: no compiler" in failed.unit
     assert found["train_sd21_gpu.unet.batch2"].ours == 0.5
     assert found["train_sd21_gpu.unet.batch2.with_lora"].ratio == 1.0
     assert not any("text_encoder" in name for name in found)
 
-    alone = list(train_sd21_gpu.run(rehearse=True, part="with_lora"))
+    alone = list(train_sd21_gpu.run(rehearse=True, part=["with_lora"]))
     assert "measure its part plain first" in alone[0].unit
 
 
@@ -271,7 +271,7 @@ def test_operations_that_cannot_be_counted_take_no_speed_away(
 
     monkeypatch.setattr(train_sd21_gpu, "run_ours", lambda work, *_, **__: work.mkdir() or at(5))
     monkeypatch.setattr(train_sd21_gpu, "_step_flops", no_memory)
-    found = list(train_sd21_gpu.run(rehearse=True, part="unet.batch2.plain"))
+    found = list(train_sd21_gpu.run(rehearse=True, part=["unet.batch2.plain"]))
     assert {row.name: row.ours for row in found if row.unit == "steps/s"} == {
         "train_sd21_gpu.unet.batch2": 5.0
     }
@@ -282,7 +282,7 @@ def test_the_runs_that_decide_how_the_rest_is_measured_come_first(tmp_path: Path
     scale = train_sd21_gpu.FULL
     comparison = train_sd21_gpu._Comparison(tmp_path, tmp_path, tmp_path, scale, 1, {})
     runs = [name.removeprefix("train_sd21_gpu.").split(".", 2) for name, _ in comparison.runs()]
-    measures = ["plain", "without_channels_last", "peer"]
+    measures = ["plain", "with_channels_last", "peer"]
     assert runs[:3] == [["unet", "batch1", measure] for measure in measures]
     models = ["unet", "unet_text_encoder"]
     plain = [[model, batch] for model, batch, measure in runs if measure == "plain"]
@@ -309,9 +309,9 @@ def test_in_rounds_both_sides_are_measured_in_turn_and_compile_is_held_against_t
     monkeypatch.setattr(train_sd21_gpu, "run_peer", peer)
     for name in ("_step_flops", "_vae_seconds", "_text_encoder_seconds"):
         monkeypatch.setattr(train_sd21_gpu, name, lambda *_: 0.002)
-    found = train_sd21_gpu.run(rehearse=True, part="unet.batch2", rounds=3)
+    found = train_sd21_gpu.run(rehearse=True, part=["unet.batch2"], rounds=3)
     rows = {row.name.removeprefix("train_sd21_gpu.unet.batch2"): row for row in found}
-    # The plain run, the one without channels_last, three rounds.
+    # The plain run, the one with channels_last, three rounds.
     assert turns[:8] == ["ours", "ours", *3 * ["ours", "peer"]]
     compared, compiled = rows[""], rows[".with_compile.to_peer"]
     assert (compared.ours, compared.peer, compared.ratio) == (6.0, 3.0, 2.0)

@@ -261,13 +261,15 @@ def test_doctor_tells_which_revisions_can_move(
 @pytest.mark.parametrize(
     ("gib", "bf16", "training", "noted"),
     [
-        (15.6, False, {}, "GPU memory"),
+        (15.6, False, {}, ""),
+        (11.6, False, {}, "GPU memory"),
+        (15.6, False, {"train_batch_size": 4}, "GPU memory"),
         (80.0, False, {}, ""),
         (80.0, True, {}, "precision"),
         (80.0, True, {"mixed_precision": "bf16"}, ""),
         (80.0, False, {"mixed_precision": "bf16"}, "precision"),
-        (20.0, True, {"mixed_precision": "bf16"}, "GPU memory"),
-        (20.0, True, {"mixed_precision": "bf16", "gradient_checkpointing": True}, ""),
+        (20.0, True, {"mixed_precision": "bf16", "optimizer": "adamw"}, "GPU memory"),
+        (23.5, True, {"mixed_precision": "bf16", "optimizer": "adamw"}, ""),
         (7.6, True, {"mixed_precision": "bf16", "method": "lora"}, ""),
     ],
 )

@@ -52,10 +52,6 @@ HUB_MEMORY_GB = 24
 """Memory that fine-tuning Stable Diffusion 2.1 takes on a CPU."""
 HUB_PARAMETERS = {"unet": 866_000_000, "text_encoder": 340_000_000}
 """Of Stable Diffusion 2.1."""
-IMAGE_GIB = (3, 4)
-"""What an image of 512 px takes beside the models, with gradient checkpointing."""
-FULL_TRAINING_GIB = 22.0
-"""What a GPU of 24 GB has at least; on less, a full training wants gradient checkpointing."""
 
 
 @dataclass(frozen=True)
@@ -159,21 +155,23 @@ def _devices(settings: Settings) -> Iterator[Finding]:
 
 def _gpu_memory(settings: Settings, gib: float) -> Iterator[Finding]:
     """Whether a GPU of so much memory, the smallest, is too small for the training."""
-    from posterpipe.core.dreambooth.memory import models_gib
+    from posterpipe.core.dreambooth.memory import BESIDE_GIB, IMAGE_GIB, models_gib
     from posterpipe.core.models import is_on_hub
 
     if not is_on_hub(settings.base_model, settings.root):
         return
     training = settings.training
-    least, most = (models_gib(training, HUB_PARAMETERS) + image for image in IMAGE_GIB)
-    lean = training.gradient_checkpointing or training.method == "lora"
-    if gib < (most if lean else max(most, FULL_TRAINING_GIB)):
-        more = (
-            "" if training.gradient_checkpointing else ", and more without gradient checkpointing"
+    pixels = settings.images.width * settings.images.height
+    images = IMAGE_GIB * training.train_batch_size * pixels / 512**2
+    needed = models_gib(training, HUB_PARAMETERS) + images + BESIDE_GIB
+    if gib < needed:
+        less = "" if training.gradient_checkpointing else ", less with gradient checkpointing"
+        yield Finding(
+            "note",
+            "GPU memory",
+            f"{gib:.0f} GiB; training Stable Diffusion 2.1 as set here takes about {needed:.0f} GiB"
+            f'{less}: choose settings under "Little memory" in docs/training.md',
         )
-        text = f"{gib:.0f} GiB; training Stable Diffusion 2.1 as set here takes {least:.0f} to "
-        remedy = 'choose settings under "Little memory" in docs/training.md'
-        yield Finding("note", "GPU memory", f"{text}{most:.0f} GiB{more}: {remedy}")
 
 
 def _precision(settings: Settings, gpu_bf16: bool) -> Finding:

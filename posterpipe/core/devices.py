@@ -109,6 +109,23 @@ def noticing_a_gone_device(user: str, device: torch.device) -> Iterator[None]:
         ) from error
 
 
+def memory_layout(
+    channels_last: bool | None, device: torch.device, *, compiled: bool
+) -> torch.memory_format:
+    """The layout of a U-Net's and a VAE's images: the one that is set, else the quicker one.
+
+    Convolutions are quicker over channels-last images. On a GPU though torch's GroupNorm answers in
+    the other layout, so that each convolution turns its images around first: on an H200, Stable
+    Diffusion 2.1 trained 1.1 times (batch 1) and 1.5 times (batch 4) as fast without it. A U-Net
+    that is compiled as a whole has no such GroupNorm.
+    """
+    import torch
+
+    if channels_last is None:
+        channels_last = compiled or device.type != "cuda"
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def torch_dtype(precision: Precision) -> torch.dtype:
     """The torch type of a precision setting."""
     import torch

@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from posterpipe.core.devices import best_device, computing_in, torch_dtype, usable_precision
+from posterpipe.core.devices import (
+    best_device,
+    computing_in,
+    memory_layout,
+    torch_dtype,
+    usable_precision,
+)
 from posterpipe.core.errors import named_line
 from posterpipe.core.memory import doubt, is_out_of_memory
 from posterpipe.core.models import ModelMissing, cached_snapshot, is_on_hub, locate, quiet_hub
@@ -187,8 +193,7 @@ class Sampler:
             self.unet.to(self.dtype)
         for model in (self.text_encoder, self.unet, self.vae):
             model.requires_grad_(False).eval().to(self.device)
-        # Convolutions over channels-last images are the quicker ones on CPUs and GPUs alike.
-        self.layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        self.layout = memory_layout(settings.channels_last, self.device, compiled=settings.compile)
         self.unet.to(memory_format=self.layout)
         self.vae.to(memory_format=self.layout)
         # Compiled at the first call and again for every other shape, minutes each: one shape draws.

@@ -54,6 +54,8 @@ def deciding(training: TrainingSettings) -> dict[str, Any]:
     in_use = training.model_copy(update=unused)
     off = {name for name in _LATER if getattr(in_use, name) == fields[name].default}
     values = in_use.model_dump(mode="json", exclude=set(WATCHING) | off)
+    # What a machine chooses for itself names no other checkpoint, as little as the machine does.
+    values["channels_last"] = in_use.channels_last is not False
     if freezes_short_lora(training):
         values["frozen_lora"] = FROZEN_LORA_VERSION
     return values

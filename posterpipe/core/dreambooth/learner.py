@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
-from posterpipe.core.devices import torch_dtype
+from posterpipe.core.devices import memory_layout, torch_dtype
 from posterpipe.core.dreambooth import objective
 from posterpipe.core.dreambooth.base_model import load_text_encoder, load_unet
 from posterpipe.core.dreambooth.batches import Batch
@@ -57,7 +57,8 @@ class Learner:
         self.device = device = accelerator.device
         self._accelerator = accelerator
         self._dtype = torch_dtype(settings.mixed_precision)
-        self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        whole = settings.compile and not settings.compile_blocks
+        self._layout = memory_layout(settings.channels_last, device, compiled=whole)
         for remark in precision_remarks(self._dtype, device):
             log(remark)
         # Has an effect on GPUs only: where all images have one size, the quickest convolution is
