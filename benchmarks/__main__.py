@@ -16,7 +16,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rows import RESULTS, Row, figure, has_requirement, is_met, markdown, merge
+from benchmarks.rows import (
+    RESULTS,
+    Row,
+    figure,
+    has_requirement,
+    is_met,
+    machines,
+    markdown,
+    merge,
+)
 from benchmarks.training_runs import PEER_SCRIPT, peer_script
 
 BENCHMARKS = (
@@ -42,7 +51,9 @@ AGAINST_THE_SCRIPT = ("train_unet", "train_unet_text_encoder")
 """Those that are measured against diffusers' script, which is no part of this project."""
 
 README = Path(__file__).parents[1] / "README.md"
-"""Has the rows of which something is required."""
+"""Has the rows of which something is required, and those of `PUBLISHED`."""
+PUBLISHED = "train_sd21_gpu"
+"""All of whose figures are in the README: nobody else has published any for this model."""
 PAGE = README.parent / "docs" / "benchmarks.md"
 """Has all rows."""
 MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
@@ -63,18 +74,24 @@ def show(rows: list[Row]) -> None:
 
 def update_pages() -> None:
     """Writes every machine's results between the marks of the pages."""
-    machines = {
+    results = {
         path.stem: [Row(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
         for path in sorted(RESULTS.glob("*.json"))
     }
-    _fill(PAGE, machines)
-    required = {name: [*filter(has_requirement, rows)] for name, rows in machines.items()}
-    _fill(README, required)
+    _fill(PAGE, results)
+    _fill(README, {name: [*filter(_in_readme, rows)] for name, rows in results.items()})
 
 
-def _fill(page: Path, machines: dict[str, list[Row]]) -> None:
-    tables = [f"`{name}`\n\n{markdown(rows)}" for name, rows in machines.items() if rows]
-    between = f"{MARKS[0]}\n{chr(10).join(tables)}\n{MARKS[1]}"
+def _in_readme(row: Row) -> bool:
+    return has_requirement(row) or row.name.startswith(PUBLISHED)
+
+
+def _fill(page: Path, results: dict[str, list[Row]]) -> None:
+    about = machines()
+    tables = [
+        f"`{name}`: {about[name]}\n\n{markdown(rows)}\n" for name, rows in results.items() if rows
+    ]
+    between = f"{MARKS[0]}\n{chr(10).join(tables)}{MARKS[1]}"
     pattern = f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}"
     text = page.read_text(encoding="utf-8")
     page.write_text(re.sub(pattern, lambda _: between, text, flags=re.S), encoding="utf-8")

@@ -70,6 +70,36 @@ def machine() -> str:
     return f"cpu-{platform.machine()}-{os.cpu_count()}"
 
 
+def describe_machine() -> str:
+    """What figures were measured on, in a line: processor, memory, GPU, versions."""
+    import bitsandbytes
+    import diffusers
+    import psutil
+    import torch
+    import transformers
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = [f"{cores} cores of {_processor()}, {psutil.virtual_memory().total / 2**30:.0f} GiB"]
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        parts.insert(0, f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+    versions = [f"Python {platform.python_version()}"]
+    versions += [
+        f"{module.__name__} {module.__version__}"
+        for module in (torch, diffusers, transformers, bitsandbytes)
+    ]
+    return f"{'; '.join(parts)}; {', '.join(versions)}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
 def filed() -> list[dict]:
     """This machine's rows, as they were filed."""
     path = RESULTS / f"{machine()}.json"
@@ -92,10 +122,25 @@ def merge(rows: list[Row], *, in_parts: bool = False) -> Path:
         for topic in dict.fromkeys(_topic(row.name) for row in rows):
             own = [row for row in rows if _topic(row.name) == topic]
             everything = _with(own, everything, _topic)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    _write(path, everything)
+    _write(_machines_file(), {**machines(), machine(): describe_machine()})
     return path
+
+
+def machines() -> dict[str, str]:
+    """A line about each machine with results, by the name that they are filed under."""
+    path = _machines_file()
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _machines_file() -> Path:
+    return RESULTS.parent / "machines.json"
+
+
+def _write(path: Path, values: object) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _topic(name: str) -> str:

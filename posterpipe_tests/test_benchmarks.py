@@ -103,6 +103,8 @@ def test_the_readme_shows_what_has_a_requirement_and_the_page_everything(
     ]
     monkeypatch.setattr(load_code_location, "run", lambda: measured)
     run(monkeypatch, "--only", "load_code_location", "--file")
+    for page in (command.README, command.PAGE):
+        assert f"`{rows.machine()}`: {rows.describe_machine()}" in page.read_text("utf-8")
     shown = {
         page: [row.name for row in measured if f"`{row.name}`" in page.read_text("utf-8")]
         for page in (command.README, command.PAGE)
