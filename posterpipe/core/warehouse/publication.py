@@ -361,9 +361,22 @@ def _point_at(snapshot: Path, public: Path) -> None:
             database.chmod(0o644)
             _settle(database)
         parquet.symlink_to(Path(SNAPSHOTS, snapshot.name, PARQUET), target_is_directory=True)
+        copied = _is_copied(public / PARQUET)
         os.replace(database, public / DATABASE)
+        if copied:
+            os.rename(public / PARQUET, folder / "copied")
         os.replace(parquet, public / PARQUET)
         fsync(public)
+
+
+def _is_copied(parquet: Path) -> bool:
+    """Whether a folder lies where the link belongs, as a copy of the store leaves it that follows
+    links; the snapshots hold all of it. Raises OSError where it holds anything else."""
+    if parquet.is_symlink() or not parquet.is_dir():
+        return False
+    if any(path.suffix != ".parquet" for path in parquet.iterdir()):
+        raise OSError(f"{parquet} holds other files than published tables: move it elsewhere")
+    return True
 
 
 def _is_shown(snapshot: Path, public: Path) -> bool:

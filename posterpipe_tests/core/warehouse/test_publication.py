@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -465,3 +466,27 @@ def test_what_a_killed_publication_left_is_swept(warehouse: Warehouse, public: P
     os.utime(old, (time.time() - 90_000,) * 2)
     publish_scores(warehouse.path, public, run_id="run")
     assert not old.exists() and new.exists()
+
+
+def test_a_store_that_was_copied_without_its_link_is_published_from_again(
+    warehouse: Warehouse, public: Path, tmp_path: Path
+) -> None:
+    publish_scores(warehouse.path, public, run_id="run")
+    copied = tmp_path / "copied"
+    shutil.copytree(public, copied)  # follows links
+    assert not (copied / "parquet").is_symlink()
+    published = publish_scores(warehouse.path, copied, run_id="again")
+    assert (copied / "parquet").resolve() == (published.snapshot / "parquet").resolve()
+    assert query(published.database, "SELECT count(*) FROM publication") == [(1,)]
+    assert not [path for path in copied.iterdir() if path.name.startswith(".")]
+
+
+def test_a_folder_of_somebody_else_is_not_taken_for_published_tables(
+    warehouse: Warehouse, public: Path
+) -> None:
+    (public / "parquet").mkdir(parents=True)
+    (public / "parquet" / "notes.txt").write_text("mine", "utf-8")
+    with pytest.raises(PublishError, match="holds other files than published tables"):
+        publish_scores(warehouse.path, public, run_id="run")
+    assert (public / "parquet" / "notes.txt").exists()
+    assert not (public / "scores.duckdb").exists()
