@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from posterpipe.core.openmp import wait_briefly
 from posterpipe.core.streams import (
     lost_output_is_told,
     open_closed_streams,
@@ -249,6 +250,7 @@ def rollback(why: Why, who: Who = None) -> None:
 
 def main() -> None:
     """Run the command. Errors of posterpipe are one sentence and exit code 1."""
+    wait_briefly()
     open_closed_streams()
     print_all_characters()
     try:

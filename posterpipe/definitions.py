@@ -8,6 +8,7 @@ import gc
 
 import dagster as dg
 
+from posterpipe.core.openmp import wait_briefly
 from posterpipe.defs import (
     alerts,
     arrivals,
@@ -68,6 +69,7 @@ def build_defs(settings: Settings, deployment: Deployment | None = None) -> dg.D
     )
 
 
+wait_briefly()
 # Meanwhile the garbage collector would look, again and again, through all that Dagster's import has
 # made: more than half of the time that building takes. Afterwards it would do so once more for what
 # was built, all of which stays as long as the process.

@@ -23,10 +23,12 @@ from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.guards import stop_with_parent
 from posterpipe.core.dreambooth.launch import is_first_process, let_the_first_speak
+from posterpipe.core.openmp import wait_briefly
 
 
 def main() -> None:
     """Trains with the config that the command line names, and reports to Dagster."""
+    wait_briefly()
     parser = argparse.ArgumentParser(description="Train for Dagster.")
     parser.add_argument("--config", type=Path, required=True, help="TOML file of a RunConfig")
     arguments = parser.parse_args()

@@ -18,12 +18,14 @@ from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.guards import launched, stop_with_parent
 from posterpipe.core.dreambooth.launch import is_first_process, let_the_first_speak
 from posterpipe.core.dreambooth.reports import StepReport
+from posterpipe.core.openmp import wait_briefly
 from posterpipe.core.progress import BarProgress
 from posterpipe.core.streams import lost_output_is_dropped, open_closed_streams
 
 
 def main() -> int:
     """Runs one training; returns the exit status. It goes on when nobody takes its output."""
+    wait_briefly()
     open_closed_streams()
     with lost_output_is_dropped():
         return _run()
