@@ -55,7 +55,7 @@ demo: install  ## the whole graph on the starter posters, then the leaderboard
 # Posters, captions and prompts are watched and what is cheap follows at once; the training follows
 # its schedule.
 dev: install  ## Dagster UI on http://127.0.0.1:3000; sensors and schedules are on
-	@$(BIN)/python -m posterpipe.home
+	@$(BIN)/python -m posterpipe.home $(HOST) $(PORT)
 	$(BIN)/dagster dev --host $(HOST) --port $(PORT) --workspace workspace.yaml
 
 migrate: install  ## bring Dagster's history up to date after an upgrade; the services stopped

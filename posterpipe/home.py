@@ -1,7 +1,7 @@
 """DAGSTER_HOME: this machine's `dagster.yaml` in it, unless a person wrote another one.
 
-What belongs here: putting `deploy/dagster.yaml` there. What does not: what it says. `python -m
-posterpipe.home` is what `make dev` runs.
+What belongs here: putting `deploy/dagster.yaml` there, and seeing whether the UI's address is free.
+What does not: what the file says. `python -m posterpipe.home` is what `make dev` runs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import socket
 import sys
 from pathlib import Path
 
@@ -61,6 +62,27 @@ def prepare_home(root: Path) -> Path:
     return home
 
 
+def check_address(host: str, port: int) -> None:
+    """Raises HomeError where another process listens at the address.
+
+    A webserver that finds it taken says so in one line among many, and the daemon that was started
+    beside it comes in the way of the other one's.
+    """
+    try:
+        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+    except OSError as error:
+        raise HomeError(
+            f"the UI cannot be served at {host}, port {port} ({error.strerror}); if `make dev` is "
+            f"running already, it is at http://{host}:{port}, otherwise choose another one: "
+            "`make dev PORT=3001`"
+        ) from error
+
+
 def _marked(config: bytes) -> bytes:
     return _MARK.format(hashlib.sha256(config).hexdigest()).encode() + config
 
@@ -74,5 +96,7 @@ def _is_ours(present: bytes) -> bool:
 if __name__ == "__main__":
     try:
         prepare_home(default_root())
+        if sys.argv[1:]:
+            check_address(sys.argv[1], int(sys.argv[2]))
     except HomeError as error:
         sys.exit(f"posterpipe: {error}")

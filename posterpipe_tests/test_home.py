@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +106,18 @@ def test_make_dev_keeps_a_configuration_of_ones_own_too(home: Path, tmp_path: Pa
     assert served.returncode == 0, served.stderr
     assert "served" in served.stdout and "is kept as it is" in served.stderr
     assert (home / "dagster.yaml").read_text("utf-8") == OWN
+
+
+def test_an_address_that_is_taken_is_told_before_anything_starts(home: Path) -> None:
+    def start(host: str, port: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "posterpipe.home", host, str(port)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = start("127.0.0.1", port)
+        assert refused.returncode == 1 and "Traceback" not in refused.stderr
+        assert f"at 127.0.0.1, port {port}" in refused.stderr
+        assert "make dev PORT=" in refused.stderr
+    assert start("127.0.0.1", port).returncode == 0
+    assert "no.such.host.invalid" in start("no.such.host.invalid", port).stderr
