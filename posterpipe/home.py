@@ -1,11 +1,14 @@
 """DAGSTER_HOME: this machine's `dagster.yaml` in it, unless a person wrote another one.
 
-What belongs here: putting `deploy/dagster.yaml` there, and seeing whether the UI's address is free.
-What does not: what the file says. `python -m posterpipe.home` is what `make dev` runs.
+What belongs here: putting `deploy/dagster.yaml` there, making the history that it names, and seeing
+whether the UI's address is free. What does not: what the file says. `python -m posterpipe.home` is
+what `make dev` runs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -18,6 +21,10 @@ from posterpipe.settings import default_root
 
 _MARK = "# Written by posterpipe and renewed by it until something here is changed: {}\n"
 """The first line of what is written, with the digest of what follows."""
+
+
+_DATABASES = ("history/runs.db", "history/runs/index.db", "schedules/schedules.db")
+"""Of the history that `deploy/dagster.yaml` asks for: Dagster's own SQLite files."""
 
 
 class HomeError(Exception):
@@ -53,6 +60,7 @@ def prepare_home(root: Path) -> Path:
         wanted = _marked(config)
         if present != wanted:
             write_atomic(target, wanted)
+        _create_history(home)
     elif present != config:
         print(
             f"posterpipe: {target} is kept as it is, since it was changed or written by hand; what "
@@ -60,6 +68,24 @@ def prepare_home(root: Path) -> Path:
             file=sys.stderr,
         )
     return home
+
+
+def _create_history(home: Path) -> None:
+    """Has Dagster make its databases where one is missing.
+
+    Of two processes that did so at once, such as `make dev` beside `make demo` on a fresh clone,
+    both would fail over the other's tables.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # not every file system has locks
+            lock = stack.enter_context(open(home / ".lock", "a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if all((home / name).exists() for name in _DATABASES):
+            return
+        from dagster import DagsterInstance
+
+        with DagsterInstance.from_config(str(home)) as instance:
+            _ = instance.run_storage, instance.event_log_storage, instance.schedule_storage
 
 
 def check_address(host: str, port: int) -> None:

@@ -121,3 +121,27 @@ def test_an_address_that_is_taken_is_told_before_anything_starts(home: Path) -> 
         assert "make dev PORT=" in refused.stderr
     assert start("127.0.0.1", port).returncode == 0
     assert "no.such.host.invalid" in start("no.such.host.invalid", port).stderr
+
+
+def test_two_who_make_a_home_at_once_both_find_dagsters_history_in_it(home: Path) -> None:
+    script = (
+        "from pathlib import Path\n"
+        "from posterpipe.home import prepare_home\n"
+        "from posterpipe.settings import default_root\n"
+        "from dagster import DagsterInstance\n"  # before, so that they come at the same time
+        "prepare_home(default_root())\n"
+        "with DagsterInstance.get() as instance:\n"
+        "    print(instance.get_runs_count(), instance.all_instigator_state())\n"
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for process in both:
+        said, failed = process.communicate()
+        assert said == "0 []\n", failed
