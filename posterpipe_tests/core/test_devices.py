@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from posterpipe.core.devices import give_memory_back, usable_precision, whole_fp32
+from posterpipe.core.devices import (
+    give_memory_back,
+    memory_layout,
+    usable_precision,
+    whole_fp32,
+)
 from posterpipe_tests.core.drawing import tf32_switches
 
 
@@ -72,3 +77,15 @@ def test_the_precision_is_one_that_the_device_is_good_at(monkeypatch: pytest.Mon
     assert usable_precision("fp16", cpu) == "fp32"
     assert usable_precision("fp16", gpu) == "fp16"
     assert usable_precision("bf16", cpu) == "bf16"
+
+
+def test_the_layout_is_the_one_set_or_the_one_that_the_device_is_quicker_with() -> None:
+    import torch
+
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    last, first = torch.channels_last, torch.contiguous_format
+    assert memory_layout(None, cpu, compiled=False) == last
+    assert memory_layout(None, gpu, compiled=False) == first
+    assert memory_layout(None, gpu, compiled=True) == last
+    assert memory_layout(True, gpu, compiled=False) == last
+    assert memory_layout(False, cpu, compiled=True) == first

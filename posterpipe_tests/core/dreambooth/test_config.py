@@ -115,6 +115,9 @@ def test_a_missing_config_is_named(tmp_path: Path) -> None:
 def test_the_id_follows_what_decides_a_weight_and_nothing_else(make_config: MakeConfig) -> None:
     plain = make_config().checkpoint_id(VERSIONS)
     assert make_config("elsewhere").checkpoint_id(VERSIONS) == plain
+    # A layout that a machine chooses names no other checkpoint, as little as the machine does.
+    assert make_config(channels_last=True).checkpoint_id(VERSIONS) == plain
+    assert make_config(channels_last=False).checkpoint_id(VERSIONS) != plain
     assert make_config(log_every_steps=7, save_every_steps=9).checkpoint_id(VERSIONS) == plain
     assert make_config(sample_every_steps=7, sample_prompts=("a",)).checkpoint_id(VERSIONS) == plain
     others = [
