@@ -167,8 +167,7 @@ def _measure(
             round(losses["ours"], 4),
             round(losses[short], 4) if short else None,
             f"one by one, {short}" if short else "",
-            # Of the few posters that are compared on a GPU, single words decide it.
-            required="" if device.type == "cuda" else "at most 0.02",
+            required="at most 0.02",
         ),
     ]
     return rows
