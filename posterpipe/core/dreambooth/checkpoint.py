@@ -21,7 +21,13 @@ from torch import nn
 
 from posterpipe.core.dreambooth.base_model import disk_dtype, load_text_encoder, load_unet
 from posterpipe.core.dreambooth.card import CARD_NAME, write_card
-from posterpipe.core.dreambooth.config import MODEL_PARTS, TRAINER_VERSION, RunConfig, Versions
+from posterpipe.core.dreambooth.config import (
+    MODEL_PARTS,
+    SAMPLES_NAME,
+    TRAINER_VERSION,
+    RunConfig,
+    Versions,
+)
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.guards import only_writer_of, writing
 from posterpipe.core.dreambooth.lora import merge_lora, write_lora
@@ -36,7 +42,7 @@ from posterpipe.core.dreambooth.reports import (
     finite,
     write_metrics,
 )
-from posterpipe.core.dreambooth.samples import SAMPLES_NAME, draw_grid
+from posterpipe.core.dreambooth.samples import draw_grid
 from posterpipe.core.dreambooth.saves import save_path, sync_path, sync_tree
 from posterpipe.core.models import EXPORTS_NAME
 from posterpipe.core.provenance import RECORD_NAME, package_version

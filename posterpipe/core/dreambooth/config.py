@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from posterpipe.core.dreambooth.effects import deciding
 from posterpipe.core.dreambooth.errors import TrainingError, TrainingSetError
 from posterpipe.core.files import sha256_of, write_atomic
+from posterpipe.core.models import EXPORTS_NAME
 from posterpipe.settings import SamplerSettings
 from posterpipe.training_settings import TrainingSettings
 from posterpipe.variables import in_our_words
@@ -32,6 +33,10 @@ when latents or text embeddings are others (`_LATENTS_VERSION`, `_EMBEDDINGS_VER
 
 MODEL_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 """The folders of a Stable Diffusion directory that decide what is trained."""
+
+SAVES_NAME, LOWEST_NAME, SAMPLES_NAME = "saves", "lowest", "samples"
+"""Folders of `work_dir`, as `EXPORTS_NAME` is. Each holds a folder for each run, named by its
+checkpoint's id, which is removed when nothing can go on from it any more."""
 
 # Left out of the id, not just as if they were not given, so that ids stay as they were.
 _OF_EARLY_STOP = {"holdout_every_steps", "holdout_timesteps", "early_stop_min_gain"}
@@ -95,6 +100,19 @@ class RunConfig(BaseModel):
                 raise ValueError(
                     f"{name}: {folder} lies in output_dir, {self.output_dir}, which is to hold the "
                     "finished model alone; choose a folder beside it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_the_checkpoint_out_of_its_work(self) -> Self:
+        # What a run works with is removed when it has finished, and the model would go with it.
+        output = Path(os.path.abspath(self.output_dir))
+        work = Path(os.path.abspath(self.work_dir))
+        for name in (SAVES_NAME, LOWEST_NAME, EXPORTS_NAME, SAMPLES_NAME):
+            if output.is_relative_to(work / name):
+                raise ValueError(
+                    f"output_dir: {self.output_dir} lies in {self.work_dir / name}, where a run "
+                    "keeps its unfinished work; choose another folder"
                 )
         return self
 

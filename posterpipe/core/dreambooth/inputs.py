@@ -17,12 +17,12 @@ from torch import Tensor
 from posterpipe.core.dreambooth import objective
 from posterpipe.core.dreambooth.base_model import load_noise_schedule, load_vae
 from posterpipe.core.dreambooth.batches import Batch, Feed, Source, fixed_batches
-from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.config import SAMPLES_NAME, RunConfig
 from posterpipe.core.dreambooth.data import Example, read_training_set
 from posterpipe.core.dreambooth.draws import Stream, StreamName
 from posterpipe.core.dreambooth.errors import BaseModelError, TrainingError
 from posterpipe.core.dreambooth.latents import cached_latents
-from posterpipe.core.dreambooth.samples import DEFAULT_PROMPTS, SAMPLES_NAME, SampleDrawer
+from posterpipe.core.dreambooth.samples import DEFAULT_PROMPTS, SampleDrawer
 
 _HOLDOUT_BATCH_SIZE = 8
 _HOLDOUT_SEED = 0  # whatever the run's seed: runs can be compared

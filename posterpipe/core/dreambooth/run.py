@@ -26,7 +26,7 @@ from posterpipe.core.dreambooth.checkpoint import (
     write_checkpoint,
     write_export,
 )
-from posterpipe.core.dreambooth.config import RunConfig, Versions
+from posterpipe.core.dreambooth.config import LOWEST_NAME, SAVES_NAME, RunConfig, Versions
 from posterpipe.core.dreambooth.early_stop import LowestWeights, lowest_step, stops_early
 from posterpipe.core.dreambooth.errors import TrainingDiverged, TrainingStopped
 from posterpipe.core.dreambooth.guards import writing
@@ -47,7 +47,6 @@ from posterpipe.core.dreambooth.saves import (
 )
 from posterpipe.core.memory import doubt, is_out_of_memory
 
-_SAVES, _LOWEST = "saves", "lowest"
 _AGREE_EVERY_STEPS = 10
 
 
@@ -86,8 +85,10 @@ class Run:
         self._main = accelerator.is_main_process
         self.inputs = read_inputs(config, checkpoint_id, accelerator, log)
         self.learner = Learner(config, accelerator, self.inputs.texts, log)
-        self._folder = config.work_dir / _SAVES / checkpoint_id
-        self._lowest = LowestWeights(config.work_dir / _LOWEST / checkpoint_id, checkpoint_id, log)
+        self._folder = config.work_dir / SAVES_NAME / checkpoint_id
+        self._lowest = LowestWeights(
+            config.work_dir / LOWEST_NAME / checkpoint_id, checkpoint_id, log
+        )
         self._measured_on = {  # the held-out loss, beside all that the checkpoint's id tells
             "holdout_set": versions.holdout_set,
             "holdout_timesteps": self.settings.holdout_timesteps,
@@ -341,7 +342,7 @@ class Run:
 
 def remove_all_saves(config: RunConfig, checkpoint_id: str) -> None:
     """Removes the saves, kept weights and exports of a run that has finished."""
-    for folder in (_SAVES, _LOWEST):
+    for folder in (SAVES_NAME, LOWEST_NAME):
         remove_saves(config.work_dir / folder / checkpoint_id)
     remove_saves(exports_folder(config, checkpoint_id))
 

@@ -19,7 +19,6 @@ from posterpipe.core.gallery import grid
 from posterpipe.core.sampler import initial_latents, make_scheduler, to_images
 from posterpipe.settings import SamplerSettings
 
-SAMPLES_NAME = "samples"
 PROMPTS_NAME = "prompts.txt"
 SAMPLING_NAME = "sampling.json"
 """All that tells two runs' samples apart which share a run's id: prompts, noise, the sampler."""

@@ -75,6 +75,17 @@ def test_a_run_does_not_work_within_the_folder_of_the_finished_model(
         RunConfig.from_toml(path)
 
 
+@pytest.mark.parametrize("folder", ["saves", "lowest/model", "samples", "x/../exports/model"])
+def test_a_finished_model_does_not_lie_among_the_work_that_is_removed_then(
+    tmp_path: Path, folder: str
+) -> None:
+    places = f"output_dir = 'work/{folder}'\nwork_dir = 'work'\n"
+    path = tmp_path / "run.toml"
+    path.write_text(f"base_model = 'base'\ntraining_set = 'set'\nwidth = 64\nheight = 64\n{places}")
+    with pytest.raises(TrainingError, match=r"run\.toml: output_dir: .* lies in work"):
+        RunConfig.from_toml(path)
+
+
 def guide() -> str:
     return (default_root() / "docs" / "training.md").read_text("utf-8")
 
