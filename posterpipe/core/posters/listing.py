@@ -494,7 +494,8 @@ def _os_errors(function: Any, *arguments: Any) -> Any:
         raise OSError(_told(error)) from error
 
 
-_PASSWORD = re.compile(r"(?<=://)([^/:@\s]*):[^/\s]*@")
+_PASSWORD = re.compile(r"(?<=://)([^/:@\s]*):(?:[^/\s]*|(?!\d*/)[^@\s]*)@")
+"""Of a URL's user. One that holds a slash ought to be quoted, and is no less a password."""
 
 
 def _without_password(text: str) -> str:

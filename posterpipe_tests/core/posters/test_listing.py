@@ -319,6 +319,7 @@ def test_a_password_in_a_url_opens_the_bucket_and_is_shown_nowhere(
     told = f"{caught.value} {place.location} {place.key(Entry('a', 1, 2, ''))}"
     assert "ss" not in told.replace("posters", "").replace("address", "") and "word" not in told
     assert place.location == "versioned://ida@host/posters"
+    assert Bucket("versioned://ida:a/b2:c@host/x@y").location == "versioned://ida@host/x@y"
     for url in ("s3://bucket/a:b@c", "ftp://host:21/a@b", "ftp://[::1]:21/", "https://ida@host/"):
         assert Bucket(url).location == url
 
