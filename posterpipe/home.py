@@ -12,10 +12,10 @@ import fcntl
 import hashlib
 import os
 import re
-import socket
 import sys
 from pathlib import Path
 
+from posterpipe.addresses import try_address
 from posterpipe.core.files import write_atomic
 from posterpipe.settings import default_root
 
@@ -44,7 +44,7 @@ def home_of(root: Path) -> Path:
 
 
 def prepare_home(root: Path) -> Path:
-    """The home with a dagster.yaml in it. Raises HomeError.
+    """The home with a dagster.yaml in it, to which DAGSTER_HOME is set. Raises HomeError.
 
     One that is there and is not as posterpipe wrote it stays, and a line on stderr says so.
     """
@@ -88,19 +88,14 @@ def _create_history(home: Path) -> None:
             _ = instance.run_storage, instance.event_log_storage, instance.schedule_storage
 
 
-def check_address(host: str, port: int) -> None:
-    """Raises HomeError where another process listens at the address.
+def require_free(host: str, port: str) -> None:
+    """Raises HomeError where the UI cannot be served at an address.
 
     A webserver that finds it taken says so in one line among many, and the daemon that was started
     beside it comes in the way of the other one's.
     """
     try:
-        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        with socket.socket(family, kind, protocol) as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind(address)
+        try_address(host, int(port) if port.isdecimal() else 0)
     except OSError as error:
         raise HomeError(
             f"the UI cannot be served at {host}, port {port} ({error.strerror}); if `make dev` is "
@@ -123,6 +118,6 @@ if __name__ == "__main__":
     try:
         prepare_home(default_root())
         if sys.argv[1:]:
-            check_address(sys.argv[1], int(sys.argv[2]))
+            require_free(sys.argv[1], sys.argv[2])
     except HomeError as error:
         sys.exit(f"posterpipe: {error}")

@@ -144,6 +144,19 @@ def test_doctor_shows_long_paths_whole(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert f"{path}:cannotbewritten" in "".join(capsys.readouterr().out.split())
 
 
+def test_doctor_outlives_a_torch_that_cannot_be_loaded(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("torch", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
+    monkeypatch.setattr(doctor, "HUB_MEMORY_GB", 10**6)
+    hub = settings.model_copy(update={"base_model": ModelRef(id="owner/model", revision=None)})
+    found = states(hub)
+    assert found["devices"].state == "missing" and "make install" in found["devices"].text
+    assert found["memory"].state == "note"
+    assert found["prompts"].state == "ok"
+
+
 def test_doctor_does_not_take_emulated_bf16_for_computed(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

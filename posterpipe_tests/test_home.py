@@ -109,7 +109,7 @@ def test_make_dev_keeps_a_configuration_of_ones_own_too(home: Path, tmp_path: Pa
 
 
 def test_an_address_that_is_taken_is_told_before_anything_starts(home: Path) -> None:
-    def start(host: str, port: int) -> subprocess.CompletedProcess[str]:
+    def start(host: str, port: int | str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "posterpipe.home", host, str(port)]
         return subprocess.run(command, capture_output=True, text=True)
 
@@ -120,6 +120,9 @@ def test_an_address_that_is_taken_is_told_before_anything_starts(home: Path) -> 
         assert f"at 127.0.0.1, port {port}" in refused.stderr
         assert "make dev PORT=" in refused.stderr
     assert start("127.0.0.1", port).returncode == 0
+    for wrong in (70_000, 0, "abc", "-1"):
+        refused = start("127.0.0.1", wrong)
+        assert f"port {wrong} (a port is a number from 1 to 65535)" in refused.stderr
     assert "no.such.host.invalid" in start("no.such.host.invalid", port).stderr
 
 

@@ -6,7 +6,6 @@ copied (`core.housekeeping.backup`).
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from rich.filesize import decimal
 from posterpipe.core.housekeeping.backup import WHOLE, back_up
 from posterpipe.core.posters.listing import Folder, open_place
 from posterpipe.core.progress import BarProgress
+from posterpipe.home import home_of
 from posterpipe.settings import Settings, load_settings
 
 
@@ -44,7 +44,7 @@ def run_backup(folder: Path) -> int:
 
 def _places(settings: Settings) -> list[Path]:
     """Dagster's home and what people put in, as far as it is on this machine."""
-    home = Path(os.environ.get("DAGSTER_HOME") or settings.root / ".dagster").absolute()
+    home = home_of(settings.root)
     inputs = [settings.holdout, settings.captions, settings.prompt_suite]
     landing = open_place(settings.landing, settings.root)
     posters = [landing.path] if isinstance(landing, Folder) else []

@@ -46,6 +46,9 @@ PACKAGES = (
 HUB = ENDPOINT
 """Where models come from; the variable HF_ENDPOINT names a mirror."""
 HUB_SECONDS = 3.0
+"""How long the hub may take to answer."""
+LANDING_SECONDS = 20.0
+"""How long the landing place may take to list its posters."""
 DISK_GB = {"local": 2, "hub": 40}
 """Free space needed with local models, and with those of the hub and their checkpoints."""
 HUB_MEMORY_GB = 24
@@ -202,8 +205,10 @@ def _precision(settings: Settings, gpu_bf16: bool) -> Finding:
 
 
 def _has_gpu() -> bool:
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError):
+        return False  # told by `_devices`
     return torch.cuda.is_available()
 
 
@@ -270,11 +275,12 @@ def _existing(path: Path) -> Path:
 
 def _posters(settings: Settings) -> Finding:
     from posterpipe.core.posters.landing import EXTENSIONS
-    from posterpipe.core.posters.listing import PlaceMissing, open_place
+    from posterpipe.core.posters.listing import PlaceMissing, entries_within, open_place
 
     place = open_place(settings.landing, settings.root)
     try:
-        count = sum(entry.name.lower().endswith(EXTENSIONS) for entry in place.entries())
+        entries = entries_within(place, LANDING_SECONDS)
+        count = sum(entry.name.lower().endswith(EXTENSIONS) for entry in entries)
     except PlaceMissing as error:
         return Finding("missing", "posters", str(error))
     needed = settings.checks.min_posters
@@ -290,7 +296,11 @@ def _suite(settings: Settings) -> Finding:
 
     path = settings.path(settings.prompt_suite)
     try:
-        prompts = load_suite(path, limit=known_text_limit(settings.base_model, settings.root))
+        limit = known_text_limit(settings.base_model, settings.root)
+    except (ImportError, OSError):
+        limit = None  # what cannot be loaded is told by `_packages` and `_devices`
+    try:
+        prompts = load_suite(path, limit=limit)
     except PromptSuiteError as error:
         return Finding("missing", "prompts", str(error))
     images = sum(len(prompt.seeds) for prompt in prompts)

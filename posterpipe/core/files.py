@@ -22,11 +22,6 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows, where a file without permission to be written cannot be removed
-    fcntl = None  # type: ignore[assignment]
-
 SECOND = 1_000_000_000
 """In nanoseconds."""
 
@@ -92,7 +87,7 @@ def write_atomic(path: Path, data: bytes, *, sealed: bool = False) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            if sealed and fcntl is not None:
+            if sealed:
                 # The owner's permission only: those who share the store by their group need theirs
                 # to mark the file as used, and to link to it.
                 mode = os.fstat(file.fileno()).st_mode
@@ -144,7 +139,7 @@ def fsync(path: Path) -> None:
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
-        return  # folders cannot be opened on Windows
+        return  # what may be written need not be readable
     try:
         os.fsync(handle)
     except OSError:

@@ -10,17 +10,13 @@ compares process numbers, which are given out again, or names of hosts, which co
 
 from __future__ import annotations
 
+import fcntl
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nobody is seen to work
-    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Leases:
         self._folder = folder
 
     def take(self) -> Lease | None:
-        """A new lease; None where nothing can be written."""
+        """A new lease; None where nothing can be written or locked."""
         while True:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -63,8 +59,12 @@ class Leases:
             handle = open_lock(path)
             if handle is None:
                 return None
-            if fcntl is not None:
+            try:
                 fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError:  # not every file system has locks
+                os.close(handle)
+                self.remove(path.name)
+                return None
             # Between opening and locking it, it looked like that of a dead process.
             if path.exists():
                 return Lease(path, handle)
@@ -76,8 +76,6 @@ class Leases:
         Those of processes that ended without giving theirs back are removed.
         """
         begun: list[float] = []
-        if fcntl is None:
-            return begun
         for path in self._folder.glob("*.lease"):
             with suppress(OSError), _opened(path) as handle:  # or given back meanwhile
                 if _lock(handle, fcntl.LOCK_EX):
@@ -86,10 +84,13 @@ class Leases:
                     begun.append(os.fstat(handle).st_mtime)
         return begun
 
+    def abandoned(self) -> list[str]:
+        """The names of those whose process ended without giving them back."""
+        names = [path.name for path in self._folder.glob("*.lease")]
+        return [name for name in names if self.is_abandoned(name)]
+
     def is_abandoned(self, name: str) -> bool:
         """Whether the process ended that took the lease, without giving it back."""
-        if fcntl is None:
-            return False
         with suppress(OSError), _opened(self._folder / name) as handle:
             return _lock(handle, fcntl.LOCK_SH)  # others may ask at the same time
         return False

@@ -12,7 +12,7 @@ from posterpipe.core.errors import first_line
 
 # A GPU's memory runs out in several places: torch's own allocator, the driver beneath it, cuBLAS
 # and cuDNN when they make their workspaces; each says it in its own words. On a CPU torch says
-# "can't allocate memory", or "not enough memory" on Windows.
+# "can't allocate memory" or "not enough memory".
 _WORDS = re.compile(
     r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|_ALLOCATION_FAILED",
     re.IGNORECASE,

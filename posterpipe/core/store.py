@@ -24,6 +24,7 @@ training set, is told without reading it.
 from __future__ import annotations
 
 import datetime as dt
+import fcntl
 import hashlib
 import io
 import json
@@ -44,11 +45,6 @@ from pydantic import BaseModel
 
 from posterpipe.core.files import SECOND, mark_used, unchanged, write_atomic
 from posterpipe.core.leases import Leases, open_lock
-
-try:
-    import fcntl
-except ImportError:  # Windows, where only the grace time of `garbage` protects what is in use
-    fcntl = None  # type: ignore[assignment]
 
 # Folders below the root that `training_set` and trainings fill.
 TRAINING_SETS, CHECKPOINTS = "training_sets", "checkpoints"
@@ -191,11 +187,17 @@ class Store:
             yield
             return
         handle = open_lock(self.root / "garbage.lock")
-        if handle is None or fcntl is None:
+        if handle is None:
             yield
             return
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            except OSError as error:
+                raise StoreError(
+                    f"{self.root}: files cannot be locked there ({error.strerror}); choose a "
+                    "folder on another file system with POSTERPIPE_STORE"
+                ) from error
             _inside.roots[self.root] = True
             yield
         finally:
@@ -421,6 +423,15 @@ class Store:
                 yield connection
             except sqlite3.OperationalError as error:
                 raise StoreError(f"{path}: {_cannot_be_written(error)}") from error
+            except sqlite3.DatabaseError as error:
+                raise _no_database(path, error) from error
+
+
+def _no_database(path: Path, error: sqlite3.DatabaseError) -> StoreError:
+    return StoreError(
+        f"{path}: is not a database ({error}); move it away, and the results that it held are "
+        "computed again"
+    )
 
 
 def _forget(index: sqlite3.Connection, kind: str, rows: Mapping[str, dict[str, Any]]) -> None:
@@ -455,10 +466,7 @@ def _prepare_index(connection: sqlite3.Connection, path: Path) -> None:
                 ) from error
             time.sleep(0.02)
         except sqlite3.DatabaseError as error:
-            raise StoreError(
-                f"{path}: is not a database ({error}); move it away, and the results that it held "
-                "are computed again"
-            ) from error
+            raise _no_database(path, error) from error
 
 
 def _add_used_at(connection: sqlite3.Connection) -> None:

@@ -61,9 +61,12 @@ class LocalRunLauncher(DefaultRunLauncher):
         if stopped or run is None or run.is_finished:
             return stopped
         process = _process_of(self._instance, run)
-        if process is None or not process.runs:
+        if process is None or not process.alive:
             return False
-        os.kill(int(process.pid), signal.SIGINT)
+        try:
+            os.kill(process.pid, signal.SIGINT)
+        except ProcessLookupError:  # it has just ended
+            return False
         return True
 
     @property
@@ -77,7 +80,7 @@ class LocalRunLauncher(DefaultRunLauncher):
         if _is_abandoned(self._instance, run):
             return CheckRunHealthResult(WorkerStatus.FAILED, _GONE)
         process = _process_of(self._instance, run)
-        if process is None or process.runs:
+        if process is None or process.alive:
             return running
         return CheckRunHealthResult(WorkerStatus.FAILED, f"its process (pid {process.pid}) is gone")
 
@@ -103,11 +106,17 @@ def end_dead_runs(instance: dg.DagsterInstance) -> None:
 
     The daemon of `make dev` does so too, with these and with those that it started.
     """
+    leases = _leases(instance)
+    # Asked for before the runs, so that the runs of all of them are among these. Some have no
+    # unfinished one: a daemon may have marked it before.
+    abandoned = leases.abandoned()
     for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)):
         if _is_abandoned(instance, run):
             instance.report_run_failed(run, _GONE)
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-            _leases(instance).remove(run.tags[LEASE_TAG])
+            leases.remove(run.tags[LEASE_TAG])
+    for name in abandoned:
+        leases.remove(name)
 
 
 def under_lease(run: dg.DagsterRun) -> bool:
@@ -128,8 +137,8 @@ def _leases(instance: dg.DagsterInstance) -> Leases:
 class _Process:
     """The process that a code server of this machine started for a run."""
 
-    pid: str
-    runs: bool
+    pid: int
+    alive: bool
 
 
 def _process_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> _Process | None:
@@ -144,13 +153,13 @@ def _process_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> _Process | 
     ]
     if not started or started[-1][1] is None:
         return None
-    at, pid = started[-1][0], str(started[-1][1].value)
+    at, pid = started[-1][0], int(str(started[-1][1].value))
     began = _began(pid)
     # A process that began later only has its number.
     return _Process(pid, began is not None and began < at + _CLOCKS_DIFFER)
 
 
-def _began(pid: str) -> float | None:
+def _began(pid: int) -> float | None:
     """When a process began, in seconds since 1970; None where there is no such process, or one
     that ended and was not waited for."""
     try:

@@ -12,12 +12,12 @@ import errno
 import ipaddress
 import logging
 import re
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from posterpipe.addresses import try_address
 from posterpipe.settings import load_settings
 
 APP = Path(__file__).with_name("app.py")
@@ -138,10 +138,7 @@ def _host_name(name: str) -> str:
 def _require_free(host: str, port: int) -> None:
     """Raises StudioError where nothing can be served at that address."""
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        try_address(host, port)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise StudioError(

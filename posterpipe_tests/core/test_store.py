@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -249,6 +251,34 @@ def test_an_index_that_is_no_database_says_what_to_do(store: Store) -> None:
     (store.root / "index.sqlite").write_bytes(b"not a database" * 100)
     with pytest.raises(StoreError, match=r"index\.sqlite: is not a database .* move it away"):
         store.results("k", ["a"])
+
+
+def test_an_index_that_is_damaged_within_says_what_to_do(store: Store) -> None:
+    keys = [f"{n:032}" for n in range(2_000)]
+    store.add_results("k", {key: {"n": 1} for key in keys})
+    path = store.root / "index.sqlite"
+    with closing(sqlite3.connect(path)) as index:
+        index.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with path.open("r+b") as file:  # all but the first page, which says that it is a database
+        file.seek(4096)
+        file.write(b"\xff" * (path.stat().st_size - 4096))
+    with pytest.raises(StoreError, match=r"index\.sqlite: is not a database .* move it away"):
+        store.results("k", keys)
+
+
+def test_a_file_system_without_locks_is_named_with_the_setting(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with store.lease():  # as where nothing can be written: nobody is told of it
+        assert not store.live_leases()
+    turn = store.turn()
+    with pytest.raises(StoreError, match=r"cannot be locked .* POSTERPIPE_STORE"), turn:
+        pass
+    assert not list(store.root.rglob("*.lease"))
 
 
 def _write_results(root: Path, worker: int) -> None:

@@ -7,9 +7,10 @@ others write meanwhile. What does not: which caption counts (`people`), the form
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,14 +212,10 @@ def _replace(path: Path, before: bytes | None, after: bytes | None) -> bool:
 def _locked(folder: Path) -> Iterator[None]:
     """One writer at a time, among processes and threads; the lock ends with its holder."""
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows: `_replace` still notices most of what another one wrote
-        yield
-        return
     handle = os.open(folder, os.O_RDONLY)  # the folder itself, so that no lock file lies about
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(OSError):  # without locks `_replace` still notices most of what others wrote
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

@@ -95,8 +95,8 @@ def read_inputs(
     elif settings.early_stop_patience is not None:
         raise TrainingError(
             "training.early_stop_patience: there are no held-out posters; put some into the "
-            "holdout folder and materialize holdout_set (by hand: name their folder as "
-            "holdout_set), or turn early stopping off"
+            "holdout folder and materialize `holdout_posters` (when training by hand, set "
+            "`holdout_set` to their folder), or unset early_stop_patience"
         )
     drawer = None
     if settings.sample_every_steps is not None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -109,6 +109,13 @@ def image_encoder(settings: ScorerSettings, root: Path) -> ImageEncoder:
 
     Raises ModelMissing when the model is not there, or is of another kind.
     """
+    if encoder_family(settings, root) == "CLIP":
+        return ClipEncoder(settings, root)
+    return DinoEncoder(settings, root)
+
+
+def encoder_family(settings: ScorerSettings, root: Path) -> Literal["CLIP", "DINO"]:
+    """Which of the two a model is of, DINOv2 counted to DINO. Raises as `image_encoder` does."""
     folder = locate(settings.model, root)
     try:
         kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
@@ -117,9 +124,9 @@ def image_encoder(settings: ScorerSettings, root: Path) -> ImageEncoder:
             f"{folder / 'config.json'}: cannot be read ({error}); copy the model again"
         ) from error
     if kind == "clip":
-        return ClipEncoder(settings, root)
+        return "CLIP"
     if kind in ("vit", "dinov2", "dinov2_with_registers"):
-        return DinoEncoder(settings, root)
+        return "DINO"
     raise ModelMissing(
         f"{folder}: a model of the kind {kind!r} cannot encode images here; name a CLIP, DINO or "
         "DINOv2 model, such as POSTERPIPE_EVIDENCE__IMAGE_ENCODERS="

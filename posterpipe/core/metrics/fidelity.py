@@ -43,6 +43,7 @@ from posterpipe.core.metrics.base import (
 from posterpipe.core.metrics.encoders import (
     Alteration,
     Embeddings,
+    encoder_family,
     encoder_id,
     kept_embeddings,
 )
@@ -446,7 +447,7 @@ def _measures(
     without them would stay when they are put back.
     """
     encoder = encoder_id(settings, root)
-    kind = "DINO" if "dino" in encoder.lower() else "CLIP-I"
+    kind = "DINO" if encoder_family(settings, root) == "DINO" else "CLIP-I"
     both = digest([training, holdout])
     told = {
         "holdout": (

@@ -315,7 +315,9 @@ class Folder(Place):
     def _open(self, entry: Entry) -> Iterator[BufferedReader]:
         path = os.path.join(self.location, entry.name)
         # A pipe that took the file's place must not make us wait for a writer.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NONBLOCK)) as file:
+        with open(
+            path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        ) as file:
             self._compare(entry, file)
             yield file
             self._compare(entry, file)
@@ -324,9 +326,6 @@ class Folder(Place):
         now = _local_entry(entry.name, os.fstat(file.fileno()))
         if (now.size, now.mtime_ns, now.identity) != (entry.size, entry.mtime_ns, entry.identity):
             raise SourceChanged(f"{os.path.join(self.location, entry.name)} changed")
-
-
-_NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has none
 
 
 def _leads_to_folder(item: os.DirEntry[str]) -> bool:

@@ -7,7 +7,6 @@ was made of (`provenance`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from posterpipe.core.dreambooth.config import RunConfig, Versions, make_checkpoi
 from posterpipe.core.dreambooth.launch import launch_command
 from posterpipe.core.models import fingerprint, locate
 from posterpipe.core.progress import Progress
-from posterpipe.core.provenance import RECORD_NAME, current_lineage, require_posters
+from posterpipe.core.provenance import RECORD_NAME, current_lineage, read_record, require_posters
 from posterpipe.core.store import Store
 from posterpipe.core.training.class_images import build_class_images
 from posterpipe.core.training.holdout_set import build_holdout_set
@@ -84,12 +83,12 @@ def train_or_adopt(
     )
     gpus = torch.cuda.device_count()
     processes = max(1, gpus)
-    shape: dict[str, Any] = {
+    image_settings: dict[str, Any] = {
         "width": images.width,
         "height": images.height,
-        "buckets": str(images.fit) == "bucket",
+        "buckets": images.fit == "bucket",
     }
-    checkpoint_id = make_checkpoint_id(versions, training, **shape, processes=processes)
+    checkpoint_id = make_checkpoint_id(versions, training, **image_settings, processes=processes)
     config = RunConfig(
         base_model=base_model,
         base_model_name=settings.base_model.id,
@@ -99,7 +98,7 @@ def train_or_adopt(
         output_dir=store.root / "checkpoints" / checkpoint_id,
         work_dir=store.root / "training" / checkpoint_id,
         cache_dir=store.root / "training" / "cache",
-        **shape,
+        **image_settings,
         training=training,
         sampler=settings.sampler,
         versions=versions,
@@ -114,5 +113,5 @@ def train_or_adopt(
         launch(
             launch_command(file, module=worker, processes=processes, cpu=not gpus), config.work_dir
         )
-    record = json.loads(record_file.read_text("utf-8"))
+    record = read_record(config.output_dir)
     return Checkpoint(checkpoint_id, config.output_dir, versions, lineage, held_out, record, reused)

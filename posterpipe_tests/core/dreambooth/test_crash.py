@@ -180,7 +180,7 @@ def test_killed_after_any_step_a_run_ends_with_the_same_bits(
         assert_ends_like(config, uninterrupted)
 
 
-@pytest.mark.slow(minutes=60)
+@pytest.mark.slow(minutes=15)
 def test_killed_in_any_line_of_a_save_a_run_ends_with_the_same_bits(
     make_config: MakeConfig, uninterrupted: RunConfig
 ) -> None:

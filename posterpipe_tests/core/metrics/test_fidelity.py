@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -281,11 +282,13 @@ def test_an_encoder_of_each_kind_and_rows_for_what_cannot_be_compared(
         EvidenceSettings(
             image_encoders=(
                 ModelRef(id="models/clip", revision=None),
-                ModelRef(id="models/dinov2", revision=None),
+                ModelRef(id="models/own", revision=None),
             )
         ),
         ModelRef(id="unused", revision=None),
     )
+    # Its folder's name does not tell that it is a DINO.
+    shutil.copytree(root / "models" / "dinov2", root / "models" / "own", dirs_exist_ok=True)
     result = compared(
         store, root, table, posters(store, "training", pictures(3, 41)),
         posters(store, "holdout", pictures(3, 42)), encoders,
