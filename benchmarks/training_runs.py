@@ -251,7 +251,7 @@ def _ours(recorder: _Recorder, config_file: Path, *, adam_waits: bool) -> None:
 
     config = RunConfig.from_toml(config_file)
     if adam_waits:
-        from posterpipe.core.dreambooth.eight_bits import QueuedAdamW8bit
+        from posterpipe.core.dreambooth.adamw_8bit import QueuedAdamW8bit
 
         del QueuedAdamW8bit.step  # bitsandbytes' own is left
 

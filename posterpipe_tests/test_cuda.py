@@ -28,10 +28,10 @@ from transformers import CLIPTextModel
 
 from posterpipe.core.devices import give_memory_back
 from posterpipe.core.dreambooth import lora, objective
+from posterpipe.core.dreambooth.adamw_8bit import QueuedAdamW8bit
 from posterpipe.core.dreambooth.base_model import load_vae
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.data import load_pixels
-from posterpipe.core.dreambooth.eight_bits import QueuedAdamW8bit
 from posterpipe.core.dreambooth.inputs import Inputs, read_inputs
 from posterpipe.core.dreambooth.latents import encode
 from posterpipe.core.dreambooth.learner import Learner

@@ -9,8 +9,9 @@ from __future__ import annotations
 from rich.console import Console
 
 from posterpipe.core.captions.people import rehash_sidecars
-from posterpipe.core.posters.landing import Rehash, rehash
+from posterpipe.core.posters.landing import rehash
 from posterpipe.core.posters.listing import HOLDOUT, Place, open_place
+from posterpipe.core.posters.rereading import Rehash
 from posterpipe.core.progress import BarProgress
 from posterpipe.core.store import Store
 from posterpipe.settings import load_settings

@@ -37,7 +37,7 @@ from posterpipe.core.memory import TOO_LITTLE_MEMORY, doubt, is_out_of_memory
 from posterpipe.core.parallel import cores
 from posterpipe.core.progress import Progress
 from posterpipe.core.prompts import Prompt
-from posterpipe.core.provenance import record_environment
+from posterpipe.core.provenance.environments import record_environment
 from posterpipe.core.sampler import (
     FP32_VERSION,
     SAMPLER_VERSION,

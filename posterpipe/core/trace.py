@@ -24,7 +24,9 @@ from rich.text import Text
 from rich.tree import Tree
 
 from posterpipe.core.generations import GENERATION
-from posterpipe.core.provenance import CHECKPOINT, ENVIRONMENT, lineage, training_steps
+from posterpipe.core.provenance.checkpoints import CHECKPOINT
+from posterpipe.core.provenance.environments import ENVIRONMENT
+from posterpipe.core.provenance.lineages import lineage, training_steps
 from posterpipe.core.store import Store
 from posterpipe.core.warehouse.database import Warehouse, WarehouseBusy, WarehouseMissing
 from posterpipe.core.warehouse.history import moment
@@ -103,7 +105,7 @@ class Poster:
 @dataclass(frozen=True)
 class TrainingSet:
     """What a checkpoint was trained on. `steps`: how it came about, see
-    `provenance.training_steps`."""
+    `lineages.training_steps`."""
 
     version: str
     steps: list[dict[str, Any]]

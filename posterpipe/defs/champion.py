@@ -60,7 +60,7 @@ def champion(
 
     from posterpipe.core.champion.decisions import champion_of, mirror_decisions, of_base, pinned
     from posterpipe.core.champion.evidence import judge, side_by_side
-    from posterpipe.core.provenance import BaseModelsDiffer, require_base_model
+    from posterpipe.core.provenance.checkpoints import BaseModelsDiffer, require_base_model
 
     warehouse = deployment.warehouse
     identity = warehouse.prepare()

@@ -37,7 +37,7 @@ def scores_are_current(
     import pandas as pd
 
     from posterpipe.core import quality
-    from posterpipe.core.provenance import BaseModelsDiffer, base_and_tuned
+    from posterpipe.core.provenance.checkpoints import BaseModelsDiffer, base_and_tuned
 
     limits = deployment.settings.checks
     held_back = ""

@@ -150,7 +150,7 @@ def tuned_generations(
     differs from the base model's only by what the fine-tuning changed.
     """
     from posterpipe.core.models import known_fingerprint
-    from posterpipe.core.provenance import require_base_model, require_checkpoint
+    from posterpipe.core.provenance.checkpoints import require_base_model, require_checkpoint
 
     settings = deployment.settings
     checkpoint = dreambooth_checkpoint.iloc[0]
@@ -202,7 +202,7 @@ def champion_generations(
     nothing of this stale; a pin or a rollback by a person does.
     """
     from posterpipe.core.champion.decisions import defender_of, read_decisions
-    from posterpipe.core.provenance import require_checkpoint
+    from posterpipe.core.provenance.checkpoints import require_checkpoint
 
     base = str(base_generations["checkpoint_id"].iloc[0])
     challenger = str(tuned_generations["checkpoint_id"].iloc[0])

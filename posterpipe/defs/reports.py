@@ -183,7 +183,7 @@ def contact_sheet(
     """
     from posterpipe.core.files import write_atomic
     from posterpipe.core.gallery import markdown_image, of_first_seed, suite_sheet
-    from posterpipe.core.provenance import base_and_tuned
+    from posterpipe.core.provenance.checkpoints import base_and_tuned
 
     generations = base_and_tuned(deployment.store, base_generations, tuned_generations)
     sheet = suite_sheet(prompt_suite, generations, deployment.store_root)
@@ -229,7 +229,7 @@ def growth_chart(
     """
     from posterpipe.core import thesis
     from posterpipe.core.gallery import markdown_image
-    from posterpipe.core.provenance import base_and_tuned
+    from posterpipe.core.provenance.checkpoints import base_and_tuned
 
     generations = base_and_tuned(deployment.store, base_generations, tuned_generations)
     report = thesis.report(clip_scores, generations, fidelity_scores, deployment.store_root)

@@ -132,7 +132,7 @@ class StoreIOManager(dg.IOManager):
 
     def handle_output(self, context: dg.OutputContext, obj: Any) -> None:
         """Write the table and make it the current one."""
-        from posterpipe.core.provenance import record_table
+        from posterpipe.core.provenance.records import record_table
 
         store = self._deployment.store
         name = context.asset_key.path[-1]

@@ -52,7 +52,8 @@ def clip_scores(
     from posterpipe.core.metrics.base import summary, unread_count
     from posterpipe.core.metrics.clip import score_generations
     from posterpipe.core.models import fingerprint
-    from posterpipe.core.provenance import base_and_tuned, environment
+    from posterpipe.core.provenance.checkpoints import base_and_tuned
+    from posterpipe.core.provenance.environments import environment
     from posterpipe.core.warehouse.history import record_history
 
     settings = deployment.settings

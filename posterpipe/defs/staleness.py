@@ -336,7 +336,7 @@ def other_base_model(
         base_model = _said(reads["base_generations"], MODEL_FINGERPRINT)
     else:
         return ""
-    from posterpipe.core.provenance import tuned_from_another
+    from posterpipe.core.provenance.checkpoints import tuned_from_another
     from posterpipe.core.store import StoreError
 
     name = deployment.settings.base_model.id

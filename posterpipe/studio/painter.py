@@ -24,7 +24,7 @@ from posterpipe.core.generations import blocked_reason, parameters_text, png_wit
 from posterpipe.core.memory import is_out_of_memory
 from posterpipe.core.metrics.clip import ClipTextSimilarity
 from posterpipe.core.models import ModelMissing, fingerprint
-from posterpipe.core.provenance import require_checkpoint
+from posterpipe.core.provenance.checkpoints import require_checkpoint
 from posterpipe.core.sampler import ImageRequest, Sampler, text_limit
 from posterpipe.core.store import Store
 from posterpipe.core.typography import TitleImpossible, enlarged, set_title

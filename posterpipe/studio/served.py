@@ -23,7 +23,7 @@ from posterpipe.core.champion.decisions import (
 )
 from posterpipe.core.files import file_signature
 from posterpipe.core.models import fingerprint, is_on_hub, known_fingerprint, locate
-from posterpipe.core.provenance import RECORD_NAME
+from posterpipe.core.provenance.checkpoints import RECORD_NAME
 from posterpipe.core.store import CHECKPOINTS
 from posterpipe.core.warehouse.database import Warehouse, WarehouseError
 from posterpipe.settings import Settings

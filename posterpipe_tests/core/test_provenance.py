@@ -13,20 +13,18 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from posterpipe.cli import app
-from posterpipe.core import provenance
 from posterpipe.core.housekeeping.garbage import find_garbage, remove_garbage
-from posterpipe.core.provenance import (
-    CheckpointMismatch,
+from posterpipe.core.provenance import environments
+from posterpipe.core.provenance.checkpoints import CheckpointMismatch, require_checkpoint
+from posterpipe.core.provenance.environments import environment, record_environment
+from posterpipe.core.provenance.lineages import (
     current_lineage,
     describe_difference,
-    environment,
     lineage,
     lineage_path,
-    record_environment,
-    record_table,
-    require_checkpoint,
     training_steps,
 )
+from posterpipe.core.provenance.records import record_table
 from posterpipe.core.store import Store
 from posterpipe.core.trace import NotTraceable, as_tree, trace
 from posterpipe.core.training.training_set import build_training_set
@@ -197,15 +195,15 @@ def test_an_environment_names_code_and_packages_and_no_path() -> None:
 def test_the_source_hash_changes_with_the_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = tmp_path / "posterpipe" / "core" / "provenance.py"
+    module = tmp_path / "posterpipe" / "core" / "provenance" / "environments.py"
     module.parent.mkdir(parents=True)
     module.write_text("")
     (module.parent / "images.py").write_text("VERSION = 1")
-    monkeypatch.setattr(provenance, "__file__", str(module))
-    before = provenance._source_hash()
-    assert provenance._source_hash() == before
+    monkeypatch.setattr(environments, "__file__", str(module))
+    before = environments._source_hash()
+    assert environments._source_hash() == before
     (module.parent / "images.py").write_text("VERSION = 2")
-    assert provenance._source_hash() != before
+    assert environments._source_hash() != before
 
 
 def test_a_table_remembers_who_made_it_first(study: Study) -> None:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from posterpipe.core.models import fingerprint, known_fingerprint
-from posterpipe.core.provenance import CHECKPOINT
+from posterpipe.core.provenance.checkpoints import CHECKPOINT
 from posterpipe.core.store import Store
 from posterpipe.definitions import build_defs
 from posterpipe.defs.automation import ON_SCHEDULE, all_upstream, rebuild_when_inputs_change

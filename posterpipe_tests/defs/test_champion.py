@@ -34,7 +34,8 @@ from posterpipe.core.images import png_bytes
 from posterpipe.core.posters.arrivals import holdout_entries
 from posterpipe.core.posters.landing import scan_holdout
 from posterpipe.core.posters.listing import HOLDOUT, Folder
-from posterpipe.core.provenance import CHECKPOINT, BaseModelsDiffer, record_table
+from posterpipe.core.provenance.checkpoints import CHECKPOINT, BaseModelsDiffer
+from posterpipe.core.provenance.records import record_table
 from posterpipe.core.store import Store, table_version
 from posterpipe.core.warehouse.database import WarehouseError
 from posterpipe.defs import champion, checks, generation, reports, scoring

@@ -21,7 +21,7 @@ from posterpipe.core.images import png_bytes, resize_posters
 from posterpipe.core.posters.arrivals import holdout_entries
 from posterpipe.core.posters.landing import scan, scan_holdout
 from posterpipe.core.posters.listing import HOLDOUT, Folder
-from posterpipe.core.provenance import CHECKPOINT
+from posterpipe.core.provenance.checkpoints import CHECKPOINT
 from posterpipe.core.store import Store
 from posterpipe.core.training.training_set import build_training_set
 from posterpipe.core.variants import BASE_VARIANTS, TUNED_VARIANTS

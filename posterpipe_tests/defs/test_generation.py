@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from posterpipe.core.models import fingerprint
-from posterpipe.core.provenance import CHECKPOINT, BaseModelsDiffer
+from posterpipe.core.provenance.checkpoints import CHECKPOINT, BaseModelsDiffer
 from posterpipe.core.sampler import ImageRequest, Sampler
 from posterpipe.defs import retries
 from posterpipe.defs.generation import base_generations, prompt_suite, tuned_generations

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from posterpipe.core.provenance import CheckpointMismatch
+from posterpipe.core.provenance.checkpoints import CheckpointMismatch
 from posterpipe.settings import Settings
 from posterpipe.studio import engine as engines
 from posterpipe.studio.engine import Cancelled, Engine, Order, take_order

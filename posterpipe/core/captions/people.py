@@ -22,17 +22,11 @@ from typing import Any
 import pandas as pd
 
 from posterpipe.core.captions.csv_file import CaptionsCsv, PosterNames, composed, decode_text, parse
+from posterpipe.core.images import UNREADABLE
 from posterpipe.core.parallel import parallel_map
-from posterpipe.core.posters.landing import (
-    CHANGED,
-    EXTENSIONS,
-    UNREADABLE,
-    Rehash,
-    forget_changed,
-    list_place,
-    reread,
-)
+from posterpipe.core.posters.landing import EXTENSIONS, list_place
 from posterpipe.core.posters.listing import Entry, Place, SourceChanged, source_name, suffix
+from posterpipe.core.posters.rereading import CHANGED, Rehash, forget_changed, reread
 from posterpipe.core.progress import NO_PROGRESS, Progress
 from posterpipe.core.store import Store, cells, compute_missing, content_key
 
@@ -52,7 +46,7 @@ READ_VERSION = 3
 
 _SIDECARS = "sidecar"
 REHASHED_SIDECARS = "sidecars_rehashed"
-"""Mark of `rehash_sidecars` (see `landing.rehashed`)."""
+"""Mark of `rehash_sidecars` (see `rereading.rehashed`)."""
 
 
 class CaptionRejected(ValueError):

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from posterpipe.core.champion.decisions import GateError, decision_row, defender_of, write_decisions
-from posterpipe.core.champion.gate import GateDecision, MetricIds, decide, gather
+from posterpipe.core.champion.gate import GateDecision, decide
+from posterpipe.core.champion.gate_evidence import MetricIds, gather
 from posterpipe.core.metrics.base import SCORE_COLUMNS, Measurement, Metric, record_scores
 from posterpipe.core.metrics.clip import clip_t_id, clip_t_metric, clip_t_scores
 from posterpipe.core.metrics.diversity import measure_diversity
@@ -34,7 +35,7 @@ from posterpipe.core.metrics.pickscore import (
 )
 from posterpipe.core.metrics.specificity import measure_specificity
 from posterpipe.core.progress import Progress
-from posterpipe.core.provenance import checkpoint_facts, images_trained_on
+from posterpipe.core.provenance.checkpoints import checkpoint_facts, images_trained_on
 from posterpipe.core.store import Store
 from posterpipe.core.training.holdout_set import resized_holdout
 from posterpipe.core.warehouse.database import Warehouse

@@ -18,7 +18,7 @@ Read `train` from top to bottom; it leans on small modules:
 - `objective`: noising, targets and loss weights, pure functions.
 - `batches`: from positions to what goes through the U-Net.
 - `schedule`: the learning rate, a pure function.
-- `optimizers`, `eight_bits`, `lora`: what moves the weights, and which.
+- `optimizers`, `adamw_8bit`, `lora`: what moves the weights, and which.
 - `run`: what a run does between its steps, and when each thing is due.
 - `running_loss`: the training loss, and when a run has diverged.
 - `holdout`, `samples`: watching the model while it learns; `early_stop`: its best weights.

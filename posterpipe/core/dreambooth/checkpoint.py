@@ -45,7 +45,8 @@ from posterpipe.core.dreambooth.reports import (
 from posterpipe.core.dreambooth.samples import draw_grid
 from posterpipe.core.dreambooth.saves import save_path, sync_path, sync_tree
 from posterpipe.core.models import EXPORTS_NAME
-from posterpipe.core.provenance import RECORD_NAME, package_version
+from posterpipe.core.provenance.checkpoints import RECORD_NAME
+from posterpipe.core.provenance.environments import package_version
 
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 _PACKAGES = (

@@ -34,7 +34,7 @@ def make_optimizer(
         {"params": list(group), "lr": settings.learning_rate} for group in groups
     ]
     if settings.optimizer == "adamw_8bit":
-        from posterpipe.core.dreambooth.eight_bits import QueuedAdamW8bit
+        from posterpipe.core.dreambooth.adamw_8bit import QueuedAdamW8bit
 
         return QueuedAdamW8bit(parameters, **values)
     # None, not False: only then does torch choose itself, and on a GPU it goes through all

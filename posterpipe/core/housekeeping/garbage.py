@@ -66,15 +66,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from posterpipe.core.progress import NO_PROGRESS, Progress
-from posterpipe.core.provenance import (
-    CHECKPOINT,
-    LASTING_KINDS,
-    LINEAGES,
-    RECORD_NAME,
-    TABLE,
-    TRAINING_SET,
-    images_trained_on,
-)
+from posterpipe.core.provenance.checkpoints import CHECKPOINT, RECORD_NAME, images_trained_on
+from posterpipe.core.provenance.lineages import LINEAGES, TRAINING_SET
+from posterpipe.core.provenance.records import LASTING_KINDS, TABLE
 from posterpipe.core.store import (
     CHECKPOINTS,
     DAMAGED,

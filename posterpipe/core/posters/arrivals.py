@@ -17,7 +17,7 @@ from pathlib import Path
 
 from posterpipe.core.captions.people import REHASHED_SIDECARS
 from posterpipe.core.files import sha256_of
-from posterpipe.core.posters.landing import landing_digest, poster_entries, rehashed
+from posterpipe.core.posters.landing import landing_digest, poster_entries
 from posterpipe.core.posters.listing import (
     HOLDOUT,
     UNLISTED,
@@ -27,6 +27,7 @@ from posterpipe.core.posters.listing import (
     listing_digest,
     source_name,
 )
+from posterpipe.core.posters.rereading import rehashed
 from posterpipe.core.retries import clock, pause_after
 from posterpipe.core.store import Store, TableMissing, content_key
 from posterpipe.settings import AutomationSettings

@@ -1,8 +1,9 @@
 """A folder or bucket of posters into rows.
 
 What belongs here: which files are posters, which of them are usable, why the others are not, and
-which resemble another. What does not: listing and reading (`listing`), changing pixels (`images`)
-and noticing that something arrived (`arrivals`).
+which resemble another. What does not: listing and reading (`listing`), files that changed behind
+their date (`rereading`), changing pixels (`images`) and noticing that something arrived
+(`arrivals`).
 
 A file is read once: as long as its path, size, modification time and inode (or ETag) stay, the
 hash of its bytes is known. An image is decoded once: what is true of some bytes is kept under
@@ -13,14 +14,14 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from posterpipe.core.images import (
+    UNREADABLE,
     ImageRejected,
     TooManyPixels,
     decode_for_looks,
@@ -40,6 +41,14 @@ from posterpipe.core.posters.listing import (
     suffix,
 )
 from posterpipe.core.posters.near_duplicates import earliest_near_duplicates
+from posterpipe.core.posters.rereading import (
+    CHANGED,
+    Rehash,
+    forget_changed,
+    reason_of,
+    rehashed,
+    reread,
+)
 from posterpipe.core.progress import NO_PROGRESS, Progress
 from posterpipe.core.store import Store, compute_missing, content_key
 from posterpipe.settings import ImageSettings
@@ -72,7 +81,6 @@ COLUMNS = [
 _FILES, _CONTENTS, REHASHED = "landing_file", "poster_content", "landing_rehashed"
 _SAVE_EVERY = 16
 
-CHANGED, UNREADABLE = "changed while it was read", "cannot be read"
 _PASSING = (CHANGED, UNREADABLE, TOO_LITTLE_MEMORY)
 """How reasons begin that may pass by themselves."""
 
@@ -219,26 +227,6 @@ def unread_count(posters: pd.DataFrame) -> int:
     return int((unread & (posters["poster_id"] == "")).sum())
 
 
-def rehashed(store: Store, kind: str) -> str:
-    """Digest of everything that `reread` of that kind ever found to have changed unnoticed; "" for
-    nothing."""
-    return str(store.results(kind, [kind]).get(kind, {}).get("digest", ""))
-
-
-@dataclass
-class Rehash:
-    """What reading every file again showed."""
-
-    same: int
-    """Files whose bytes are those that are known."""
-    changed: list[str]
-    """Files whose bytes changed while path, size, date and inode (or ETag) stayed."""
-    new: list[str]
-    """Files that were never read, or were touched since: the next materialization reads them."""
-    unreadable: list[str]
-    """Each with the reason."""
-
-
 def rehash(place: Place, store: Store, progress: Progress = NO_PROGRESS) -> Rehash:
     """Read every poster file of a place again and compare its hash with the known one.
 
@@ -253,63 +241,6 @@ def rehash(place: Place, store: Store, progress: Progress = NO_PROGRESS) -> Reha
         found, changed = reread(by_key, hashes, place.sha256, place.threads, tick)
     forget_changed(store, _FILES, known, changed, REHASHED)
     return found
-
-
-def reread(
-    files: Mapping[str, Entry],
-    known: Mapping[str, str],
-    read: Callable[[Entry], str],
-    threads: int,
-    tick: Callable[[], object],
-) -> tuple[Rehash, dict[str, str]]:
-    """Read files, by their keys, and compare each with what is known of it.
-
-    `read` gives a text that is equal as long as the file is; it raises SourceChanged or OSError.
-    `known`: that text as it was read before, "" or nothing where it was not. `tick` is called after
-    each file. Returns what that showed, and the new texts of the files that changed, by their keys.
-    """
-    found = Rehash(0, [], [], [])
-    changed = {}
-
-    def again(key: str) -> tuple[str, str]:
-        try:
-            return read(files[key]), ""
-        except SourceChanged:
-            return "", CHANGED
-        except OSError as error:
-            return "", _said(error)
-
-    texts = parallel_map(again, list(files), threads)
-    for (key, entry), (text, problem) in zip(files.items(), texts, strict=True):
-        name, before = source_name(entry), known.get(key, "")
-        if problem:
-            found.unreadable.append(f"{name}: {problem}")
-        elif not before:
-            found.new.append(name)
-        elif before == text:
-            found.same += 1
-        else:
-            found.changed.append(name)
-            changed[key] = text
-        tick()
-    return found, changed
-
-
-def forget_changed(
-    store: Store,
-    kind: str,
-    known: Mapping[str, dict[str, Any]],
-    changed: Mapping[str, str],
-    mark: str,
-) -> None:
-    """Forget the rows of files that changed, and change `rehashed` of that mark.
-
-    At once: a file that is forgotten and told nobody would be read at the next change of another
-    one only; one that is told and not forgotten would not be read.
-    """
-    digest = content_key(rehashed(store, mark), changed)
-    rows = {key: known[key] for key in changed}
-    store.forget_results(kind, rows, note=(mark, {"digest": digest}))
 
 
 def _file_key(place: Place, entry: Entry) -> str:
@@ -450,7 +381,7 @@ def _inspect(
         problem = f"{CHANGED}; materialize {place.role.asset} again"
         return {**file, "problem": problem, "transient": True}, None
     except OSError as error:
-        problem = f"{UNREADABLE} ({_said(error)}); make it readable or remove it"
+        problem = f"{UNREADABLE} ({reason_of(error)}); make it readable or remove it"
         return {**file, "problem": problem, "transient": True}, None
     except MemoryError:
         return {**file, "problem": TOO_LITTLE_MEMORY, "transient": True}, None
@@ -459,10 +390,6 @@ def _inspect(
         return {**file, "poster_id": poster_id}, _content(data, poster_id, limits, store)
     except MemoryError:  # which says nothing about the poster
         return {**file, "problem": TOO_LITTLE_MEMORY, "transient": True}, None
-
-
-def _said(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__
 
 
 def _content(data: bytes, poster_id: str, limits: ImageSettings, store: Store) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from posterpipe.core.score_report.folder import replaced_folder
 from posterpipe.core.score_report.fonts import write_fonts
 from posterpipe.core.score_report.pages import render
 from posterpipe.core.score_report.pictures import Source, add_pictures
-from posterpipe.core.score_report.results import first_words
+from posterpipe.core.score_report.results_page import first_words
 from posterpipe.core.store import content_key
 
 INDEX = "index.html"

@@ -27,7 +27,7 @@ from posterpipe.core.score_report.gate_page import gate_context
 from posterpipe.core.score_report.glossary_page import glossary_context
 from posterpipe.core.score_report.legibility_page import legibility_context
 from posterpipe.core.score_report.pictures import Pictures
-from posterpipe.core.score_report.results import index_context
+from posterpipe.core.score_report.results_page import index_context
 from posterpipe.core.score_report.words import moment
 
 SITE = "Posters and scores"

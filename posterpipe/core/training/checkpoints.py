@@ -16,7 +16,8 @@ from posterpipe.core.dreambooth.config import RunConfig, Versions, make_checkpoi
 from posterpipe.core.dreambooth.launch import launch_command
 from posterpipe.core.models import fingerprint, locate
 from posterpipe.core.progress import Progress
-from posterpipe.core.provenance import RECORD_NAME, current_lineage, read_record, require_posters
+from posterpipe.core.provenance.checkpoints import RECORD_NAME, read_record
+from posterpipe.core.provenance.lineages import current_lineage, require_posters
 from posterpipe.core.store import Store
 from posterpipe.core.training.class_images import build_class_images
 from posterpipe.core.training.holdout_set import build_holdout_set

@@ -17,7 +17,8 @@ import duckdb
 import pandas as pd
 
 from posterpipe.core.generations import GENERATION
-from posterpipe.core.provenance import CHECKPOINT, ENVIRONMENT, record_environment
+from posterpipe.core.provenance.checkpoints import CHECKPOINT
+from posterpipe.core.provenance.environments import ENVIRONMENT, record_environment
 from posterpipe.core.store import Store
 from posterpipe.core.warehouse.database import Warehouse
 from posterpipe.core.warehouse.rows import fill_checkpoints, insert

@@ -22,7 +22,8 @@ from posterpipe.core.champion.decisions import (
     rollback,
     unpin,
 )
-from posterpipe.core.champion.gate import GateDecision, MetricIds, Verdict, decide, gather
+from posterpipe.core.champion.gate import GateDecision, Verdict, decide
+from posterpipe.core.champion.gate_evidence import MetricIds, gather
 from posterpipe.core.statistics import CONTRASTS, effect_of, effects
 from posterpipe.core.warehouse.database import Warehouse
 from posterpipe.core.warehouse.rows import insert

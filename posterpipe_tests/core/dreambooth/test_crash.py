@@ -29,7 +29,7 @@ from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.launch import launch_command, launch_environment
 from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.train import train
-from posterpipe.core.provenance import RECORD_NAME
+from posterpipe.core.provenance.checkpoints import RECORD_NAME
 from posterpipe_tests.core.conftest import disk_is_full
 from posterpipe_tests.core.dreambooth.conftest import (
     MakeConfig,

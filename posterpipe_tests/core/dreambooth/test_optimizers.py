@@ -15,8 +15,8 @@ import torch
 from bitsandbytes.optim import AdamW8bit
 from torch import nn
 
-from posterpipe.core.dreambooth import eight_bits, objective
-from posterpipe.core.dreambooth.eight_bits import QueuedAdamW8bit
+from posterpipe.core.dreambooth import adamw_8bit, objective
+from posterpipe.core.dreambooth.adamw_8bit import QueuedAdamW8bit
 from posterpipe.core.dreambooth.optimizers import InMemoryOrder, MovingAverage, make_optimizer
 from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.saves import pack, unpack
@@ -119,7 +119,7 @@ def test_what_is_kept_in_32_bits_is_updated_by_one_kernel_a_group(
         kernels.append(gradient.numel())
         update(name, gradient, *others, **values)
 
-    for module in (bitsandbytes.functional, eight_bits):
+    for module in (bitsandbytes.functional, adamw_8bit):
         monkeypatch.setattr(module, "optimizer_update_32bit", counted)
     optimizer = QueuedAdamW8bit(two_groups())
     eight_bit_steps(optimizer, range(2))
@@ -181,8 +181,8 @@ def test_a_kernel_called_directly_is_told_what_bitsandbytes_tells_it(
     told = [call.args for call in calls.call_args_list]
 
     direct = Mock(side_effect=kernel_on_the_cpu)
-    monkeypatch.setattr(eight_bits, "lib", SimpleNamespace(cadam_8bit_blockwise_grad_fp32=direct))
-    monkeypatch.setattr(eight_bits, "_may_be_direct", lambda parameter: True)
+    monkeypatch.setattr(adamw_8bit, "lib", SimpleNamespace(cadam_8bit_blockwise_grad_fp32=direct))
+    monkeypatch.setattr(adamw_8bit, "_may_be_direct", lambda parameter: True)
     eight_bit_steps(own, range(4))
     own.load_state_dict(own.state_dict())  # other memory
     eight_bit_steps(own, range(4, 9))
@@ -197,8 +197,8 @@ def test_a_kernel_called_directly_is_told_what_bitsandbytes_tells_it(
 def test_only_the_version_of_bitsandbytes_that_is_known_has_its_kernel_called_directly() -> None:
     # Both go on together, after a look at its `_optimizer_update_8bit_blockwise_impl`.
     pinned = tomllib.loads((default_root() / "pyproject.toml").read_text(encoding="utf-8"))
-    assert f"bitsandbytes=={eight_bits._KERNEL_OF}" in pinned["project"]["dependencies"]
-    assert not eight_bits._may_be_direct(nn.Parameter(torch.zeros(1)))  # on a CPU there is none
+    assert f"bitsandbytes=={adamw_8bit._KERNEL_OF}" in pinned["project"]["dependencies"]
+    assert not adamw_8bit._may_be_direct(nn.Parameter(torch.zeros(1)))  # on a CPU there is none
 
 
 def test_a_run_has_the_bits_of_bitsandbytes_own_loop_also_from_its_saves(

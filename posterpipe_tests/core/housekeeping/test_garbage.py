@@ -38,7 +38,9 @@ from posterpipe.core.posters.arrivals import holdout_entries
 from posterpipe.core.posters.landing import scan_holdout
 from posterpipe.core.posters.listing import HOLDOUT, Folder
 from posterpipe.core.progress import NoProgress
-from posterpipe.core.provenance import CHECKPOINT, TABLE, TRAINING_SET, lineage_path
+from posterpipe.core.provenance.checkpoints import CHECKPOINT
+from posterpipe.core.provenance.lineages import TRAINING_SET, lineage_path
+from posterpipe.core.provenance.records import TABLE
 from posterpipe.core.store import Store, StoreError, compute_missing
 from posterpipe.core.training.holdout_set import build_holdout_set
 from posterpipe.core.warehouse.database import Warehouse

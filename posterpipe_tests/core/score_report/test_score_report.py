@@ -20,13 +20,13 @@ import duckdb
 import pytest
 
 from posterpipe.core.champion.gate import RULE
-from posterpipe.core.score_report import Written, results, write_report
+from posterpipe.core.score_report import Written, results_page, write_report
 from posterpipe.core.score_report.copying_page import copying_context
 from posterpipe.core.score_report.data import Published, read_published
 from posterpipe.core.score_report.gallery_pages import IMAGES_A_PAGE, slug_of
 from posterpipe.core.score_report.headline import board_of, control_context
 from posterpipe.core.score_report.pages import PAGES
-from posterpipe.core.score_report.results import first_words
+from posterpipe.core.score_report.results_page import first_words
 from posterpipe.core.warehouse.database import Warehouse, WarehouseMissing
 from posterpipe.core.warehouse.publication import publish_scores
 from posterpipe_tests import study
@@ -235,7 +235,7 @@ def test_the_leaderboard_has_the_colours_of_what_the_paired_effects_find(world: 
     low = (0.02, 0.002, 0.038, "not told apart")
     colours = []
     for own in (UP, low, DOWN):
-        board = results._boards(changed(world, own=own))[0]
+        board = results_page._boards(changed(world, own=own))[0]
         (row,) = (row for row in board["rows"] if row["variant"] == "dreambooth")
         colours.append(row["css"])
     assert colours == ["gain", "", "loss"]
@@ -330,8 +330,8 @@ def test_a_share_is_under_no_head_of_cosines_and_on_no_axis_beyond_1(world: Path
         mart.loc[mart["metric_id"] == study.RANK, ["mean", "low_95", "high_95"]] = 1.0
     marts = {**published.marts, "leaderboard": board, "checkpoint_trend": trend}
     alike = Published(marts, published.prompts)
-    (rank,) = (one for one in results._boards(alike) if one["metric_id"] == study.RANK)
-    (shares,) = (one for one in results._trends(alike) if one["name"] == "CLIP-T rank")
+    (rank,) = (one for one in results_page._boards(alike) if one["metric_id"] == study.RANK)
+    (shares,) = (one for one in results_page._trends(alike) if one["name"] == "CLIP-T rank")
     for chart in (rank["axis"], shares["chart"]):
         assert ">1.00<" in chart and "1.10" not in chart and "1.05" not in chart
 
@@ -340,7 +340,9 @@ def test_a_difference_is_told_with_its_own_number_of_prompts(world: Path) -> Non
     published = changed(world, own=UP)
     published.marts["leaderboard"].loc[:, "diff_prompts"] = 7
     assert "a 95 % interval over 7 prompts" in first_words(published)[1]
-    tuned = next(r for r in results._boards(published)[0]["rows"] if r["variant"] == "dreambooth")
+    tuned = next(
+        r for r in results_page._boards(published)[0]["rows"] if r["variant"] == "dreambooth"
+    )
     assert tuned["prompts"].endswith(" (7 to base)")
 
 
@@ -802,7 +804,7 @@ def test_more_images_go_to_further_pages(world: Path, tmp_path: Path) -> None:
 def test_the_best_and_the_worst_are_called_gains_and_losses_only_where_they_are() -> None:
     def told(*effects: float | None) -> str:
         prompts = [SimpleNamespace(effect=effect) for effect in effects]
-        return results._extremes_told(cast(Any, SimpleNamespace(prompts=prompts)))
+        return results_page._extremes_told(cast(Any, SimpleNamespace(prompts=prompts)))
 
     assert told(0.2, -0.1, None) == "Where fine-tuning gained most and lost most"
     assert "no prompt lost" in told(0.2, 0.1) and "lost most" not in told(0.2, 0.1)
@@ -812,7 +814,7 @@ def test_the_best_and_the_worst_are_called_gains_and_losses_only_where_they_are(
 def test_a_gain_is_not_shown_among_the_losses() -> None:
     def shown(*effects: float | None) -> list[float | None]:
         prompts = [SimpleNamespace(effect=e, prompt_id=str(n)) for n, e in enumerate(effects)]
-        chosen = results._most_changed(cast(Any, SimpleNamespace(prompts=prompts)))
+        chosen = results_page._most_changed(cast(Any, SimpleNamespace(prompts=prompts)))
         return [prompt.effect for prompt in chosen]
 
     assert shown(0.1, 0.5, None, 0.3, -0.2, 0.4) == [0.5, 0.4, -0.2]
@@ -825,7 +827,7 @@ def test_what_the_suite_would_find_leaves_out_questions_that_it_cannot_answer() 
     def told(*detectable: float | None) -> str:
         rows = [{"low_95": -0.1, "detectable_difference": d, "prompts": 2} for d in detectable]
         alike = {"low_95": None, "detectable_difference": None, "prompts": 2}
-        return results._finds([*rows, alike], "difference")
+        return results_page._finds([*rows, alike], "difference")
 
     assert "from 0.200 to 0.400 on" in told(0.4, 0.2) and "of 2 none" not in told(0.4, 0.2)
     assert "from 0.459 on" in told(None, 0.459) and "On 1 question of 2 none" in told(None, 0.459)
