@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 from PIL import Image
@@ -26,12 +26,13 @@ from posterpipe.core.devices import (
     torch_dtype,
     usable_precision,
 )
-from posterpipe.core.errors import first_line
+from posterpipe.core.errors import first_line, named_line
 from posterpipe.core.memory import TOO_LITTLE_MEMORY, doubt, is_out_of_memory
-from posterpipe.core.models import fingerprint, locate, quiet_hub
+from posterpipe.core.models import ModelMissing, fingerprint, locate, quiet_hub
 from posterpipe.core.parallel import cores
 from posterpipe.core.progress import NO_PROGRESS, Progress
 from posterpipe.core.store import Store, cells, compute_missing, content_key
+from posterpipe.core.weights import load_weights
 from posterpipe.settings import CaptionerSettings
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Captioner:
     ) -> None:
         folder = locate(settings.model, root)
 
+        from safetensors import SafetensorError
         from transformers import AutoTokenizer, BlipForConditionalGeneration
         from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
         from transformers.utils import logging
@@ -86,11 +88,15 @@ class Captioner:
         self.precision = usable_precision(settings.precision, self.device)
         self.dtype = torch_dtype(self.precision)
         # By its PIL name: the other backend needs torchvision and resizes differently.
-        self.image_processor = BlipImageProcessorPil.from_pretrained(folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = BlipForConditionalGeneration.from_pretrained(
-            folder, dtype=self.dtype, use_safetensors=True
-        )
+        try:
+            self.image_processor = BlipImageProcessorPil.from_pretrained(folder)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            model: Any = load_weights(BlipForConditionalGeneration, folder, dtype=self.dtype)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelMissing(
+                f"{folder}: the model cannot be loaded ({named_line(error)}); copy it again, or "
+                "name another BLIP with POSTERPIPE_CAPTIONER__MODEL__ID"
+            ) from error
         self.model = without_repeated_work(model.to(self.device).eval())
 
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:

@@ -29,6 +29,7 @@ from posterpipe.core.errors import named_line
 from posterpipe.core.memory import doubt, is_out_of_memory
 from posterpipe.core.models import ModelMissing, cached_snapshot, is_on_hub, locate, quiet_hub
 from posterpipe.core.prompts import TextLimit
+from posterpipe.core.weights import load_weights
 from posterpipe.settings import ModelRef, SamplerSettings
 
 if TYPE_CHECKING:
@@ -173,15 +174,14 @@ class Sampler:
         # On a GPU the weights themselves are short; on a CPU autocast keeps the norms exact.
         short = self.precision if self.device.type != "cpu" else "fp32"
         self.dtype = torch_dtype(short)
-        kept: dict[str, Any] = {"dtype": self.dtype, "use_safetensors": True}
-        added_to = {**kept, "dtype": torch.float32} if lora else kept
+        added_to = torch.float32 if lora else self.dtype
         try:
             self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-            self.text_encoder: Any = CLIPTextModel.from_pretrained(
-                folder / "text_encoder", **added_to
+            self.text_encoder: Any = load_weights(
+                CLIPTextModel, folder / "text_encoder", dtype=added_to
             )
-            self.unet: Any = UNet2DConditionModel.from_pretrained(folder / "unet", **added_to)
-            self.vae: Any = AutoencoderKL.from_pretrained(folder / "vae", **kept)
+            self.unet: Any = load_weights(UNet2DConditionModel, folder / "unet", dtype=added_to)
+            self.vae: Any = load_weights(AutoencoderKL, folder / "vae", dtype=self.dtype)
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelMissing(
                 f"{folder}: the model cannot be loaded ({named_line(error)}); it must be a "

@@ -6,8 +6,10 @@ from (`core.models`), the finished model (`checkpoint`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,12 +22,22 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from posterpipe.core.dreambooth.config import MODEL_PARTS
 from posterpipe.core.dreambooth.errors import BaseModelError
 from posterpipe.core.errors import first_line
+from posterpipe.core.weights import load_weights, weight_files
 
 Part = TypeVar("Part")
 
 
 def check_base_model(folder: Path) -> None:
     """Raises BaseModelError unless `folder` looks like a Stable Diffusion 1.x or 2.x."""
+    try:
+        _check_base_model(folder)
+    except OSError as error:
+        raise BaseModelError(
+            f"{error.filename}: cannot be read ({error.strerror}); make it readable"
+        ) from error
+
+
+def _check_base_model(folder: Path) -> None:
     remedy = "name the directory of a Stable Diffusion 1.x or 2.x in diffusers' layout"
     if not folder.is_dir():
         raise BaseModelError(f"{folder}: there is no such directory; {remedy} as base_model")
@@ -34,12 +46,20 @@ def check_base_model(folder: Path) -> None:
     absent = [part for part in MODEL_PARTS if not (folder / part).is_dir()]
     if absent:
         raise BaseModelError(f"{folder}: it has no {', '.join(absent)}; {remedy} as base_model")
-    unet, vae = (_config(folder / part) for part in ("unet", "vae"))
-    if (folder / "text_encoder_2").is_dir() or unet.get("addition_embed_type") is not None:
+    _json(folder / "model_index.json")
+    unet, vae = (_json(folder / part / "config.json") for part in ("unet", "vae"))
+    told = {name: unet.get(name) for name in ("addition_embed_type", "class_embed_type")}
+    if (folder / "text_encoder_2").is_dir() or any(value is not None for value in told.values()):
         raise BaseModelError(
             f"{folder}: it is a Stable Diffusion XL, or another model that is told more than a "
-            f"text and a time (addition_embed_type is {unet.get('addition_embed_type')} in "
+            f"text and a time ({' and '.join(f'{name} is {told[name]}' for name in told)} in "
             f"unet/config.json); {remedy} as base_model"
+        )
+    schedule = _json(folder / "scheduler" / "scheduler_config.json")
+    if not {"beta_start", "beta_schedule", "trained_betas"} & schedule.keys():
+        raise BaseModelError(
+            f"{folder}: its scheduler, {schedule.get('_class_name')}, adds noise by another rule "
+            f"than the betas of DDPM; {remedy} as base_model"
         )
     reads, has = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if reads != has:
@@ -50,13 +70,15 @@ def check_base_model(folder: Path) -> None:
         )
 
 
-def _config(part: Path) -> dict[str, Any]:
-    """A model's config.json; empty where it cannot be read, which loading the model tells."""
+def _json(path: Path) -> dict[str, Any]:
+    """What a model's config says. Raises OSError, or BaseModelError where it is no JSON object."""
     try:
-        config = json.loads((part / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BaseModelError(f"{path}: not JSON ({error}); get the model again") from error
+    if not isinstance(config, dict):
+        raise BaseModelError(f"{path}: no JSON object; get the model again")
+    return config
 
 
 def load_vae(folder: Path) -> AutoencoderKL:
@@ -85,34 +107,24 @@ def load_noise_schedule(folder: Path) -> DDPMScheduler:
 
 
 def _load_model(cls: type[Part], folder: Path) -> Part:
-    return _load(cls, folder, dtype=torch.float32, use_safetensors=True, variant=_variant(folder))
+    with _told(folder):
+        return load_weights(cls, folder, dtype=torch.float32)
 
 
-def _load(cls: type[Part], folder: Path, **options: Any) -> Part:
+def _load(cls: type[Part], folder: Path) -> Part:
+    with _told(folder):
+        return cast(Part, cast(Any, cls).from_pretrained(folder))
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
     try:
-        return cast(Any, cls).from_pretrained(folder, **options)
+        yield
     except Exception as error:  # diffusers and transformers raise whatever their readers raise
         raise BaseModelError(
             f"{folder}: cannot be loaded ({first_line(error)}); safetensors and their config.json "
             "are needed, get the model again"
         ) from error
-
-
-def _variant(folder: Path) -> str | None:
-    """None for plain weights, "fp16" where only those are there."""
-    plain = list(folder.glob("*model.safetensors")) + list(folder.glob("*model.safetensors.index*"))
-    half = list(folder.glob("*.fp16*.safetensors"))
-    return "fp16" if half and not plain else None
-
-
-def _weights(folder: Path) -> list[Path]:
-    """The files that loading the model reads, of one that may be there in two precisions."""
-    half = _variant(folder) == "fp16"
-    return [
-        path
-        for path in sorted(folder.glob("*.safetensors"))
-        if (".fp16" in path.name) == half and "non_ema" not in path.name
-    ]
 
 
 def count_parameters(folder: Path) -> dict[str, int]:
@@ -123,7 +135,7 @@ def count_parameters(folder: Path) -> dict[str, int]:
     counts = {}
     for part in ("unet", "text_encoder"):
         counts[part] = 0
-        for path in _weights(folder / part):
+        for path in weight_files(folder / part):
             with safe_open(path, framework="pt") as weights:
                 shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
             counts[part] += sum(math.prod(shape) for shape in shapes)
@@ -131,9 +143,9 @@ def count_parameters(folder: Path) -> dict[str, int]:
 
 
 def disk_dtype(folder: Path) -> torch.dtype:
-    """fp16 when the U-Net that is loaded is in fp16 on disk, else fp32: the finished model is as
-    its base."""
-    for path in _weights(folder / "unet"):
+    """fp16 when the U-Net that is loaded is in fp16 on disk, as the finished model is then; else
+    fp32, also for bf16, whose eight bits would round away what a low learning rate has changed."""
+    for path in weight_files(folder / "unet"):
         with safe_open(path, framework="pt") as weights:
             first = next(iter(weights.keys()), None)
             if first is not None and weights.get_slice(first).get_dtype() == "F16":

@@ -95,6 +95,7 @@ def card(config: RunConfig, record: Mapping[str, Any], folder: Path) -> str:
             "class images": record["class_set"] or "none",
             "held-out set": record["holdout_set"] or "none",
             "base model": f"{base}, {record['base_model']}",
+            **({"goes on from": record["continued"]} if record.get("continued") else {}),
             "image size": f"{record['width']}x{record['height']} pixels"
             + (" (aspect-ratio buckets of that area)" if config.buckets else ""),
         }

@@ -7,6 +7,7 @@ What belongs here: writing and recognising finished checkpoints. What does not: 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
@@ -28,6 +30,7 @@ from posterpipe.core.dreambooth.config import (
     RunConfig,
     Versions,
 )
+from posterpipe.core.dreambooth.continuing import step_folder
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.guards import only_writer_of, writing
 from posterpipe.core.dreambooth.lora import merge_lora, write_lora
@@ -47,6 +50,7 @@ from posterpipe.core.dreambooth.saves import save_path, sync_path, sync_tree
 from posterpipe.core.models import EXPORTS_NAME
 from posterpipe.core.provenance.checkpoints import RECORD_NAME
 from posterpipe.core.provenance.environments import package_version
+from posterpipe.core.weights import keep_weights_read
 
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 _PACKAGES = (
@@ -177,14 +181,18 @@ def write_export(
 
 
 def _copy_base(config: RunConfig, folder: Path, trained: Mapping[str, nn.Module]) -> None:
-    """Everything of a diffusers directory but the trained models."""
+    """Everything of a diffusers directory but the trained models, weights under the names that are
+    read without being told of a variant: not all parts would be there in the same."""
     ignore = shutil.ignore_patterns(*_PICKLES)
     for part in MODEL_PARTS:
-        if part not in trained:
-            shutil.copytree(config.base_model / part, folder / part, ignore=ignore)
+        if part in trained:
+            continue
+        shutil.copytree(config.base_model / part, folder / part, ignore=ignore)
+        keep_weights_read(folder / part)
+    index = _model_index(config.base_model)
     if config.training.zero_terminal_snr:
-        _schedule_ends_in_noise(folder / SCHEDULER_CONFIG)
-    write_json(folder / "model_index.json", _model_index(config.base_model))
+        index["scheduler"] = ["diffusers", _end_in_noise(folder / SCHEDULER_CONFIG)]
+    write_json(folder / "model_index.json", index)
 
 
 def read_result(config: RunConfig, checkpoint_id: str) -> TrainResult | None:
@@ -229,11 +237,16 @@ def _write_model(model: Any, folder: Path, dtype: torch.dtype) -> None:
     _forget_origin(folder / "config.json")
 
 
-def _schedule_ends_in_noise(path: Path) -> None:
-    # Samplers then begin where training began, as arXiv:2305.08891 asks.
+def _end_in_noise(path: Path) -> str:
+    """Has a scheduler's config begin where training began, as arXiv:2305.08891 asks; the name of
+    its class, which is DDIM's where the base's would not do so (such as PNDM's)."""
     config = json.loads(path.read_text(encoding="utf-8"))
+    known = getattr(diffusers, str(config.get("_class_name")), None)
+    if known is None or "rescale_betas_zero_snr" not in inspect.signature(known).parameters:
+        config.update(_class_name="DDIMScheduler", clip_sample=False)
     config.update(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     write_json(path, config)
+    return str(config["_class_name"])
 
 
 def _record(
@@ -250,6 +263,7 @@ def _record(
         "training_set": versions.training_set,
         "class_set": versions.class_set,
         "holdout_set": versions.holdout_set,
+        "continued": step_folder(config.continue_from) if config.continue_from else "",
         "base_model": versions.base_model,
         "base_model_name": config.base_model_name or config.base_model.name,
         "trainer": TRAINER_VERSION,

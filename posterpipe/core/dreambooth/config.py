@@ -52,6 +52,7 @@ class Versions(BaseModel):
     base_model: str = Field(description="fingerprint of the base model's weights and configs")
     class_set: str = Field("", description='the same of the class images; "" without')
     holdout_set: str = Field("", description='the same of the held-out posters; "" without')
+    continued: str = Field("", description='of the save that it goes on from; "" without')
 
 
 class RunConfig(BaseModel):
@@ -82,6 +83,14 @@ class RunConfig(BaseModel):
     height: int = Field(ge=8, multiple_of=8, description="pixels of the training images")
     buckets: bool = Field(
         False, description="images may differ in size (aspect-ratio buckets), in multiples of 8"
+    )
+    continue_from: Path | None = Field(
+        None,
+        description="save of another run, its folder step-..., to go on from with this one's "
+        "settings; their steps count together",
+    )
+    keep_last_save: bool = Field(
+        False, description="keeps the last save when the run has finished, to continue from it"
     )
     training: TrainingSettings = TrainingSettings()
     sampler: SamplerSettings = Field(
@@ -181,9 +190,9 @@ def make_checkpoint_id(
 
     A hash of everything that decides a weight: the training set, the base model, the image size,
     the training settings and the trainer's version; the class images with prior preservation, the
-    held-out posters with early stopping; the number of processes where there are several, each of
-    which takes a batch of its own. Paths, and settings without an effect on the weights (see
-    `effects`), are not in it.
+    held-out posters with early stopping; the save of another run that this one goes on from; the
+    number of processes where there are several, each of which takes a batch of its own. Paths, and
+    settings without an effect on the weights (see `effects`), are not in it.
     """
     settings = deciding(training)
     parts: dict[str, object] = {
@@ -194,6 +203,8 @@ def make_checkpoint_id(
     }
     if processes > 1:
         parts["processes"] = processes
+    if versions.continued:
+        parts["continued"] = versions.continued
     if training.prior_preservation:
         parts["class_set"] = versions.class_set
     else:
@@ -212,27 +223,34 @@ def _without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, A
 
 
 def measure_versions(config: RunConfig) -> Versions:
-    """The versions of the inputs from their bytes, for runs that were not given them."""
-    return Versions(
-        training_set=_hash_set(config.training_set),
-        base_model=hash_files(config.base_model, *(f"{part}/*" for part in MODEL_PARTS)),
-        class_set=_hash_set(config.class_set),
-        holdout_set=_hash_set(config.holdout_set),
-    )
+    """The versions of the inputs from their bytes, for runs that were not given them. Raises
+    TrainingError where a file cannot be read."""
+    try:
+        return Versions(
+            training_set=_hash_set(config.training_set),
+            base_model=hash_files(config.base_model, *(f"{part}/*" for part in MODEL_PARTS)),
+            class_set=_hash_set(config.class_set),
+            holdout_set=_hash_set(config.holdout_set),
+        )
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename}: cannot be read ({error.strerror}); make it readable"
+        ) from error
 
 
 def _hash_set(folder: Path | None) -> str:
-    """Hash of the files of a set, those in its folders' folders included where training.csv names
-    them."""
+    """Hash of a set's training.csv and the images that it names: what else lies in the folder, such
+    as the work of a run, is nobody's input."""
     if folder is None:
         return ""
     from posterpipe.core.dreambooth.data import read_training_set  # it imports torch
+    from posterpipe.core.training.training_set import CSV_NAME  # it imports pandas
 
     try:
         named = [example.image for example in read_training_set(folder)]
     except TrainingSetError:
         named = []  # whoever reads it raises what is wrong; it may not be needed
-    return hash_files(folder, "*", "*/*", named=named)
+    return hash_files(folder, CSV_NAME, named=named)
 
 
 def hash_files(folder: Path, *patterns: str, named: Iterable[Path] = ()) -> str:

@@ -109,7 +109,9 @@ def load_pixels(path: Path, size: tuple[int, int] | None) -> Tensor:
             seen = upright(image)
             check_size(path, seen.size, size)
             rgb = np.asarray(seen)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except TrainingSetError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever they find
         raise TrainingSetError(
             f"{path}: not a readable image ({error}); materialize training_csv again"
         ) from error

@@ -117,3 +117,8 @@ def remarks(training: TrainingSettings) -> Iterator[str]:
             f"training.lr_warmup_steps = {warmup} is not reached in {steps} steps: the learning "
             "rate stays below its peak"
         )
+    if training.zero_terminal_snr and training.snr_gamma is not None:
+        yield (
+            "training.snr_gamma gives the last timesteps almost no weight, and the last one none, "
+            "so that what training.zero_terminal_snr adds is hardly learnt: leave one of them out"
+        )

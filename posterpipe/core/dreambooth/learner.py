@@ -307,17 +307,21 @@ class Learner:
         )
 
     @torch.no_grad()
-    def restore(self, saved: Save) -> None:
-        """Takes up what was saved."""
+    def restore(self, saved: Save, *, of_another_run: bool = False) -> None:
+        """Takes up what was saved. Of a run with other settings, what these decide stays."""
         self.restore_weights(saved)
         state = unpack(saved.state["optimizer"], saved.tensors("optimizer"))
+        scaler = saved.state["scaler"]
+        if of_another_run:
+            state["param_groups"] = self._optimizer.state_dict()["param_groups"]
+            scaler = scaler or self._scaler.state_dict()  # empty where it was not in use
         self._optimizer.load_state_dict(state)
-        self._scaler.load_state_dict(saved.state["scaler"])
+        self._scaler.load_state_dict(scaler)
         skipped, in_a_row = saved.state.get("skipped", (0, 0))  # older saves did not count
         self._skipped.fill_(skipped)
         self._skipped_in_a_row.fill_(in_a_row)
         if self._average is not None:
-            averages = saved.tensors("average")
+            averages = saved.tensors("average") or self._average.parameters_by_place()
             for place, value in enumerate(self._average.average):
                 value.copy_(averages[str(place)])
 

@@ -101,6 +101,10 @@ class MovingAverage:
         kept = min(self._decay, (1 + updates) / (10 + updates))
         torch._foreach_lerp_(self.average, [p.detach() for p in self._parameters], 1 - kept)
 
+    def parameters_by_place(self) -> dict[str, Tensor]:
+        """The parameters as they are now, by the places of their averages."""
+        return {str(place): value.detach() for place, value in enumerate(self._parameters)}
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """While inside, the parameters have the average's values."""

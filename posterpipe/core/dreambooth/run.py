@@ -27,6 +27,7 @@ from posterpipe.core.dreambooth.checkpoint import (
     write_export,
 )
 from posterpipe.core.dreambooth.config import LOWEST_NAME, SAVES_NAME, RunConfig, Versions
+from posterpipe.core.dreambooth.continuing import describe, save_to_continue, step_folder
 from posterpipe.core.dreambooth.early_stop import LowestWeights, lowest_step, stops_early
 from posterpipe.core.dreambooth.errors import TrainingDiverged, TrainingStopped
 from posterpipe.core.dreambooth.guards import writing
@@ -38,6 +39,7 @@ from posterpipe.core.dreambooth.pace import SavePace
 from posterpipe.core.dreambooth.reports import HoldoutLoss, Journal, StepReport, finite
 from posterpipe.core.dreambooth.running_loss import RunningLoss
 from posterpipe.core.dreambooth.saves import (
+    keep_newest,
     keep_only,
     newest_save,
     other_runs,
@@ -112,11 +114,15 @@ class Run:
                 f"{self._folder.parent}: the saves of other runs are kept ({', '.join(others)}); "
                 "remove their folders when those are not to go on"
             )
+        continued = None if saved else save_to_continue(self.config, self._versions)
+        saved = saved or continued
         if saved is not None:
-            self.learner.restore(saved)
+            self.learner.restore(saved, of_another_run=continued is not None)
             first_step, journal = saved.step, Journal.from_json(saved.state["journal"])
             total = self.settings.max_train_steps
-            self.log(f"goes on from step {first_step} of {total}, saved in {saved.folder.name}")
+            journal.ended_by = ""
+            own = saved.folder.name if continued is None else step_folder(saved.folder)
+            self.log(f"goes on from step {first_step} of {total}, saved in {own}")
             # Older saves did not record it; with early stopping the run would be another one.
             before = saved.state.get("questions", self._measured_on)
             if journal.holdout and before != self._measured_on:
@@ -125,6 +131,8 @@ class Run:
                     "the held-out loss was measured before on other posters or at other timesteps: "
                     "those measurements are dropped, since their curve would not go on"
                 )
+            if continued is not None and self.settings.early_stop_patience is not None:
+                journal.forget_holdout()  # the weights of its lowest point are the other run's
         if self._main:  # steps made again may turn out otherwise on a GPU, and may be fewer
             exports = exports_folder(self.config, self._checkpoint_id)
             keep_only(exports, {step for step in saved_steps(exports) if step <= first_step})
@@ -175,7 +183,8 @@ class Run:
             raise TrainingDiverged(
                 f"{divergence}; {self.last_save()}. Lower "
                 f"training.learning_rate (now {self.settings.learning_rate:g}), or raise the "
-                f"precision (training.mixed_precision, now {self.settings.mixed_precision})"
+                f"precision (training.mixed_precision, now {self.settings.mixed_precision}). Such "
+                "a run begins anew, or goes on from the save that `continue_from` names"
             )
 
     def measure_holdout(self, step: int) -> None:
@@ -262,7 +271,9 @@ class Run:
             self._lowest.write()
             if self._main:
                 tensors, state = self.learner.state()
+                # "questions" is what older saves call it.
                 state |= {"journal": self.journal.to_json(), "questions": self._measured_on}
+                state |= {"run": describe(self.config, self._versions)}
                 with writing(f"the save of step {step}", self._folder):
                     write_save(
                         self._folder,
@@ -308,6 +319,8 @@ class Run:
                 if read_result(self.config, self._checkpoint_id) is None:  # no other was quicker
                     self._write_finished()
             remove_all_saves(self.config, self._checkpoint_id)
+            if self.config.keep_last_save:
+                self.log(f"the last save is kept in {self._folder}")
 
     def _write_finished(self) -> None:
         """The last weights, or with early stopping the best ones."""
@@ -341,9 +354,13 @@ class Run:
 
 
 def remove_all_saves(config: RunConfig, checkpoint_id: str) -> None:
-    """Removes the saves, kept weights and exports of a run that has finished."""
-    for folder in (SAVES_NAME, LOWEST_NAME):
-        remove_saves(config.work_dir / folder / checkpoint_id)
+    """Removes the saves, kept weights and exports of a run that has finished; not the last save
+    where `config.keep_last_save` says so."""
+    if config.keep_last_save:
+        keep_newest(config.work_dir / SAVES_NAME / checkpoint_id)
+    else:
+        remove_saves(config.work_dir / SAVES_NAME / checkpoint_id)
+    remove_saves(config.work_dir / LOWEST_NAME / checkpoint_id)
     remove_saves(exports_folder(config, checkpoint_id))
 
 

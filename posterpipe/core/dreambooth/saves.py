@@ -24,6 +24,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.files import sha256_of
 
 _MANIFEST = "manifest.json"
@@ -99,6 +100,11 @@ def saved_steps(folder: Path) -> list[int]:
     return [_step(path) for path in _folders(folder)]
 
 
+def keep_newest(folder: Path) -> None:
+    """Removes all saves in `folder` but the last."""
+    keep_only(folder, saved_steps(folder)[:1])
+
+
 def remove_saves(folder: Path) -> None:
     """Removes all saves of a run that has finished, and the folder above when no other has any."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -133,11 +139,30 @@ def save_of_step(
     return None
 
 
-def _read(path: Path, checkpoint_id: str) -> Save:
+def read_save(path: Path) -> Save:
+    """A save of any run. Raises TrainingError where there is none, or it is not whole."""
+    try:
+        return _read(path, None)
+    except _UNUSABLE as error:
+        raise TrainingError(f"{path}: no save that can be used: {error}") from error
+
+
+def save_fingerprint(path: Path) -> str:
+    """sha256 that changes with every byte of a save. Raises TrainingError where there is none."""
+    try:
+        return sha256_of(path / _MANIFEST)
+    except OSError as error:
+        raise TrainingError(
+            f"{path}: no save is there ({error.strerror}); name a folder step-... within "
+            "work_dir/saves of another run"
+        ) from error
+
+
+def _read(path: Path, checkpoint_id: str | None) -> Save:
     if not (path / _MANIFEST).exists():
         raise ValueError(f"it has no {_MANIFEST}")
     manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-    if manifest["run"] != checkpoint_id:
+    if checkpoint_id is not None and manifest["run"] != checkpoint_id:
         raise ValueError(
             f"it belongs to the run {manifest['run']}, and this one is {checkpoint_id}"
         )

@@ -26,6 +26,7 @@ from posterpipe.core.dreambooth.base_model import check_base_model
 from posterpipe.core.dreambooth.batches import Batch, Feed
 from posterpipe.core.dreambooth.checkpoint import only_writer, read_result, try_output
 from posterpipe.core.dreambooth.config import RunConfig, Versions, measure_versions
+from posterpipe.core.dreambooth.continuing import with_continued
 from posterpipe.core.dreambooth.data import read_training_set
 from posterpipe.core.dreambooth.draws import positions, step_seed
 from posterpipe.core.dreambooth.effects import remarks
@@ -65,7 +66,7 @@ def train(
     _quiet()
     check_base_model(config.base_model)
     read_training_set(config.training_set)
-    versions = config.versions or measure_versions(config)
+    versions = with_continued(config.versions or measure_versions(config), config)
     accelerator = Accelerator(
         mixed_precision="no",  # `learner` deals with precision
         kwargs_handlers=[
@@ -144,7 +145,7 @@ def _train(
             done = step + 1
             run.loss.add(done, loss, norm)
             due = run.due(done, asked_to_stop)
-            if due.report or due.save:
+            if due.report or due.save or due.samples or due.export:
                 run.check_loss(done)
             if due.holdout:
                 run.measure_holdout(done)  # which may end the run

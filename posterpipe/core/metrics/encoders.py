@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice, repeat
@@ -41,6 +41,7 @@ from posterpipe.core.models import ModelMissing, fingerprint, locate, quiet_hub
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import Progress
 from posterpipe.core.store import Store, compute_missing, content_key
+from posterpipe.core.weights import load_weights
 from posterpipe.settings import ScorerSettings
 
 if TYPE_CHECKING:
@@ -199,11 +200,16 @@ class _Encoder:
 
     def _load(self, cls: Any, folder: Path | None = None, **arguments: Any) -> Any:
         """`from_pretrained`, its failures in words."""
+        folder = folder or self.folder
+        with self._failures_in_words(folder):
+            return cls.from_pretrained(folder, **arguments)
+
+    @contextmanager
+    def _failures_in_words(self, folder: Path) -> Iterator[None]:
         from safetensors import SafetensorError
 
-        folder = folder or self.folder
         try:
-            return cls.from_pretrained(folder, **arguments)
+            yield
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelMissing(
                 f"{folder}: the model cannot be loaded ({first_line(error)}); copy it again, or "
@@ -211,8 +217,9 @@ class _Encoder:
                 "POSTERPIPE_EVIDENCE__* for the other metrics"
             ) from error
 
-    def _load_weights(self, cls: Any, **arguments: Any) -> Any:
-        model = self._load(cls, dtype=self.dtype, use_safetensors=True, **arguments)
+    def _load_weights(self, cls: Any, dispensable: Sequence[str] = ()) -> Any:
+        with self._failures_in_words(self.folder):
+            model = load_weights(cls, self.folder, dispensable=dispensable, dtype=self.dtype)
         with self._noticing_a_gone_device():
             return model.requires_grad_(False).eval().to(self.device)
 
@@ -313,7 +320,8 @@ class DinoEncoder(_Encoder):
 
         super().__init__(settings, root)
         self.image_processor = self._load(transformers.AutoImageProcessor, backend="pil")
-        self.model = self._load_weights(transformers.AutoModel)
+        # DINO's files have no pooler, of which nothing is read.
+        self.model = self._load_weights(transformers.AutoModel, dispensable=("pooler.",))
         self.dimension = int(self.model.config.hidden_size)
 
     def _forward(self, pixels: Tensor) -> Tensor:

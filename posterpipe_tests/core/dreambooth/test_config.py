@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 import sys
 import tomllib
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from posterpipe.core.dreambooth import config as config_module
 from posterpipe.core.dreambooth.config import (
     RunConfig,
     Versions,
@@ -209,6 +212,29 @@ def test_versions_are_measured_from_the_bytes(make_config: MakeConfig, tmp_path:
     after = measure_versions(make_config(parts={"training_set": same}))
     assert after.training_set != before.training_set
     assert after.base_model == before.base_model
+
+
+def test_what_lies_beside_the_images_of_a_set_is_no_part_of_it(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    folder = write_training_set(tmp_path / "set")
+    config = make_config(parts={"training_set": folder})
+    before = measure_versions(config)
+    (folder / ".DS_Store").write_bytes(b"?")
+    (folder / "work").mkdir()
+    (folder / "work" / ".lock").touch()
+    assert measure_versions(config) == before
+
+
+def test_an_input_that_cannot_be_read_is_named(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> str:  # root, as whom tests may run, can read every file
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(config_module, "sha256_of", refuse)
+    with pytest.raises(TrainingError, match=r"0000\.png: cannot be read .* make it readable"):
+        measure_versions(make_config())
 
 
 def test_a_changed_image_counts_however_deep_it_lies(

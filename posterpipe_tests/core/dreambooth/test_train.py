@@ -49,6 +49,7 @@ from posterpipe.core.dreambooth.reports import StepReport
 from posterpipe.core.dreambooth.train import train
 from posterpipe.core.generations import blocked_reason
 from posterpipe.core.models import directory_fingerprint
+from posterpipe.core.sampler import Sampler
 from posterpipe.settings import SamplerSettings, default_root
 from posterpipe_tests.core.dreambooth.conftest import (
     MakeConfig,
@@ -418,6 +419,63 @@ def test_a_loss_that_is_no_number_names_the_last_good_save(
     assert [p.name for p in saves_of(config)] == ["step-00000002"]
 
 
+def test_no_model_is_shown_or_kept_whose_loss_is_no_number(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reports and saves look at the loss themselves; models from the middle come between them."""
+    rare: dict[str, Any] = {"log_every_steps": 100, "save_every_steps": 100, "max_train_steps": 9}
+    config = make_config(**rare, export_every_steps=2, sample_every_steps=5)
+    calls = 0
+
+    def poisoned(prediction: Tensor, wanted: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        errors = (prediction.float() - wanted).pow(2).mean(dim=(1, 2, 3))
+        return errors * (float("nan") if calls == 3 else 1.0)
+
+    monkeypatch.setattr(objective, "squared_errors", poisoned)
+    with pytest.raises(TrainingDiverged, match="no number at step 3"):
+        train(config)
+    kept = sorted(path.name for path in config.work_dir.glob("exports/*/*"))
+    assert kept == ["step-00000002"]
+
+
+def test_a_run_that_works_within_its_training_set_goes_on_and_ends(
+    make_config: MakeConfig, training_set: Path, tmp_path: Path
+) -> None:
+    """What a run writes there is no part of the set, which names it."""
+    folder = Path(shutil.copytree(training_set, tmp_path / "set"))
+    places = {"training_set": folder, "work_dir": folder / "work", "output_dir": folder / "model"}
+    config = make_config(parts={**places, "versions": None}, max_train_steps=5, save_every_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt_at(5))
+    result = train(config)
+    assert result.resumed_from == 4 and result.steps == 5
+    assert train(config).checkpoint_id == result.checkpoint_id
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_from_a_base_in_half_precision_alone_comes_a_model_that_anyone_can_load(
+    make_config: MakeConfig, base_model: Path, tmp_path: Path, method: str
+) -> None:
+    plain = StableDiffusionPipeline.from_pretrained(base_model, dtype=torch.float16)
+    half = tmp_path / "half"
+    plain.save_pretrained(half, variant="fp16", safe_serialization=True)
+    config = make_config(
+        parts={"base_model": half},
+        method=method,
+        max_train_steps=2,
+        export_every_steps=1,
+        train_text_encoder=False,
+    )
+    train(config)
+    StableDiffusionPipeline.from_pretrained(config.output_dir, dtype=torch.float32)
+    Sampler(config.output_dir, SamplerSettings(width=32, height=48), model_id="m")
+    if method == "full":
+        exports = list((config.output_dir / "exports").iterdir())
+        StableDiffusionPipeline.from_pretrained(exports[0], dtype=torch.float32)
+
+
 def test_a_run_with_other_settings_leaves_the_saves_of_the_first_which_goes_on(
     make_config: MakeConfig,
 ) -> None:
@@ -583,6 +641,32 @@ def test_models_of_other_kinds_are_told_before_they_are_loaded(
     changed(inpainting / "unet" / "config.json", in_channels=25)
     with pytest.raises(BaseModelError, match="U-Net reads 25 channels and its VAE makes 12"):
         train(make_config(parts={"base_model": inpainting}))
+    unclip = Path(shutil.copytree(base_model, tmp_path / "unclip"))
+    changed(unclip / "unet" / "config.json", class_embed_type="projection")
+    with pytest.raises(BaseModelError, match=r"told more .* class_embed_type is projection"):
+        train(make_config(parts={"base_model": unclip}))
+    flow = Path(shutil.copytree(base_model, tmp_path / "flow"))
+    (flow / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}'
+    )
+    with pytest.raises(BaseModelError, match=r"its scheduler, FlowMatch.*another rule"):
+        train(make_config(parts={"base_model": flow}))
+
+
+def test_a_base_model_whose_files_were_damaged_is_told_before_the_first_step(
+    make_config: MakeConfig, base_model: Path, tmp_path: Path
+) -> None:
+    for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        broken = Path(shutil.copytree(base_model, tmp_path / name.replace("/", "-")))
+        (broken / name).write_text("{")
+        with pytest.raises(BaseModelError, match=rf"{name}: not JSON .* get the model again"):
+            train(make_config(parts={"base_model": broken}))
+        (broken / name).write_text("[]")
+        with pytest.raises(BaseModelError, match=rf"{name}: no JSON object"):
+            train(make_config(parts={"base_model": broken}))
+        (broken / name).unlink()
+        with pytest.raises(BaseModelError, match=re.escape(name)):
+            train(make_config(parts={"base_model": broken}))
 
 
 @pytest.mark.slow
@@ -1016,6 +1100,18 @@ def test_zero_terminal_snr_goes_into_the_finished_schedule(
     schedule = json.loads(path.read_text())
     assert schedule["rescale_betas_zero_snr"] is True
     assert schedule["timestep_spacing"] == "trailing"
+
+    # A scheduler that cannot end in pure noise gives way to one that can.
+    pndm = Path(shutil.copytree(config.base_model, tmp_path / "pndm"))
+    changed(pndm / "scheduler" / "scheduler_config.json", _class_name="PNDMScheduler")
+    changed(pndm / "model_index.json", scheduler=["diffusers", "PNDMScheduler"])
+    config = make_config(
+        "pndm", parts={"base_model": pndm}, zero_terminal_snr=True, max_train_steps=1
+    )
+    train(config)
+    pipeline = StableDiffusionPipeline.from_pretrained(config.output_dir, dtype=torch.float32)
+    assert pipeline.scheduler.alphas_cumprod[-1] == 0
+    assert not pipeline.scheduler.config.clip_sample
 
     epsilon = build_tiny_stable_diffusion(tmp_path / "base", prediction_type="epsilon")
     with pytest.raises(BaseModelError, match="zero_terminal_snr needs a model that predicts v"):

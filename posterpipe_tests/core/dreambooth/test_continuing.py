@@ -1,0 +1,167 @@
+"""Going on from the save of another run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from posterpipe.core.dreambooth import objective
+from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.errors import TrainingDiverged, TrainingError
+from posterpipe.core.dreambooth.train import train
+from posterpipe_tests.core.dreambooth.conftest import (
+    MakeConfig,
+    equal,
+    interrupt_at,
+    saves_of,
+    text_weights,
+    unet_weights,
+    write_training_set,
+)
+
+
+def shorter(make_config: MakeConfig, **settings: Any) -> tuple[RunConfig, Path]:
+    """A finished run of 4 steps, and its last save."""
+    config = make_config("shorter", parts={"keep_last_save": True}, max_train_steps=4, **settings)
+    train(config)
+    (save,) = saves_of(config)
+    assert save.name == "step-00000004"
+    return config, save
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"optimizer": "adamw_8bit", "mixed_precision": "bf16"},
+        {"method": "lora", "ema_decay": 0.9, "train_text_encoder": True},
+        {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3, "snr_gamma": 5.0},
+    ],
+    ids=["plain", "8 bit", "LoRA and EMA", "warmup"],
+)
+def test_a_run_made_longer_ends_with_the_bits_of_one_that_was_long_from_the_start(
+    make_config: MakeConfig, settings: dict[str, Any]
+) -> None:
+    _, save = shorter(make_config, **settings)
+    longer = make_config("longer", parts={"continue_from": save}, max_train_steps=7, **settings)
+    said: list[str] = []
+    result = train(longer, log=said.append)
+    assert result.steps == 7 and result.resumed_from == 4
+    assert any(
+        f"goes on from step 4 of 7, saved in {save.parent.name}/{save.name}" in line
+        for line in said
+    )
+    whole = make_config("whole", max_train_steps=7, **settings)
+    straight = train(whole)
+    assert equal(unet_weights(longer.output_dir), unet_weights(whole.output_dir))
+    assert equal(text_weights(longer.output_dir), text_weights(whole.output_dir))
+    # By its history another checkpoint, though the bits are the same; its curves are whole.
+    assert result.checkpoint_id != straight.checkpoint_id
+    losses = [(report.step, report.loss) for report in straight.reports]
+    assert [(report.step, report.loss) for report in result.reports] == losses
+    record = json.loads((longer.output_dir / "posterpipe.json").read_text())
+    assert record["continued"] == f"{save.parent.name}/{save.name}"
+    assert record["continued"] in (longer.output_dir / "README.md").read_text()
+
+
+def test_what_the_new_settings_say_counts_from_then_on(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    _, save = shorter(make_config, learning_rate=1e-3)
+    changes: dict[str, Any] = {
+        "learning_rate": 1e-5,
+        "train_batch_size": 1,
+        "mixed_precision": "bf16",
+        "adam_beta2": 0.9,
+        "adam_weight_decay": 0.5,
+        "ema_decay": 0.9,
+    }
+    parts = {"continue_from": save, "training_set": write_training_set(tmp_path / "other", seed=3)}
+    result = train(make_config("changed", parts=parts, max_train_steps=6, **changes))
+    assert [report.lr for report in result.reports] == [1e-3] * 4 + [1e-5] * 2
+    one = make_config("one", parts=parts, max_train_steps=6, **changes)
+    other = make_config(
+        "other", parts=parts, max_train_steps=6, **{**changes, "adam_weight_decay": 0.0}
+    )
+    train(one), train(other)
+    assert not equal(unet_weights(one.output_dir), unet_weights(other.output_dir))
+
+
+def test_a_continued_run_that_was_killed_goes_on_from_its_own_saves(
+    make_config: MakeConfig,
+) -> None:
+    _, save = shorter(make_config)
+    parts = {"continue_from": save}
+    whole = make_config("whole", parts=parts, max_train_steps=8, save_every_steps=1)
+    train(whole)
+    killed = make_config("killed", parts=parts, max_train_steps=8, save_every_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(killed, interrupt_at(7))
+    assert train(killed).resumed_from == 6
+    assert equal(unet_weights(killed.output_dir), unet_weights(whole.output_dir))
+    assert saves_of(killed) == [] and save.exists()
+
+
+def test_after_a_loss_that_is_no_number_the_save_that_was_named_is_taken_up_with_a_lower_rate(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: dict[str, Any] = {"max_train_steps": 6, "save_every_steps": 2}
+    config = make_config("diverges", **steps)
+    calls = 0
+
+    def poisoned(prediction: Tensor, wanted: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        errors = (prediction.float() - wanted).pow(2).mean(dim=(1, 2, 3))
+        return errors * (float("nan") if calls == 4 else 1.0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(objective, "squared_errors", poisoned)
+        with pytest.raises(TrainingDiverged, match=r"step-00000002.* `continue_from`"):
+            train(config)
+    (save,) = saves_of(config)
+    lower = make_config("lower", parts={"continue_from": save}, learning_rate=1e-5, **steps)
+    result = train(lower)
+    assert result.resumed_from == 2 and result.steps == 6
+    assert [report.lr for report in result.reports] == [1e-3] * 2 + [1e-5] * 4
+
+
+def test_a_save_that_does_not_fit_is_refused_with_what_differs(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    from posterpipe_tests.models import build_tiny_stable_diffusion
+
+    config, save = shorter(make_config)
+
+    def refusal(save: Path, parts: dict[str, Any] | None = None, **settings: Any) -> str:
+        longer = {"max_train_steps": 6, **settings}
+        run = make_config("refused", parts={"continue_from": save, **(parts or {})}, **longer)
+        with pytest.raises(TrainingError) as caught:
+            train(run)
+        assert not run.output_dir.exists()
+        return str(caught.value)
+
+    assert "no save is there" in refusal(tmp_path / "nowhere")
+    assert "training.method = full, now it is lora" in refusal(save, method="lora")
+    assert "training.train_text_encoder" in refusal(save, train_text_encoder=False)
+    assert "training.optimizer = adamw" in refusal(save, optimizer="adamw_8bit")
+    assert "max_train_steps counts these too" in refusal(save, max_train_steps=4)
+    other = build_tiny_stable_diffusion(tmp_path / "base", seed=1)
+    assert "another base model" in refusal(save, {"base_model": other})
+    damaged = Path(shutil.copytree(save, tmp_path / "run" / save.name))
+    (damaged / "unet.safetensors").write_bytes(b"short")
+    assert "unet.safetensors is not as it was written" in refusal(damaged)
+    older = Path(shutil.copytree(save, tmp_path / "older" / save.name))
+    state = json.loads((older / "state.json").read_text())
+    del state["run"]
+    (older / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((older / "manifest.json").read_text())
+    del manifest["files"]["state.json"]
+    (older / "manifest.json").write_text(json.dumps(manifest))
+    assert "earlier version" in refusal(older)
+    assert config.output_dir.exists()
