@@ -101,11 +101,17 @@ def test_the_config_in_the_guide_is_one(tmp_path: Path) -> None:
     assert RunConfig.from_toml(path).training.train_batch_size == 8
     path.write_text(re.sub("^# (holdout_set|class_set)", r"\1", block, flags=re.M))
     assert RunConfig.from_toml(path).class_set == Path("my_class")
+    (longer,) = [tomllib.loads(block) for block in blocks if "continue_from" in block]
+    whole = {**tomllib.loads(path.read_text()), **longer}
+    assert RunConfig(**whole).training.max_train_steps == 1600
 
 
 def test_the_recipes_in_the_guide_are_settings() -> None:
     blocks = re.findall(r"```toml\n(.*?)```", guide(), re.S)
-    recipes = [tomllib.loads(block) for block in blocks if not block.startswith("base_model")]
+    of_a_run = ("base_model", "continue_from")
+    recipes = [
+        tomllib.loads(block) for block in blocks if not any(name in block for name in of_a_run)
+    ]
     assert len(recipes) == 6
     captioner = load_settings("sd21").captioner.model_dump()
     for recipe in recipes:
