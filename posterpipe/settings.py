@@ -360,8 +360,8 @@ class CheckSettings(Group):
     )
     max_lost_share: Share = Field(
         0.4,
-        description="by which share of the posters last trained on there may be fewer now; with "
-        "fewer still nothing is trained",
+        description="the largest share of the posters last trained on that may be gone; where "
+        "more are, nothing is trained",
     )
     holdout_distance: int = Field(
         4,

@@ -42,7 +42,7 @@ def value_of(variable: str) -> str:
 
 
 def is_told(place: tuple[int | str, ...], unknown: Iterable[str]) -> bool:
-    """Whether an unknown variable, told by itself, is what gave the value at pydantic's `place`."""
+    """Whether the value at pydantic's `place` came from a variable that is reported as unknown."""
     variable = _variable(place)
     return any(name == variable or name.startswith(f"{variable}__") for name in unknown)
 

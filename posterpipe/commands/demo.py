@@ -63,8 +63,8 @@ class Watch:
 def run_demo(timings: Path | None = None) -> int:
     """Materialize what is not up to date and print the leaderboard; the exit code.
 
-    `timings` gets the wall time by stage as JSON. Raises posterpipe's own errors for a wrong
-    setting, a missing model or an empty folder.
+    `timings` gets the wall time by stage as JSON. The exit code is 1 where a step fails, such as on
+    an empty landing folder. Raises posterpipe's own errors for a wrong setting or a missing model.
     """
     started = time.perf_counter()
     settings = load_settings()

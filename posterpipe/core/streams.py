@@ -34,8 +34,8 @@ def open_closed_streams() -> None:
 
 
 def print_all_characters() -> None:
-    """Prints a question mark for each that the standard output's encoding has not. Standard error
-    has its codes in their place of itself."""
+    """Prints ? for characters that the encoding of standard output lacks; standard error writes
+    their codes by itself."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 

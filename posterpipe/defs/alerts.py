@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 TOLD_TAG = "posterpipe/told"
 """Tag of failed runs: over which channels people were told."""
 
-MESSAGES_A_LOOK = 3
+MESSAGES_PER_TICK = 3
 """Each can take half a minute when receivers hang, and both channels work at the same time."""
 
-LOOK_SECONDS = 30
+TICK_INTERVAL_SECONDS = 30
 FIRST_PAUSE, LONGEST_PAUSE = 60.0, 3600.0
 """Seconds until a message that did not get through is tried again; doubled each time."""
 
-SECONDS_A_LOOK = 25.0
+TICK_BUDGET_SECONDS = 25.0
 """After so long no further message is begun: Dagster gives a sensor a minute."""
 
 
@@ -59,7 +59,7 @@ def sensors(settings: Settings) -> tuple[dg.SensorDefinition, ...]:
 
     @dg.sensor(
         name="failure_alerts",
-        minimum_interval_seconds=LOOK_SECONDS,
+        minimum_interval_seconds=TICK_INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING if on else dg.DefaultSensorStatus.STOPPED,
         description="Tells people of runs that failed, and of checks that failed as errors, over a "
         "webhook, by e-mail, or both. Off until `alerts.webhook_url` or `alerts.email_to` is set "
@@ -140,7 +140,7 @@ def tell(
         if not to_tell:
             continue
         count, not_before = memory.tried.get(failure.name, (0, 0.0))
-        late = len(said) >= MESSAGES_A_LOOK or time.monotonic() - started > SECONDS_A_LOOK
+        late = len(said) >= MESSAGES_PER_TICK or time.monotonic() - started > TICK_BUDGET_SECONDS
         if late or now < not_before:
             waiting += 1
             tried |= {failure.name: (count, not_before)} if count else {}

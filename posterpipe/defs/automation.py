@@ -166,7 +166,7 @@ def rebuild_when_inputs_change(
       one source runs once, when both are there. It looks all the way up, since an input may be due
       before anything between it and the source has started; but not past an asset that follows a
       schedule, since what the base model draws need not wait for a training. Each upstream asset
-      is named: conditions on inputs of inputs follow every path, and 26 assets have thousands.
+      is named: conditions on inputs of inputs follow every path, of which there are thousands.
     - *inputs there*: an asset whose input was never made cannot run.
     - *blocking checks passed* on the latest materialization of each input, also when only the
       check ran again.

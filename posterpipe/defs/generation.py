@@ -206,8 +206,8 @@ def champion_generations(
 
     base = str(base_generations["checkpoint_id"].iloc[0])
     challenger = str(tuned_generations["checkpoint_id"].iloc[0])
-    # Of the warehouse, though this step waits while another writes: what is told beside it may be
-    # behind, and the gate would refuse to compare with that champion.
+    # Read from the warehouse, although that waits for its writers: the copy beside it may lag, and
+    # the gate would refuse to compare with that champion.
     champion = defender_of(read_decisions(deployment.warehouse), base, challenger)
     if champion == base:
         table, failed = base_generations, 0  # whoever drew them tries them again

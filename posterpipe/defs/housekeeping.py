@@ -14,15 +14,15 @@ from dagster._core.storage.local_compute_log_manager import LocalComputeLogManag
 KEPT_DAYS = 7
 """As long as ticks that requested nothing are kept."""
 
-LOOK_SECONDS = 3600
+TICK_INTERVAL_SECONDS = 3600
 
-SECONDS_A_LOOK = 30.0
+TICK_BUDGET_SECONDS = 30.0
 """After so long the rest is left to the next look: Dagster gives a sensor a minute."""
 
 
 @dg.sensor(
     name="housekeeping",
-    minimum_interval_seconds=LOOK_SECONDS,
+    minimum_interval_seconds=TICK_INTERVAL_SECONDS,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Removes, once an hour, what Dagster itself keeps for ever: logs of sensors and "
     f"schedules, and evaluations of assets' conditions, that are older than {KEPT_DAYS} days. "
@@ -66,7 +66,7 @@ def remove_tick_logs(
     for name in names:
         of_a_tick = logs.get_captured_local_path([repository.name, name, "0"], "err")
         for file in Path(of_a_tick).parent.glob("*.err"):
-            if time.monotonic() - started > SECONDS_A_LOOK:
+            if time.monotonic() - started > TICK_BUDGET_SECONDS:
                 return removed
             if file.stat().st_mtime < before:
                 file.unlink()

@@ -46,10 +46,29 @@ _WORDING = {"template", "trigger"}  # applied to captions when training.csv is b
 
 _PRIOR = {"prior_preservation", "class_prompt", "class_image_count"}
 
+
+def _judging(settings: Settings) -> list[Any]:
+    images = settings.images
+    return [images.min_side, images.max_pixels, images.near_duplicate_distance]
+
+
+def _size(settings: Settings) -> list[Any]:
+    images = settings.images
+    buckets = [images.bucket_step] if images.fit == "bucket" else []
+    return [images.width, images.height, images.fit, *buckets]
+
+
+def _drawing(settings: Settings) -> list[Any]:
+    return [
+        settings.base_model.model_dump(mode="json"),
+        settings.sampler.model_dump(mode="json", exclude=SAMPLING_SPEED),
+    ]
+
+
 _DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
-    "raw_posters": lambda s: _judging(s),
-    "holdout_posters": lambda s: _judging(s),
-    "resized_posters": lambda s: _size(s),
+    "raw_posters": _judging,
+    "holdout_posters": _judging,
+    "resized_posters": _size,
     "poster_captions": lambda s: [
         s.captioner.model_dump(mode="json", exclude=_BATCH | _WORDING),
     ],
@@ -62,7 +81,7 @@ _DECIDING: Mapping[str, Callable[[Settings], list[Any]]] = {
         s.base_model.model_dump(mode="json"),
         deciding(s.training),
     ],
-    "base_generations": lambda s: _drawing(s),
+    "base_generations": _drawing,
     "tuned_generations": lambda s: [s.sampler.model_dump(mode="json", exclude=SAMPLING_SPEED)],
     "champion_generations": lambda s: [s.sampler.model_dump(mode="json", exclude=SAMPLING_SPEED)],
     "titled_posters": lambda s: [s.lettering.model_dump(mode="json")],
@@ -105,24 +124,6 @@ _CHECKED_WITH: Mapping[str, Callable[[Settings], list[Any]]] = {
 """What else an asset is judged by, in its checks or while it is read, with the same effect."""
 
 
-def _judging(settings: Settings) -> list[Any]:
-    images = settings.images
-    return [images.min_side, images.max_pixels, images.near_duplicate_distance]
-
-
-def _size(settings: Settings) -> list[Any]:
-    images = settings.images
-    buckets = [images.bucket_step] if images.fit == "bucket" else []
-    return [images.width, images.height, images.fit, *buckets]
-
-
-def _drawing(settings: Settings) -> list[Any]:
-    return [
-        settings.base_model.model_dump(mode="json"),
-        settings.sampler.model_dump(mode="json", exclude=SAMPLING_SPEED),
-    ]
-
-
 def with_settings_in_code_version(assets: Iterable[Any], settings: Settings) -> list[Any]:
     """The assets with a code version that also changes with the settings that decide them, or what
     their checks say.
@@ -146,8 +147,8 @@ def with_settings_in_code_version(assets: Iterable[Any], settings: Settings) -> 
 
 
 def digest(*parts: object) -> str:
-    """sha256 (hex) of parts as JSON. Another form, as that of `core.store.content_key`, would make
-    everything of another code version, and forget which runs failed or were canceled."""
+    """sha256 (hex) of parts as JSON, for code versions. Not to be replaced by `content_key`: other
+    digests would make every asset look changed, and forget which runs failed or were canceled."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

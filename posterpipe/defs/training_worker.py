@@ -56,14 +56,13 @@ def _train_silently(config_file: Path) -> None:
 
 def _train(config_file: Path, pipes: PipesContext | None = None) -> None:
     config = RunConfig.from_toml(config_file)
-    if pipes is None:
-        from posterpipe.core.dreambooth.train import train
-
-        train(config)
-        return
-    pipes.log.info("training: loading the models")
+    if pipes is not None:
+        pipes.log.info("training: loading the models")  # told before torch is, which takes a while
     from posterpipe.core.dreambooth.train import train
 
+    if pipes is None:
+        train(config)
+        return
     train(
         config,
         lambda report: pipes.report_custom_message(asdict(report)),

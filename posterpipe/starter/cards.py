@@ -176,7 +176,10 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     pattern = f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}"
     between = f"{MARKS[0]}\n{table}\n{MARKS[1]}"
-    README.write_text(re.sub(pattern, lambda _: between, text, flags=re.S), encoding="utf-8")
+    text, places = re.subn(pattern, lambda _: between, text, flags=re.S)
+    if places != 1:
+        raise SystemExit(f"{README}: put {MARKS[0]} and {MARKS[1]} where the figures are to stand")
+    README.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_a_look_ends_in_time_and_the_next_one_goes_on(
 ) -> None:
     old = tick(instance_with_logs, "talkative", KEPT_DAYS + 1)
     with monkeypatch.context() as slow:
-        slow.setattr("posterpipe.defs.housekeeping.SECONDS_A_LOOK", 0.0)
+        slow.setattr("posterpipe.defs.housekeeping.TICK_BUDGET_SECONDS", 0.0)
         look(instance_with_logs)
     assert old.exists()
     look(instance_with_logs)

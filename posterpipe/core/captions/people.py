@@ -33,6 +33,7 @@ from posterpipe.core.store import Store, cells, compute_missing, content_key
 COLUMNS = ["source_name", "caption", "origin", "status", "reason"]
 
 SIDECAR, CSV = "sidecar", "captions.csv"
+SIDECAR_SUFFIX = ".txt"
 """Values of the column `origin`."""
 
 MAX_CHARACTERS = 2_000
@@ -183,7 +184,7 @@ def _split_all(entries: Iterable[Entry]) -> tuple[list[str], dict[str, list[Entr
         name = source_name(entry)
         if entry.problem:
             continue
-        if name.lower().endswith(".txt"):
+        if name.lower().endswith(SIDECAR_SUFFIX):
             texts.setdefault(composed(name[:-4]), []).append(entry)
         elif suffix(name).lower() in EXTENSIONS:
             posters.append(name)
@@ -194,7 +195,7 @@ def _split_all(entries: Iterable[Entry]) -> tuple[list[str], dict[str, list[Entr
 
 def _rank(entry: Entry) -> tuple[bool, bool, str]:
     name = source_name(entry)
-    return not name.endswith(".txt"), name != composed(name), name
+    return not name.endswith(SIDECAR_SUFFIX), name != composed(name), name
 
 
 def sidecars_of(poster: str, texts: Mapping[str, Entry]) -> list[Entry]:

@@ -1,8 +1,8 @@
 """Which settings have an effect, given the others.
 
 What belongs here: what decides a weight and what does not, and what is logged of a setting that was
-given for nothing. What does not: the settings themselves (`posterpipe.settings`), the id that is
-made of those that decide (`config`). Imports no torch.
+given for nothing. What does not: the settings themselves (`posterpipe.training_settings`), the id
+that is made of those that decide (`config`). Imports no torch.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def deciding(training: TrainingSettings) -> dict[str, Any]:
     in_use = training.model_copy(update=unused)
     off = {name for name in _LATER if getattr(in_use, name) == fields[name].default}
     values = in_use.model_dump(mode="json", exclude=set(WATCHING) | off)
-    # What a machine chooses for itself names no other checkpoint, as little as the machine does.
+    # The layout chosen for a device is no part of the id, just as the device is not.
     values["channels_last"] = in_use.channels_last is not False
     if freezes_short_lora(training):
         values["frozen_lora"] = FROZEN_LORA_VERSION

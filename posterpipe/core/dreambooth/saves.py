@@ -55,7 +55,7 @@ def write_save(
     keep: int | None,
 ) -> Path:
     """Adds the save of `step` to `folder`, which is this run's alone, and then removes all but the
-    newest `keep`; of None only later ones.
+    newest `keep`; with None, only the saves of later steps.
 
     checkpoint_id: of the run, by which a save is recognised as its own. tensors: a name -> its
     tensors. state: anything JSON holds; raises ValueError for a number that it cannot.

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from posterpipe.core.captions.people import REHASHED_SIDECARS
+from posterpipe.core.captions.people import REHASHED_SIDECARS, SIDECAR_SUFFIX
 from posterpipe.core.files import sha256_of
 from posterpipe.core.posters.landing import landing_digest, poster_entries
 from posterpipe.core.posters.listing import (
@@ -34,8 +34,6 @@ from posterpipe.settings import AutomationSettings
 
 NAMED = 5
 """Files named in a sentence."""
-
-SIDECAR_SUFFIX = ".txt"
 
 
 @dataclass(frozen=True)
