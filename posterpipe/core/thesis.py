@@ -15,9 +15,9 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -285,34 +285,39 @@ def extremes(scores: pd.DataFrame, shown: int = SHOWN) -> tuple[pd.DataFrame, pd
     )
 
 
-def extremes_title(which: str, pairs: pd.DataFrame) -> str:
-    """What one table of `extremes` shows; `which` is best or worst."""
-    if pairs.empty:
-        return "Nothing to compare"
-    if which == "best":
-        gained = bool((pairs["difference"] > 0).any())
-        return "Largest gains" if gained else "Smallest losses, since no pair gained"
-    lost = bool((pairs["difference"] < 0).any())
-    return "Largest losses" if lost else "Smallest gains, since no pair lost"
+@dataclass(frozen=True)
+class Extremes:
+    """What one table of `extremes` shows, in words."""
+
+    title: str
+    rule: str
+    """By which its pairs were chosen."""
+
+    def __str__(self) -> str:
+        return f"{self.title}: {self.rule}"
 
 
-def extremes_rule(which: str, pairs: pd.DataFrame, shown: int = SHOWN) -> str:
-    """The rule by which `extremes` chose a table, in words; `which` is best or worst."""
+def told_extremes(which: Literal["best", "worst"], pairs: pd.DataFrame) -> Extremes:
+    """The words for a table of `extremes`."""
     if pairs.empty:
-        return (
+        return Extremes(
+            "Nothing to compare",
             "no prompt has a seed with a score of both the fine-tuned image with negative prompt "
-            "and the base model's without it"
+            "and the base model's without it",
         )
-    how = {
-        "Largest gains": "most above",
-        "Smallest losses": "least below",
-        "Largest losses": "most below",
-        "Smallest gains": "least above",
-    }[extremes_title(which, pairs).partition(",")[0]]
-    return (
-        f"the {shown} prompts, or fewer where there are no more, with a seed whose fine-tuned "
+    if which == "best" and (pairs["difference"] > 0).any():
+        title, how = "Largest gains", "most above"
+    elif which == "best":
+        title, how = "Smallest losses, since no pair gained", "least below"
+    elif (pairs["difference"] < 0).any():
+        title, how = "Largest losses", "most below"
+    else:
+        title, how = "Smallest gains, since no pair lost", "least above"
+    return Extremes(
+        title,
+        f"the {SHOWN} prompts, or fewer where there are no more, with a seed whose fine-tuned "
         f"image with negative prompt scores {how} the base model's without it, shown with that "
-        "seed. Below each image its cosine"
+        "seed. Below each image its cosine",
     )
 
 
@@ -407,12 +412,11 @@ class Report:
             "effects": json.loads(self.effects.to_json(orient="records", double_precision=10)),
             "control": json.loads(self.control.to_json(orient="records", double_precision=10)),
             **{
-                name: {
-                    "title": extremes_title(name, pairs),
-                    "rule": extremes_rule(name, pairs),
-                    "pairs": pairs.to_dict("records"),
-                }
-                for name, pairs in (("best", self.best), ("worst", self.worst))
+                name: {**asdict(told), "pairs": pairs.to_dict("records")}
+                for name, pairs, told in (
+                    ("best", self.best, told_extremes("best", self.best)),
+                    ("worst", self.worst, told_extremes("worst", self.worst)),
+                )
             },
             "captions": dict(self.captions),
         }
@@ -436,17 +440,14 @@ def report(
         else f"{row.label}: no score"
         for row in _rows(table)
     )
-    captions = {
-        "growth": f"{means}. {' '.join(note.split())}" if note else means,
-        **{
-            name: f"{extremes_title(name, pairs)}: {extremes_rule(name, pairs)}"
-            for name, pairs in (("best", best), ("worst", worst))
-        },
-    }
+    captions = {"growth": f"{means}. {' '.join(note.split())}" if note else means}
     pictures = {"growth": draw_growth(table, metric_id, note)}
-    for name, pairs in (("best", best), ("worst", worst)):
-        title, rule = captions[name].split(": ", 1)
+    for name, pairs, told in (
+        ("best", best, told_extremes("best", best)),
+        ("worst", worst, told_extremes("worst", worst)),
+    ):
+        captions[name] = str(told)
         pictures[name] = comparison(
-            pairs, scores, generations, store_root, title=title, subtitle=rule
+            pairs, scores, generations, store_root, title=told.title, subtitle=told.rule
         )
     return Report(metric_id, table, own, control, best, worst, pictures, captions)

@@ -116,7 +116,7 @@ def test_best_and_worst_follow_their_rule_and_name_each_prompt_once(
     wide = scores.pivot(index=["prompt_id", "seed"], columns="variant", values="clip_cosine")
     differences = (wide["dreambooth_negative"] - wide["sd"]).dropna()
     assert (differences > 0).all(), "then the others are those that gained least"
-    assert thesis.extremes_title("worst", worst) == "Smallest gains, since no pair lost"
+    assert thesis.told_extremes("worst", worst).title == "Smallest gains, since no pair lost"
     for table, by_prompt in (
         (best, differences.groupby("prompt_id").max().sort_values(ascending=False)),
         (worst, differences.groupby("prompt_id").min().sort_values()),
