@@ -78,6 +78,13 @@ def test_a_warmup_that_the_run_does_not_reach_the_end_of_is_named() -> None:
     assert list(remarks(TrainingSettings(max_train_steps=80, lr_scheduler="constant"))) == []
 
 
+def test_weights_that_leave_out_the_timesteps_that_were_asked_for_are_named() -> None:
+    (said,) = remarks(TrainingSettings(zero_terminal_snr=True, snr_gamma=5.0))
+    assert "snr_gamma" in said and "zero_terminal_snr" in said
+    assert list(remarks(TrainingSettings(zero_terminal_snr=True))) == []
+    assert list(remarks(TrainingSettings(snr_gamma=5.0))) == []
+
+
 def test_nothing_is_said_of_no_warmup_where_the_rate_is_constant_anyway() -> None:
     assert list(remarks(TrainingSettings(lr_scheduler="constant", lr_warmup_steps=0))) == []
 
