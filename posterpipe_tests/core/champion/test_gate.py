@@ -843,6 +843,49 @@ def test_rolling_back_goes_to_the_champion_before() -> None:
         rollback(history(), "base", who="Ida", why="why not", decided_at=START)
 
 
+def roll_back(table: pd.DataFrame) -> pd.DataFrame:
+    row = rollback(table, "base", who="Ida", why="complaints", decided_at=later(table))
+    return pd.concat([table, row], ignore_index=True)
+
+
+def test_each_rollback_goes_further_back_and_none_to_what_was_rolled_back_from() -> None:
+    table = history(("a", "promote"), ("b", "promote"), ("c", "promote"))
+    served = []
+    for _ in range(3):
+        table = roll_back(table)
+        served.append(champion_of(table, "base"))
+    assert served == ["b", "a", "base"]
+    with pytest.raises(GateError, match="none to go back to: a, b, c had been rolled back from"):
+        roll_back(table)
+    # The gate's choice again, which is no other than before.
+    free = unpin(table, "base", who="Ida", why="mended", decided_at=later(table))
+    table = pd.concat([table, free], ignore_index=True)
+    assert champion_of(table, "base") == "c" and champion_of(roll_back(table), "base") == "base"
+
+
+@pytest.mark.parametrize("by", ["gate", "person"])
+def test_what_was_rolled_back_from_counts_again_once_it_was_chosen_again(by: str) -> None:
+    table = roll_back(history(("a", "promote"), ("b", "promote"), ("c", "promote")))
+    assert champion_of(table, "base") == "b"
+    if by == "gate":  # what was pinned is served still
+        table = history(("c", "promote"), ("d", "promote"), start=table)
+        free = unpin(table, "base", who="Ida", why="mended", decided_at=later(table))
+        table = pd.concat([table, free], ignore_index=True)
+    else:
+        for name in ("c", "a"):
+            row = pin(table, name, "base", who="Ida", why="mended", decided_at=later(table))
+            table = pd.concat([table, row], ignore_index=True)
+    table = roll_back(table)
+    # Of the gate's choices, c was never served again.
+    assert champion_of(table, "base") == ("b" if by == "gate" else "c")
+
+
+def test_a_rollback_of_an_older_posterpipe_is_a_pin_like_others() -> None:
+    table = roll_back(history(("a", "promote"), ("b", "promote")))
+    table["numbers"] = table["numbers"].str.replace(', "rollback": true', "")
+    assert champion_of(table, "base") == "a" and champion_of(roll_back(table), "base") == "b"
+
+
 def test_rolling_back_never_pins_the_champion_of_now() -> None:
     table = history(("a", "promote"), ("b", "promote"), ("b", "reject"))
     assert champion_of(table, "base") == "a"
