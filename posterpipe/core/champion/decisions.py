@@ -81,6 +81,8 @@ def decision_row(
     for name, effect in (("specific", evidence.specific), ("preference", evidence.preference)):
         if effect is not None:
             numbers[name] = asdict(effect)
+    if evidence.unsure:
+        numbers["unsure"] = evidence.unsure
     if evidence.clip_to_base is not None:
         numbers["missing_of_base"] = evidence.missing_of_base
     row = _row(

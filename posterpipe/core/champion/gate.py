@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from posterpipe.core.metrics.fidelity import HASH_POSTERS
 from posterpipe.core.statistics import NO_SPREAD, Effect
 from posterpipe.settings import GateSettings
 
@@ -122,6 +123,9 @@ class Evidence:
     lost: int = 0
     """Posters that the challenger was trained on and that cannot be read: copies of them are not
     seen."""
+    unsure: int = 0
+    """Images beside `copies` that may be copies by their perceptual hash: holdout posters are too
+    few to say (`fidelity.HASH_POSTERS`)."""
     unmeasured: Mapping[str, str] = field(default_factory=dict)
     """What no image of any model has a number of, though some show something (`clip`, `fidelity`,
     `diversity`, `preference`), or none of the challenger's (`copies`), and why."""
@@ -230,6 +234,8 @@ class CopyVerdict:
     """No more than the limit, but only images that equal a training poster are known."""
     blind: bool
     """No more than the limit, but most copies would not be found."""
+    unsure: bool
+    """No more than the limit, but more with those that may be copies by their perceptual hash."""
 
 
 def copy_verdict(
@@ -240,27 +246,42 @@ def copy_verdict(
     has_threshold: bool,
     sensitivity: float,
     lost: int = 0,
+    unsure: int = 0,
     images: str = "images",
 ) -> CopyVerdict:
     """The verdict on `copies` among so many images that were compared; a share of `limit` may be.
 
-    `has_threshold`: whether it is known from which similarity on an image is a copy; `sensitivity`
-    and `lost` as of `Evidence`; `images`: what they are called in the sentence.
+    `has_threshold`: whether it is known from which similarity on an image is a copy; `sensitivity`,
+    `lost` and `unsure` as of `Evidence`; `images`: what they are called in the sentence.
     """
     few = not compared or copies / compared <= limit
     unknown = few and not has_threshold
     blind = few and sensitivity < LEAST_SENSITIVITY
-    sure = compared and not (unknown or blind or lost)
+    doubtful = few and bool(compared) and (copies + unsure) / compared > limit
+    sure = compared and not (unknown or blind or lost or doubtful)
+    sentence = f"{copies} of {compared} {images} "
+    # No holdout posters, no word on how near new ones come.
+    sentence += (
+        "are nearer to a training poster than nearly all new posters are"
+        if has_threshold
+        else "equal a training poster"
+    )
+    if unknown:
+        sentence += "; how near is too near is not known"
     return CopyVerdict(
         outcome="fail" if not few else "pass" if sure else "open",
-        sentence=f"{copies} of {compared} {images} "
-        + (
-            "equal a training poster; how near is too near is not known"
-            if unknown
-            else "are nearer to a training poster than nearly all new posters are"
-        ),
+        sentence=sentence,
         unknown=unknown,
         blind=blind,
+        unsure=doubtful,
+    )
+
+
+def unsure_told(unsure: int) -> str:
+    """Of so many images, why it is not known whether they are copies."""
+    return (
+        f"{unsure} more may be copies by their perceptual hash, or only have the layout of a "
+        f"training poster: it takes {HASH_POSTERS} holdout posters to tell"
     )
 
 
@@ -274,6 +295,7 @@ def _copying(evidence: Evidence, settings: GateSettings) -> Check:
     verdict = copy_verdict(
         evidence.copies, evidence.compared, limit, sensitivity=evidence.sensitivity,
         has_threshold=not math.isnan(evidence.sensitivity), lost=evidence.lost,
+        unsure=evidence.unsure,
     )  # fmt: skip
     reason = verdict.sentence
     if verdict.unknown:
@@ -291,6 +313,9 @@ def _copying(evidence: Evidence, settings: GateSettings) -> Check:
         )
     elif verdict.outcome != "fail" and not verdict.unknown:
         reason += f"; {found} would be found"
+    if verdict.unsure:
+        reason += f"; {unsure_told(evidence.unsure)}"
+        reason += "" if verdict.unknown else ", so add some to the folder `holdout`"
     if verdict.outcome != "fail" and evidence.lost:
         reason += (
             f"; {evidence.lost} of the posters that the checkpoint was trained on cannot be read "

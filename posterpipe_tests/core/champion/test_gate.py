@@ -22,7 +22,7 @@ from posterpipe.core.champion.decisions import (
     rollback,
     unpin,
 )
-from posterpipe.core.champion.gate import GateDecision, Verdict, decide
+from posterpipe.core.champion.gate import GateDecision, Verdict, copy_verdict, decide
 from posterpipe.core.champion.gate_evidence import MetricIds, gather
 from posterpipe.core.statistics import CONTRASTS, effect_of, effects
 from posterpipe.core.warehouse.database import Warehouse
@@ -317,6 +317,27 @@ def test_a_lost_training_poster_holds_since_copies_of_it_are_not_seen() -> None:
     assert "1 of the posters that the checkpoint was trained on cannot be read" in decision.reason
     copied = dataclasses.replace(whole, lost=1, copies=60)
     assert decide(copied, SETTINGS).verdict == "reject", "what is seen is enough"
+
+
+def test_what_may_be_a_copy_by_an_uncalibrated_hash_holds_and_rejects_nothing() -> None:
+    few = dataclasses.replace(judged().evidence, copies=1, unsure=15)
+    decision = decide(few, SETTINGS)
+    assert decision.verdict == "hold"
+    assert [name for name, how in outcomes(decision).items() if how == "open"] == ["copies"]
+    assert "1 of 192 images" in decision.reason and "15 more may be copies" in decision.reason
+    assert "it takes 12 holdout posters to tell, so add some" in decision.reason
+    row = decision_row(decision, history(), "base", decided_at=START).iloc[0]
+    assert json.loads(row["numbers"])["unsure"] == 15
+    # So few that the limit holds, whatever they are, say nothing against it.
+    assert decide(dataclasses.replace(few, unsure=8), SETTINGS).verdict == "promote"
+    assert decide(dataclasses.replace(few, copies=60), SETTINGS).verdict == "reject"
+
+
+def test_without_holdout_posters_nothing_is_said_of_how_near_new_posters_come() -> None:
+    for copies, outcome in ((0, "open"), (60, "fail")):
+        verdict = copy_verdict(copies, 192, 0.05, has_threshold=False, sensitivity=math.nan)
+        assert verdict.outcome == outcome and "new posters" not in verdict.sentence
+        assert f"{copies} of 192 images equal a training poster" in verdict.sentence
 
 
 @pytest.mark.parametrize("share", [0.0, 12 / 192])
