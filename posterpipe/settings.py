@@ -288,7 +288,8 @@ class GateSettings(Group):
         0.01,
         ge=0,
         description="cosine by which CLIP-T may be lower than the champion's, and than the base "
-        "model's, without counting as inferior",
+        "model's, without counting as inferior; smaller than a suite resolves, it leaves equal "
+        "models undecided, and the decision says so",
     )
     fidelity_margin: float = Field(
         0.01,
@@ -310,7 +311,8 @@ class GateSettings(Group):
         0.8,
         ge=0,
         le=1,
-        description="share of the champion's diversity, and of the base model's, that must remain",
+        description="share of the champion's diversity, and of the base model's, that must remain; "
+        "as with clip_margin, the decision says where a suite does not resolve it",
     )
     blocked_limit: float = Field(
         0.02, ge=0, le=1, description="share of images that may be black or of one colour"

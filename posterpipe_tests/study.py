@@ -272,7 +272,7 @@ def decisions() -> pd.DataFrame:
         {"name": "complete", "outcome": "pass", "value": 0.0, "low": None, "high": None,
          "limit": 0.0, "reason": "36 of 36 cells have a score"},
         {"name": "CLIP-T", "outcome": "open", "value": 0.01, "low": -0.02, "high": 0.04,
-         "limit": -0.01, "reason": "may be lower"},
+         "limit": -0.01, "detectable": 0.042, "reason": "may be lower"},
     ]  # fmt: skip
     rows = pd.DataFrame([_decision("hold", OLD, BASE, checks, 1)])
     pinned = pin(rows, OLD, BASE, who="ada", why="looks fine",

@@ -339,6 +339,25 @@ def has_spread(values: np.ndarray) -> bool:
     return len(values) > 1 and float(np.std(values, ddof=1)) > NO_SPREAD
 
 
+def detectable(low: float, high: float, prompts: int, *, power: float = 0.8) -> float:
+    """The true difference that a study with such an interval finds with probability `power`.
+
+    `low` to `high`: the interval of a mean over so many prompts, on the scale on which it is one
+    (logarithms of a ratio). Half of it is t(0.975) standard errors; it takes (t(0.975) + t(power))
+    of them (Bloom 1995). So it is also the margin with which a model as good is found no worse that
+    often. NaN without an interval.
+    """
+    if prompts < 2 or math.isnan(low) or math.isnan(high):
+        return math.nan
+    return (high - low) / 2 / half_of_detectable(prompts, power=power)
+
+
+def half_of_detectable(prompts: int, *, power: float = 0.8) -> float:
+    """Half an interval over so many prompts, two or more, as a share of `detectable`."""
+    half, reach = (student_quantile(p, prompts - 1) for p in ((1 + CONFIDENCE) / 2, power))
+    return half / (half + reach)
+
+
 def _patterns(n: int, resamples: int) -> Iterator[np.ndarray]:
     """How much each of n values weighs in the means of n drawn with replacement: float64 (some, n)
     a time, `resamples` in all.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     group_name="scoring",
     kinds={"python", "duckdb"},
     owners=["team:ml"],
-    code_version="5",
+    code_version="6",
     io_manager_key=TABLES,
     pool="warehouse",
     metadata=columns(

@@ -97,7 +97,7 @@ def clip_scores(
     group_name="scoring",
     kinds={"python", "huggingface", "duckdb"},
     owners=["team:ml"],
-    code_version="6",
+    code_version="7",
     io_manager_key=TABLES,
     pool="warehouse",
     deps=["clip_scores"],
@@ -116,6 +116,7 @@ def clip_scores(
         copy_threshold="float: cosine from which it does; empty with too few holdout posters",
         copy_sensitivity="float: share of altered training posters that it finds",
         lost_posters="int: posters that the checkpoint was trained on and that cannot be read",
+        copy_unsure="bool: whether too few holdout posters say if its perceptual hash is a copy's",
     ),
 )
 def fidelity_scores(

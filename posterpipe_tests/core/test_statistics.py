@@ -17,9 +17,11 @@ from posterpipe.core.statistics import (
     CONTRASTS,
     bootstrap_interval,
     bootstrap_intervals,
+    detectable,
     effect,
     effect_of,
     effects,
+    half_of_detectable,
     hedges_g,
     logarithms,
     mean_interval,
@@ -345,6 +347,17 @@ def test_what_a_suite_says_it_detects_is_found_by_the_next_one_four_times_in_fiv
     values = np.array(needed)[:, np.newaxis] + rng.normal(0, 0.02, (1000, 24))
     low, _ = bootstrap_intervals(values, resamples=500).T
     assert 0.75 <= np.mean(low > 0) <= 0.84
+
+
+@pytest.mark.parametrize("prompts", [2, 8, 24])
+def test_what_is_detectable_is_known_from_the_interval_alone(prompts: int) -> None:
+    values = np.random.default_rng(prompts).normal(0.3, 0.02, prompts)
+    half = student_quantile(0.975, prompts - 1) * values.std(ddof=1) / math.sqrt(prompts)
+    expected = smallest_detectable(values)
+    assert detectable(0.3 - half, 0.3 + half, prompts) == pytest.approx(expected)
+    assert half_of_detectable(prompts) == pytest.approx(half / expected)
+    assert math.isnan(detectable(math.nan, math.nan, prompts))
+    assert math.isnan(detectable(0.1, 0.2, 1))
 
 
 @pytest.mark.parametrize("tests", [8, 15, 112])

@@ -26,6 +26,7 @@ select
     cast(json_extract_string(told, '$.low') as double) as low_95,
     cast(json_extract_string(told, '$.high') as double) as high_95,
     cast(json_extract_string(told, '$.limit') as double) as limit_value,
+    cast(json_extract_string(told, '$.detectable') as double) as detectable,
     json_extract_string(told, '$.reason') as reason
 from checks
 order by

@@ -47,6 +47,7 @@ select
     cast(json_extract_string(decisions.numbers, '$.copies') as bigint) as copied_images,
     cast(json_extract_string(decisions.numbers, '$.sensitivity') as double) as copy_sensitivity,
     cast(json_extract_string(decisions.numbers, '$.lost') as bigint) as lost_posters,
+    cast(json_extract_string(decisions.numbers, '$.unsure') as bigint) as unsure_images,
     {%- for name in ('specific', 'preference') %}
     cast(
         json_extract_string(decisions.numbers, '$.{{ name }}.estimate') as double

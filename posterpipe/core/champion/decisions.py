@@ -5,7 +5,8 @@ decide, and keeping the log in the warehouse and beside it. What does not: the r
 checkpoint is promoted (`gate`), and measuring (`evidence`).
 
 The first champion is the base model. People may pin a checkpoint, or roll back to an earlier
-champion; the gate then goes on deciding, but what is served stays until the pin is taken away.
+champion, step by step; the gate then goes on deciding, but what is served stays until the pin is
+taken away.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ def decision_row(
     for name, effect in (("specific", evidence.specific), ("preference", evidence.preference)):
         if effect is not None:
             numbers[name] = asdict(effect)
+    if evidence.unsure:
+        numbers["unsure"] = evidence.unsure
     if evidence.clip_to_base is not None:
         numbers["missing_of_base"] = evidence.missing_of_base
     row = _row(
@@ -193,15 +196,37 @@ def unpin(
 def rollback(
     decisions: pd.DataFrame, base_model: str, *, who: str, why: str, decided_at: dt.datetime
 ) -> pd.DataFrame:
-    """The row that pins the previous champion. Raises GateError where none was."""
+    """The row that pins the champion before this one; once more, the one before that.
+
+    Never one that was rolled back from and neither promoted nor pinned since: of it, too, somebody
+    complained. Raises GateError where none is left.
+    """
+    _named(who, why)
     standings = _standings(decisions, base_model)
     served = [standing.served for standing in standings]
-    now, latest = served[-1], standings[-1].latest
+    now, latest, left = served[-1], standings[-1].latest, standings[-1].left
     # The present one may have been champion before as well, when what came between was rejected.
-    earlier = [name for name in served if name != now and latest.get(name) != "reject"]
+    earlier = [
+        name for name in served if name != now and latest.get(name) != "reject" and name not in left
+    ]
     if not earlier:
-        raise GateError(f"{now} is served, and there is none to go back to")
-    return pin(decisions, earlier[-1], base_model, who=who, why=why, decided_at=decided_at)
+        told = f"{now} is served, and there is none to go back to"
+        if left:
+            told += (
+                f": {', '.join(sorted(left))} had been rolled back from; to serve one again, "
+                "`posterpipe champion pin` it"
+            )
+        raise GateError(told)
+    return _row(
+        checkpoint=earlier[-1],
+        before=now,
+        base_model=base_model,
+        verdict="promote",
+        reason=why,
+        numbers={"pinned": True, "rollback": True},
+        decided_by=who,
+        decided_at=decided_at,
+    )
 
 
 @dataclass(frozen=True)
@@ -215,6 +240,8 @@ class _Standing:
     latest: Mapping[str, str] = field(default_factory=dict)
     """The gate's latest verdict by checkpoint."""
     pinned: str | None = None
+    left: frozenset[str] = frozenset()
+    """Rolled back from, and neither promoted nor pinned since."""
 
     @property
     def champion(self) -> str:
@@ -230,17 +257,23 @@ class _Standing:
         if verdict == "promote":
             rejected = self.rejected - {checkpoint}
             promoted = (*self.promoted, checkpoint)
-            return replace(self, latest=latest, promoted=promoted, rejected=rejected)
+            left = self.left - {checkpoint}
+            return replace(self, latest=latest, promoted=promoted, rejected=rejected, left=left)
         if verdict == "reject":
             pinned = None if self.pinned == checkpoint else self.pinned
             rejected = self.rejected | {checkpoint}
             return replace(self, latest=latest, rejected=rejected, pinned=pinned)
         return replace(self, latest=latest)
 
-    def after_person(self, checkpoint: str, *, pins: bool) -> _Standing:
+    def after_person(self, checkpoint: str, *, pins: bool, goes_back: bool) -> _Standing:
         if pins and self.latest.get(checkpoint) == "reject":
             return self  # what is rejected is never served, however the row came here
-        return replace(self, pinned=checkpoint if pins else None)
+        left = self.left
+        if goes_back:
+            left = left | {self.served}
+        elif pins:
+            left = left - {checkpoint}
+        return replace(self, pinned=checkpoint if pins else None, left=left)
 
 
 def _standings(
@@ -252,8 +285,11 @@ def _standings(
     for row in of_base(decisions, base_model).itertuples(index=False):
         now, checkpoint = standings[-1], str(row.checkpoint_id)
         if row.decided_by != GATE:
-            pins = json.loads(str(row.numbers))["pinned"]
-            now = now.after_person(checkpoint, pins=pins and checkpoint != without)
+            numbers = json.loads(str(row.numbers))
+            pins = numbers["pinned"] and checkpoint != without
+            # Of an older posterpipe, a rollback is a pin like others.
+            goes_back = numbers.get("rollback", False)
+            now = now.after_person(checkpoint, pins=pins, goes_back=goes_back)
         elif checkpoint != without:
             now = now.after_gate(checkpoint, str(row.decision))
         standings.append(now)

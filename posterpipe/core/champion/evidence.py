@@ -45,7 +45,7 @@ from posterpipe.settings import GateSettings, ScorerSettings, Settings
 EVIDENCE_COLUMNS = (
     "generation_key", "variant", "prompt_id", "seed", "checkpoint_id", "metric_id", "metric",
     "role", "value", "status", "reason", "nearest_poster", "copied", "copied_by", "copied_poster",
-    "copy_threshold", "copy_sensitivity", "lost_posters",
+    "copy_threshold", "copy_sensitivity", "lost_posters", "copy_unsure",
 )  # fmt: skip
 """Columns of the table of evidence: one row a generation and metric.
 
@@ -63,7 +63,9 @@ In rows with the role copies:
 - `copy_threshold`: cosine above which it is; NaN with too few holdout posters to know.
 - `copy_sensitivity`: share of altered training posters that lie above it.
 - `lost_posters`: how many posters that the checkpoint was trained on cannot be read, so that copies
-  of them are not seen."""
+  of them are not seen.
+- `copy_unsure`: whether it does not count as a copy, but may be one by its perceptual hash: too few
+  holdout posters say from which distance on it is one."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,7 @@ def _evidence_table(
     table["copy_threshold"] = keys.map(first["similarity_threshold"]).astype(float)
     table["copy_sensitivity"] = keys.map(first["copy_sensitivity"]).astype(float)
     table["lost_posters"] = table["metric_id"].map(dict(lost)).astype("Int64")
+    table["copy_unsure"] = keys.map(first["copy_unsure"]).astype("boolean")
     order = {metric.metric_id: place for place, metric in enumerate(metrics)}
     table = table.sort_values("metric_id", key=lambda ids: ids.map(order), kind="stable")
     return table[list(EVIDENCE_COLUMNS)].reset_index(drop=True)
@@ -259,7 +262,7 @@ def _evidence_table(
 def _record_nearest(warehouse: Warehouse, nearest: pd.DataFrame, *, run_id: str) -> None:
     """Adds the nearest training poster of each image, under the metric that measured it."""
     now = utc_now()
-    rows = nearest.drop(columns="copied_by").assign(measured_at=now, run_id=run_id)
+    rows = nearest.drop(columns=["copied_by", "copy_unsure"]).assign(measured_at=now, run_id=run_id)
     with warehouse.write() as connection:
         insert(connection, "fct_nearest", rows)
 
@@ -358,6 +361,7 @@ def judge(
             base=base_model,
             sensitivity=float(compared["copy_sensitivity"].astype(float).max()),
             lost=int(own["lost_posters"].fillna(0).max()) if len(own) else 0,
+            unsure=int(compared["copy_unsure"].astype("boolean").sum()),
         ),
         settings,
     )

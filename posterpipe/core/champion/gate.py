@@ -9,9 +9,10 @@ evidence is too thin, or not complete. A check that compares passes only when it
 on the good side of its limit, and fails only when the whole interval is worse than a margin allows:
 what is rejected cannot be pinned, so chance alone should not do it. Intervals of two equal models
 leave 0 out one time of twenty. Where the challenger seems better, it is promoted over one that is
-as good; where it seems lower, that is by less than the margin, and it is held (docs/champion.md has
-the simulated rates). With few prompts an interval says too little about itself for that, so then it
-decides nothing.
+as good; where it seems lower, that is by less than the margin, and it is held. How often depends on
+how much prompts differ beside the margin, so every check that compares says what it can tell apart
+(`Check.detectable`; docs/champion.md has simulated rates). With few prompts an interval says too
+little about itself for that, so then it decides nothing.
 
 Margins against the champion alone would add up: each of eight champions may have less diversity
 than the one before. So what may be lost is counted from the base model as well.
@@ -24,7 +25,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from posterpipe.core.statistics import NO_SPREAD, Effect
+from posterpipe.core.metrics.fidelity import HASH_POSTERS
+from posterpipe.core.statistics import NO_SPREAD, Effect, detectable, half_of_detectable
 from posterpipe.settings import GateSettings
 
 Verdict = Literal["promote", "hold", "reject"]
@@ -61,6 +63,10 @@ class Check:
     """What it is held against."""
     reason: str
     """In words, with the numbers."""
+    detectable: float = math.nan
+    """The least difference that these prompts find four times of five, in the unit of `value`; of
+    diversity the ratio, below 1. A model that is as good passes that often with a margin as large.
+    NaN where nothing was compared, and without an interval."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,9 @@ class Evidence:
     lost: int = 0
     """Posters that the challenger was trained on and that cannot be read: copies of them are not
     seen."""
+    unsure: int = 0
+    """Images beside `copies` that may be copies by their perceptual hash: holdout posters are too
+    few to say (`fidelity.HASH_POSTERS`)."""
     unmeasured: Mapping[str, str] = field(default_factory=dict)
     """What no image of any model has a number of, though some show something (`clip`, `fidelity`,
     `diversity`, `preference`), or none of the challenger's (`copies`), and why."""
@@ -230,6 +239,8 @@ class CopyVerdict:
     """No more than the limit, but only images that equal a training poster are known."""
     blind: bool
     """No more than the limit, but most copies would not be found."""
+    unsure: bool
+    """No more than the limit, but more with those that may be copies by their perceptual hash."""
 
 
 def copy_verdict(
@@ -240,27 +251,42 @@ def copy_verdict(
     has_threshold: bool,
     sensitivity: float,
     lost: int = 0,
+    unsure: int = 0,
     images: str = "images",
 ) -> CopyVerdict:
     """The verdict on `copies` among so many images that were compared; a share of `limit` may be.
 
-    `has_threshold`: whether it is known from which similarity on an image is a copy; `sensitivity`
-    and `lost` as of `Evidence`; `images`: what they are called in the sentence.
+    `has_threshold`: whether it is known from which similarity on an image is a copy; `sensitivity`,
+    `lost` and `unsure` as of `Evidence`; `images`: what they are called in the sentence.
     """
     few = not compared or copies / compared <= limit
     unknown = few and not has_threshold
     blind = few and sensitivity < LEAST_SENSITIVITY
-    sure = compared and not (unknown or blind or lost)
+    doubtful = few and bool(compared) and (copies + unsure) / compared > limit
+    sure = compared and not (unknown or blind or lost or doubtful)
+    sentence = f"{copies} of {compared} {images} "
+    # No holdout posters, no word on how near new ones come.
+    sentence += (
+        "are nearer to a training poster than nearly all new posters are"
+        if has_threshold
+        else "equal a training poster"
+    )
+    if unknown:
+        sentence += "; how near is too near is not known"
     return CopyVerdict(
         outcome="fail" if not few else "pass" if sure else "open",
-        sentence=f"{copies} of {compared} {images} "
-        + (
-            "equal a training poster; how near is too near is not known"
-            if unknown
-            else "are nearer to a training poster than nearly all new posters are"
-        ),
+        sentence=sentence,
         unknown=unknown,
         blind=blind,
+        unsure=doubtful,
+    )
+
+
+def unsure_told(unsure: int) -> str:
+    """Of so many images, why it is not known whether they are copies."""
+    return (
+        f"{unsure} more may be copies by their perceptual hash, or only have the layout of a "
+        f"training poster: it takes {HASH_POSTERS} holdout posters to tell"
     )
 
 
@@ -274,6 +300,7 @@ def _copying(evidence: Evidence, settings: GateSettings) -> Check:
     verdict = copy_verdict(
         evidence.copies, evidence.compared, limit, sensitivity=evidence.sensitivity,
         has_threshold=not math.isnan(evidence.sensitivity), lost=evidence.lost,
+        unsure=evidence.unsure,
     )  # fmt: skip
     reason = verdict.sentence
     if verdict.unknown:
@@ -291,6 +318,9 @@ def _copying(evidence: Evidence, settings: GateSettings) -> Check:
         )
     elif verdict.outcome != "fail" and not verdict.unknown:
         reason += f"; {found} would be found"
+    if verdict.unsure:
+        reason += f"; {unsure_told(evidence.unsure)}"
+        reason += "" if verdict.unknown else ", so add some to the folder `holdout`"
     if verdict.outcome != "fail" and evidence.lost:
         reason += (
             f"; {evidence.lost} of the posters that the checkpoint was trained on cannot be read "
@@ -355,8 +385,12 @@ def _clip(name: str, effect: Effect, other: str, settings: GateSettings) -> Chec
     }[outcome]
     tail = f"the {other}'s less the margin of" if outcome == "pass" else "the margin of"
     reason = f"difference {_interval(effect)}: {how} {tail} {settings.clip_margin:g}"
-    reason += _few(effect, settings)
-    return Check(name, outcome, effect.estimate, effect.low, effect.high, limit, reason)
+    found = detectable(effect.low, effect.high, effect.prompts)
+    reason += _few(effect, settings) or _resolution(
+        outcome, found, settings.clip_margin, effect.prompts,
+        told=f"differences from {found:.2g} on", remedy="a larger gate.clip_margin",
+    )  # fmt: skip
+    return Check(name, outcome, effect.estimate, effect.low, effect.high, limit, reason, found)
 
 
 def _faithful(evidence: Evidence, settings: GateSettings) -> Check:
@@ -375,7 +409,11 @@ def _faithful(evidence: Evidence, settings: GateSettings) -> Check:
         )
     how = f"{how} {settings.fidelity_margin:g}" if how else "higher than the champion's"
     reason = f"similarity to holdout posters {_interval(fidelity)}: {how}"
-    reason += _few(fidelity, settings)
+    found = detectable(fidelity.low, fidelity.high, fidelity.prompts)
+    # The margin is none that has to be reached: better is above 0.
+    reason += _few(fidelity, settings) or _resolution(
+        outcome, found, math.inf, fidelity.prompts, told=f"differences from {found:.2g} on"
+    )
     if preference is not None:
         preferred = preference.win_low > 0.5
         if preferred and not _few(preference, settings):
@@ -384,7 +422,9 @@ def _faithful(evidence: Evidence, settings: GateSettings) -> Check:
             f"; preferred for {preference.win_rate:.0%} of the prompts "
             f"({preference.win_low:.0%} to {preference.win_high:.0%})"
         )
-    return Check("fidelity", outcome, fidelity.estimate, fidelity.low, fidelity.high, limit, reason)
+    return Check(
+        "fidelity", outcome, fidelity.estimate, fidelity.low, fidelity.high, limit, reason, found
+    )
 
 
 def _diverse(evidence: Evidence, settings: GateSettings) -> Check:
@@ -406,8 +446,16 @@ def _diversity(name: str, kept: Effect, other: str, settings: GateSettings) -> C
         "fail": f"less than {limit:.0%} of it are left, the images of a prompt are too much alike",
         "open": f"not sure that {limit:.0%} of it are kept",
     }[outcome]
-    reason = f"{_ratio(kept, other)}: {said}{_few(kept, settings)}"
-    return Check(name, outcome, 1 + kept.estimate, 1 + kept.low, 1 + kept.high, limit, reason)
+    # By logarithms, as ratios are estimated.
+    found = detectable(math.log1p(kept.low), math.log1p(kept.high), kept.prompts)
+    least = math.exp(-found)
+    reason = f"{_ratio(kept, other)}: {said}"
+    reason += _few(kept, settings) or _resolution(
+        outcome, found, -math.log(limit) if limit else math.inf, kept.prompts,
+        told=f"a loss to {least:.0%}", remedy="a lower gate.diversity_kept",
+    )  # fmt: skip
+    ends = (1 + kept.estimate, 1 + kept.low, 1 + kept.high)
+    return Check(name, outcome, *ends, limit, reason, least)
 
 
 def _since_base(evidence: Evidence, settings: GateSettings) -> list[Check]:
@@ -442,6 +490,28 @@ def _few(effect: Effect, settings: GateSettings) -> str:
     if effect.prompts >= settings.min_prompts:
         return ""
     return f"; {effect.prompts} prompts decide nothing, it takes {settings.min_prompts}"
+
+
+def _resolution(
+    outcome: Outcome, found: float, margin: float, prompts: int, *, told: str, remedy: str = ""
+) -> str:
+    """The sentence on what so many prompts can tell apart, where the margin is smaller than half
+    the interval, or the check is open; "" where neither.
+
+    `found`: see `statistics.detectable`, and `margin` on the same scale; `told`: `found` in words;
+    `remedy`: which setting would do.
+    """
+    if math.isnan(found):
+        return ""
+    if margin >= found * half_of_detectable(prompts):
+        return f"; these prompts find {told}, four times of five" if outcome == "open" else ""
+    # How near a mean is known grows with the root of the number of prompts.
+    needed = float(f"{prompts * (found / margin) ** 2:.2g}") if margin else math.inf
+    enough = f", or some {needed:,.0f} prompts" if math.isfinite(needed) else ""
+    return (
+        f"; the margin is finer than these prompts resolve, which find {told} four times of five: "
+        f"choose {remedy}{enough}"
+    )
 
 
 def _interval(effect: Effect) -> str:

@@ -54,6 +54,7 @@ def gather(
     base: str | None = None,
     sensitivity: float,
     lost: int = 0,
+    unsure: int = 0,
 ) -> Evidence:
     """The evidence about a challenger.
 
@@ -62,8 +63,8 @@ def gather(
     negative_prompt, seed, checkpoint_id, status, settings), each of one suite and one setting of
     the sampler. Where these differ between the models, their cells are others.
     `scores`: long, as of `metrics.base.SCORE_COLUMNS`. `copied`: whether an image counts as a
-    copy, by generation_key; images that are not in it were not compared. `sensitivity` and `lost`:
-    see `Evidence`. Raises ValueError where a cell of a checkpoint is there twice.
+    copy, by generation_key; images that are not in it were not compared. `sensitivity`, `lost` and
+    `unsure`: see `Evidence`. Raises ValueError where a cell of a checkpoint is there twice.
     """
     own = _cells(generations, challenger)
     others = {"champion": _cells(generations, champion)}
@@ -109,6 +110,7 @@ def gather(
             else _compared(scores, metrics.diversity, own, first, scale="ratio")
         ),
         lost=lost,
+        unsure=unsure,
         unmeasured=unmeasured,
         dark=tuple(
             name

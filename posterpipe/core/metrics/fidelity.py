@@ -68,6 +68,17 @@ UNRELATED_BITS = 10
 """Perceptual hashes that differ in more of their 64 bits say that pictures are different ones
 (Zauner 2010 finds 0.1 to 0.2 of the bits for altered copies); a calibration may only lower this."""
 
+SAME_BITS = 2
+"""Perceptual hashes that differ in no more say that it is one picture, whatever is known of other
+posters: resizing and JPEG change up to 2, while posters of one layout that are no copies come as
+near as 6."""
+
+HASH_POSTERS = 12
+"""Holdout posters, at least, that tell from how many bits on a hash is that of a copy. The nearest
+of n posters is a yardstick that one new image of n + 1 passes by chance. Of the demo's 16 holdout
+posters, subsets of 8 made copies of more than one image of 20 of a checkpoint that copies nothing
+one time of 10, subsets of 12 one time of 400."""
+
 SAME_COSINE = 1 - 1e-6
 """From here on, images are one picture in all that float32 tells."""
 
@@ -221,6 +232,16 @@ def _open_scale(cosines: np.ndarray) -> np.ndarray:
 def hash_threshold(distances: Sequence[int]) -> int:
     """Bits up to which a perceptual hash counts as a copy's, given holdout-versus-training ones.
 
+    As `suspicious_bits` with HASH_POSTERS or more; with fewer SAME_BITS, so that pictures that only
+    share a layout do not count.
+    """
+    bits = suspicious_bits(distances)
+    return bits if len(distances) >= HASH_POSTERS else min(bits, SAME_BITS)
+
+
+def suspicious_bits(distances: Sequence[int]) -> int:
+    """Bits up to which a perceptual hash may be that of a copy, given holdout-versus-training ones.
+
     One bit less than the nearest poster that is no copy, and never more than UNRELATED_BITS.
     """
     return min([UNRELATED_BITS, *(distance - 1 for distance in distances)])
@@ -236,7 +257,11 @@ class Fidelity(Measurement):
     similarity), nearest_poster (content hash of the training image), similarity,
     similarity_threshold, copy_sensitivity (`CopyCalibration.sensitivity`), hash_poster,
     hash_distance (bits), hash_threshold, copied (either says so), copied_by ("cosine" where the
-    similarity says so, else "hash"; "" where it is not copied)."""
+    similarity says so, else "hash"; "" where it is not copied), copy_unsure (it is not copied, and
+    its hash may be a copy's: too few holdout posters say, see `hash_threshold`).
+
+    None of its columns is a part of metric_id, as the holdout posters are none: the warehouse keeps
+    the latest row of a key, so that another calibration scores nothing anew."""
     calibrations: dict[str, CopyCalibration]
     """By encoder id."""
     lost: int
@@ -400,7 +425,7 @@ class _ByEncoder:
         """See `Fidelity.nearest`."""
         columns = ["generation_key", "metric_id", "nearest_poster", "similarity",
                    "similarity_threshold", "copy_sensitivity", "hash_poster", "hash_distance",
-                   "hash_threshold", "copied", "copied_by"]  # fmt: skip
+                   "hash_threshold", "copied", "copied_by", "copy_unsure"]  # fmt: skip
         ready, _ = self._ready(drawn)
         if ready.empty or not self.seen:
             return pd.DataFrame(columns=columns)
@@ -408,7 +433,8 @@ class _ByEncoder:
             self.embeddings.rows(ready["image"].astype(str).tolist())
         )
         copied = self.calibration.is_copy(similarities)
-        hash_bound = hash_threshold(_poster_distances(self.training, self.strangers, hashes))
+        distances = _poster_distances(self.training, self.strangers, hashes)
+        hash_bound, suspicious = hash_threshold(distances), suspicious_bits(distances)
         sensitivity = self.calibration.sensitivity
         metric_id = self.measures["nearest"].metric_id
         rows = []
@@ -417,12 +443,13 @@ class _ByEncoder:
         ):
             twin, bits = _nearest_hash(hashes.get(str(row.image)), self.training, hashes)
             same_hash = bits is not None and bits <= hash_bound
+            copy = bool(near or same_hash)
             rows.append(
                 (
                     str(row.generation_key), metric_id, self.seen[int(index)],
                     float(similarity), self.calibration.threshold, sensitivity, twin, bits,
-                    hash_bound, bool(near or same_hash),
-                    "cosine" if near else "hash" if same_hash else "",
+                    hash_bound, copy, "cosine" if near else "hash" if same_hash else "",
+                    not copy and bits is not None and bits <= suspicious,
                 )
             )  # fmt: skip
         return pd.DataFrame(rows, columns=columns)

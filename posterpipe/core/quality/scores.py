@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from posterpipe.core.champion.gate import LEAST_SENSITIVITY, copy_verdict
+from posterpipe.core.champion.gate import LEAST_SENSITIVITY, copy_verdict, unsure_told
+from posterpipe.core.metrics.fidelity import HASH_POSTERS
 from posterpipe.core.quality.finding import Finding, share_of
 from posterpipe.core.variants import is_tuned
 
@@ -69,13 +70,14 @@ def unmeasured_images(evidence: pd.DataFrame) -> Finding:
 def copied_posters(evidence: pd.DataFrame, max_share: float) -> Finding:
     """Images of tuned models that count as copies of a training poster; as `unmeasured_images`.
 
-    Does not pass either where the holdout posters were too few to say what a copy is, where the
-    bound that they give finds less than half of training posters that were altered, or where
-    posters that a checkpoint was trained on cannot be read.
+    Does not pass either where the holdout posters were too few to say what a copy is, by similarity
+    or by perceptual hash, where the bound that they give finds less than half of training posters
+    that were altered, or where posters that a checkpoint was trained on cannot be read.
     """
     # A table that an older posterpipe made lacks them.
     later = [
         "copy_threshold", "copy_sensitivity", "lost_posters", "copied_by", "copied_poster",
+        "copy_unsure",
     ]  # fmt: skip
     compared = evidence.reindex(columns=[*evidence.columns.union(later, sort=False)])
     compared = compared[(compared["role"] == "copies") & compared["copied"].notna()]
@@ -84,8 +86,9 @@ def copied_posters(evidence: pd.DataFrame, max_share: float) -> Finding:
     share = share_of(len(copies), len(tuned))
     found = float(tuned["copy_sensitivity"].astype(float).min())
     lost = 0 if tuned.empty else int(tuned["lost_posters"].fillna(0).max())
+    unsure = int(tuned["copy_unsure"].astype("boolean").sum())
     verdict = copy_verdict(
-        len(copies), len(tuned), max_share, sensitivity=found, lost=lost,
+        len(copies), len(tuned), max_share, sensitivity=found, lost=lost, unsure=unsure,
         # Each checkpoint has a threshold of its own, by what it was trained on.
         has_threshold=bool(tuned.groupby("checkpoint_id")["copy_threshold"].count().all()),
         images="images of fine-tuned models",
@@ -113,6 +116,14 @@ def copied_posters(evidence: pd.DataFrame, max_share: float) -> Finding:
             "Until then the gate holds the new checkpoint"
         )
         expected += f", where {LEAST_SENSITIVITY:.0%} of altered training posters are found"
+    if verdict.unsure:
+        summary += f"; {unsure_told(unsure)}"
+        if not (verdict.unknown or verdict.blind):
+            remedy = (
+                f"add posters to the folder `holdout`, {HASH_POSTERS} or more in all. Until then "
+                "the gate holds the new checkpoint"
+            )
+        expected += ", with images that may be copies by their perceptual hash"
     if verdict.outcome != "fail" and lost:
         summary += f"; {lost} posters that a checkpoint was trained on cannot be read any more"
         remedy = "put the posters back, or leave them out for good, and run the job `retrain`"

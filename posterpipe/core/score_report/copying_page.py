@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from posterpipe.core.champion.gate import copy_verdict
+from posterpipe.core.champion.gate import copy_verdict, unsure_told
 from posterpipe.core.score_report import charts
 from posterpipe.core.score_report.data import (
     Nearest,
@@ -31,6 +31,7 @@ from posterpipe.core.score_report.gallery_pages import (
     shot_address,
 )
 from posterpipe.core.score_report.pictures import Pictures
+from posterpipe.core.score_report.standing import Standing, standing_of
 from posterpipe.core.score_report.words import DASH, count, interval, plural, rounded, share, short
 from posterpipe.core.variants import OF_BASE
 
@@ -66,8 +67,12 @@ def copying_context(published: Published, pictures: Pictures) -> dict[str, Any]:
     tuned = [one for one in compared if one[1].variant not in OF_BASE]
     copies = [one for one in tuned if one[2].copied]
     found = _would_find(published, tuned)
+    standing = standing_of(published)
+    decision = standing.decision if standing else None
+    # What the gate knew, and the images do not say: without it the page would pass what it holds.
+    lost, unsure = count(decision, "lost_posters"), count(decision, "unsure_images")
     verdict = copy_verdict(
-        len(copies), len(tuned), 0.0, sensitivity=found,
+        len(copies), len(tuned), 0.0, sensitivity=found, lost=lost, unsure=unsure,
         has_threshold=any(nearest.threshold is not None for _, _, nearest in tuned),
     )  # fmt: skip
     if not compared:
@@ -78,6 +83,10 @@ def copying_context(published: Published, pictures: Pictures) -> dict[str, Any]:
         headline = "No image equals a training poster; too few holdout posters tell what is a copy"
     elif verdict.blind:
         headline = f"No copy was found, but only {share(found)} of them would be"
+    elif not copies and lost:
+        headline = f"No copy was found, but {_unread(lost)} cannot be read"
+    elif verdict.unsure and not copies:
+        headline = f"No copy was found, but of {plural(unsure, 'image')} that is not sure"
     elif verdict.outcome == "pass":
         headline = "No image of the fine-tuned model counts as a copy"
     else:
@@ -93,6 +102,10 @@ def copying_context(published: Published, pictures: Pictures) -> dict[str, Any]:
             f"None of {plural(len(tuned), 'image')} of the fine-tuned model counts as a copy of a "
             "training poster."
         )
+    if lost:
+        told.append(f"{_unread(lost)} cannot be read any more: copies of such go unseen.")
+    if unsure:
+        told.append(f"{unsure_told(unsure)}.")
     if cards:
         told.append("The nearest first.")
     if len(flagged) > COPIES_SHOWN:
@@ -108,7 +121,24 @@ def copying_context(published: Published, pictures: Pictures) -> dict[str, Any]:
         "histogram": _nearness(compared),
         "copies": cards,
         "copies_told": " ".join(told),
+        "gate": _gate_check(published, standing),
     }
+
+
+def _unread(lost: int) -> str:
+    return plural(lost, "poster") + " trained on"
+
+
+def _gate_check(published: Published, standing: Standing | None) -> dict[str, str] | None:
+    """The gate's check of copies on this checkpoint, as it was decided last."""
+    if standing is None or standing.decision is None:
+        return None
+    for check in published.rows("gate_checks"):
+        same = check["decision_id"] == standing.decision["decision_id"]
+        if same and check["check_name"] == "copies":
+            outcome, reason = text(check["outcome"]), text(check["reason"])
+            return {"outcome": outcome, "reason": reason, "href": standing.href}
+    return None
 
 
 def _would_find(published: Published, compared: Sequence[tuple[Prompt, Shot, Nearest]]) -> float:

@@ -72,15 +72,16 @@ MARTS: Mapping[str, tuple[str, ...]] = {
         "exact_low_95", "exact_high_95", "mean_distance", "distance_low_95", "distance_high_95",
     ),
     "gate_decisions": (
-        "decision_id", "decided_at", "checkpoint_id", "champion_before", "decision", "reason",
-        "decided_by", "by_person", "champion_after", "copy_sensitivity", "specific_difference",
+        "decision_id", "decided_at", "checkpoint_id", "base_model", "champion_before", "decision",
+        "reason", "decided_by", "by_person", "pins", "champion_after", "copy_sensitivity",
+        "lost_posters", "unsure_images", "specific_difference",
         "specific_low_95", "specific_high_95", "specific_prompts", "preference_difference",
         "preference_low_95", "preference_high_95", "preference_prompts", "preference_win_rate",
         "preference_win_low_95", "preference_win_high_95",
     ),
     "gate_checks": (
         "decision_id", "place", "check_name", "outcome", "value", "low_95", "high_95",
-        "limit_value", "reason",
+        "limit_value", "detectable", "reason",
     ),
     "data_quality": (
         "section", "item", "items", "total", "share", "is_problem", "explanation",

@@ -14,6 +14,8 @@ from posterpipe.core.score_report.data import Published, Row, number, text
 from posterpipe.core.score_report.words import (
     DASH,
     DECIDED,
+    anchor,
+    change,
     count,
     interval,
     moment,
@@ -41,7 +43,7 @@ def gate_context(published: Published) -> dict[str, Any]:
 def _decision(row: Row, checks: Sequence[Row]) -> dict[str, Any]:
     decision = text(row["decision"])
     return {
-        "anchor": f"d-{short(row['decision_id'])}",
+        "anchor": anchor(row),
         "decision": DECIDED.get(decision, decision) if not row["by_person"] else "by a person",
         "css": "person" if row["by_person"] else decision if decision in DECIDED else "",
         "by_person": bool(row["by_person"]),
@@ -59,12 +61,22 @@ def _decision(row: Row, checks: Sequence[Row]) -> dict[str, Any]:
                 "value": rounded(check["value"]),
                 "interval": interval(check, "low_95", "high_95"),
                 "limit": rounded(check["limit_value"]),
+                "detectable": _detectable(check),
                 "reason": text(check["reason"]),
             }
             for check in checks
         ],
         "beside": _beside_checks(row),
     }
+
+
+def _detectable(check: Row) -> str:
+    """In the form of `change`: a difference, or of diversity a ratio."""
+    found = number(check["detectable"])
+    if found is None:
+        return DASH
+    is_ratio = text(check["check_name"]).startswith("diversity")
+    return change(found - 1, "ratio") if is_ratio else f"± {charts.plain(found)}"
 
 
 def _beside_checks(row: Row) -> list[dict[str, Any]]:

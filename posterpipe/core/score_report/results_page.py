@@ -33,6 +33,7 @@ from posterpipe.core.score_report.gallery_pages import (
 )
 from posterpipe.core.score_report.headline import RANK, control_context, headline
 from posterpipe.core.score_report.pictures import Pictures
+from posterpipe.core.score_report.standing import standing_of
 from posterpipe.core.score_report.words import (
     ALIKE,
     BETTER,
@@ -67,7 +68,8 @@ def index_context(published: Published, pictures: Pictures) -> dict[str, Any]:
         "images": len(published.shots),
         "headline": title,
         "lede": lede,
-        "byline": _byline(published, board),
+        "standing": _standing(published, board),
+        "byline": _byline(published),
         "figures": _key_figures(board),
         "growth": growth,
         "growth_rows": growth_rows,
@@ -93,7 +95,26 @@ def _by_headline(published: Published) -> list[Row]:
     return sorted(rows, key=lambda row: variant_order(text(row["variant"])))
 
 
-def _byline(published: Published, board: Mapping[str, Row]) -> list[str]:
+def _standing(published: Published, board: Mapping[str, Row]) -> dict[str, Any] | None:
+    """Which checkpoint is shown, what the gate said of it, and which one is served; None without
+    one."""
+    if TUNED not in board:
+        return None
+    shown = text(board[TUNED]["checkpoint_id"])
+    found = standing_of(published)
+    return {
+        "checkpoint": short(shown),
+        "known": found is not None,
+        "word": found.word if found else "",
+        "css": found.css if found else "",
+        "href": found.href if found else "",
+        "is_served": found is not None and found.served == shown,
+        "served": short(found.served) if found else "",
+        "pinned_by": found.pinned_by if found else "",
+    }
+
+
+def _byline(published: Published) -> list[str]:
     if not published.shots:
         return []
     told = [f"Scores of {moment(published.scored_at)}"] if published.scored_at else []
@@ -101,8 +122,6 @@ def _byline(published: Published, board: Mapping[str, Row]) -> list[str]:
     each = f", {plural(seeds.pop(), 'seed')} each" if len(seeds) == 1 else ""
     told.append(f"{plural(len(published.prompts), 'prompt')}{each}")
     told.append(f"{len(published.shots)} images")
-    if TUNED in board:
-        told.append(f"Checkpoint {short(board[TUNED]['checkpoint_id'])}")
     if published.headline_metric:
         told.append(f"Metric {published.headline_metric}")
     return told

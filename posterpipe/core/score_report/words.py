@@ -34,6 +34,11 @@ def count(row: Row | None, name: str) -> int:
     return int(value) if value is not None else 0
 
 
+def anchor(decision: Row) -> str:
+    """Where a row of `gate_decisions` stands on the gate's page."""
+    return f"d-{short(decision['decision_id'])}"
+
+
 def heads(*names: str) -> list[dict[str, Any]]:
     """Column heads; # marks one of numbers."""
     return [{"head": name.lstrip("#"), "num": name.startswith("#")} for name in names]

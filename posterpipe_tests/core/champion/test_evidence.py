@@ -34,7 +34,7 @@ from posterpipe.core.champion.evidence import (
     record_readings,
     record_titles,
 )
-from posterpipe.core.metrics.fidelity import Posters
+from posterpipe.core.metrics.fidelity import Posters, altered
 from posterpipe.core.posters.arrivals import holdout_entries
 from posterpipe.core.posters.landing import scan_holdout
 from posterpipe.core.posters.listing import HOLDOUT, Folder
@@ -291,6 +291,41 @@ def test_with_two_holdout_posters_the_gate_does_not_say_that_nothing_is_copied(
         copy_threshold=0.9, copy_sensitivity=by_challenger.map({True: 0.2, False: 0.9})
     )
     assert not copied_posters(mixed, 0.05).passed
+
+
+def test_without_holdout_posters_near_hashes_do_not_reject(
+    store: Store, warehouse: Warehouse, settings: Settings
+) -> None:
+    images = [i for i in pictures(8, 20) if i]
+    seen = posters(store, "training", images)
+    alike = [altered(image).convert("RGB") for image in images]
+    tuned = generations(store, alike, variant="dreambooth", checkpoint="tuned")
+    table = pd.concat([generations(store, pictures(8, 3)), tuned], ignore_index=True)
+    evidence = measure(
+        store, warehouse, table, {"tuned": seen}, posters(store, "holdout", []), settings,
+        NoProgress(), challenger="tuned", run_id="run",
+    ).table  # fmt: skip
+    own = evidence[(evidence["role"] == "copies") & (evidence["checkpoint_id"] == "tuned")]
+    unsure = int(own["copy_unsure"].sum())
+    assert unsure >= 4 and own.loc[own["copied"], "copied_by"].isin(["hash"]).all()
+    own = own[~own["copied"]]
+    evidence = evidence[
+        evidence["generation_key"].isin([*own["generation_key"], *table[:8].iloc[:, 0]])
+    ]
+    decision = judge(
+        warehouse, table, evidence, challenger="tuned", champion="base", base_model="base",
+        settings=settings.gate, run_id="run",
+    )  # fmt: skip
+    assert decision.verdict == "hold" and decision.evidence.unsure == unsure
+    told = f"{unsure} more may be copies by their perceptual hash"
+    assert told in decision.reason
+    finding = copied_posters(evidence, 0.05)
+    assert (
+        not finding.passed and told in finding.summary and "may be copies" in str(finding.expected)
+    )
+    # Where similarity is calibrated, what is left is how many posters the hash takes.
+    finding = copied_posters(evidence.assign(copy_threshold=0.9, copy_sensitivity=0.6), 0.05)
+    assert not finding.passed and "12 or more in all" in finding.remedy
 
 
 def test_decisions_are_told_while_the_warehouse_is_locked(

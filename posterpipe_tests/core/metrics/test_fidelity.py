@@ -16,6 +16,7 @@ from posterpipe.core.images import hash_distance, perceptual_hash, png_bytes
 from posterpipe.core.metrics import fidelity
 from posterpipe.core.metrics.encoders import image_encoder
 from posterpipe.core.metrics.fidelity import (
+    HASH_POSTERS,
     CopyCalibration,
     Fidelity,
     NearestPoster,
@@ -27,6 +28,7 @@ from posterpipe.core.metrics.fidelity import (
     evidence_encoders,
     hash_threshold,
     never_trained_on,
+    suspicious_bits,
 )
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.store import Store
@@ -149,9 +151,41 @@ def test_a_copy_is_one_whatever_the_calibration() -> None:
 
 
 def test_the_hash_threshold_stays_below_posters_that_are_no_copies() -> None:
-    assert hash_threshold([24, 30, 18]) == 10
-    assert hash_threshold([24, 6, 18]) == 5
-    assert hash_threshold([]) == 10
+    many = [24] * (HASH_POSTERS - 2)
+    assert hash_threshold([*many, 30, 18]) == 10
+    assert hash_threshold([*many, 6, 18]) == 5
+
+
+@pytest.mark.parametrize("count", [0, 1, HASH_POSTERS - 1])
+def test_few_holdout_posters_leave_near_hashes_open(count: int) -> None:
+    assert hash_threshold([24] * count) == 2
+    assert suspicious_bits([24] * count) == 10 and suspicious_bits([24, 6]) == 5
+
+
+def test_a_near_hash_makes_a_copy_only_where_enough_holdout_posters_say_so(
+    store: Store, root: Path
+) -> None:
+    seen = pictures(8, 20)
+    training = posters(store, "training", seen)
+    # Near enough for a copy, and too far for the same picture; without colours, so that the cosine
+    # says nothing. The last one has the hash of its poster.
+    near, same = altered(seen[5]).convert("L").convert("RGB"), seen[3].convert("L").convert("RGB")
+    drawn = generations(store, [near, same])
+    assert 2 < hash_distance(perceptual_hash(seen[5]), perceptual_hash(near)) <= 10
+    told = {}
+    for count in (0, HASH_POSTERS - 1, HASH_POSTERS):
+        held = posters(store, "holdout", pictures(count, 24))
+        found = compared(store, root, drawn, training, held)
+        told[count] = found.nearest
+        assert found.nearest.copied_by.iloc[1] == "hash" and not found.nearest.copy_unsure.iloc[1]
+        ids = [metric.metric_id for metric in found.metrics]
+        assert f"nearest.training.{training.digest}" in " ".join(ids)
+    for count in (0, HASH_POSTERS - 1):
+        assert told[count].hash_threshold.iloc[0] == 2
+        assert not told[count].copied.iloc[0] and told[count].copy_unsure.iloc[0]
+    calibrated = told[HASH_POSTERS].iloc[0]
+    assert calibrated.copied and calibrated.copied_by == "hash" and not calibrated.copy_unsure
+    assert told[0].metric_id.tolist() == told[HASH_POSTERS].metric_id.tolist(), "nothing anew"
 
 
 def test_posters_that_were_trained_on_are_no_holdout_posters(store: Store, root: Path) -> None:
@@ -243,7 +277,7 @@ def test_copies_are_found_and_new_images_are_not(store: Store, root: Path) -> No
 def test_an_altered_training_poster_among_the_holdout_posters_leaves_the_bound_of_hashes(
     store: Store, root: Path
 ) -> None:
-    seen, unseen = pictures(8, 20), pictures(8, 22)
+    seen, unseen = pictures(8, 20), pictures(HASH_POSTERS, 22)
     training = posters(store, "training", seen)
     drawn = generations(store, pictures(1, 23))
     # Too far from its poster for one that was trained on, too near for a bound of the others.

@@ -19,11 +19,12 @@ from urllib.parse import unquote
 import duckdb
 import pytest
 
-from posterpipe.core.champion.gate import RULE
+from posterpipe.core.champion.gate import RULE, copy_verdict
 from posterpipe.core.score_report import Written, results_page, write_report
 from posterpipe.core.score_report.copying_page import copying_context
 from posterpipe.core.score_report.data import Published, read_published
 from posterpipe.core.score_report.gallery_pages import IMAGES_A_PAGE, slug_of
+from posterpipe.core.score_report.gate_page import gate_context
 from posterpipe.core.score_report.headline import board_of, control_context
 from posterpipe.core.score_report.pages import PAGES
 from posterpipe.core.score_report.results_page import first_words
@@ -496,6 +497,98 @@ def test_copies_are_counted_among_images_of_the_tuned_model_and_only_where_they_
 
     assert headline(0.72) == "No image of the fine-tuned model counts as a copy"
     assert headline(0.2) == "No copy was found, but only 20 % of them would be"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "title", "told"),
+    [
+        ({"lost": 2}, "No copy was found, but 2 posters trained on cannot be read",
+         "2 posters trained on cannot be read any more: copies of such go unseen"),
+        ({"unsure": 15}, "No copy was found, but of 15 images that is not sure",
+         "15 more may be copies by their perceptual hash"),
+        ({}, "No image of the fine-tuned model counts as a copy", ""),
+    ],
+)  # fmt: skip
+def test_the_page_of_copies_passes_nothing_that_the_gate_holds(
+    world: Path, tmp_path: Path, numbers: dict[str, int], title: str, told: str
+) -> None:
+    gate = copy_verdict(
+        0, 192, 0.05, has_threshold=True, sensitivity=0.72, lost=numbers.get("lost", 0),
+        unsure=numbers.get("unsure", 0),
+    )  # fmt: skip
+    store = copy_of(world, tmp_path)
+    with duckdb.connect(str(store / "public" / "scores.duckdb")) as connection:
+        connection.execute(
+            "UPDATE prompt_drilldown SET copied = false WHERE copied AND variant NOT LIKE 'sd%'"
+        )
+        connection.execute(
+            "UPDATE gate_decisions SET lost_posters = ?, unsure_images = ? WHERE checkpoint_id = ?",
+            [numbers.get("lost", 0), numbers.get("unsure"), study.NEW],
+        )
+        connection.execute(
+            "UPDATE gate_checks SET check_name = 'copies', outcome = ?, reason = ? "
+            "WHERE check_name = 'complete' AND checkpoint_id = ?",
+            [gate.outcome, gate.sentence, study.NEW],
+        )
+    context = copying_context(read_published(store / "public" / "scores.duckdb"), {})
+    assert context["headline"] == title and told in context["copies_told"]
+    # The gate's own word stands beside.
+    assert context["gate"]["outcome"] == gate.outcome == ("open" if numbers else "pass")
+    write_report(store / "public" / "scores.duckdb", store, tmp_path / "report")
+    page = assert_whole(tmp_path / "report")["copying.html"]
+    assert f"The gate’s check of them: {gate.outcome} {gate.sentence}" in page.text
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("", "Checkpoint tuned2 was promoted by the gate and is served."),
+        ("UPDATE gate_decisions SET decision = 'hold', champion_after = 'tuned1' WHERE "
+         "checkpoint_id = 'tuned2'",
+         "Checkpoint tuned2 was held by the gate; tuned1 is served."),
+        ("UPDATE gate_decisions SET decision = 'reject', champion_after = 'base1' WHERE "
+         "checkpoint_id = 'tuned2'",
+         "Checkpoint tuned2 was rejected by the gate; base1 is served."),
+        ("DELETE FROM gate_decisions WHERE checkpoint_id = 'tuned2' OR by_person",
+         "Checkpoint tuned2 has not been judged by the gate; base1 is served."),
+        ("DELETE FROM gate_decisions",
+         "Checkpoint tuned2 has not been judged by the gate; base1 is served."),
+        ("UPDATE gate_decisions SET champion_after = 'tuned1' WHERE checkpoint_id = 'tuned2';"
+         "UPDATE gate_decisions SET pins = true, checkpoint_id = 'tuned1' WHERE by_person",
+         "Checkpoint tuned2 was promoted by the gate; tuned1 is served, pinned by ada."),
+        ("DROP TABLE gate_decisions", "Checkpoint tuned2 "),
+    ],
+)  # fmt: skip
+def test_the_first_page_says_what_the_gate_said_and_which_checkpoint_is_served(
+    world: Path, tmp_path: Path, change: str, told: str
+) -> None:
+    store = copy_of(world, tmp_path)
+    with duckdb.connect(str(store / "public" / "scores.duckdb")) as connection:
+        connection.execute(change or "SELECT 1")
+    write_report(store / "public" / "scores.duckdb", store, tmp_path / "report")
+    index = assert_whole(tmp_path / "report")["index.html"]
+    assert told in re.sub(r" (?=[.,;])", "", index.text)
+    links = [one["href"] for one in index.all("a") if one.get("class", "").startswith("tag ")]
+    assert bool(links) != ("DROP" in change)
+    assert all(link.startswith("gate.html") for link in links)
+
+
+def test_the_gate_page_tells_what_each_check_can_find_and_no_rate(
+    pages: dict[str, Parsed], world: Path
+) -> None:
+    gate = pages["gate.html"]
+    assert "-0.010 ± 0.042 may be lower" in gate.text.replace("−", "-")
+    assert "of a thousand" not in gate.text
+    # Of diversity a ratio, as its value and limit are; nothing of decisions of before it was told.
+    published = read_published(world / "public" / "scores.duckdb")
+    checks = published.marts["gate_checks"]
+    ratio = checks.assign(check_name="diversity", detectable=0.61)
+    shown = gate_context(Published({**published.marts, "gate_checks": ratio}, ()))
+    assert shown["decisions"][0]["checks"][0]["detectable"] == "× 0.61"
+    before = gate_context(
+        Published({**published.marts, "gate_checks": checks.assign(detectable=None)}, ())
+    )
+    assert before["decisions"][0]["checks"][1]["detectable"] == "–"
 
 
 def test_prompts_without_spread_are_told_in_words_and_not_as_an_interval(
