@@ -120,7 +120,6 @@ class Run:
             self.learner.restore(saved, of_another_run=continued is not None)
             first_step, journal = saved.step, Journal.from_json(saved.state["journal"])
             total = self.settings.max_train_steps
-            journal.ended_by = ""
             own = saved.folder.name if continued is None else step_folder(saved.folder)
             self.log(f"goes on from step {first_step} of {total}, saved in {own}")
             # Older saves did not record it; with early stopping the run would be another one.
@@ -131,8 +130,10 @@ class Run:
                     "the held-out loss was measured before on other posters or at other timesteps: "
                     "those measurements are dropped, since their curve would not go on"
                 )
-            if continued is not None and self.settings.early_stop_patience is not None:
-                journal.forget_holdout()  # the weights of its lowest point are the other run's
+            if continued is not None:
+                journal.ended_by = ""
+                if self.settings.early_stop_patience is not None:
+                    journal.forget_holdout()  # the weights of its lowest point are the other run's
         if self._main:  # steps made again may turn out otherwise on a GPU, and may be fewer
             exports = exports_folder(self.config, self._checkpoint_id)
             keep_only(exports, {step for step in saved_steps(exports) if step <= first_step})
