@@ -74,7 +74,8 @@ def save_to_continue(config: RunConfig, versions: Versions) -> Save | None:
 
 def describe(config: RunConfig, versions: Versions) -> dict[str, Any]:
     """What a save tells of its run, for runs that go on from it with other settings."""
-    settings = config.training.model_dump(mode="json")
+    values = config.training.model_dump(mode="json")
+    settings = {name: values[name] for name in (*_SAME, "optimizer")}
     return {"base_model": versions.base_model, "settings": settings}
 
 
