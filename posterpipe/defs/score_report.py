@@ -13,7 +13,7 @@ from posterpipe.defs.resources import Deployment
     group_name="reports",
     kinds={"python", "html"},
     owners=["team:analytics"],
-    code_version="6",
+    code_version="7",
     deps=["published_scores"],
 )
 def score_report(
