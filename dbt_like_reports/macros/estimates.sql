@@ -5,6 +5,13 @@
 {% macro no_spread() -%} 1e-9 {%- endmacro %}
 
 {#
+  A mean of which one prompt has more than this share of the sum of squared deviations rests on that
+  prompt, where there are so many prompts or more; why, says core/statistics.py.
+#}
+{% macro one_prompt_share() -%} 0.6 {%- endmacro %}
+{% macro one_prompt_among() -%} 12 {%- endmacro %}
+
+{#
   Means of diversity below it count as this one: 0 has no logarithm, and below it images are one
   picture for all that an encoder tells.
 #}

@@ -9,7 +9,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -506,6 +508,55 @@ def test_the_paired_effects_are_what_python_computes(world: World) -> None:
     assert {"neither", "lower"} < set(effects["better"])
 
 
+def test_the_prompt_that_an_effect_rests_on_is_the_one_that_python_names(tmp_path: Path) -> None:
+    warehouse = study.fill(tmp_path / "warehouse.duckdb", prompts=14)
+    with warehouse.write() as connection:
+        connection.execute(
+            """
+            update fct_score set value = value * 20
+            where metric_id in (?, ?) and generation_key in (
+                select generation_key from fct_image
+                where prompt_id = 'prompt-03' and variant = 'dreambooth'
+            )
+            """,
+            [study.SPECIFIC, study.DIVERSITY],
+        )
+    project = default_root() / "dbt_like_reports"
+    beside = Path(sys.executable).with_name("dbt")
+    subprocess.run(
+        [beside if beside.exists() else "dbt", "--quiet", "--log-path", tmp_path / "log", "run",
+         "--select", "paired_effects", "--project-dir", project, "--profiles-dir", project,
+         "--target-path", tmp_path / "target"],
+        env=os.environ | {"POSTERPIPE_WAREHOUSE": str(warehouse.path)},
+        check=True,
+    )  # fmt: skip
+    with warehouse.read() as connection:
+        effects = connection.execute("from paired_effects").df()
+        rows = statistics.answers(connection.execute(CURRENT_SCORES).df())
+    named: Counter[str] = Counter()
+    row: Any
+    for row in effects.itertuples():
+        found = statistics.one_prompt(by_prompt(rows, row))
+        assert row.one_prompt_share == pytest.approx(found.share, abs=2e-6, nan_ok=True)
+        numbers = [found.mean, found.low, found.high]
+        if found.rests_on is None:
+            assert pd.isna(row.rests_on)
+        else:
+            named[str(row.metric_id)] += row.rests_on == found.rests_on
+        if row.scale == "ratio":
+            numbers = [math.expm1(number) for number in numbers]
+        told = [row.mean_without, row.low_95_without, row.high_95_without]
+        assert told == pytest.approx(numbers, rel=1e-5, abs=3e-6, nan_ok=True)
+        assert pd.isna(row.mean_without) == (found.rests_on is None)
+    assert named[study.SPECIFIC] >= 4 and named[study.HEADLINE] == 0
+
+
+def test_the_limits_of_one_prompt_are_the_same_in_sql(world: World) -> None:
+    macro = macros(world)
+    assert float(macro.one_prompt_share()) == statistics.ONE_PROMPT_SHARE
+    assert int(macro.one_prompt_among()) == statistics.ONE_PROMPT_AMONG
+
+
 WIDTHS = {
     "title_": 1.0, "clip_rank.": 1.0, "clip_t.": 2.0, "clip_control.": 2.0, "similarity.": 2.0,
     "nearest.": 2.0, "clip_specific.": 4.0, "overfit_gap.": 4.0, "phash.": 64.0,
@@ -539,7 +590,8 @@ def test_what_is_detectable_counts_the_questions_of_its_family(world: World) -> 
     (primary,) = effects.loc[effects["is_primary"], ["metric_id", "comparison"]].to_numpy().tolist()
     assert primary == [study.HEADLINE, "tuned without negative"]
     questions = effects.groupby("family")["p_value"].count()
-    assert questions["headline"] == 8 < questions["guard"] < questions["other"]
+    assert questions["headline"] == questions["specific"] == 8
+    assert 8 < questions["guard"] < questions["other"]
     beyond = 0
     row: Any
     for row in effects.itertuples():
@@ -571,6 +623,8 @@ def test_p_values_of_effects_are_students_and_corrected_by_holm(
     assert (effects["p_adjusted"] > effects["p_value"]).any()
     guards = {study.GAP, study.NEAREST, study.DIVERSITY}
     assert set(effects.loc[effects["family"] == "guard", "metric_id"]) == guards
+    # What checks the headline is weakened by no other metric.
+    assert set(effects.loc[effects["family"] == "specific", "metric_id"]) == {study.SPECIFIC}
 
 
 def test_nothing_but_the_primary_question_is_called_higher_or_lower_without_the_correction(
@@ -692,21 +746,22 @@ def test_the_gap_less_that_of_the_base_model_is_the_difference_of_the_leaderboar
     assert len(gaps) > len(current)
 
 
-def current_scores(world: World) -> pd.DataFrame:
-    return world.query(
-        """
-        select image.variant, image.prompt_id, image.seed, image.negative_prompt, score.metric_id,
-            score.value,
-            -- When a negative prompt begins to act is no other question.
-            image.prompt_key || replace(image.settings, '"negative_from": 0.2', '') as question
-        from fct_score as score
-        join fct_image as image using (generation_key)
-        semi join current_generation using (generation_key)
-        where score.metric_id not like 'title%' or generation_key in (
-            select generation_key from fct_title
-        )
-        """
+CURRENT_SCORES = """
+    select image.variant, image.prompt_id, image.seed, image.negative_prompt, score.metric_id,
+        score.value,
+        -- When a negative prompt begins to act is no other question.
+        image.prompt_key || replace(image.settings, '"negative_from": 0.2', '') as question
+    from fct_score as score
+    join fct_image as image using (generation_key)
+    semi join current_generation using (generation_key)
+    where score.metric_id not like 'title%' or generation_key in (
+        select generation_key from fct_title
     )
+"""
+
+
+def current_scores(world: World) -> pd.DataFrame:
+    return world.query(CURRENT_SCORES)
 
 
 def t_p_value(values: pd.Series) -> float:

@@ -124,11 +124,55 @@ estimates as (
         avg(difference) as mean,
         stddev_samp(difference) as deviation,
         bootstrap_interval(list(difference order by prompt_id)) as ends,
+        list(difference order by prompt_id) as differences,
+        min(difference) as lowest,
+        max(difference) as highest,
+        arg_min(prompt_id, difference) as lowest_prompt,
+        arg_max(prompt_id, difference) as highest_prompt,
         -- A tie is one by rounding as well.
         (count(*) + sum(case when abs(difference) > {{ no_spread() }} then sign(difference) else 0 end))
         / 2 as positives
     from prompt_differences
     group by metric_id, comparison
+),
+
+-- The most deviating prompt is the lowest one or the highest.
+furthest as (
+    select
+        *,
+        case
+            when deviation > {{ no_spread() }} then
+                pow(greatest(mean - lowest, highest - mean), 2)
+                / ((prompts - 1) * deviation * deviation)
+        end as one_prompt_share,
+        if(highest - mean > mean - lowest, highest, lowest) as furthest,
+        if(highest - mean > mean - lowest, highest_prompt, lowest_prompt) as furthest_prompt
+    from estimates
+),
+
+-- Where one prompt has most of the spread, what the others say without it.
+resting as (
+    select
+        *,
+        case
+            when one_prompt_share > {{ one_prompt_share() }} and prompts >= {{ one_prompt_among() }}
+                then furthest_prompt
+        end as rests_on
+    from furthest
+),
+
+without_one as (
+    select
+        *,
+        case when rests_on is not null then (mean * prompts - furthest) / (prompts - 1) end
+            as mean_without,
+        bootstrap_interval(
+            case
+                when rests_on is not null
+                    then [one for one in differences if one <> furthest]
+            end
+        ) as ends_without
+    from resting
 ),
 
 -- Which side is the better one, the metric says; of some, neither is.
@@ -139,7 +183,7 @@ sided as (
             when 'higher' then estimates.positives
             when 'lower' then estimates.prompts - estimates.positives
         end as wins
-    from estimates
+    from without_one as estimates
     inner join metrics on metrics.metric_id = estimates.metric_id
 ),
 
@@ -150,9 +194,13 @@ measured as (
         metrics.better,
         metrics.scale,
         metrics.is_headline,
+        -- Two questions were named beforehand: whether scores rise, and whether an image's own
+        -- text stands out from those of the other prompts. The second checks what the first is
+        -- worth, so that no metric that is asked beside it may make it harder to answer.
         -- Guards watch for harm: whoever asks about many other things should not find less of it.
         case
             when metrics.is_headline then 'headline'
+            when starts_with(metrics.metric_id, 'clip_specific.') then 'specific'
             when regexp_matches(metrics.metric_id, '^(overfit_gap|nearest|phash|diversity)[.]')
                 then 'guard'
             else 'other'
@@ -168,6 +216,17 @@ measured as (
         {{ difference_within_range(
             'estimates.ends.high', 'estimates.metric_id', 'metrics.scale', 'comparisons.differences'
         ) }} as high_95,
+        round(estimates.one_prompt_share, 6) as one_prompt_share,
+        estimates.rests_on,
+        round({{ as_difference('estimates.mean_without', 'metrics.scale') }}, 6) as mean_without,
+        {{ difference_within_range(
+            'estimates.ends_without.low', 'estimates.metric_id', 'metrics.scale',
+            'comparisons.differences'
+        ) }} as low_95_without,
+        {{ difference_within_range(
+            'estimates.ends_without.high', 'estimates.metric_id', 'metrics.scale',
+            'comparisons.differences'
+        ) }} as high_95_without,
         {{ largest_difference('estimates.metric_id', 'metrics.scale', 'comparisons.differences') }}
             as largest,
         {{ t_p_value('estimates.mean', 'estimates.deviation', 'estimates.prompts') }} as p_value,
@@ -195,7 +254,8 @@ measured as (
 
 -- Many questions have many chances of a false alarm. Holm (1979): the smallest p-value of a family
 -- counts as often as it has questions, the next once less, and so on. The comparisons of the
--- headline metric are one family, those of all guards another, those of all other metrics a third.
+-- headline metric are one family, those of CLIP-T specific another, those of all guards a third,
+-- those of all other metrics a fourth.
 ranked as (
     select
         *,
@@ -222,7 +282,7 @@ corrected as (
                     rows between unbounded preceding and current row
                 ))
         end as p_adjusted,
-        -- The question that was named beforehand stands alone.
+        -- The first of the questions that were named beforehand stands alone.
         case when is_primary then 1 else questions end as counted
     from ranked
 ),
@@ -257,18 +317,26 @@ select
     mean_difference,
     low_95,
     high_95,
-    -- Of all but the question that was named beforehand, one in twenty would find something by
-    -- chance. Without an interval all prompts differ by the same.
+    -- Of all but the first question that was named beforehand, one in twenty would find something
+    -- by chance. Without an interval all prompts differ by the same. What rests on one prompt has to
+    -- be there without that prompt as well.
     case
         when prompts < 2 then 'too few prompts'
         when p_value is null then 'all alike'
         when not is_primary and p_adjusted >= 0.05 then 'not told apart'
+        when low_95 > 0 and coalesce(low_95_without, mean_without) <= 0 then 'not told apart'
+        when high_95 < 0 and coalesce(high_95_without, mean_without) >= 0 then 'not told apart'
         when low_95 > 0 or (low_95 is null and p_value < 0.05 and mean_difference > 0)
             then 'higher'
         when high_95 < 0 or (low_95 is null and p_value < 0.05 and mean_difference < 0)
             then 'lower'
         else 'not told apart'
     end as finding,
+    one_prompt_share,
+    rests_on,
+    mean_without,
+    low_95_without,
+    high_95_without,
     p_value,
     p_adjusted,
     effect_size,

@@ -5,8 +5,8 @@ markup (`charts`, the templates), image files (`pictures`), and statistics: thes
 (`dbt_like_reports`).
 
 The published database is the one source: what it does not hold is not in the report. A mart that is
-not there, or has other columns than the required ones (it was built by an older project), counts
-as not built, and its section says what to materialize.
+not there, or lacks one of the required columns (it was built by an older project), counts as not
+built, and its section says what to materialize. Columns that came later (`LATER`) are not required.
 """
 
 from __future__ import annotations
@@ -96,6 +96,11 @@ MARTS: Mapping[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 """What is read, with the columns that the pages need."""
+
+LATER: Mapping[str, tuple[str, ...]] = {
+    "paired_effects": ("rests_on", "mean_without", "low_95_without", "high_95_without"),
+}
+"""Columns that marts of older projects lack: then they hold nothing."""
 
 Row = dict[str, Any]
 
@@ -244,7 +249,7 @@ def read_published(path: Path) -> Published:
     with duckdb.connect(str(path), read_only=True) as connection:
         marts = {}
         for name, columns in MARTS.items():
-            table = _table(connection, name, columns)
+            table = _table(connection, name, columns, LATER.get(name, ()))
             if table is not None:
                 marts[name] = table
     images = marts.get("prompt_drilldown")
@@ -252,14 +257,20 @@ def read_published(path: Path) -> Published:
 
 
 def _table(
-    connection: duckdb.DuckDBPyConnection, name: str, columns: tuple[str, ...]
+    connection: duckdb.DuckDBPyConnection,
+    name: str,
+    columns: tuple[str, ...],
+    later: tuple[str, ...],
 ) -> pd.DataFrame | None:
     found = connection.execute(
         "SELECT column_name FROM duckdb_columns() WHERE table_name = ? AND NOT internal", [name]
     ).fetchall()
-    if not set(columns) <= {str(row[0]) for row in found}:
+    there = {str(row[0]) for row in found}
+    if not set(columns) <= there:
         return None
-    listed = ", ".join(f'"{column}"' for column in columns)
+    listed = ", ".join(
+        f'"{column}"' if column in there else f'NULL AS "{column}"' for column in (*columns, *later)
+    )
     # The order of rows is the mart's; a table of DuckDB keeps it.
     return connection.execute(f'SELECT {listed} FROM "{name}"').df()
 

@@ -4,8 +4,10 @@ What belongs here: the headline, and the section that holds CLIP-T against its n
 What does not: the rest of the first page (`results`), measuring (`core.metrics.specificity`).
 
 A model that has learnt the look that all prompts of a suite ask for scores higher on every text of
-it. So "follows the prompts" is said only where an image's own text gains on the others. That is one
-of many questions, some of which chance alone would answer: the finding of `paired_effects` counts.
+it. So "follows the prompts" is said only where an image's own text gains on the others, and that
+they are followed less where it loses. That question was named beforehand like the first one, and is
+corrected for its own comparisons only: the finding of `paired_effects` counts. Where a difference
+rests on one prompt, that is said too.
 """
 
 from __future__ import annotations
@@ -18,7 +20,15 @@ from markupsafe import Markup
 
 from posterpipe.core.score_report import charts
 from posterpipe.core.score_report.data import BASELINE, TUNED, Published, Row, number, text
-from posterpipe.core.score_report.words import ALIKE, DASH, count, plural, rounded, verdict
+from posterpipe.core.score_report.words import (
+    ALIKE,
+    DASH,
+    count,
+    plural,
+    resting,
+    rounded,
+    verdict,
+)
 
 SPECIFIC, CONTROL, RANK = "clip_specific", "clip_control", "clip_rank"
 """How the ids of the metrics begin that `core.metrics.specificity` measures."""
@@ -39,19 +49,27 @@ class Change:
     prompts: int
     finding: str
     """That of `paired_effects`; "" where it was not computed."""
+    rests: str = ""
+    """On which prompt it rests, in words; "" where on none."""
 
     @property
     def direction(self) -> str:
-        """higher or lower where the interval holds no zero, or without one where it was found so;
-        else ""."""
-        if self.low is not None and self.high is not None:
+        """higher or lower where the interval holds no zero; without one, and where it rests on one
+        prompt, as it was found; else ""."""
+        if not self.rests and self.low is not None and self.high is not None:
             return "higher" if self.low > 0 else "lower" if self.high < 0 else ""
         return self.finding if self.finding in ("higher", "lower") else ""
 
     @property
+    def holds_zero(self) -> bool:
+        """Whether there is an interval, and zero in it."""
+        return self.low is not None and self.high is not None and self.low <= 0 <= self.high
+
+    @property
     def told(self) -> str:
         """The mean with its interval, in words."""
-        return f"{charts.signed(self.mean)} ({self.span})"
+        rests = f"; {self.rests}" if self.rests else ""
+        return f"{charts.signed(self.mean)} ({self.span}{rests})"
 
     @property
     def span(self) -> str:
@@ -88,7 +106,7 @@ def change_of(published: Published, board: Board) -> Change | None:
         return None
     effect = _effect(published, board)
     finding = text(effect["finding"]) if effect else ""
-    return Change(mean, low, high, count(row, "diff_prompts"), finding)
+    return Change(mean, low, high, count(row, "diff_prompts"), finding, resting(effect))
 
 
 def _effect(published: Published, board: Board) -> Row | None:
@@ -132,11 +150,17 @@ def headline(published: Published, board: Board) -> tuple[str, str]:
             f"{charts.signed(own.mean)}. How other prompts would vary is not seen by such a suite: "
             "there is no interval."
         )
+    elif not own.direction and not own.holds_zero:
+        said = (
+            f"Fine-tuning changes the CLIP cosine by {own.told}, a 95 % interval over {prompts} "
+            "prompts: so it is not told apart from zero."
+        )
     elif not own.direction:
         said = (
             f"Fine-tuning changes the CLIP cosine by {charts.signed(own.mean)}, but the 95 % "
             f"interval, {own.span} over {prompts} prompts, holds zero."
         )
+        said += f" It {own.rests}." if own.rests else ""
     else:
         said = (
             "Compared image by image with the base model, on the same prompts, seeds and noise, "
@@ -180,13 +204,16 @@ def _judged(own: Change, specific: Change | None, control: Change | None) -> tup
         return title, apart.format("more")
     if specific.finding == "lower":
         title = {
-            "higher": "Fine-tuning scores higher, but not for following the prompts",
+            "higher": "Fine-tuning scores higher, but follows its own prompts less",
             "lower": "Fine-tuning follows the prompts worse",
             "": "No difference in the score, but the prompts are told apart less",
         }[direction]
         rest = apart.format("less")
         if direction == "higher":
-            rest += " What was gained is what the prompts have in common, such as a look."
+            rest += (
+                " What was gained is what the prompts have in common, such as a look; what sets a "
+                "prompt apart is followed less than before."
+            )
         return title, rest
     title = {
         "higher": "Fine-tuning scores higher; whether for the prompts is open",
@@ -196,7 +223,7 @@ def _judged(own: Change, specific: Change | None, control: Change | None) -> tup
     left = {
         "": "whether that is more than chance was not computed",
         "all alike": "no prompt differs in it",
-    }.get(specific.finding, "that is not told apart from zero, all questions counted")
+    }.get(specific.finding, "that is not told apart from zero, all its comparisons counted")
     return title, f"{others}. What is left is {specific.told}; {left}."
 
 
@@ -227,6 +254,7 @@ def control_context(published: Published, board: Board) -> dict[str, Any]:
             "tuned": rounded(own[TUNED]["mean"]),
             "difference": charts.signed(change.mean) if change else DASH,
             "interval": change.span if change else DASH,
+            "rests": change.rests if change else "",
             "plot": _plot(change, scale),
             "css": verdict(_effect(published, own)),
         }

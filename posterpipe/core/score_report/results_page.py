@@ -46,6 +46,7 @@ from posterpipe.core.score_report.words import (
     interval,
     moment,
     plural,
+    resting,
     rounded,
     share,
     short,
@@ -278,6 +279,7 @@ def _effect_cells(row: Row, by: str, scale: charts.Scale, same: float) -> dict[s
         "interval": interval(row, "low_95", "high_95", sign=True, of="mean_difference", scale=by),
         "plot": charts.interval_row(mean, low, high, scale, variant=variant, zero=same),
         "finding": text(row["finding"]),
+        "rests": resting(row),
         "p": f"{_p_value(row['p_value'])} · {_p_value(row['p_adjusted'])}",
         "css": verdict(row),
         "size": rounded(row["effect_size"], 2),
@@ -305,6 +307,12 @@ def _effect_note(rows: Sequence[Row], by: str, *, alike: bool) -> str:
         note += (
             "This metric watches for harm: “not told apart” does not say that there is none, nor "
             "that it is safe. Read the interval. "
+        )
+    if any(text(row["rests_on"]) for row in rows):
+        note += (
+            "What rests on one prompt has three fifths of its spread and more from that prompt. "
+            "Another suite may have none like it, or two, so that its interval says little; it is "
+            "called higher or lower only where it is so without that prompt, too. "
         )
     if alike:
         note += (

@@ -79,6 +79,20 @@ def interval(
     return f"{show(bounds[0])} to {show(bounds[1])}"
 
 
+def resting(effect: Row | None) -> str:
+    """On which prompt a row of `paired_effects` rests, and what it is without that one; "" where on
+    none."""
+    if effect is None or not (name := text(effect["rests_on"])):
+        return ""
+    by = effect["scale"]
+    without = change(effect["mean_without"], by)
+    others = {**effect, "prompts": count(effect, "prompts") - 1}
+    span = interval(
+        others, "low_95_without", "high_95_without", sign=True, of="mean_without", scale=by
+    )
+    return f"rests on one prompt, {cut(name, 40)}; without it {without} ({span})"
+
+
 def moment(value: Any) -> str:
     """Day and minute in UTC; "" for none."""
     if missing(value) or not isinstance(value, dt.datetime):

@@ -187,7 +187,7 @@ def test_a_higher_score_follows_the_prompts_only_where_the_own_text_stands_out_m
     assert title == "Fine-tuning follows the prompts better"
     assert "stands out from them more: +0.300 (+0.200 to +0.400)" in said
     title, said = told(world, own=UP, specific=DOWN, control=UP)
-    assert title == "Fine-tuning scores higher, but not for following the prompts"
+    assert title == "Fine-tuning scores higher, but follows its own prompts less"
     assert "With the texts of the other prompts it changes by +0.300 (+0.200 to +0.400)" in said
     assert "stands out from them less: −0.300 (−0.400 to −0.200)" in said
     title, said = told(world, own=UP, specific=OPEN, control=UP)
@@ -213,14 +213,14 @@ def test_a_lower_score_and_none_are_told_with_their_control(world: Path) -> None
 def test_the_title_claims_nothing_that_the_paired_effects_do_not_find(
     world: Path, own: Change
 ) -> None:
-    claims = ("better", "worse", "apart", "not for following")
-    # Alone, p = 0.03; among all questions nothing.
+    claims = ("better", "worse", "apart", "follows")
+    # Alone, p = 0.03; among its comparisons nothing.
     for mean, low, high in ((0.02, 0.002, 0.038), (-0.02, -0.038, -0.002)):
         specific = (mean, low, high, "not told apart")
         published = changed(world, own=own, specific=specific, control=OPEN)
         title, said = first_words(published)
         assert not any(claim in title for claim in claims), title
-        assert "not told apart from zero, all questions counted" in said
+        assert "not told apart from zero, all its comparisons counted" in said
         shown = control_context(published, board_of(published, "clip_t"))["control"]
         assert [row["css"] for row in shown if row["name"] == "Own less others"] == [""]
     found = told(world, own=own, specific=(0.02, 0.002, 0.038, "higher"), control=OPEN)[0]
@@ -230,6 +230,68 @@ def test_the_title_claims_nothing_that_the_paired_effects_do_not_find(
     marts = {name: mart for name, mart in published.marts.items() if name != "paired_effects"}
     title, said = first_words(Published(marts, published.prompts))
     assert not any(claim in title for claim in claims) and "was not computed" in said
+
+
+def on_one_prompt(world: Path, metric_id: str, without: Change, **changes: Change) -> Published:
+    """Likewise, had that metric rested on one prompt: `without` it, and the finding."""
+    published = changed(world, **changes)
+    effects = published.marts["paired_effects"].astype({"rests_on": object})
+    row = effects["metric_id"] == metric_id
+    row &= effects["comparison"] == "tuned without negative"
+    *numbers, finding = without
+    effects.loc[row, ["rests_on", "finding"]] = ["prompt-03", finding]
+    effects.loc[row, ["mean_without", "low_95_without", "high_95_without"]] = numbers
+    return Published({**published.marts, "paired_effects": effects}, published.prompts)
+
+
+def test_what_rests_on_one_prompt_is_told_so_and_raises_no_score_alone(world: Path) -> None:
+    nothing = (0.02, -0.1, 0.1, "not told apart")
+    rests = "rests on one prompt, prompt-03; without it "
+    published = on_one_prompt(world, study.HEADLINE, nothing, own=UP, specific=OPEN, control=OPEN)
+    title, said = first_words(published)
+    assert title == "No difference that this suite can show" and "raises" not in said
+    assert f"(+0.200 to +0.400; {rests}+0.020 (−0.100 to +0.100))" in said
+    # It is the same without that prompt.
+    published = on_one_prompt(world, study.HEADLINE, UP, own=UP, specific=OPEN, control=OPEN)
+    title, said = first_words(published)
+    assert "scores higher" in title and "raises" in said and f"{rests}+0.300" in said
+    # With it zero is in the interval.
+    published = on_one_prompt(world, study.HEADLINE, nothing, own=OPEN)
+    assert f"holds zero. It {rests}+0.020" in first_words(published)[1]
+    # The control of the first question likewise, and in the tables.
+    published = on_one_prompt(world, study.SPECIFIC, nothing, own=UP, specific=DOWN, control=UP)
+    title, said = first_words(published)
+    assert "open" in title and f"{rests}+0.020" in said
+    own = [row for row in control_context(published, board_of(published, "clip_t"))["control"]]
+    assert [row["name"] for row in own if row["rests"]] == ["Own less others"]
+
+
+def test_the_tables_name_the_prompt_that_a_difference_rests_on(world: Path, tmp_path: Path) -> None:
+    store = copy_of(world, tmp_path)
+    with duckdb.connect(str(store / "public" / "scores.duckdb")) as connection:
+        connection.execute(
+            "UPDATE paired_effects SET rests_on = ?, mean_without = -0.5, low_95_without = NULL, "
+            "high_95_without = NULL WHERE scale = 'ratio' AND comparison = 'both'",
+            [HOSTILE_ID],
+        )
+    write_report(store / "public" / "scores.duckdb", store, tmp_path / "report")
+    index = assert_whole(tmp_path / "report")["index.html"]
+    told = f"rests on one prompt, {HOSTILE_ID}; without it × 0.50 (no spread between prompts)"
+    assert index.text.count(told) == 1
+    assert index.text.count("What rests on one prompt has three fifths") == 1
+
+
+def test_a_database_of_before_one_prompt_was_named_has_its_report(
+    world: Path, tmp_path: Path
+) -> None:
+    store = copy_of(world, tmp_path)
+    with duckdb.connect(str(store / "public" / "scores.duckdb")) as connection:
+        for column in ("rests_on", "mean_without", "low_95_without", "high_95_without"):
+            connection.execute(f"ALTER TABLE paired_effects DROP COLUMN {column}")
+    write_report(store / "public" / "scores.duckdb", store, tmp_path / "report")
+    text = assert_whole(tmp_path / "report")["index.html"].text
+    assert "Materialize" not in text and "not told apart" in text
+    assert "rests on one prompt" not in text
 
 
 def test_the_leaderboard_has_the_colours_of_what_the_paired_effects_find(world: Path) -> None:
