@@ -101,7 +101,8 @@ CREATE TABLE IF NOT EXISTS fct_score (
     value           DOUBLE,
     -- The score, in the unit that dim_metric tells; NULL unless the status is ok.
     status          VARCHAR NOT NULL CHECK (status IN ('ok', 'blocked', 'failed')),
-    -- ok, blocked (the image is black or of one colour) or failed (not scored).
+    -- ok, blocked (there is nothing to measure: the image is black or of one colour, or the title
+    -- is in letters that the OCR does not know) or failed (not scored).
     reason          VARCHAR NOT NULL,
     -- Why there is no score; empty for ok.
     scored_at       TIMESTAMP NOT NULL,
