@@ -20,9 +20,11 @@ def unset_titles(titled: pd.DataFrame) -> Finding:
     wanted = titled[titled["status"] != "blocked"]
     failed = wanted[wanted["status"] != "ok"]
     done = len(wanted) - len(failed)
+    shortened = int(((wanted["status"] == "ok") & (wanted["reason"] != "")).sum())
+    without = f", {shortened} of them without pictographs that no font has" if shortened else ""
     return Finding(
         passed=failed.empty,
-        summary=f"{done} of {len(wanted)} titles are set",
+        summary=f"{done} of {len(wanted)} titles are set{without}",
         remedy="each reason says what to do: another title, another lettering.style, or a font",
         expected=len(wanted),
         actual=done,

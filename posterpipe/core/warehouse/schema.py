@@ -270,7 +270,7 @@ CREATE TABLE IF NOT EXISTS fct_title (
     status          VARCHAR NOT NULL CHECK (status IN ('ok', 'blocked', 'failed')),
     -- ok, blocked (the image is black or of one colour) or failed (not set).
     reason          VARCHAR NOT NULL,
-    -- Why it is not ok; empty for ok.
+    -- Why it is not ok; of ok, which signs were left out, empty for none.
     set_at          TIMESTAMP NOT NULL,
     -- When it was set (UTC).
     run_id          VARCHAR
