@@ -81,7 +81,7 @@ def prompt_suite(deployment: dg.ResourceParam[Deployment]) -> dg.Output[Table]:
     digest = hashlib.sha256(data).hexdigest()
     # The tokenizer cuts what is longer, and nobody would know.
     limit = known_text_limit(settings.base_model, settings.root)
-    prompts = load_suite(path, limit=limit, data=data)
+    prompts = load_suite(path, limit=limit, sampler=settings.sampler, data=data)
     table = suite_table(prompts)
     return table_output(
         table,
