@@ -211,6 +211,23 @@ class SamplerSettings(Group):
             )
         return self
 
+    @property
+    def latest_negative(self) -> float:
+        """The largest share of the steps after which one is left in which a negative prompt acts:
+        0 (of one step) to below 1. Later ones give the image without it."""
+        return (self.num_inference_steps - 1) / self.num_inference_steps
+
+    @model_validator(mode="after")
+    def _negative_acts_in_a_step(self) -> Self:
+        if self.negative_from > self.latest_negative:
+            raise ValueError(
+                f"negative_from is {self.negative_from:g}, and the last of "
+                f"{self.num_inference_steps} steps begins after {self.latest_negative:.4g} of "
+                "them, so the negative prompt would never act; lower it, or raise "
+                "num_inference_steps"
+            )
+        return self
+
 
 SAMPLING_SPEED = {"batch_size", "compile", "channels_last", "vae_slicing"}
 """Settings of the sampler that decide how fast an image comes, and nothing beyond the rounding of

@@ -232,6 +232,22 @@ def test_doctor_tells_of_prompts_that_share_a_seed(tmp_path: Path, settings: Set
     assert found.state == "note" and "cat and sea share the seed 7" in found.text
 
 
+def test_doctor_names_a_negative_prompt_that_comes_too_late(
+    tmp_path: Path, settings: Settings
+) -> None:
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "prompts:\n"
+        "  - {id: a, prompt: a red rocket, score_text: a red rocket, negative: dogs, seeds: [1],\n"
+        "     negative_from: 0.99}\n"
+    )
+    sampler = settings.sampler.model_copy(update={"num_inference_steps": 6})
+    changed = settings.model_copy(update={"prompt_suite": suite, "sampler": sampler})
+    found = doctor._suite(changed)
+    assert found.state == "missing"
+    assert f"{suite}:3" in found.text and "write at most 0.83" in found.text
+
+
 def test_doctor_asks_for_the_hub_where_the_profile_needs_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -117,7 +117,7 @@ def require_inputs(settings: Settings) -> None:
     refs = (settings.base_model, settings.captioner.model, settings.scorer.model)
     for ref in (*refs, *settings.evidence.models):
         locate(ref, settings.root)
-    load_suite(settings.path(settings.prompt_suite))
+    load_suite(settings.path(settings.prompt_suite), sampler=settings.sampler)
 
 
 def materialize(

@@ -300,7 +300,7 @@ def _suite(settings: Settings) -> Finding:
     except (ImportError, OSError):
         limit = None  # what cannot be loaded is told by `_packages` and `_devices`
     try:
-        prompts = load_suite(path, limit=limit)
+        prompts = load_suite(path, limit=limit, sampler=settings.sampler)
     except PromptSuiteError as error:
         return Finding("missing", "prompts", str(error))
     images = sum(len(prompt.seeds) for prompt in prompts)

@@ -31,7 +31,9 @@ def run_draw(model: str, folder: Path, *, suite: Path | None, base: str | None) 
     base_ref = ModelRef(id=_from_here(base)) if base else settings.base_model
     found = find_model(ModelRef(id=_from_here(model)), base_ref, settings.root)
     prompts = load_suite(
-        suite or settings.path(settings.prompt_suite), limit=text_limit(found.base or found.folder)
+        suite or settings.path(settings.prompt_suite),
+        limit=text_limit(found.base or found.folder),
+        sampler=settings.sampler,
     )
     store = Store(settings.path(settings.store))
     try:

@@ -36,7 +36,7 @@ from posterpipe.core.errors import named_line
 from posterpipe.core.memory import TOO_LITTLE_MEMORY, doubt, is_out_of_memory
 from posterpipe.core.parallel import cores
 from posterpipe.core.progress import Progress
-from posterpipe.core.prompts import Prompt
+from posterpipe.core.prompts import Prompt, too_late
 from posterpipe.core.provenance.environments import record_environment
 from posterpipe.core.sampler import (
     FP32_VERSION,
@@ -182,8 +182,9 @@ def generate(
     one draws the others to the same bytes, unless the batch has another size then, since it was
     found by trial or memory ran out: that rounds pixels otherwise. A batch that fails is drawn
     again one by one; an image that still fails is a row with status failed and is tried again next
-    time. Raises SamplerError when there is no image at all then, DeviceGone where no further one
-    can be drawn, and ModelMissing.
+    time. One whose negative prompt would never act, since the sampler makes fewer steps than when
+    the suite was read, is such a row and is not drawn. Raises SamplerError when there is no image
+    at all then, DeviceGone where no further one can be drawn, and ModelMissing.
     """
     known = (*VARIANTS, *DELAYED_VARIANTS)
     unknown = sorted(set(variants) - set(known))
@@ -200,7 +201,13 @@ def generate(
     lora = lora_weights(model_dir) is not None
     keys = {request: pixel_key(model_id, request, settings, lora=lora) for _, _, request in cells}
     drawing = _Drawing(store, model_dir, model_id, settings, progress, run_id, base_dir)
-    requests = {key: request for request, key in keys.items()}
+    # Refused here as well: a suite is not read again when the sampler's steps change.
+    late = {
+        keys[request]: f"the prompt {prompt.prompt_id} of the suite: {why}"
+        for prompt, _, request in cells
+        if request.negative and (why := too_late(request.negative_from, settings))
+    }
+    requests = {key: request for request, key in keys.items() if key not in late}
     drawn = compute_missing(
         store,
         GENERATION,
@@ -220,7 +227,7 @@ def generate(
         image = drawn.get(key) or {
             "image": "",
             "status": "failed",
-            "reason": drawing.failed.get(key, "not drawn; materialize again"),
+            "reason": late.get(key) or drawing.failed.get(key, "not drawn; materialize again"),
         }
         blob = image["image"]
         rows.append(

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from posterpipe.settings import CLIP_TOKENS
+from posterpipe.settings import CLIP_TOKENS, SamplerSettings
 
 MAX_TEXT_TOKENS = CLIP_TOKENS - 2
 """Of a text for CLIP; two tokens mark start and end."""
@@ -70,8 +71,8 @@ class Prompt:
     seeds: tuple[int, ...]
     """0 to MAX_SEED; one image a seed and variant, the same noise in every variant."""
     negative_from: float | None = None
-    """Share of the steps, above 0 and below 1, after which the negative prompt of the variants
-    `_negative_delayed` begins to act; None: the prompt has no such variants."""
+    """Share of the steps, above 0 and below 1 (see `too_late`), after which the negative prompt of
+    the variants `_negative_delayed` begins to act; None: the prompt has no such variants."""
 
 
 def estimate_tokens(text: str) -> int:
@@ -82,13 +83,35 @@ def estimate_tokens(text: str) -> int:
     return len(_PIECES.findall(text))
 
 
+def too_late(negative_from: float, sampler: SamplerSettings) -> str:
+    """Why a negative prompt that acts after this share of the steps never acts, and what to do; ""
+    where it does. Its image would be the one without, under the name of the one with."""
+    latest, steps = sampler.latest_negative, sampler.num_inference_steps
+    if negative_from <= latest:
+        return ""
+    begins = f"the last of {steps} steps begins after {latest:.4g} of them"
+    # Rounded down, so that what is told to write is right.
+    largest = math.floor(latest * 100) / 100
+    remedy = f"write at most {largest:g}, or raise" if largest else "take it out, or raise"
+    return (
+        f"`negative_from` is {negative_from:g}, and {begins if steps > 1 else 'there is one step'}:"
+        f" the negative prompt would never act; {remedy} "
+        "POSTERPIPE_SAMPLER__NUM_INFERENCE_STEPS"
+    )
+
+
 def load_suite(
-    path: Path, *, limit: TextLimit | None = None, data: bytes | None = None
+    path: Path,
+    *,
+    limit: TextLimit | None = None,
+    sampler: SamplerSettings | None = None,
+    data: bytes | None = None,
 ) -> list[Prompt]:
     """The prompts of a suite, in the order of the file.
 
     `limit`: that of the model that is to read them (`sampler.known_text_limit`); None: CLIP's, by
-    `estimate_tokens`, which finds only what is too long for certain. `data`: what `read_suite` read
+    `estimate_tokens`, which finds only what is too long for certain. `sampler`: refuses negative
+    prompts that act too late for its steps; None: any share will do. `data`: what `read_suite` read
     of the file, where that was done before. Raises PromptSuiteError naming every problem by file
     and line.
     """
@@ -100,7 +123,7 @@ def load_suite(
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise PromptSuiteError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
-    return _Reader(path, limit or (estimate_tokens, MAX_TEXT_TOKENS)).read(text)
+    return _Reader(path, limit or (estimate_tokens, MAX_TEXT_TOKENS), sampler).read(text)
 
 
 def read_suite(path: Path) -> bytes:
@@ -165,8 +188,9 @@ def _share(value: Any) -> float | None:
 class _Reader:
     """Reads one file, gathers all its problems, and raises them together."""
 
-    def __init__(self, path: Path, limit: TextLimit) -> None:
+    def __init__(self, path: Path, limit: TextLimit, sampler: SamplerSettings | None) -> None:
         self.path = path
+        self.sampler = sampler
         self.count_tokens, self.max_tokens = limit
         self.problems: list[tuple[int, str]] = []
 
@@ -303,6 +327,8 @@ class _Reader:
                 "prompt acts, above 0 and below 1",
             )
             return None
+        if self.sampler is not None and (why := too_late(float(value), self.sampler)):
+            self._problem(node, why)
         return float(value)
 
     def _text(self, name: str, node: yaml.Node | None) -> str:

@@ -81,7 +81,7 @@ def prompt_suite(deployment: dg.ResourceParam[Deployment]) -> dg.Output[Table]:
     digest = hashlib.sha256(data).hexdigest()
     # The tokenizer cuts what is longer, and nobody would know.
     limit = known_text_limit(settings.base_model, settings.root)
-    prompts = load_suite(path, limit=limit, data=data)
+    prompts = load_suite(path, limit=limit, sampler=settings.sampler, data=data)
     table = suite_table(prompts)
     return table_output(
         table,
@@ -232,7 +232,7 @@ def champion_generations(
     group_name="generation",
     kinds={"python", "pillow"},
     owners=["team:ml"],
-    code_version="3",
+    code_version="4",
     io_manager_key=TABLES,
     metadata=columns(
         generation_key="string: the image that was lettered",
@@ -247,7 +247,7 @@ def champion_generations(
         scrim="bool: whether the ground had to be helped",
         covered="float: share of the main object below the letters, 0 to 1",
         status="string: ok, blocked or failed",
-        reason="string: why it is not ok",
+        reason="string: why it is not ok, or what was left out of the title",
     ),
 )
 def titled_posters(

@@ -183,7 +183,7 @@ def fidelity_scores(
     group_name="scoring",
     kinds={"python", "duckdb"},
     owners=["team:ml"],
-    code_version="3",
+    code_version="4",
     io_manager_key=TABLES,
     pool="warehouse",
     deps=["clip_scores"],
@@ -191,10 +191,11 @@ def fidelity_scores(
         generation_key="string: the image",
         lettering="string: drawn by the model, or set in type",
         title="string: what should be read",
-        status="string: ok, blocked or failed; what is not ok was not read",
+        status="string: ok, blocked (nothing to read) or failed; what is not ok was not read",
         read="string: what was read, line by line",
         distance="float: normalised edit distance, 0 (the title) to 1; empty where not read",
         exact="bool: whether the title was read exactly",
+        measurable="bool: whether the OCR knows all letters of the title; else it cannot say",
     ),
 )
 def legibility_scores(
@@ -207,11 +208,16 @@ def legibility_scores(
     """Whether a real OCR reads the title, as the model drew it and as it was set in type.
 
     Both are read on the same images, those that are lettered. An image that was read before is not
-    read again. One that is blocked is not read, and counts as one without its title.
+    read again. One that is blocked is not read, and counts as one without its title. A title in
+    letters that the OCR does not know has no score, and counts nowhere.
     """
     import pandas as pd
 
-    from posterpipe.core.champion.evidence import record_readings, record_titles
+    from posterpipe.core.champion.evidence import (
+        record_readings,
+        record_titles,
+        record_unknown_titles,
+    )
     from posterpipe.core.metrics.base import record_scores, unread_count
     from posterpipe.core.metrics.legibility import measure_legibility, of_all_titles
     from posterpipe.core.typography import lettering_id
@@ -235,21 +241,34 @@ def legibility_scores(
             deployment.warehouse, generations, found.metrics, found.scores,
             run_id=context.run.run_id, step=f"legibility_scores {where}",
         )  # fmt: skip
+        record_unknown_titles(deployment.warehouse, found.metrics, found.unknown)
         record_readings(deployment.warehouse, found.read, where, run_id=context.run.run_id)
         readings.append(of_all_titles(images, found.read).assign(lettering=where))
         unread += unread_count(images, found.scores)
     table = pd.concat(readings, ignore_index=True)[
-        ["generation_key", "lettering", "title", "status", "read", "distance", "exact"]
+        [
+            "generation_key",
+            "lettering",
+            "title",
+            "status",
+            "read",
+            "distance",
+            "exact",
+            "measurable",
+        ]
     ]
-    shares = table.groupby("lettering")["exact"].mean()
+    measurable = table[table["measurable"].astype(bool)]
+    beyond = table.loc[~table["measurable"].astype(bool), ["title"]].drop_duplicates()
+    shares = measurable.groupby("lettering")["exact"].mean()
     return table_output(
         table,
         {
             **{f"exact_{name}": float(share) for name, share in shares.items()},
             FAILED_ITEMS: unread,
             "misread": table_preview(
-                table[(table["lettering"] == "set") & ~table["exact"].astype(bool)]
+                measurable[(measurable["lettering"] == "set") & ~measurable["exact"].astype(bool)]
             ),
+            "letters_unknown_to_the_ocr": table_preview(beyond),
         },
         warehouse=warehouse,
     )

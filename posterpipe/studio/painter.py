@@ -170,6 +170,8 @@ class Painter:
             except TitleImpossible as error:
                 notes.append(f"The title was left out: {error}.")
             else:
+                if layout.left_out:
+                    notes.append(f"No font has {layout.left_out}: the title is set without.")
                 title = json.dumps(order.title, ensure_ascii=False)
                 return titled, f"Title: {title}, Lettering: {layout.style}"
         return enlarged(image, lettering.min_width), ""

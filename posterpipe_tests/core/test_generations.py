@@ -113,6 +113,22 @@ def test_a_suite_may_hold_delayed_variants(store: Store, model_dir: Path) -> Non
     assert set(plain.pixel_key) < set(table.pixel_key) and len(plain) == 6
 
 
+def test_a_negative_prompt_that_would_never_act_is_a_row_that_says_so_and_is_not_drawn(
+    store: Store, model_dir: Path
+) -> None:
+    """The image would be that of no negative prompt, and compared as that of a late one."""
+    late = Prompt("rocket", "a red rocket", "a rocket", "busy", "Orbit", (1,), 0.99)
+    last = Prompt("fish", "a teal fish", "a fish", "busy", "Tide", (2,), 2 / 3)
+    variants = ("sd", DELAYED_VARIANTS[0])
+    table = drawn(store, model_dir, [late, last], variants)
+    assert table.status.tolist() == ["ok", "failed", "ok", "ok"]
+    image, reason = table.image.tolist(), str(table.reason[1])
+    assert image[1] == "" and image[2] != image[3], "a step is left for the fish"
+    assert "the prompt rocket of the suite" in reason
+    assert "last of 3 steps begins after 0.6667" in reason
+    assert "write at most 0.66, or raise POSTERPIPE_SAMPLER__NUM_INFERENCE_STEPS" in reason
+
+
 def test_a_setting_delays_every_negative_prompt(store: Store, model_dir: Path) -> None:
     late = SETTINGS.model_copy(update={"negative_from": 0.5})
     first = drawn(store, model_dir).set_index(["prompt_id", "seed", "variant"])

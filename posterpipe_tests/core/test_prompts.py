@@ -15,6 +15,7 @@ from posterpipe.core.prompts import (
     suite_prompts,
     suite_table,
 )
+from posterpipe.settings import SamplerSettings
 from posterpipe.starter.world import COLOURS, KINDS
 
 SHIPPED = Path(__file__).parents[2] / "data" / "prompt_suites" / "animated_movies.yaml"
@@ -80,6 +81,34 @@ def test_a_prompt_may_ask_for_a_delayed_negative(tmp_path: Path) -> None:
 def test_a_delay_is_a_share_of_the_steps(tmp_path: Path, value: str, what: str) -> None:
     with pytest.raises(PromptSuiteError, match=what):
         load_suite(write(tmp_path, one(negative_from=value)))
+
+
+@pytest.mark.parametrize(
+    ("value", "steps", "remedy"),
+    [
+        ("0.99", 6, "write at most 0.83"),
+        ("0.97", 25, "write at most 0.96"),
+        ("0.5", 1, "there is one step: the negative prompt would never act; take it out"),
+    ],
+)
+def test_a_delay_that_leaves_no_step_is_refused_by_file_and_line(
+    tmp_path: Path, value: str, steps: int, remedy: str
+) -> None:
+    sampler = SamplerSettings(num_inference_steps=steps)
+    suite = write(tmp_path, one(negative_from=value))
+    with pytest.raises(PromptSuiteError) as refused:
+        load_suite(suite, sampler=sampler)
+    (line,) = str(refused.value).splitlines()
+    number = 1 + suite.read_text().splitlines().index(f"  negative_from: {value}")
+    assert line.startswith(f"{suite}:{number}: `negative_from` is {value}") and remedy in line
+    assert "or raise POSTERPIPE_SAMPLER__NUM_INFERENCE_STEPS" in line
+    more = SamplerSettings(num_inference_steps=100)
+    assert load_suite(suite, sampler=more)[0].negative_from == float(value)
+
+
+def test_a_delay_of_all_steps_but_the_last_is_the_longest(tmp_path: Path) -> None:
+    suite = write(tmp_path, one(negative_from="0.96"))
+    assert load_suite(suite, sampler=SamplerSettings(num_inference_steps=25))
 
 
 def test_a_delay_without_a_negative_prompt_is_a_mistake(tmp_path: Path) -> None:

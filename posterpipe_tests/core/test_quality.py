@@ -819,3 +819,18 @@ def test_titles_on_blocked_images_are_among_those_that_were_not_read() -> None:
     finding = quality.unread_titles(table, 0.9)
     assert not finding.passed and finding.actual == 0.75
     assert finding.offenders["generation_key"].tolist() == ["d"]
+
+
+def test_titles_whose_letters_the_ocr_does_not_know_are_not_among_those_it_did_not_read() -> None:
+    table = pd.DataFrame(
+        {
+            "generation_key": list("abcd"), "lettering": ["set", "set", "drawn", "drawn"],
+            "title": ["Sea", "바다"] * 2, "status": ["ok", "blocked"] * 2,
+            "read": ["SEA", ""] * 2, "distance": [0.0, np.nan] * 2, "exact": [True, False] * 2,
+            "measurable": [True, False] * 2,
+        }
+    )  # fmt: skip
+    finding = quality.unread_titles(table, 1)
+    assert finding.passed and finding.actual == 1 and finding.offenders.empty
+    assert "100.0% of 1 titles" in finding.summary and "of 1 more" in finding.summary
+    assert quality.unread_titles(table[~table["measurable"]], 1).passed, "nothing to say"

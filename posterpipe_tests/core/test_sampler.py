@@ -162,6 +162,21 @@ def test_the_most_steps_that_the_settings_allow_are_those_that_a_solver_can_make
         assert len(set(timesteps(most + 1))) == most + 1
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 6, 7, 25, 49, 995])
+def test_the_latest_negative_prompt_acts_in_the_last_step_and_a_later_one_is_refused(
+    model_dir: Path, steps: int
+) -> None:
+    sampler = Sampler(model_dir, SETTINGS, model_id="tiny")
+    latest = SamplerSettings(num_inference_steps=steps).latest_negative
+    done = (steps - 1) / steps  # as `_denoise` counts before the last step
+    for start, acts in ((latest, True), (latest + 1e-9, False)):
+        asked = sampler._texts_at([ImageRequest("a", "busy", 1, start)], done)
+        assert asked == (["busy", "a"] if acts else ["", "a"])
+    SamplerSettings(num_inference_steps=steps, negative_from=latest)
+    with pytest.raises(ValidationError, match="would never act; lower it, or raise num_inf"):
+        SamplerSettings(num_inference_steps=steps, negative_from=latest + 1e-9)
+
+
 def test_without_guidance_the_negative_prompt_is_not_asked(model_dir: Path) -> None:
     settings = SETTINGS.model_copy(update={"guidance_scale": 1.0})
     one, other = Sampler(model_dir, settings, model_id="tiny")(REQUESTS[:2])

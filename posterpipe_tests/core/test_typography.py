@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,13 +14,15 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from posterpipe.core.metrics.legibility import TitleReader, plain, title_distance
 from posterpipe.core.progress import NoProgress
-from posterpipe.core.store import Store
+from posterpipe.core.quality import unset_titles
+from posterpipe.core.store import Store, content_key
 from posterpipe.core.typography import (
     STYLES,
     TITLED_COLUMNS,
     TitleImpossible,
     choose_style,
     fonts,
+    lettering_id,
     set_title,
     set_titles,
     titled,
@@ -27,7 +30,6 @@ from posterpipe.core.typography import (
 )
 from posterpipe.core.typography.colour import contrast_ratio, srgb_to_lab
 from posterpipe.core.typography.fonts import (
-    capitals,
     coverage,
     font_at,
     fonts_id,
@@ -37,6 +39,7 @@ from posterpipe.core.typography.fonts import (
 )
 from posterpipe.core.typography.lines import line_breaks, measure, pieces
 from posterpipe.core.typography.saliency import components, look
+from posterpipe.core.typography.signs import capitals
 from posterpipe.settings import LetteringSettings
 from posterpipe.starter.posters import RAW, scenes
 from posterpipe.starter.render import render
@@ -350,6 +353,52 @@ def test_what_no_font_has_is_refused_with_the_letters() -> None:
         set_title(poster(), "Donaudampfschifffahrtsgesellschaftskapitän" * 2, SMALL)
 
 
+@pytest.mark.parametrize(
+    ("title", "expected"),
+    [
+        ("Αλέξανδρος", "ΑΛΕΞΑΝΔΡΟΣ"),
+        ("ΑΛΈΞΑΝΔΡΟΣ", "ΑΛΕΞΑΝΔΡΟΣ"),
+        ("Αυτό που μένει", "ΑΥΤΟ ΠΟΥ ΜΕΝΕΙ"),
+        ("Ευφυΐα", "ΕΥΦΥΪΑ"),  # the dialytika stays
+        ("Μάιος, άυλος, Ρωμέικα", "ΜΑΪΟΣ, ΑΫΛΟΣ, ΡΩΜΕΪΚΑ"),  # and comes where the accent parted two
+        ("Η ζωή ή ο θάνατος", "Η ΖΩΗ Ή Ο ΘΑΝΑΤΟΣ"),  # η is "the", and ή is "or"
+        ("Ἑλλάς, ᾠδή", "ΕΛΛΑΣ, ΩΙΔΗ"),
+        ("Amélie, été", "AMÉLIE, ÉTÉ"),  # of Greek letters only
+    ],
+)
+def test_greek_capitals_carry_no_accents(title: str, expected: str) -> None:
+    assert capitals(title) == expected
+    assert capitals(unicodedata.normalize("NFD", title)) == expected
+    if title[0] != "A":
+        assert " ".join(set_title(poster(), title, SMALL)[1].lines) == expected
+
+
+@pytest.mark.parametrize(
+    ("title", "lines", "left_out"),
+    [
+        ("Up 🎈", "UP", "🎈"),
+        ("🎬 Movie", "MOVIE", "🎬"),
+        ("The 👨\u200d👩\u200d👧 Three", "THE THREE", "👨\u200d👩\u200d👧"),
+        ("Ok 👍🏽 Go 🇫🇷", "OK GO", "👍🏽🇫🇷"),
+        ("1\ufe0f\u20e3 Team", "1 TEAM", ""),
+        ("I ♥\ufe0f Movies 🎈", "I ♥ MOVIES", "🎈"),  # one font has the heart
+        ("Pop™", "POP™", ""),
+    ],
+)
+def test_pictographs_that_no_font_has_are_left_out_of_the_title(
+    title: str, lines: str, left_out: str
+) -> None:
+    layout = set_title(poster(), title, SMALL)[1]
+    assert (" ".join(layout.lines), layout.left_out) == (lines, left_out)
+
+
+def test_a_title_of_pictographs_only_is_refused() -> None:
+    with pytest.raises(TitleImpossible, match="has no letters"):
+        set_title(poster(), "🎈 🎬", SMALL)
+    with pytest.raises(TitleImpossible, match=r"no installed font has '𓀀'"):
+        set_title(poster(), "Bird 𓀀 🎈", SMALL)
+
+
 def test_scripts_that_need_shaping_are_refused_where_nothing_shapes_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -432,6 +481,16 @@ def test_every_generation_with_a_title_has_a_row(store: Store) -> None:
     assert row.untitled_image == table.image[0]
 
 
+def test_the_row_says_what_was_left_out_of_its_title(store: Store) -> None:
+    table = generations(store, [poster(), poster(middle=0.3)], titles=["Up 🎈", "Moon"])
+    for table_set in (lettered(store, table), lettered(store, table)):  # from the store as well
+        assert table_set.status.tolist() == ["ok", "ok"]
+        assert table_set.reason.tolist() == ["set without 🎈, which no installed font has", ""]
+        assert json.loads(table_set.lines[0]) == ["UP"] and table_set.title[0] == "Up 🎈"
+    finding = unset_titles(table_set)
+    assert finding.passed and "2 of 2 titles are set, 1 of them without" in finding.summary
+
+
 def test_only_what_is_new_is_set(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     table = generations(store, [poster(), poster(middle=0.3)], titles=["Comet", "Moon"])
     first = lettered(store, table)
@@ -456,4 +515,14 @@ def test_keys_hold_what_decides_pixels() -> None:
     assert len({key, titled_key("hash", "Moon", SMALL), titled_key("hash", "Comet", bold)}) == 3
     fewer = SMALL.model_copy(update={"seeds": 1})
     assert titled_key("hash", "Comet", fewer) == key, "no title is set anew"
+
+
+def test_of_titles_that_were_set_only_those_with_greek_accents_are_set_anew() -> None:
+    serif = SMALL.model_copy(update={"style": "serif"})  # in small letters, as it is written
+    for title, settings, anew in (
+        ("Αλέξανδρος", SMALL, True), ("Αλέξανδρος", serif, False), ("ΖΟΡΜΠΑΣ", SMALL, False),
+        ("Amélie", SMALL, False), ("기생충", SMALL, False), ("Up 🎈", SMALL, False),
+    ):  # fmt: skip
+        before = content_key("titled", "hash", title, lettering_id(settings))
+        assert (titled_key("hash", title, settings) != before) == anew, title
     assert "font_manrope=" in fonts_id() and "justmytype_intl_cjk=" in fonts_id()

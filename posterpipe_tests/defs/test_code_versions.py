@@ -50,6 +50,7 @@ RAISED_FOR: dict[str, tuple[object, dict[str, int]]] = {
     "dreambooth.latents._LATENTS_VERSION": (3, {"dreambooth_checkpoint": 3}),
     "dreambooth.texts._EMBEDDINGS_VERSION": (1, {"dreambooth_checkpoint": 3}),
     "typography.titled.TYPOGRAPHY_VERSION": (4, {"titled_posters": 3, "legibility_scores": 3}),
+    "typography.titled.GREEK_CAPITALS_VERSION": ("without accents", {"titled_posters": 4}),
     "metrics.encoders.ENCODER_VERSION": (2, {"clip_scores": 4, "fidelity_scores": 5}),
     "metrics.clip.CLIP_T_VERSION": (1, {"clip_scores": 3, "fidelity_scores": 3}),
     "metrics.specificity.SPECIFICITY_VERSION": (1, {"fidelity_scores": 3}),

@@ -89,6 +89,12 @@ def test_a_title_that_cannot_be_set_costs_the_title_and_not_the_poster(
         assert "Title" not in image.info["parameters"]
 
 
+def test_a_pictograph_in_a_title_costs_itself_and_is_told(deployment: Settings) -> None:
+    poster = paint(deployment, order(deployment, title="Up 🎈"))
+    assert poster.title == "Up 🎈"
+    assert "No font has 🎈: the title is set without." in poster.notes
+
+
 def test_without_a_scorer_there_is_a_poster_and_a_note(
     deployment: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

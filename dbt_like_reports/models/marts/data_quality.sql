@@ -92,7 +92,8 @@ judgements as (
         status as item,
         count(*) as items,
         status = 'failed' as is_problem,
-        'images judged by the metric; a blocked image has no score' as explanation
+        'images judged by the metric; blocked are black ones, or have titles beyond the OCR'
+            as explanation
     from scores
     group by metric, status
 ),

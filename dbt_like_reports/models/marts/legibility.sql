@@ -7,6 +7,8 @@ with scores as (
         score.prompt_id,
         score.seed,
         score.value,
+        -- The image is good, and there is nothing to measure: it is the title's letters.
+        score.status = 'blocked' and score.image_status = 'ok' as is_unknown,
         split_part(score.metric_id, '.', 1) as measure,
         split_part(score.metric_id, '.', 2) as lettering
     from {{ ref('stg_current_scores') }} as score
@@ -21,6 +23,12 @@ readers as (
     from {{ source('warehouse', 'dim_metric') }}
 ),
 
+unknown_titles as (
+    select distinct prompt_id
+    from scores
+    where is_unknown
+),
+
 prompt_means as (
     select
         scores.lettering,
@@ -28,6 +36,8 @@ prompt_means as (
         scores.prompt_id,
         min(scores.checkpoint_id) as checkpoint_id,
         min(readers.revision) as reader,
+        -- Of such a title no image counts, a black one neither.
+        scores.prompt_id in (select prompt_id from unknown_titles) as is_unknown,
         count(*) filter (where measure = 'title_exact') as images,
         count(value) filter (where measure = 'title_exact') as readable,
         sum(value) filter (where measure = 'title_exact') as exact,
@@ -39,12 +49,21 @@ prompt_means as (
     group by scores.lettering, scores.variant, scores.prompt_id
 ),
 
-estimates as (
+asked as (
     select
         lettering,
         variant,
         min(checkpoint_id) as checkpoint_id,
         min(reader) as reader,
+        count(*) filter (where is_unknown) as unknown_titles
+    from prompt_means
+    group by lettering, variant
+),
+
+estimates as (
+    select
+        lettering,
+        variant,
         count(exact_share) as prompts,
         cast(sum(images) as bigint) as images,
         cast(sum(readable) as bigint) as readable,
@@ -53,18 +72,20 @@ estimates as (
         avg(distance) as distance,
         bootstrap_interval(list(distance order by prompt_id)) as distance_ends
     from prompt_means
+    where not is_unknown
     group by lettering, variant
 )
 
 select
-    lettering,
-    variant,
-    checkpoint_id,
-    reader,
-    prompts,
-    images,
-    readable,
+    asked.lettering,
+    asked.variant,
+    asked.checkpoint_id,
+    asked.reader,
+    coalesce(prompts, 0) as prompts,
+    coalesce(images, 0) as images,
+    coalesce(readable, 0) as readable,
     coalesce(exact, 0) as exact,
+    asked.unknown_titles,
     round(exact_share, 6) as exact_share,
     -- A prompt counts as one reading, however many seeds it has: they are alike. Where its seeds
     -- disagree, that is wider than it has to be.
@@ -75,7 +96,9 @@ select
     round(distance, 6) as mean_distance,
     {{ within_range('distance_ends.low', "'title_distance.'") }} as distance_low_95,
     {{ within_range('distance_ends.high', "'title_distance.'") }} as distance_high_95
-from estimates
+from asked
+left join estimates
+    on estimates.lettering = asked.lettering and estimates.variant = asked.variant
 order by
-    lettering,
-    list_position({{ var('variants') }}, variant)
+    asked.lettering,
+    list_position({{ var('variants') }}, asked.variant)

@@ -20,7 +20,8 @@ select
     image.question,
     image.negative_key,
     score.value,
-    score.status
+    score.status,
+    image.status as image_status
 from {{ source('warehouse', 'fct_score') }} as score
 inner join {{ ref('stg_current_images') }} as image
     on image.generation_key = score.generation_key

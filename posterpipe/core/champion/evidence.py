@@ -9,7 +9,7 @@ of generations, and reading from it what the gate needs. What does not: the metr
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -39,7 +39,7 @@ from posterpipe.core.provenance.checkpoints import checkpoint_facts, images_trai
 from posterpipe.core.store import Store
 from posterpipe.core.training.holdout_set import resized_holdout
 from posterpipe.core.warehouse.database import Warehouse
-from posterpipe.core.warehouse.rows import delete_titles, insert, utc_now
+from posterpipe.core.warehouse.rows import delete_titles, insert, take_back_titles, utc_now
 from posterpipe.settings import GateSettings, ScorerSettings, Settings
 
 EVIDENCE_COLUMNS = (
@@ -293,6 +293,21 @@ def record_readings(
     with warehouse.write() as connection:
         insert(
             connection, "fct_reading", read.assign(lettering=lettering, read_at=now, run_id=run_id)
+        )
+
+
+def record_unknown_titles(
+    warehouse: Warehouse, metrics: Sequence[Metric], reasons: Mapping[str, str]
+) -> None:
+    """Takes back what an older posterpipe measured of titles (with the reasons why it could not,
+    see `Legibility.unknown`) in letters that the reader does not know."""
+    if not reasons:
+        return
+    with warehouse.write() as connection:
+        take_back_titles(
+            connection,
+            [metric.metric_id for metric in metrics],
+            pd.DataFrame(list(reasons.items()), columns=["title", "reason"]),
         )
 
 

@@ -6,11 +6,15 @@ What does not: setting titles in type (`typography`).
 The reader is PP-OCRv6 small as RapidOCR packs it, a real pretrained OCR whose weights lie in the
 package. What it reads is compared without regard to capitals, signs and spaces, since a title is
 set in capitals and broken into lines as the design asks.
+
+It writes Latin letters, digits, Chinese and Japanese, and no others. Of a title in other letters it
+would read something else, however well that is set: such a title has no score, and the reason.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 import unicodedata
 from collections import deque
@@ -41,10 +45,15 @@ _SIDE = 512
 """Pixels of an image's shorter side when it is read. The detector's own 736 takes twice as long and
 reads no title that this misses: letters that can be read from afar are large."""
 
-_MODELS = ("PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx")
+_DETECTOR, _RECOGNISER = "PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"
 
 _LONGEST_RUN = 4
 """Lines that a title may be spread over."""
+
+_GREEK = "[\u0370-\u03e1\u03f0-\u03ff\u1f00-\u1fff]"
+
+_LETTERS_NAMED = 12
+"""Of those that the reader does not know, in a reason."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ def reader_id() -> str:
 
     folder = Path(rapidocr.__file__).parent / "models"
     digest = hashlib.sha256()
-    for name in _MODELS:
+    for name in (_DETECTOR, _RECOGNISER):
         with open(folder / name, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"rapidocr-{installed_version('rapidocr')}.{digest.hexdigest()[:8]}"
@@ -148,6 +157,47 @@ def plain(text: str) -> str:
         if kind in "LN" or (kind == "M" and not accent):
             kept.append(sign)
     return unicodedata.normalize("NFC", "".join(kept))
+
+
+@lru_cache(maxsize=1)
+def reader_letters() -> frozenset[str]:
+    """The letters, digits and marks that the reader can write, in their `plain` form: what its
+    model names as its own. Reads a file of 20 MB, a tenth of a second."""
+    import rapidocr
+    from onnxruntime import InferenceSession
+
+    model = Path(rapidocr.__file__).parent / "models" / _RECOGNISER
+    session = InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    written = session.get_modelmeta().custom_metadata_map["character"].splitlines()
+    return frozenset("".join(map(plain, written)))
+
+
+def unknown_letters(title: str) -> str:
+    """The letters of a title that the reader cannot write, in their `plain` form, each once, in
+    the order of the title; "" where it can write them all."""
+    known = reader_letters()
+    unknown = []
+    for run in re.findall(rf"{_GREEK}+|.", plain(title), re.DOTALL):
+        # A model that lacks the accents of Greek words has its Greek from formulas: π it reads,
+        # and of a word whatever looks like Latin as Latin (ΛΑΘΟΣ as ΛA0OΣ).
+        word = len(run) > 1 and not known.issuperset("άέήίόύώ")
+        unknown += [sign for sign in run if word or sign not in known]
+    return "".join(dict.fromkeys(unknown))
+
+
+def _why_not_measurable(title: str) -> str:
+    """Why the reader cannot say whether a title is legible; "" where it can."""
+    letters = unknown_letters(title)
+    if not letters:
+        return ""
+    # The first word of a letter's name is its script: HEBREW LETTER SHIN.
+    names = (unicodedata.name(sign, "OTHER").split()[0].split("-")[0] for sign in letters)
+    scripts = [name if name == "CJK" else name.capitalize() for name in dict.fromkeys(names)]
+    shown = letters if len(letters) <= _LETTERS_NAMED else f"{letters[:_LETTERS_NAMED]}…"
+    return (
+        f"the reader does not know the {' and '.join(scripts)} letters {shown}, so it cannot say "
+        "whether the title is legible; look at the poster"
+    )
 
 
 def edit_distance(read: str, title: str) -> float:
@@ -218,6 +268,8 @@ class Legibility(Measurement):
     read: pd.DataFrame
     """One row a scored image: generation_key, title, read (lines, joined by " / "), distance,
     exact."""
+    unknown: dict[str, str]
+    """Why the reader cannot say whether a title is legible, by title."""
 
 
 def measure_legibility(
@@ -227,11 +279,18 @@ def measure_legibility(
 
     `images` has the columns generation_key, image (content hash), image_path (in the store), title,
     status and reason: the table of generations, or of titled posters. `where` and `lettering` as
-    for `legibility_metrics`. Rows without a title have no score. What was read is kept, so that
-    another title reads no image again.
+    for `legibility_metrics`. Rows without a title have no score; those whose title has letters that
+    the reader does not know are blocked, with the reason, and are not read. What was read is kept,
+    so that another title reads no image again.
     """
     distance_metric, exact_metric = metrics = legibility_metrics(where, lettering)
     titled = _titled(images)
+    unknown = _not_measurable(titled)
+    hidden = (titled["status"] == "ok") & titled["title"].isin(unknown)
+    titled = titled.assign(
+        status=titled["status"].mask(hidden, "blocked"),
+        reason=titled["reason"].mask(hidden, titled["title"].map(unknown)),
+    )
     drawn = titled[titled["status"] == "ok"]
     read, unreadable = _readings(store, image_files(store, drawn), progress)
     distances: dict[str, float] = {}
@@ -254,7 +313,10 @@ def measure_legibility(
     )
     columns = ["generation_key", "title", "read", "distance", "exact"]
     return Legibility(
-        metrics=list(metrics), scores=scores, read=pd.DataFrame(rows, columns=columns)
+        metrics=list(metrics),
+        scores=scores,
+        read=pd.DataFrame(rows, columns=columns),
+        unknown=unknown,
     )
 
 
@@ -262,10 +324,16 @@ def of_all_titles(images: pd.DataFrame, read: pd.DataFrame) -> pd.DataFrame:
     """What was read of every image with a title, so that shares are of all of them.
 
     `images` as `measure_legibility` takes them, `read` as of `Legibility`. One row an image:
-    generation_key, title, status (ok, blocked or failed), read, distance, exact; one that was not
-    read has no distance and is not exact.
+    generation_key, title, status (ok, blocked or failed), read, distance, exact, and measurable:
+    whether the reader knows the title's letters. One that was not read has no distance and is not
+    exact.
     """
     titled = _titled(images)[["generation_key", "title", "status"]]
+    measurable = ~titled["title"].isin(_not_measurable(titled))
+    hidden = (titled["status"] == "ok") & ~measurable
+    titled = titled.assign(
+        status=titled["status"].mask(hidden, "blocked"), measurable=measurable.astype(bool)
+    )
     table = titled.merge(read.drop(columns="title"), on="generation_key", how="left")
     unread = table["read"].isna()
     return table.assign(
@@ -279,6 +347,12 @@ def of_all_titles(images: pd.DataFrame, read: pd.DataFrame) -> pd.DataFrame:
 def _titled(images: pd.DataFrame) -> pd.DataFrame:
     # As booleans also where there is no row: no rows of another type would be read as column names.
     return images[images["title"].map(lambda title: bool(plain(str(title)))).astype(bool)]
+
+
+def _not_measurable(titled: pd.DataFrame) -> dict[str, str]:
+    """Why the reader cannot say whether a title is legible, by title."""
+    reasons = {title: _why_not_measurable(str(title)) for title in titled["title"].unique()}
+    return {title: reason for title, reason in reasons.items() if reason}
 
 
 def _readings(

@@ -21,9 +21,11 @@ def unset_titles(titled: pd.DataFrame) -> Finding:
     wanted = titled[titled["status"] != "blocked"]
     failed = wanted[wanted["status"] != "ok"]
     done = len(wanted) - len(failed)
+    shortened = int(((wanted["status"] == "ok") & (wanted["reason"] != "")).sum())
+    without = f", {shortened} of them without pictographs that no font has" if shortened else ""
     return Finding(
         passed=failed.empty,
-        summary=f"{done} of {len(wanted)} titles are set",
+        summary=f"{done} of {len(wanted)} titles are set{without}",
         remedy="each reason says what to do: another title, another lettering.style, or a font",
         expected=len(wanted),
         actual=done,
@@ -33,16 +35,21 @@ def unset_titles(titled: pd.DataFrame) -> Finding:
 
 def unread_titles(legibility: pd.DataFrame, min_share: float) -> Finding:
     """Titles set in type that the OCR did not read exactly; the table `legibility_scores`. Of all
-    titles, those on blocked images included, as reports count them."""
-    typeset = legibility[legibility["lettering"] == "set"]
+    titles whose letters it knows, those on blocked images included, as reports count them."""
+    # A table that an older posterpipe made does not say.
+    known = legibility.get("measurable", pd.Series(True, legibility.index)).astype(bool)
+    beyond = int((~known & (legibility["lettering"] == "set")).sum())
+    measured = legibility[known]
+    typeset = measured[measured["lettering"] == "set"]
     exact = typeset["exact"].astype(bool)
-    drawn = legibility.loc[legibility["lettering"] == "drawn", "exact"].astype(bool)
+    drawn = measured.loc[measured["lettering"] == "drawn", "exact"].astype(bool)
     share = share_of(int(exact.sum()), len(typeset)) if len(typeset) else 1.0
+    unknown = f"; of {beyond} more it does not know the letters, and cannot say" if beyond else ""
     return Finding(
         passed=share >= min_share,
         summary=f"{share:.1%} of {len(typeset)} titles set in type are read exactly, and "
         f"{share_of(int(drawn.sum()), len(drawn)):.1%} of those that the model drew; at least "
-        f"{min_share:.1%} of the first are expected",
+        f"{min_share:.1%} of the first are expected{unknown}",
         remedy="look at the named posters; try another lettering.style, a larger "
         "lettering.min_width or more lettering.contrast. The limit is checks.min_titles_read",
         expected=f"at least {min_share:g}",

@@ -68,8 +68,9 @@ MARTS: Mapping[str, tuple[str, ...]] = {
         "nearest_highest", "copy_threshold", "copy_sensitivity", "copies",
     ),
     "legibility": (
-        "lettering", "variant", "reader", "prompts", "images", "exact", "exact_share",
-        "exact_low_95", "exact_high_95", "mean_distance", "distance_low_95", "distance_high_95",
+        "lettering", "variant", "reader", "prompts", "images", "exact", "unknown_titles",
+        "exact_share", "exact_low_95", "exact_high_95", "mean_distance", "distance_low_95",
+        "distance_high_95",
     ),
     "gate_decisions": (
         "decision_id", "decided_at", "checkpoint_id", "base_model", "champion_before", "decision",

@@ -79,6 +79,9 @@ def legibility_context(published: Published, pictures: Pictures) -> dict[str, An
             headline += f", {share(drawn / drawn_asked)} of the drawn ones"
     elif drawn_asked:
         headline = f"{share(drawn / drawn_asked)} of the drawn titles are read exactly"
+    elif rows:
+        headline = "No title is in letters that the reader knows"
+    unknown = max((count(row, "unknown_titles") for row in table), default=0)
     misread = [
         [prompt.prompt_id, variant_name(shot.variant), shot.seed, prompt.title,
          shot.read.get("set") or "nothing", charts.plain(shot.distance["set"], 2)]
@@ -89,12 +92,24 @@ def legibility_context(published: Published, pictures: Pictures) -> dict[str, An
     return {
         "headline": headline,
         "rows": rows,
+        "unknown": _unknown_told(unknown),
         "caption": f"Reader: {', '.join(readers)}" if readers else "",
         "examples": _title_examples(published, pictures),
         "misread": misread[:ROWS_SHOWN],
         "misread_columns": heads("Prompt", "Variant", "#Seed", "Title", "Read", "#Distance"),
         "misread_told": first_of(misread),
     }
+
+
+def _unknown_told(titles: int) -> str:
+    """Of how many titles the reader cannot say whether they are legible; "" for none."""
+    if not titles:
+        return ""
+    told = "1 title is" if titles == 1 else f"{titles} titles are"
+    return (
+        f"{told} in letters that the reader does not know: it cannot say whether they can be read, "
+        "and no number here counts them. Look at the posters."
+    )
 
 
 def _title_examples(published: Published, pictures: Pictures) -> list[dict[str, Any]]:

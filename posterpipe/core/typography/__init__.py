@@ -11,6 +11,7 @@ criterion 1.4.3), and what is promised is what is measured on the finished groun
 
 - `colour`: Lab, luminance, contrast.
 - `fonts`: type styles, and which font can write a title.
+- `signs`: capitals and pictographs.
 - `lines`: line breaks, kerning, hanging signs.
 - `saliency`: what is ground, object and mark on an image.
 - `layout`: where the title goes and how large.

@@ -15,6 +15,7 @@ from importlib.resources import files
 from PIL import ImageFont, features
 
 from posterpipe.core.store import content_key
+from posterpipe.core.typography.signs import capitals, without_pictographs, without_selectors
 
 
 class TitleImpossible(ValueError):
@@ -148,6 +149,31 @@ def lettering(title: str, style: str) -> Lettering:
     raise TitleImpossible(f"the title {title!r} cannot be written: {what}; reword it")
 
 
+def what_can_be_set(title: str, style: str) -> tuple[str, str]:
+    """A title as the installed fonts can write it, and the pictographs that are left out of it.
+
+    No font has emoji, and a poster does without. Others stay (♥, ☆) where one font has them and the
+    letters. Raises TitleImpossible as `lettering` does, for letters.
+    """
+    plain = without_selectors(title)
+    ways = [(title, ""), (plain, "")]
+    ways += [without_pictographs(plain, leave_out) for leave_out in (_in_no_font, lambda _: True)]
+    for number, (text, left_out) in enumerate(dict.fromkeys(ways), start=1):
+        try:
+            lettering(text, style)
+        except TitleImpossible:
+            if number == len(set(ways)):
+                raise
+        else:
+            return text, left_out
+    raise AssertionError  # the last way has returned or raised
+
+
+def _in_no_font(sign: str) -> bool:
+    fonts = {(style.package, style.font) for style in STYLES.values()}
+    return not any(sign in coverage(*font) for font in (*fonts, *_OTHER_SCRIPTS, *_EAST_ASIA))
+
+
 def _preferred_in_east_asia(text: str) -> str:
     names = " ".join(unicodedata.name(sign, "") for sign in text)
     if "HANGUL" in names:
@@ -167,11 +193,6 @@ def needs_shaping(text: str) -> bool:
 def has_marks(text: str) -> bool:
     """Whether a letter carries a mark for which Unicode has no sign of its own with the letter."""
     return any(unicodedata.category(sign).startswith("M") for sign in text)
-
-
-def capitals(title: str) -> str:
-    """A title in capitals, letters with their marks as one sign where Unicode has one."""
-    return unicodedata.normalize("NFC", title.upper())
 
 
 @lru_cache(maxsize=64)

@@ -17,15 +17,16 @@ from posterpipe.core.typography.colour import Colour
 from posterpipe.core.typography.fonts import (
     Lettering,
     TitleImpossible,
-    capitals,
     choose_style,
     font_at,
     lettering,
+    what_can_be_set,
 )
 from posterpipe.core.typography.ground import choose_ink, clear_ground, least_contrast, veil_ground
 from posterpipe.core.typography.layout import Block, candidates
 from posterpipe.core.typography.lines import ZERO_WIDTH_SPACE, measure, pen_places, pieces
 from posterpipe.core.typography.saliency import look
+from posterpipe.core.typography.signs import capitals
 from posterpipe.settings import LetteringSettings
 
 
@@ -47,6 +48,8 @@ class Layout:
     """The least one of letters and ground that was measured."""
     scrim: bool
     """Whether the ground had to be helped."""
+    left_out: str = ""
+    """Pictographs of the title that no font has."""
 
 
 def set_title(
@@ -57,13 +60,15 @@ def set_title(
     Images narrower than `settings.min_width` are enlarged by a whole factor first, since letters
     need pixels. The contrast of letters and ground is at least `settings.contrast` everywhere
     around the letters; the ground is touched only where it would be less, or where marks of the
-    model stand in the way. Raises TitleImpossible.
+    model stand in the way. Pictographs that no font has are left out of the title. Raises
+    TitleImpossible.
     """
     title = " ".join(unicodedata.normalize("NFC", title).split())
     if not any(sign.isalnum() for sign in title):
         raise TitleImpossible(f"the title {title!r} has no letters; give one in the prompt suite")
     # Where lines may break does not decide how they look.
     style = choose_style(title.replace(ZERO_WIDTH_SPACE, ""), settings.style)
+    title, left_out = what_can_be_set(title, style)
     letters = lettering(title, style)
     if letters.capitals:
         title = capitals(title)
@@ -87,6 +92,7 @@ def set_title(
         colour=colour,
         contrast=least_contrast(canvas, around, colour),
         scrim=cleared or veiled,
+        left_out=left_out,
     )
     return titled, layout
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from importlib.metadata import version as installed_version
 from typing import Any
+from unicodedata import normalize
 
 import pandas as pd
 from PIL import Image
@@ -20,12 +21,23 @@ from posterpipe.core.images import UNREADABLE
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import Progress
 from posterpipe.core.store import Store, compute_missing, content_key
-from posterpipe.core.typography.fonts import TitleImpossible, fonts_id, layout_engine
+from posterpipe.core.typography.fonts import (
+    STYLES,
+    TitleImpossible,
+    choose_style,
+    fonts_id,
+    layout_engine,
+)
+from posterpipe.core.typography.lines import ZERO_WIDTH_SPACE
 from posterpipe.core.typography.render import Layout, set_title
+from posterpipe.core.typography.signs import capitals
 from posterpipe.settings import LetteringSettings
 
 TYPOGRAPHY_VERSION = 4
 """Raised when the same image and title would give other pixels."""
+
+GREEK_CAPITALS_VERSION = "without accents"
+"""The same for titles in capitals that lose Greek accents, and for these only."""
 
 TITLED_COLUMNS = (
     "generation_key", "untitled_image", "title", "image", "image_path", "style", "lines",
@@ -34,7 +46,8 @@ TITLED_COLUMNS = (
 )  # fmt: skip
 """Columns of the table of titled posters: the block's edges and the letters' height in pixels of
 the titled image, `contrast` the least one measured, `covered` the share of the main object below
-the letters (0 to 1), status ok, blocked or failed."""
+the letters (0 to 1), status ok, blocked or failed; the reason of one that is ok names what was left
+out of the title."""
 
 
 def lettering_id(settings: LetteringSettings) -> str:
@@ -47,7 +60,12 @@ def lettering_id(settings: LetteringSettings) -> str:
 
 def titled_key(image: str, title: str, settings: LetteringSettings) -> str:
     """Key of what decides a titled image's pixels; `image` is the hash of the untitled one."""
-    return content_key("titled", image, title, lettering_id(settings))
+    style = STYLES[choose_style(title.replace(ZERO_WIDTH_SPACE, ""), settings.style)]
+    loses_accents = style.capitals and capitals(title) != normalize("NFC", title.upper())
+    return content_key(
+        "titled", image, title, lettering_id(settings),
+        *([GREEK_CAPITALS_VERSION] if loses_accents else []),
+    )  # fmt: skip
 
 
 def set_titles(
@@ -55,7 +73,8 @@ def set_titles(
 ) -> pd.DataFrame:
     """The titled posters (TITLED_COLUMNS) of a table of generations (`generations.COLUMNS`).
 
-    One row a generation with a title. Only those that the store lacks are set. A title that cannot
+    One row a generation with a title. Only those that the store lacks are set. Pictographs that no
+    font has are left out of the title, and the row's reason says so. A title that cannot
     be set, or an image that cannot be read, is a row with status failed and the reason, and is
     tried again; blocked and failed generations keep their status.
     """
@@ -131,6 +150,9 @@ def _recorded(blob: str, image: Image.Image, layout: Layout) -> dict[str, Any]:
         "covered": round(layout.covered, 4),
         "width": image.width,
         "height": image.height,
+        "reason": f"set without {layout.left_out}, which no installed font has"
+        if layout.left_out
+        else "",
     }
 
 

@@ -6,7 +6,8 @@ file and its transactions (`database`), and what the columns mean (`schema`).
 Rows are only ever added, and adding one twice changes nothing. The exceptions: a row with status
 failed, which a later success replaces; the file of an image that was drawn again since its own was
 lost, which may differ in the rounding of its pixels; what is not known of a checkpoint (NULL),
-which is filled in when it is; fct_nearest, fct_title and fct_reading, where the latest measurement
+which is filled in when it is; scores of titles that turn out to be beyond the OCR, which are
+taken back; fct_nearest, fct_title and fct_reading, where the latest measurement
 of a key counts, since it also depends on the holdout posters and the lettering, and of which the
 last two lose the images that are lettered no more; and the tables current_..., which are replaced
 as a whole.
@@ -241,6 +242,30 @@ def delete_titles(connection: duckdb.DuckDBPyConnection, generation_keys: Iterab
             f"DELETE FROM {table} WHERE generation_key IN (SELECT generation_key FROM untitled)"
         )
     connection.unregister("untitled")
+
+
+def take_back_titles(
+    connection: duckdb.DuckDBPyConnection, metric_ids: Sequence[str], reasons: pd.DataFrame
+) -> None:
+    """Takes back the scores that these metrics gave titles (title, reason) which they cannot
+    measure, and what was read of them. Images of earlier checkpoints are among them: their numbers
+    would stand in a trend beside none."""
+    connection.register("beyond", reasons)
+    connection.register("metrics", pd.DataFrame({"metric_id": list(metric_ids)}))
+    connection.execute(
+        """
+        UPDATE fct_score SET value = NULL, status = 'blocked', reason = beyond.reason
+        FROM fct_image
+        INNER JOIN dim_prompt ON dim_prompt.prompt_key = fct_image.prompt_key
+        INNER JOIN beyond ON beyond.title = dim_prompt.title
+        WHERE fct_score.generation_key = fct_image.generation_key
+          AND fct_score.metric_id IN (SELECT metric_id FROM metrics)
+          AND fct_score.status = 'ok'
+        """
+    )
+    connection.execute("DELETE FROM fct_reading WHERE title IN (SELECT title FROM beyond)")
+    connection.unregister("metrics")
+    connection.unregister("beyond")
 
 
 def replace_posters(connection: duckdb.DuckDBPyConnection, posters: pd.DataFrame) -> None:

@@ -101,7 +101,8 @@ CREATE TABLE IF NOT EXISTS fct_score (
     value           DOUBLE,
     -- The score, in the unit that dim_metric tells; NULL unless the status is ok.
     status          VARCHAR NOT NULL CHECK (status IN ('ok', 'blocked', 'failed')),
-    -- ok, blocked (the image is black or of one colour) or failed (not scored).
+    -- ok, blocked (there is nothing to measure: the image is black or of one colour, or the title
+    -- is in letters that the OCR does not know) or failed (not scored).
     reason          VARCHAR NOT NULL,
     -- Why there is no score; empty for ok.
     scored_at       TIMESTAMP NOT NULL,
@@ -269,7 +270,7 @@ CREATE TABLE IF NOT EXISTS fct_title (
     status          VARCHAR NOT NULL CHECK (status IN ('ok', 'blocked', 'failed')),
     -- ok, blocked (the image is black or of one colour) or failed (not set).
     reason          VARCHAR NOT NULL,
-    -- Why it is not ok; empty for ok.
+    -- Why it is not ok; of ok, which signs were left out, empty for none.
     set_at          TIMESTAMP NOT NULL,
     -- When it was set (UTC).
     run_id          VARCHAR

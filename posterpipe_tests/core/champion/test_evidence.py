@@ -33,8 +33,11 @@ from posterpipe.core.champion.evidence import (
     posters_of,
     record_readings,
     record_titles,
+    record_unknown_titles,
 )
+from posterpipe.core.metrics.base import record_scores, score_rows
 from posterpipe.core.metrics.fidelity import Posters, altered
+from posterpipe.core.metrics.legibility import legibility_metrics
 from posterpipe.core.posters.arrivals import holdout_entries
 from posterpipe.core.posters.landing import scan_holdout
 from posterpipe.core.posters.listing import HOLDOUT, Folder
@@ -516,3 +519,29 @@ def test_what_is_known_of_a_title_goes_with_it_where_an_image_is_lettered_no_mor
     # The image of another checkpoint, which is not looked at now, keeps its title.
     record_titles(warehouse, titled[:1], keys[:2], run_id="run")
     assert known() == [{keys[0], keys[2]}] * 2
+
+
+def test_scores_of_titles_that_the_ocr_cannot_read_are_taken_back(
+    store: Store, warehouse: Warehouse
+) -> None:
+    """An older posterpipe gave them numbers under the same metric."""
+    table = generations(store, pictures(2, 1), titles=["Star", "기생충"])
+    metrics = legibility_metrics("drawn")
+    scores = pd.concat(
+        [
+            score_rows(table, metric.metric_id, dict.fromkeys(table["generation_key"], 0.0), {})
+            for metric in metrics
+        ]
+    )
+    read = table[["generation_key", "title"]].assign(read="STAR", distance=0.0, exact=True)
+    record_scores(warehouse, table, metrics, scores, run_id="run", step="legibility_scores drawn")
+    record_readings(warehouse, read, "drawn", run_id="run")
+    record_unknown_titles(warehouse, metrics, {"기생충": "not its letters"})
+    known, beyond = table["generation_key"]
+    for metric in metrics:
+        held = warehouse.scores(metric.metric_id, [known, beyond]).set_index("generation_key")
+        assert held["status"].to_dict() == {known: "ok", beyond: "blocked"}
+        assert held.loc[beyond, "reason"] == "not its letters"
+        assert np.isnan(held.loc[beyond, "value"])
+    with warehouse.read() as connection:
+        assert connection.sql("SELECT generation_key FROM fct_reading").fetchall() == [(known,)]

@@ -21,12 +21,18 @@ from posterpipe.core.metrics.legibility import (
     plain,
     reader_id,
     title_distance,
+    unknown_letters,
 )
 from posterpipe.core.progress import NoProgress
 from posterpipe.core.store import Store
 from posterpipe.core.typography import lettering_id
 from posterpipe.settings import LetteringSettings
 from posterpipe_tests.core.metrics.tiny import generations
+
+OTHER_SCRIPTS = {
+    "Cyrillic": "Ночной дозор", "Hangul": "기생충", "Hebrew": "שלום עולם", "Arabic": "أبطال",
+    "Devanagari": "दंगल", "Thai": "องค์บาก", "Greek": "Αλέξανδρος",
+}  # fmt: skip
 
 
 def lettered(*lines: str, size: tuple[int, int] = (400, 600), height: int = 48) -> Image.Image:
@@ -175,3 +181,51 @@ def test_a_suite_without_titles_has_nothing_to_read(tmp_path: Path) -> None:
     found = measure_legibility(Store(tmp_path), nothing, "set", NoProgress(), lettering="abc")
     assert len(found.metrics) == 2 and found.scores.empty and found.read.empty
     assert of_all_titles(nothing, found.read).empty
+
+
+@pytest.mark.parametrize(
+    "title",
+    ["Plum Orbit", "Amélie", "Straße", "İstanbul", "Việt Nam", "Đường về", "Nǐ hǎo", "Ljóð",
+     "8½", "Ⅷ", "ﬁlm", "Up 🎈", "千と千尋の神隠し", "卧虎藏龙", "π"],
+)  # fmt: skip
+def test_the_reader_knows_the_letters_of_what_it_was_trained_on(title: str) -> None:
+    assert unknown_letters(title) == "" == unknown_letters(title.upper())
+
+
+@pytest.mark.parametrize(("script", "title"), OTHER_SCRIPTS.items())
+def test_the_reader_does_not_know_the_letters_that_its_model_cannot_write(
+    script: str, title: str
+) -> None:
+    assert set(unknown_letters(title)) >= {plain(sign) for sign in title if sign.isalpha()}
+    assert unknown_letters(f"Star {title}") == unknown_letters(title)
+
+
+def test_greek_words_are_read_as_what_looks_like_them_in_latin(reader: TitleReader) -> None:
+    """Why Greek letters do not count as known, though the model has them: for formulas."""
+    for title in ("ΛΑΘΟΣ", "ΖΟΡΜΠΑΣ", "ΣΚΟΝΗ ΚΑΙ ΦΩΣ"):
+        ((line,),) = [list(lines) for lines in reader([lettered(title, size=(700, 200))])]
+        assert line.confidence > 0.5 and title_distance([line.text], title) > 0.3
+        assert unknown_letters(title)
+
+
+def test_a_title_in_letters_that_the_reader_does_not_know_has_no_score_and_the_reason(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path)
+    titles = [*OTHER_SCRIPTS.values(), "Star"]
+    images: list[Image.Image | None] = [lettered(title) for title in titles]
+    table = generations(store, images, titles=titles)
+    found = measure_legibility(store, table, "drawn", NoProgress())
+    exact = found.scores[found.scores["metric_id"] == found.metrics[1].metric_id]
+    assert exact["status"].tolist() == ["blocked"] * len(OTHER_SCRIPTS) + ["ok"]
+    assert exact["value"].isna().tolist() == [True] * len(OTHER_SCRIPTS) + [False]
+    for script, reason in zip(OTHER_SCRIPTS, exact["reason"], strict=False):
+        assert f"does not know the {script} letters" in reason and "look at the poster" in reason
+    assert found.read["title"].tolist() == ["Star"]
+    assert list(found.unknown) == list(OTHER_SCRIPTS.values())
+    assert unread_count(table, found.scores) == 0, "reading them again would change nothing"
+    told = of_all_titles(table, found.read).set_index("title")
+    assert told["measurable"].tolist() == [False] * len(OTHER_SCRIPTS) + [True]
+    assert told["status"].tolist() == ["blocked"] * len(OTHER_SCRIPTS) + ["ok"]
+    gone = measure_legibility(store, table.assign(status="failed"), "drawn", NoProgress())
+    assert set(gone.scores["status"]) == {"failed"}, "it comes when the image is drawn"

@@ -682,6 +682,29 @@ def test_prompts_without_spread_are_told_in_words_and_not_as_an_interval(
     assert after["legibility.html"].text.count("no spread between prompts") == several > 0
 
 
+@pytest.mark.parametrize(
+    ("titles", "of_it", "told"),
+    [
+        (1, "unknown_titles = 1", "1 title is in letters that the reader does not know"),
+        (3, "unknown_titles = 3", "3 titles are in letters that the reader does not know"),
+        (8, "unknown_titles = 8, prompts = 0, images = 0, readable = 0, exact = 0, "
+         "exact_share = NULL, exact_low_95 = NULL, exact_high_95 = NULL, mean_distance = NULL, "
+         "distance_low_95 = NULL, distance_high_95 = NULL",
+         "No title is in letters that the reader knows"),
+    ],
+)  # fmt: skip
+def test_titles_that_the_reader_cannot_judge_are_told_beside_those_that_it_read(
+    world: Path, pages: dict[str, Parsed], tmp_path: Path, titles: int, of_it: str, told: str
+) -> None:
+    assert "reader does not know" not in pages["legibility.html"].text
+    store = copy_of(world, tmp_path)
+    with duckdb.connect(str(store / "public" / "scores.duckdb")) as connection:
+        connection.execute(f"UPDATE legibility SET {of_it}")
+    write_report(store / "public" / "scores.duckdb", store, tmp_path / "report")
+    text = assert_whole(tmp_path / "report")["legibility.html"].text
+    assert told in text and f"{titles} title" in text
+
+
 def test_the_growth_chart_shows_the_mean_of_clamped_scores(world: Path, tmp_path: Path) -> None:
     store = copy_of(world, tmp_path)
     with duckdb.connect(str(store / "public" / "scores.duckdb")) as connection:
