@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from posterpipe.core.champion.decisions import pin, unpin
-from posterpipe.core.champion.evidence import record_readings, record_titles
 from posterpipe.core.metrics.base import Metric, record_scores
+from posterpipe.core.metrics.titles_read import record_readings, record_titles
 from posterpipe.core.store import content_key
 from posterpipe.core.warehouse.database import Warehouse
 from posterpipe.core.warehouse.rows import fill_checkpoints, insert, replace_posters

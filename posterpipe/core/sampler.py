@@ -233,14 +233,8 @@ class Sampler:
             wanted = len(batch)
             batch += batch[-1:] * (size - wanted)
             batches_left = math.ceil((len(requests) - len(images)) / size)
-
-            def tell(
-                step: int, steps: int, left: int = batches_left, done: int = steps_done
-            ) -> None:
-                if on_step is not None:
-                    on_step(done + step, done + steps * left)
-
             try:
+                tell = _of_all_batches(on_step, steps_done, batches_left)
                 images += self._draw(batch, tell)[:wanted]
                 steps_done += len(self.scheduler.timesteps)
             except RuntimeError as error:
@@ -464,6 +458,18 @@ def _model(model_dir: Path) -> Path:
             "asset that makes it, or set POSTERPIPE_BASE_MODEL__ID to one that exists"
         )
     return folder
+
+
+def _of_all_batches(
+    on_step: Callable[[int, int], None] | None, done: int, batches_left: int
+) -> Callable[[int, int], None]:
+    """`on_step` for the steps of one batch, told among those of all."""
+
+    def tell(step: int, steps: int) -> None:
+        if on_step is not None:
+            on_step(done + step, done + steps * batches_left)
+
+    return tell
 
 
 def make_scheduler(folder: Path, name: str, *, zero_terminal_snr: bool = False) -> Any:

@@ -213,50 +213,20 @@ def legibility_scores(
     """
     import pandas as pd
 
-    from posterpipe.core.champion.evidence import (
-        record_readings,
-        record_titles,
-        record_unknown_titles,
-    )
-    from posterpipe.core.metrics.base import record_scores, unread_count
-    from posterpipe.core.metrics.legibility import measure_legibility, of_all_titles
+    from posterpipe.core.metrics.titles_read import read_titles
     from posterpipe.core.typography import lettering_id
 
     warehouse = deployment.warehouse.prepare()
-    generations = pd.concat([base_generations, tuned_generations], ignore_index=True)
-    record_titles(
-        deployment.warehouse, titled_posters, generations["generation_key"],
+    found = read_titles(
+        deployment.store,
+        deployment.warehouse,
+        pd.concat([base_generations, tuned_generations], ignore_index=True),
+        titled_posters,
+        deployment.progress(context),
+        set_by=lettering_id(deployment.settings.lettering),
         run_id=context.run.run_id,
-    )  # fmt: skip
-    lettered = generations["generation_key"].isin(titled_posters["generation_key"])
-    readings, unread = [], 0
-    set_by = lettering_id(deployment.settings.lettering)
-    for where, images, type_setting in (
-        ("drawn", generations[lettered], ""), ("set", titled_posters, set_by),
-    ):  # fmt: skip
-        found = measure_legibility(
-            deployment.store, images, where, deployment.progress(context), lettering=type_setting
-        )
-        record_scores(
-            deployment.warehouse, generations, found.metrics, found.scores,
-            run_id=context.run.run_id, step=f"legibility_scores {where}",
-        )  # fmt: skip
-        record_unknown_titles(deployment.warehouse, found.metrics, found.unknown)
-        record_readings(deployment.warehouse, found.read, where, run_id=context.run.run_id)
-        readings.append(of_all_titles(images, found.read).assign(lettering=where))
-        unread += unread_count(images, found.scores)
-    table = pd.concat(readings, ignore_index=True)[
-        [
-            "generation_key",
-            "lettering",
-            "title",
-            "status",
-            "read",
-            "distance",
-            "exact",
-            "measurable",
-        ]
-    ]
+    )
+    table = found.table
     measurable = table[table["measurable"].astype(bool)]
     beyond = table.loc[~table["measurable"].astype(bool), ["title"]].drop_duplicates()
     shares = measurable.groupby("lettering")["exact"].mean()
@@ -264,7 +234,7 @@ def legibility_scores(
         table,
         {
             **{f"exact_{name}": float(share) for name, share in shares.items()},
-            FAILED_ITEMS: unread,
+            FAILED_ITEMS: found.unread,
             "misread": table_preview(
                 measurable[(measurable["lettering"] == "set") & ~measurable["exact"].astype(bool)]
             ),

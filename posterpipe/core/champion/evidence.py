@@ -9,7 +9,7 @@ of generations, and reading from it what the gate needs. What does not: the metr
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -39,7 +39,7 @@ from posterpipe.core.provenance.checkpoints import checkpoint_facts, images_trai
 from posterpipe.core.store import Store
 from posterpipe.core.training.holdout_set import resized_holdout
 from posterpipe.core.warehouse.database import Warehouse
-from posterpipe.core.warehouse.rows import delete_titles, insert, take_back_titles, utc_now
+from posterpipe.core.warehouse.rows import insert, utc_now
 from posterpipe.settings import GateSettings, ScorerSettings, Settings
 
 EVIDENCE_COLUMNS = (
@@ -265,50 +265,6 @@ def _record_nearest(warehouse: Warehouse, nearest: pd.DataFrame, *, run_id: str)
     rows = nearest.drop(columns=["copied_by", "copy_unsure"]).assign(measured_at=now, run_id=run_id)
     with warehouse.write() as connection:
         insert(connection, "fct_nearest", rows)
-
-
-def record_titles(
-    warehouse: Warehouse, titled: pd.DataFrame, generation_keys: Iterable[str], *, run_id: str
-) -> None:
-    """Adds the titled posters (`typography.TITLED_COLUMNS`), so that reports can show them.
-
-    Those of `generation_keys` that are not among them are lettered no more: what is known of their
-    titles goes, and reports count them no more.
-    """
-    names = ["generation_key", "title", "image", "image_path", "style", "cap_height", "contrast",
-             "scrim", "covered", "status", "reason"]  # fmt: skip
-    now = utc_now()
-    without = pd.Series(list(generation_keys), dtype="str")
-    without = without[~without.isin(titled["generation_key"])]
-    with warehouse.write() as connection:
-        insert(connection, "fct_title", titled[names].assign(set_at=now, run_id=run_id))
-        delete_titles(connection, without)
-
-
-def record_readings(
-    warehouse: Warehouse, read: pd.DataFrame, lettering: str, *, run_id: str
-) -> None:
-    """Adds what `legibility.measure_legibility` read; `lettering` is drawn or set."""
-    now = utc_now()
-    with warehouse.write() as connection:
-        insert(
-            connection, "fct_reading", read.assign(lettering=lettering, read_at=now, run_id=run_id)
-        )
-
-
-def record_unknown_titles(
-    warehouse: Warehouse, metrics: Sequence[Metric], reasons: Mapping[str, str]
-) -> None:
-    """Takes back what an older posterpipe measured of titles (with the reasons why it could not,
-    see `Legibility.unknown`) in letters that the reader does not know."""
-    if not reasons:
-        return
-    with warehouse.write() as connection:
-        take_back_titles(
-            connection,
-            [metric.metric_id for metric in metrics],
-            pd.DataFrame(list(reasons.items()), columns=["title", "reason"]),
-        )
 
 
 def _preference(

@@ -8,5 +8,5 @@ What does not: the tables the numbers go to (`warehouse`) and what they add up t
 `base` is what all share and `encoders` what makes embeddings; `clip` is the similarity of image and
 prompt, `specificity` what of it other prompts have not, `fidelity` the similarity of images and
 posters with copies, `diversity` that of the images of one prompt, `legibility` whether the title
-can be read, `pickscore` what people would choose.
+can be read (recorded by `titles_read`), `pickscore` what people would choose.
 """

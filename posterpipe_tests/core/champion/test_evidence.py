@@ -31,13 +31,15 @@ from posterpipe.core.champion.evidence import (
     judge,
     measure,
     posters_of,
-    record_readings,
-    record_titles,
-    record_unknown_titles,
 )
 from posterpipe.core.metrics.base import record_scores, score_rows
 from posterpipe.core.metrics.fidelity import Posters, altered
 from posterpipe.core.metrics.legibility import legibility_metrics
+from posterpipe.core.metrics.titles_read import (
+    record_readings,
+    record_titles,
+    record_unknown_titles,
+)
 from posterpipe.core.posters.arrivals import holdout_entries
 from posterpipe.core.posters.landing import scan_holdout
 from posterpipe.core.posters.listing import HOLDOUT, Folder
