@@ -39,7 +39,7 @@ from posterpipe.settings import Settings
 PROJECT = Path("dbt_like_reports")
 """Relative to the root."""
 
-_OF = "manifest.of"
+_STAMP_NAME = "manifest.of"
 """File beside the manifest: what it was made of."""
 
 _MISTAKE = "manifest.mistake"
@@ -108,7 +108,7 @@ def _parse_errors(error: Exception) -> str:
 def _manifest_is_behind(project: DbtProject) -> bool:
     # By content: a file that is put back keeps its date, which may be older than the manifest's.
     try:
-        return (project.manifest_path.parent / _OF).read_text() != _of(
+        return (project.manifest_path.parent / _STAMP_NAME).read_text() != _manifest_stamp(
             _sources(project), project.manifest_path
         )
     except FileNotFoundError:
@@ -124,7 +124,7 @@ def _sources(project: DbtProject) -> str:
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
-def _of(sources: str, manifest: Path) -> str:
+def _manifest_stamp(sources: str, manifest: Path) -> str:
     """What is kept beside a manifest: dbt, called by hand, writes others of other files."""
     return f"{sources} {sha256_of(manifest)}"
 
@@ -138,10 +138,10 @@ def _write_manifest(project: DbtProject) -> None:
         # In full: partial parsing takes a file for unchanged that has the date that it knows.
         parse = ["parse", "--quiet", "--no-partial-parse"]
         dbt_resource(project).cli(parse, target_path=Path(folder)).wait()
-        of = _of(sources, Path(folder, project.manifest_path.name))
+        of = _manifest_stamp(sources, Path(folder, project.manifest_path.name))
         for name in ("partial_parse.msgpack", project.manifest_path.name):
             os.replace(Path(folder, name), target / name)
-    write_atomic(target / _OF, of.encode())
+    write_atomic(target / _STAMP_NAME, of.encode())
     (target / _MISTAKE).unlink(missing_ok=True)
 
 
@@ -235,14 +235,14 @@ def _code_version(manifest: Mapping[str, Any], unique_id: str, variables: Mappin
         if name != unique_id and node.get("config", {}).get("materialized", "") not in _WITHIN:
             continue
         text = node.get("raw_code") or node.get("macro_sql") or node["checksum"]["checksum"]
-        asked = _values(_VARIABLE.findall(text), variables, node["package_name"])
+        asked = _variable_values(_VARIABLE.findall(text), variables, node["package_name"])
         code[name] = [text, asked] if asked else text
         needs = node["depends_on"]
         ahead += [*needs.get("macros", ()), *needs.get("nodes", ())]
     return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _values(names: list[str], variables: Mapping[str, Any], package: str) -> list[Any]:
+def _variable_values(names: list[str], variables: Mapping[str, Any], package: str) -> list[Any]:
     """What variables of these names are for a package; all where a name is not written out ("")."""
     if "" in names:
         return [variables]

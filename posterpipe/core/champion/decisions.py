@@ -148,7 +148,7 @@ def pin(
     Only what has been champion, the base model or what the gate holds may be pinned. Raises
     GateError for a checkpoint that is rejected or not known, and without a name or reason.
     """
-    _named(who, why)
+    _require_who_and_why(who, why)
     latest = verdicts(of_base(decisions, base_model))
     if latest.get(checkpoint) == "reject":
         raise GateError(
@@ -177,7 +177,7 @@ def unpin(
     decisions: pd.DataFrame, base_model: str, *, who: str, why: str, decided_at: dt.datetime
 ) -> pd.DataFrame:
     """The row that gives the choice back to the gate. Raises GateError where nothing is pinned."""
-    _named(who, why)
+    _require_who_and_why(who, why)
     now = _standings(decisions, base_model)[-1]
     if now.pinned is None:
         raise GateError("no checkpoint is pinned: the gate decides already")
@@ -201,7 +201,7 @@ def rollback(
     Never one that was rolled back from and neither promoted nor pinned since: of it, too, somebody
     complained. Raises GateError where none is left.
     """
-    _named(who, why)
+    _require_who_and_why(who, why)
     standings = _standings(decisions, base_model)
     served = [standing.served for standing in standings]
     now, latest, left = served[-1], standings[-1].latest, standings[-1].left
@@ -315,7 +315,7 @@ def _ordered(decisions: pd.DataFrame) -> pd.DataFrame:
     return decisions.sort_values("decided_at", kind="stable")
 
 
-def _named(who: str, why: str) -> None:
+def _require_who_and_why(who: str, why: str) -> None:
     if not who.strip() or not why.strip():
         raise GateError("say who decides and why: both are kept in the log")
     try:

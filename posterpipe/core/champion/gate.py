@@ -171,13 +171,13 @@ def decide(evidence: Evidence, settings: GateSettings) -> GateDecision:
     failed = [check for check in checks if check.outcome == "fail"]
     undecided = [check for check in checks if check.outcome == "open"]
     if failed:
-        return GateDecision("reject", _told(failed), checks, evidence)
+        return GateDecision("reject", _reason_text(failed), checks, evidence)
     if undecided:
-        return GateDecision("hold", _told(undecided), checks, evidence)
+        return GateDecision("hold", _reason_text(undecided), checks, evidence)
     return GateDecision("promote", "every check passed", checks, evidence)
 
 
-def _told(checks: Sequence[Check]) -> str:
+def _reason_text(checks: Sequence[Check]) -> str:
     return "; ".join(f"{check.name}: {check.reason}" for check in checks)
 
 

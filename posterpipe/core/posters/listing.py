@@ -374,7 +374,7 @@ class Bucket(Place):
             ) from error
         except Exception as error:  # each provider has its own
             raise PlaceMissing(
-                f"{self.location}: cannot be listed ({_told(error)}); check the address, the "
+                f"{self.location}: cannot be listed ({_error_text(error)}); check the address, the "
                 f"network and the credentials, or set {self.role.setting} to another folder or URL"
             ) from error
         entries = []
@@ -490,7 +490,7 @@ def _os_errors(function: Any, *arguments: Any) -> Any:
     except OSError:
         raise
     except Exception as error:
-        raise OSError(_told(error)) from error
+        raise OSError(_error_text(error)) from error
 
 
 _PASSWORD = re.compile(r"(?<=://)([^/:@\s]*):(?:[^/\s]*|(?!\d*/)[^@\s]*)@")
@@ -502,7 +502,7 @@ def _without_password(text: str) -> str:
     return _PASSWORD.sub(r"\1@", text)
 
 
-def _told(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return _without_password(f"{type(error).__name__}: {error}")
 
 

@@ -131,7 +131,7 @@ def require_posters(store: Store, training_set: str, poster_ids: Iterable[str]) 
     known = lineage(store, training_set)
     rows = [] if known is None else known.to_dict("records")
     names = {str(row["poster_id"]): _name(row) for row in rows}
-    told = _told(
+    told = _sentence_of_names(
         "of the training set not there any more",
         [names.get(poster, poster[:12]) for poster in gone],
     )
@@ -158,9 +158,9 @@ def describe_difference(store: Store, before: str, after: str) -> str:
     new: dict[str, Any] = {str(row[key]): row for row in two.to_dict("records")}
     both = [name for name in new if name in old]
     parts = [
-        _told("added", [_name(new[name]) for name in new if name not in old]),
-        _told("removed", [_name(old[name]) for name in old if name not in new]),
-        _told(
+        _sentence_of_names("added", [_name(new[name]) for name in new if name not in old]),
+        _sentence_of_names("removed", [_name(old[name]) for name in old if name not in new]),
+        _sentence_of_names(
             "re-captioned",
             [
                 f"{_name(new[name])}: “{old[name]['caption']}” became “{new[name]['caption']}”"
@@ -168,7 +168,7 @@ def describe_difference(store: Store, before: str, after: str) -> str:
                 if old[name]["caption"] != new[name]["caption"]
             ],
         ),
-        _told(
+        _sentence_of_names(
             "resized differently",
             [_name(new[name]) for name in both if old[name]["image"] != new[name]["image"]],
         ),
@@ -181,7 +181,7 @@ def _name(row: Mapping[Any, Any]) -> str:
     return str(names[0] if names else row["file_name"])
 
 
-def _told(verb: str, names: list[str]) -> str:
+def _sentence_of_names(verb: str, names: list[str]) -> str:
     if not names:
         return ""
     shown = ", ".join(names[:_NAMES_TOLD])

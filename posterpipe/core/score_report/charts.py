@@ -292,9 +292,9 @@ def points_chart(
     parts += _joined(places, beside, scale, "join beside")
     parts += _beside_marks(places, beside, scale)
     parts += _point_marks(places, points, scale)
-    described = "; ".join(_told(point) for point in [*points, *beside])
+    described = "; ".join(_tooltip(point) for point in [*points, *beside])
     if reference is not None:
-        described += f". Level: {_told(reference)}"
+        described += f". Level: {_tooltip(reference)}"
     return _frame(name, title, described + ".", scale, Markup("").join(parts), unit)
 
 
@@ -370,7 +370,7 @@ def _joined(
     return [_line(*one, *two, css) for one, two in itertools.pairwise(known)]
 
 
-def _told(point: Point) -> str:
+def _tooltip(point: Point) -> str:
     label = point.label.replace("|", " ")
     if not is_known(point.value):
         return f"{label}: no score"

@@ -232,7 +232,7 @@ def _drop_others(
     others = [entry for entry in listed if entry[2] not in known]
     for kind, schema, name in others:
         connection.execute(f'DROP {kind} "{database}"."{schema}"."{name}"')
-    return [_named(schema, name) for _, schema, name in others]
+    return [_qualified(schema, name) for _, schema, name in others]
 
 
 def _verify(copy: Path, rows: dict[str, int], private: Path) -> None:
@@ -273,11 +273,11 @@ def _row_counts(connection: duckdb.DuckDBPyConnection, database: str) -> dict[st
     counts = {}
     for schema, name in names:
         query = f'SELECT count(*) FROM "{database}"."{schema}"."{name}"'
-        counts[_named(schema, name)] = int(connection.execute(query).fetchall()[0][0])
+        counts[_qualified(schema, name)] = int(connection.execute(query).fetchall()[0][0])
     return counts
 
 
-def _named(schema: str, name: str) -> str:
+def _qualified(schema: str, name: str) -> str:
     return name if schema == "main" else f"{schema}.{name}"
 
 
@@ -337,7 +337,7 @@ def _write_parquet(database: Path, folder: Path) -> None:
             "WHERE table_catalog = current_database() ORDER BY ALL"
         ).fetchall()
         for schema, name in names:
-            file = folder / f"{_named(schema, name)}.parquet"
+            file = folder / f"{_qualified(schema, name)}.parquet"
             connection.execute(
                 f'COPY (FROM "{schema}"."{name}") TO {_quoted(file)} '
                 "(FORMAT parquet, COMPRESSION zstd)"
