@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from posterpipe.core.errors import named_line
+from posterpipe.core.memory import is_out_of_memory
+
 Model = TypeVar("Model")
 
 HALF = "fp16"
@@ -63,17 +66,24 @@ def load_weights(
 
     diffusers and transformers give random numbers to weights that the files lack, which only a line
     in their log tells, and follow an index to files of any kind. `dispensable`: beginnings of names
-    of weights that may be missing, since nothing uses them. Raises WeightsUnusable, and whatever
-    the class raises.
+    of weights that may be missing, since nothing uses them. Raises WeightsUnusable, OSError, and
+    whatever says that memory has run out.
     """
     _require_safetensors(folder)
-    model, told = cast(Any, cls).from_pretrained(
-        folder,
-        use_safetensors=True,
-        variant=variant(folder),
-        output_loading_info=True,
-        **options,
-    )
+    try:
+        model, told = cast(Any, cls).from_pretrained(
+            folder,
+            use_safetensors=True,
+            variant=variant(folder),
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of a damaged config or of other shapes: anything
+        if is_out_of_memory(error):
+            raise
+        raise WeightsUnusable(named_line(error)) from error
     missing = [
         name for name in sorted(told["missing_keys"]) if not name.startswith((*dispensable,))
     ]
@@ -88,7 +98,10 @@ def load_weights(
 
 def _require_safetensors(folder: Path) -> None:
     for index in sorted(folder.glob("*.safetensors.index*.json")):
-        files = json.loads(index.read_text("utf-8")).get("weight_map", {}).values()
+        try:
+            files = json.loads(index.read_text("utf-8"))["weight_map"].values()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightsUnusable(f"{index.name} is no index of weights") from error
         for name in sorted(set(map(str, files))):
             # Neither a pickle nor a file somewhere else.
             if Path(name).name != name or not name.endswith(".safetensors"):

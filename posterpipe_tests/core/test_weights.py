@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from posterpipe.core.models import ModelMissing
 from posterpipe.core.sampler import Sampler
 from posterpipe.core.weights import (
     WeightsUnusable,
@@ -71,6 +72,23 @@ def test_an_index_that_names_a_pickle_is_refused_unread(
     (folder / f"{name}.index.json").write_text(json.dumps(index))
     with pytest.raises(WeightsUnusable, match=r"'weights\.bin', which is no safetensors file"):
         load_weights(cls, folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": [1]}', "{"])
+def test_an_index_that_is_none_is_named(model: Path, text: str) -> None:
+    (model / "unet" / f"{UNET}.index.json").write_text(text)
+    with pytest.raises(WeightsUnusable, match=r"index\.json is no index of weights"):
+        load_weights(UNet2DConditionModel, model / "unet", dtype=torch.float32)
+
+
+def test_a_damaged_part_of_a_model_is_a_sentence_of_whoever_loads_it(model: Path) -> None:
+    config = model / "text_encoder" / "config.json"
+    whole = json.loads(config.read_text())
+    damaged: list[Any] = [{**whole, "hidden_size": 64}, []]
+    for values in damaged:
+        config.write_text(json.dumps(values))
+        with pytest.raises(ModelMissing, match="the model cannot be loaded"):
+            Sampler(model, SamplerSettings(height=48, width=32), model_id="damaged")
 
 
 def halves(model: Path, shards: bool) -> Path:

@@ -31,6 +31,8 @@ def check_base_model(folder: Path) -> None:
     """Raises BaseModelError unless `folder` looks like a Stable Diffusion 1.x or 2.x."""
     try:
         _check_base_model(folder)
+    except FileNotFoundError as error:
+        raise BaseModelError(f"{error.filename}: is not there; get the model again") from error
     except OSError as error:
         raise BaseModelError(
             f"{error.filename}: cannot be read ({error.strerror}); make it readable"

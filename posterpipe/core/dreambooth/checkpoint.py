@@ -30,7 +30,7 @@ from posterpipe.core.dreambooth.config import (
     RunConfig,
     Versions,
 )
-from posterpipe.core.dreambooth.continuing import step_folder
+from posterpipe.core.dreambooth.continuing import name_of
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.guards import only_writer_of, writing
 from posterpipe.core.dreambooth.lora import merge_lora, write_lora
@@ -245,7 +245,8 @@ def _end_in_noise(path: Path) -> str:
     if known is None or "rescale_betas_zero_snr" not in inspect.signature(known).parameters:
         config.update(_class_name="DDIMScheduler", clip_sample=False)
     config.update(rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    write_json(path, config)
+    # diffusers' own configs hold infinities, which `write_json` has no word for.
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return str(config["_class_name"])
 
 
@@ -263,7 +264,7 @@ def _record(
         "training_set": versions.training_set,
         "class_set": versions.class_set,
         "holdout_set": versions.holdout_set,
-        "continued": step_folder(config.continue_from) if config.continue_from else "",
+        "continued": name_of(versions.continued),
         "base_model": versions.base_model,
         "base_model_name": config.base_model_name or config.base_model.name,
         "trainer": TRAINER_VERSION,

@@ -7,12 +7,17 @@ one (`Learner.restore`).
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 from posterpipe.core.dreambooth.config import RunConfig, Versions
+from posterpipe.core.dreambooth.effects import with_defaults
 from posterpipe.core.dreambooth.errors import TrainingError
+from posterpipe.core.dreambooth.guards import writing
 from posterpipe.core.dreambooth.saves import Save, read_save, save_fingerprint
+from posterpipe.core.files import write_atomic
 
 _SAME = (
     "method",
@@ -22,14 +27,52 @@ _SAME = (
     "lora_text_encoder_targets",
     "train_text_encoder",
 )
-"""Settings that decide which weights are trained, and so what lies in a save."""
+"""Settings that decide which weights are trained, and so what lies in a save. Beside them the
+optimizer: 8-bit AdamW keeps another state than the other two."""
+
+
+_NOTES = "continued.json"
+"""In work_dir: the fingerprints of the saves that runs went on from, by path."""
 
 
 def with_continued(versions: Versions, config: RunConfig) -> Versions:
-    """The versions of a run's inputs, of which the save that it goes on from is one."""
+    """The versions of a run's inputs, of which the save that it goes on from is one.
+
+    That is needed no more when this run has a save of its own or has finished, so its fingerprint
+    is noted in work_dir. Raises TrainingError where it is neither there nor noted.
+    """
     if config.continue_from is None:
         return versions
-    return versions.model_copy(update={"continued": save_fingerprint(config.continue_from)})
+    path = Path(os.path.abspath(config.continue_from))
+    notes = _notes(config.work_dir)
+    try:
+        found = save_fingerprint(path)
+    except TrainingError:
+        if str(path) not in notes:
+            raise
+        found = notes[str(path)]
+    if notes.get(str(path)) != found:
+        with writing("what it goes on from", config.work_dir):
+            config.work_dir.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({**notes, str(path): found}, indent=1)
+            write_atomic(config.work_dir / _NOTES, text.encode())
+    return versions.model_copy(update={"continued": found})
+
+
+def name_of(continued: str) -> str:
+    """A save in words, `run, step N`, from its fingerprint; "" for none."""
+    if not continued:
+        return ""
+    run, step, _ = continued.split("/")
+    return f"{run}, step {step}"
+
+
+def _notes(work_dir: Path) -> dict[str, str]:
+    try:
+        notes = json.loads((work_dir / _NOTES).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return notes if isinstance(notes, dict) else {}
 
 
 def save_to_continue(config: RunConfig, versions: Versions) -> Save | None:
@@ -46,24 +89,22 @@ def save_to_continue(config: RunConfig, versions: Versions) -> Save | None:
             f"continue_from: {saved.folder} was written by an earlier version, and does not tell "
             "its settings; only its own run can go on from it"
         )
-    if before["base_model"] != versions.base_model:
+    now = describe(config, versions)
+    # Fingerprints of two kinds, as the asset gives them and as they are measured by hand, tell
+    # nothing of each other.
+    bases = before["base_model"], now["base_model"]
+    if bases[0] != bases[1] and len(bases[0]) == len(bases[1]):
         raise TrainingError(
             f"continue_from: {saved.folder} was trained from another base model; name that one as "
             "base_model"
         )
-    now = config.training.model_dump(mode="json")
-    for name in _SAME:
-        if before["settings"][name] != now[name]:
+    for name, value in now["settings"].items():
+        if before["settings"].get(name) != value:
             raise TrainingError(
                 f"continue_from: {saved.folder} was trained with training.{name} = "
-                f"{before['settings'][name]}, now it is {now[name]}; give it the same, since other "
-                "weights are trained otherwise"
+                f"{before['settings'].get(name)}, now it is {value}; give it the same, since what "
+                "is saved is of other weights, or in another form"
             )
-    if _in_8_bit(before["settings"]) != _in_8_bit(now):
-        raise TrainingError(
-            f"continue_from: {saved.folder} was trained with training.optimizer = "
-            f"{before['settings']['optimizer']}, whose state {now['optimizer']} cannot take up"
-        )
     if saved.step >= config.training.max_train_steps:
         raise TrainingError(
             f"continue_from: {saved.folder} has made {saved.step} steps already; "
@@ -74,15 +115,13 @@ def save_to_continue(config: RunConfig, versions: Versions) -> Save | None:
 
 def describe(config: RunConfig, versions: Versions) -> dict[str, Any]:
     """What a save tells of its run, for runs that go on from it with other settings."""
-    values = config.training.model_dump(mode="json")
-    settings = {name: values[name] for name in (*_SAME, "optimizer")}
-    return {"base_model": versions.base_model, "settings": settings}
-
-
-def step_folder(path: Path) -> str:
-    """A save in two words: its run and its step."""
-    return f"{path.parent.name}/{path.name}"
-
-
-def _in_8_bit(settings: dict[str, Any]) -> bool:
-    return bool(settings["optimizer"] == "adamw_8bit")
+    training = config.training
+    alpha = training.lora_alpha or training.lora_rank
+    in_use = with_defaults(training.model_copy(update={"lora_alpha": float(alpha)}))
+    settings = {name: getattr(in_use, name) for name in _SAME}
+    settings["optimizer"] = "adamw_8bit" if in_use.optimizer == "adamw_8bit" else "adamw"
+    return {
+        "base_model": versions.base_model,
+        # As JSON gives it back.
+        "settings": json.loads(json.dumps(settings)),
+    }

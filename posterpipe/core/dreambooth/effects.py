@@ -42,6 +42,12 @@ def freezes_short_lora(training: TrainingSettings) -> bool:
     return short and stop is not None and stop < training.max_train_steps
 
 
+def with_defaults(training: TrainingSettings) -> TrainingSettings:
+    """The settings, with those at their default that have no effect beside the others."""
+    fields = TrainingSettings.model_fields
+    return training.model_copy(update={name: fields[name].default for name in idle(training)})
+
+
 def deciding(training: TrainingSettings) -> dict[str, Any]:
     """The settings that may decide a weight, as JSON values.
 
@@ -50,8 +56,7 @@ def deciding(training: TrainingSettings) -> dict[str, Any]:
     apart, where the settings are those that it mends.
     """
     fields = TrainingSettings.model_fields
-    unused = {name: fields[name].default for name in idle(training)}
-    in_use = training.model_copy(update=unused)
+    in_use = with_defaults(training)
     off = {name for name in _LATER if getattr(in_use, name) == fields[name].default}
     values = in_use.model_dump(mode="json", exclude=set(WATCHING) | off)
     # The layout chosen for a device is no part of the id, just as the device is not.

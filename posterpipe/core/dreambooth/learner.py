@@ -52,6 +52,7 @@ class Learner:
         accelerator: Accelerator,
         texts: Collection[str],
         log: Callable[[str], None],
+        saved: Save | None = None,
     ) -> None:
         self.settings = settings = config.training
         self.device = device = accelerator.device
@@ -59,6 +60,8 @@ class Learner:
         self._dtype = torch_dtype(settings.mixed_precision)
         whole = settings.compile and not settings.compile_blocks
         self._layout = memory_layout(settings.channels_last, device, compiled=whole)
+        if settings.channels_last is None and saved is not None:
+            self._layout = saved_layout(saved) or self._layout  # the optimizer's state is in it
         for remark in precision_remarks(self._dtype, device):
             log(remark)
         # Has an effect on GPUs only: where all images have one size, the quickest convolution is
@@ -303,6 +306,7 @@ class Learner:
                 "optimizer": optimizer,
                 "scaler": self._scaler.state_dict(),
                 "skipped": self.skipped_steps(),
+                "channels_last": self._layout == torch.channels_last,
             },
         )
 
@@ -312,6 +316,14 @@ class Learner:
         self.restore_weights(saved)
         state = unpack(saved.state["optimizer"], saved.tensors("optimizer"))
         scaler = saved.state["scaler"]
+        before = saved_layout(saved)
+        if before not in (None, self._layout):
+            if self.settings.optimizer == "adamw_8bit":
+                raise TrainingError(
+                    f"{saved.folder}: 8-bit AdamW's state was saved with training.channels_last = "
+                    f"{str(before == torch.channels_last).lower()}; set it so to go on from there"
+                )
+            self._in_order.reordered(state["state"], cast(torch.memory_format, before))
         if of_another_run:
             state["param_groups"] = self._optimizer.state_dict()["param_groups"]
             scaler = scaler or self._scaler.state_dict()  # empty where it was not in use
@@ -339,6 +351,14 @@ class Learner:
         torch.backends.cuda.matmul.allow_tf32 = False
         if self._average is not None:
             self._average.copy_to_parameters()
+
+
+def saved_layout(saved: Save) -> torch.memory_format | None:
+    """The memory layout of the weights that a save is of; None where an older one does not tell."""
+    channels_last = saved.state.get("channels_last")
+    if channels_last is None:
+        return None
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def length_remarks(tokens_of: Tokens, texts: Collection[str]) -> Iterator[str]:

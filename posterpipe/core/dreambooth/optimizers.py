@@ -43,6 +43,11 @@ def make_optimizer(
     return torch.optim.AdamW(parameters, **values, fused=fused)
 
 
+def memory_axes(tensor: Tensor) -> list[int]:
+    """The axes of a tensor in the order in which they lie in memory."""
+    return sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
+
+
 class InMemoryOrder:
     """Parameters as an optimizer is given them: the same memory, its axes in the order in which
     they lie.
@@ -52,6 +57,7 @@ class InMemoryOrder:
     """
 
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
+        self._parameters = groups
         self.groups: list[list[Tensor]] = []
         """For the optimizer; a parameter that is contiguous stands for itself."""
         self._views: list[tuple[Tensor, Tensor, list[int]]] = []
@@ -61,10 +67,26 @@ class InMemoryOrder:
     def _ordered(self, parameter: Tensor) -> Tensor:
         if parameter.is_contiguous():
             return parameter
-        axes = sorted(range(parameter.dim()), key=parameter.stride().__getitem__, reverse=True)
+        axes = memory_axes(parameter)
         view = torch.nn.Parameter(parameter.detach().permute(axes))
         self._views.append((parameter, view, axes))
         return view
+
+    def reordered(self, state: dict[str, Any], before: torch.memory_format) -> None:
+        """Brings the moments in the state of an AdamW of 32 bits, saved when weights had another
+        memory layout, into the order of this one."""
+        parameters = [parameter for group in self._parameters for parameter in group]
+        for place, moments in state.items():
+            parameter = parameters[int(place)]
+            if parameter.dim() != 4:
+                continue
+            was = torch.empty(parameter.shape).to(memory_format=before)
+            then = list(range(4)) if was.is_contiguous() else memory_axes(was)
+            now = list(range(4)) if parameter.is_contiguous() else memory_axes(parameter)
+            for name, moment in moments.items():
+                if moment.dim() == 4:
+                    plain = moment.permute([then.index(axis) for axis in range(4)])
+                    moments[name] = plain.permute(now).contiguous()
 
     def take_gradients(self) -> None:
         """Shows the optimizer the gradients that the parameters have now.

@@ -27,7 +27,7 @@ from posterpipe.core.dreambooth.checkpoint import (
     write_export,
 )
 from posterpipe.core.dreambooth.config import LOWEST_NAME, SAVES_NAME, RunConfig, Versions
-from posterpipe.core.dreambooth.continuing import describe, save_to_continue, step_folder
+from posterpipe.core.dreambooth.continuing import describe, save_to_continue
 from posterpipe.core.dreambooth.early_stop import LowestWeights, lowest_step, stops_early
 from posterpipe.core.dreambooth.errors import TrainingDiverged, TrainingStopped
 from posterpipe.core.dreambooth.guards import writing
@@ -39,11 +39,13 @@ from posterpipe.core.dreambooth.pace import SavePace
 from posterpipe.core.dreambooth.reports import HoldoutLoss, Journal, StepReport, finite
 from posterpipe.core.dreambooth.running_loss import RunningLoss
 from posterpipe.core.dreambooth.saves import (
+    Save,
     keep_newest,
     keep_only,
     newest_save,
     other_runs,
     remove_saves,
+    save_path,
     saved_steps,
     write_save,
 )
@@ -86,7 +88,6 @@ class Run:
         self._checkpoint_id = checkpoint_id
         self._main = accelerator.is_main_process
         self.inputs = read_inputs(config, checkpoint_id, accelerator, log)
-        self.learner = Learner(config, accelerator, self.inputs.texts, log)
         self._folder = config.work_dir / SAVES_NAME / checkpoint_id
         self._lowest = LowestWeights(
             config.work_dir / LOWEST_NAME / checkpoint_id, checkpoint_id, log
@@ -95,7 +96,12 @@ class Run:
             "holdout_set": versions.holdout_set,
             "holdout_timesteps": self.settings.holdout_timesteps,
         }
-        self.first_step, self.journal = self._resume()
+        saved = newest_save(self._folder, checkpoint_id=checkpoint_id, log=log)
+        self.continued = None if saved else save_to_continue(config, versions)
+        """The save of another run that this one begins with."""
+        saved = saved or self.continued
+        self.learner = Learner(config, accelerator, self.inputs.texts, log, saved)
+        self.first_step, self.journal = self._resume(saved)
         self.loss = RunningLoss(accelerator, self.learner, self.journal)
         self._holdout_in_parts = InParts(log, "held-out posters")
         self._samples_in_parts = InParts(log, "samples")
@@ -104,24 +110,22 @@ class Run:
         self._started = self._reported_at = self._warm_since = time.perf_counter()
         self._reported_step = self.first_step
 
-    def _resume(self) -> tuple[int, Journal]:
-        """Restores the newest save; its step and journal, or those of a run that begins."""
+    def _resume(self, saved: Save | None) -> tuple[int, Journal]:
+        """Restores a save; its step and journal, or those of a run that begins."""
         first_step, journal = 0, Journal()
-        saved = newest_save(self._folder, checkpoint_id=self._checkpoint_id, log=self.log)
         others = other_runs(self._folder)
-        if others:
+        if others and self.config.continue_from is None:
             self.log(
                 f"{self._folder.parent}: the saves of other runs are kept ({', '.join(others)}); "
                 "remove their folders when those are not to go on"
             )
-        continued = None if saved else save_to_continue(self.config, self._versions)
-        saved = saved or continued
+        continued = self.continued is not None
         if saved is not None:
-            self.learner.restore(saved, of_another_run=continued is not None)
+            self.learner.restore(saved, of_another_run=continued)
             first_step, journal = saved.step, Journal.from_json(saved.state["journal"])
             total = self.settings.max_train_steps
-            own = saved.folder.name if continued is None else step_folder(saved.folder)
-            self.log(f"goes on from step {first_step} of {total}, saved in {own}")
+            place = saved.folder if continued else saved.folder.name
+            self.log(f"goes on from step {first_step} of {total}, saved in {place}")
             # Older saves did not record it; with early stopping the run would be another one.
             before = saved.state.get("questions", self._measured_on)
             if journal.holdout and before != self._measured_on:
@@ -130,8 +134,8 @@ class Run:
                     "the held-out loss was measured before on other posters or at other timesteps: "
                     "those measurements are dropped, since their curve would not go on"
                 )
-            if continued is not None:
-                journal.ended_by = ""
+            if continued:
+                journal.ended_by, journal.seconds = "", 0.0  # a limit on time is this run's alone
                 if self.settings.early_stop_patience is not None:
                     journal.forget_holdout()  # the weights of its lowest point are the other run's
         if self._main:  # steps made again may turn out otherwise on a GPU, and may be fewer
@@ -185,7 +189,8 @@ class Run:
                 f"{divergence}; {self.last_save()}. Lower "
                 f"training.learning_rate (now {self.settings.learning_rate:g}), or raise the "
                 f"precision (training.mixed_precision, now {self.settings.mixed_precision}). Such "
-                "a run begins anew, or goes on from the save that `continue_from` names"
+                "a run begins anew or, started by hand, goes on from the save that `continue_from` "
+                "names"
             )
 
     def measure_holdout(self, step: int) -> None:
@@ -321,7 +326,8 @@ class Run:
                     self._write_finished()
             remove_all_saves(self.config, self._checkpoint_id)
             if self.config.keep_last_save:
-                self.log(f"the last save is kept in {self._folder}")
+                kept = save_path(self._folder, self.journal.reports[-1].step)
+                self.log(f"the last save is kept in {kept}")
 
     def _write_finished(self) -> None:
         """The last weights, or with early stopping the best ones."""

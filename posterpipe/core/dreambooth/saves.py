@@ -13,6 +13,7 @@ other one removes them. Nothing is ever unpickled.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -37,6 +38,8 @@ class Save:
     """A complete save. `state`: JSON values; tensors are read on demand."""
 
     folder: Path
+    run: str
+    """The id of the checkpoint that its run makes."""
     step: int
     state: dict[str, Any]
 
@@ -148,13 +151,17 @@ def read_save(path: Path) -> Save:
 
 
 def save_fingerprint(path: Path) -> str:
-    """sha256 that changes with every byte of a save. Raises TrainingError where there is none."""
+    """`run/step/sha256` of a save, which changes with every byte of it. Raises TrainingError where
+    there is none."""
     try:
-        return sha256_of(path / _MANIFEST)
-    except OSError as error:
+        data = (path / _MANIFEST).read_bytes()
+        manifest = json.loads(data)
+        return f"{manifest['run']}/{int(manifest['step'])}/{hashlib.sha256(data).hexdigest()}"
+    except _UNUSABLE as error:
+        reason = getattr(error, "strerror", None) or error
         raise TrainingError(
-            f"{path}: no save is there ({error.strerror}); name a folder step-... within "
-            "work_dir/saves of another run"
+            f"{path}: no save is there ({reason}); name a folder step-... within work_dir/saves of "
+            "another run"
         ) from error
 
 
@@ -172,7 +179,7 @@ def _read(path: Path, checkpoint_id: str | None) -> Save:
         if _fingerprint(path / name) != wanted:
             raise ValueError(f"{name} is not as it was written")
     state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    return Save(path, int(manifest["step"]), state)
+    return Save(path, str(manifest["run"]), int(manifest["step"]), state)
 
 
 def save_path(folder: Path, step: int) -> Path:

@@ -122,6 +122,8 @@ def _train(
     if run.first_step == 0:
         run.measure_holdout(0)
         run.draw_samples(0)
+    elif run.continued and settings.early_stop_patience is not None:
+        run.measure_holdout(run.first_step)  # the weights that it begins with may stay the best
     give_memory_back()  # of the VAE and the text encoder, which have encoded everything
     split = 1  # parts in which each batch goes through the models; more where memory ran out
     with stop_signal() as asked_to_stop:
