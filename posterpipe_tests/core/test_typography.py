@@ -379,6 +379,7 @@ def test_greek_capitals_carry_no_accents(title: str, expected: str) -> None:
         ("Up 🎈", "UP", "🎈"),
         ("🎬 Movie", "MOVIE", "🎬"),
         ("The 👨\u200d👩\u200d👧 Three", "THE THREE", "👨\u200d👩\u200d👧"),
+        ("🏃\u200d♀\ufe0f Run", "RUN", "🏃\u200d♀"),  # no sign of it stays behind
         ("Ok 👍🏽 Go 🇫🇷", "OK GO", "👍🏽🇫🇷"),
         ("1\ufe0f\u20e3 Team", "1 TEAM", ""),
         ("I ♥\ufe0f Movies 🎈", "I ♥ MOVIES", "🎈"),  # one font has the heart

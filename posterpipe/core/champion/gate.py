@@ -42,6 +42,9 @@ RULE = (
 )
 """What `decide` requires, for people; how few and how near is set in `gate`."""
 
+_MOST_PROMPTS_TOLD = 100
+"""Where a margin is finer than that part of what a suite resolves, no suite would do."""
+
 LEAST_SENSITIVITY = 0.5
 """Share of altered training posters that have to count as copies, before few copies among the
 images say that few are there."""
@@ -366,7 +369,7 @@ def _not_inferior(evidence: Evidence, settings: GateSettings) -> Check:
                 # Nobody asked beforehand: one of many questions, which the score report counts.
                 reason += (
                     ", an interval below zero when taken alone; the score report says whether it "
-                    "is told apart from zero with all questions counted"
+                    "is told apart from zero with its other comparisons counted"
                 )
             else:
                 reason += ": its images tell the prompts apart less"
@@ -446,8 +449,14 @@ def _diversity(name: str, kept: Effect, other: str, settings: GateSettings) -> C
         "fail": f"less than {limit:.0%} of it are left, the images of a prompt are too much alike",
         "open": f"not sure that {limit:.0%} of it are kept",
     }[outcome]
-    # By logarithms, as ratios are estimated.
-    found = detectable(math.log1p(kept.low), math.log1p(kept.high), kept.prompts)
+    # By logarithms, as ratios are estimated. Nothing is told where the interval has no lower end:
+    # a prompt whose images are all alike has none.
+    bounded = kept.low > -1
+    found = (
+        detectable(math.log1p(kept.low), math.log1p(kept.high), kept.prompts)
+        if bounded
+        else math.nan
+    )
     least = math.exp(-found)
     reason = f"{_ratio(kept, other)}: {said}"
     reason += _few(kept, settings) or _resolution(
@@ -506,8 +515,10 @@ def _resolution(
     if margin >= found * half_of_detectable(prompts):
         return f"; these prompts find {told}, four times of five" if outcome == "open" else ""
     # How near a mean is known grows with the root of the number of prompts.
-    needed = float(f"{prompts * (found / margin) ** 2:.2g}") if margin else math.inf
-    enough = f", or some {needed:,.0f} prompts" if math.isfinite(needed) else ""
+    times = found / margin if margin else math.inf
+    enough = ""
+    if times < _MOST_PROMPTS_TOLD:
+        enough = f", or some {float(f'{prompts * times**2:.2g}'):,.0f} prompts"
     return (
         f"; the margin is finer than these prompts resolve, which find {told} four times of five: "
         f"choose {remedy}{enough}"

@@ -34,6 +34,7 @@ from posterpipe.core.metrics.base import Measurement, Metric, image_files, score
 from posterpipe.core.parallel import parallel_map
 from posterpipe.core.progress import Progress
 from posterpipe.core.store import Store, compute_missing
+from posterpipe.core.typography.signs import without_selectors
 
 LEGIBILITY_VERSION = 2
 """Raised when the same image would give other numbers."""
@@ -50,7 +51,11 @@ _DETECTOR, _RECOGNISER = "PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"
 _LONGEST_RUN = 4
 """Lines that a title may be spread over."""
 
-_GREEK = "[\u0370-\u03e1\u03f0-\u03ff\u1f00-\u1fff]"
+_GREEK = re.compile("[\u0370-\u03e1\u03f0-\u03ff\u1f00-\u1fff]")
+
+_GREEK_READ = "δλω"
+"""Of Greek, which the model has for formulas, what it reads in a title set in capitals: others come
+out as Latin letters that look like them (Κ as K, Σ as M), or not at all (Π)."""
 
 _LETTERS_NAMED = 12
 """Of those that the reader does not know, in a reason."""
@@ -151,7 +156,7 @@ def plain(text: str) -> str:
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     kept: list[str] = []
-    for sign in unicodedata.normalize("NFD", folded):
+    for sign in unicodedata.normalize("NFD", without_selectors(folded)):
         kind = unicodedata.category(sign)[0]
         accent = kind == "M" and bool(kept) and kept[-1].isascii()
         if kind in "LN" or (kind == "M" and not accent):
@@ -176,12 +181,14 @@ def unknown_letters(title: str) -> str:
     """The letters of a title that the reader cannot write, in their `plain` form, each once, in
     the order of the title; "" where it can write them all."""
     known = reader_letters()
-    unknown = []
-    for run in re.findall(rf"{_GREEK}+|.", plain(title), re.DOTALL):
-        # A model that lacks the accents of Greek words has its Greek from formulas: π it reads,
-        # and of a word whatever looks like Latin as Latin (ΛΑΘΟΣ as ΛA0OΣ).
-        word = len(run) > 1 and not known.issuperset("άέήίόύώ")
-        unknown += [sign for sign in run if word or sign not in known]
+    letters = plain(title)
+    greek = _GREEK.findall(letters)
+    unknown = [
+        sign
+        for sign in letters
+        # In a word, too, those that it reads alone come out as Latin.
+        if sign not in known or (sign in greek and (len(greek) > 1 or sign not in _GREEK_READ))
+    ]
     return "".join(dict.fromkeys(unknown))
 
 

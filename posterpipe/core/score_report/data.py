@@ -68,21 +68,21 @@ MARTS: Mapping[str, tuple[str, ...]] = {
         "nearest_highest", "copy_threshold", "copy_sensitivity", "copies",
     ),
     "legibility": (
-        "lettering", "variant", "reader", "prompts", "images", "exact", "unknown_titles",
+        "lettering", "variant", "reader", "prompts", "images", "exact",
         "exact_share", "exact_low_95", "exact_high_95", "mean_distance", "distance_low_95",
         "distance_high_95",
     ),
     "gate_decisions": (
         "decision_id", "decided_at", "checkpoint_id", "base_model", "champion_before", "decision",
         "reason", "decided_by", "by_person", "pins", "champion_after", "copy_sensitivity",
-        "lost_posters", "unsure_images", "specific_difference",
+        "lost_posters", "specific_difference",
         "specific_low_95", "specific_high_95", "specific_prompts", "preference_difference",
         "preference_low_95", "preference_high_95", "preference_prompts", "preference_win_rate",
         "preference_win_low_95", "preference_win_high_95",
     ),
     "gate_checks": (
         "decision_id", "place", "check_name", "outcome", "value", "low_95", "high_95",
-        "limit_value", "detectable", "reason",
+        "limit_value", "reason",
     ),
     "data_quality": (
         "section", "item", "items", "total", "share", "is_problem", "explanation",
@@ -100,6 +100,9 @@ MARTS: Mapping[str, tuple[str, ...]] = {
 
 LATER: Mapping[str, tuple[str, ...]] = {
     "paired_effects": ("rests_on", "mean_without", "low_95_without", "high_95_without"),
+    "gate_decisions": ("unsure_images",),
+    "gate_checks": ("detectable",),
+    "legibility": ("unknown_titles",),
 }
 """Columns that marts of older projects lack: then they hold nothing."""
 

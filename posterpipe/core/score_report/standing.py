@@ -55,6 +55,11 @@ def standing_of(published: Published) -> Standing | None:
     people = [row for row in rows if row["by_person"]]
     served = text(rows[-1]["champion_after"]) if rows else base
     pinned = people and people[-1]["pins"] and people[-1]["checkpoint_id"] == served
+    if pinned:  # which ends where the gate rejects it
+        later = rows[rows.index(people[-1]) :]
+        pinned = not any(
+            row["decision"] == "reject" and row["checkpoint_id"] == served for row in later
+        )
     return Standing(
         checkpoint=checkpoint,
         decision=own[-1] if own else None,

@@ -14,6 +14,7 @@ _GREEK_ACCENTS = frozenset("\u0300\u0301\u0302\u0303\u0311\u0342")
 _GREEK_VOWELS = frozenset("ΑΕΗΙΟΥΩ")
 
 _SELECTORS = dict.fromkeys((0xFE0E, 0xFE0F, 0x20E3))
+_JOINER = "\u200d"
 """What says of the sign before that it is a picture or is not, and the frame of a key (1️⃣)."""
 
 
@@ -83,11 +84,13 @@ def without_pictographs(text: str, leave_out: Callable[[str], bool]) -> tuple[st
     """
     kept: list[str] = []
     left: list[str] = []
-    inside = False
+    inside = joins = False
     for sign in text:
-        inside = (inside and _belongs_to_pictograph(sign)) or (
-            _is_pictograph(sign) and leave_out(sign)
+        picture = _is_pictograph(sign)
+        inside = (inside and (_belongs_to_pictograph(sign) or (joins and picture))) or (
+            picture and leave_out(sign)
         )
+        joins = sign == _JOINER
         (left if inside else kept).append(sign)
     return " ".join("".join(kept).split()), "".join(left)
 
@@ -102,4 +105,4 @@ def _is_pictograph(sign: str) -> bool:
 
 def _belongs_to_pictograph(sign: str) -> bool:
     code = ord(sign)
-    return code in _SELECTORS or code == 0x200D or 0xE0020 <= code <= 0xE007F
+    return code in _SELECTORS or sign == _JOINER or 0xE0020 <= code <= 0xE007F

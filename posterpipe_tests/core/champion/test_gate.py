@@ -1034,3 +1034,25 @@ def test_decisions_are_rows_of_the_warehouse(tmp_path) -> None:  # type: ignore[
     check = {entry["name"]: entry for entry in numbers["checks"]}["CLIP-T"]
     assert check["value"] == pytest.approx(decision.evidence.clip.estimate)
     assert check["limit"] == -SETTINGS.clip_margin and not math.isnan(check["low"])
+
+
+def test_one_prompt_of_two_whose_images_became_all_alike_is_judged_like_any_other() -> None:
+    """Its ratio is 0, of which the interval's lower end has no logarithm."""
+    base, own = (
+        table[table["prompt_id"].isin(["p0", "p1"])] for table in (BASE, images("new", tuned=True))
+    )
+    before = BASE_SCORES[BASE_SCORES["generation_key"].isin(base["generation_key"])]
+    after = measured(own, clip=0.27, fidelity=0.65, diversity=0.30, seed=1)
+    alike = own.loc[own["prompt_id"] == "p0", "generation_key"]
+    after.loc[after["metric_id"].eq("diversity") & after["generation_key"].isin(alike), "value"] = 0
+    evidence = gather(
+        pd.concat([base, own]),
+        pd.concat([before, after]),
+        dict.fromkeys(own["generation_key"], False),
+        METRICS,
+        challenger="new",
+        champion="base",
+        sensitivity=0.9,
+    )
+    checks = {check.name: check for check in decide(evidence, SETTINGS).checks}
+    assert checks["diversity"].outcome != "pass" and math.isnan(checks["diversity"].detectable)

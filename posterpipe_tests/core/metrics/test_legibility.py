@@ -186,7 +186,8 @@ def test_a_suite_without_titles_has_nothing_to_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "title",
     ["Plum Orbit", "Amélie", "Straße", "İstanbul", "Việt Nam", "Đường về", "Nǐ hǎo", "Ljóð",
-     "8½", "Ⅷ", "ﬁlm", "Up 🎈", "千と千尋の神隠し", "卧虎藏龙", "π"],
+     "8½", "Ⅷ", "ﬁlm", "Up 🎈", "千と千尋の神隠し", "卧虎藏龙", "Ω", "Δ",
+     "❤\ufe0f Love", "愛❤\ufe0f", "☎\ufe0f Ring", "7\ufe0f\u20e3"],
 )  # fmt: skip
 def test_the_reader_knows_the_letters_of_what_it_was_trained_on(title: str) -> None:
     assert unknown_letters(title) == "" == unknown_letters(title.upper())

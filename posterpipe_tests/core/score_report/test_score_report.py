@@ -22,7 +22,7 @@ import pytest
 from posterpipe.core.champion.gate import RULE, copy_verdict
 from posterpipe.core.score_report import Written, results_page, write_report
 from posterpipe.core.score_report.copying_page import copying_context
-from posterpipe.core.score_report.data import Published, read_published
+from posterpipe.core.score_report.data import LATER, Published, read_published
 from posterpipe.core.score_report.gallery_pages import IMAGES_A_PAGE, slug_of
 from posterpipe.core.score_report.gate_page import gate_context
 from posterpipe.core.score_report.headline import board_of, control_context
@@ -281,15 +281,21 @@ def test_the_tables_name_the_prompt_that_a_difference_rests_on(world: Path, tmp_
     assert index.text.count("What rests on one prompt has three fifths") == 1
 
 
-def test_a_database_of_before_one_prompt_was_named_has_its_report(
+def test_a_database_of_before_has_its_report_without_what_came_later(
     world: Path, tmp_path: Path
 ) -> None:
     store = copy_of(world, tmp_path)
     with duckdb.connect(str(store / "public" / "scores.duckdb")) as connection:
-        for column in ("rests_on", "mean_without", "low_95_without", "high_95_without"):
-            connection.execute(f"ALTER TABLE paired_effects DROP COLUMN {column}")
+        for mart, columns in LATER.items():
+            for column in columns:
+                connection.execute(f"ALTER TABLE {mart} DROP COLUMN {column}")
     write_report(store / "public" / "scores.duckdb", store, tmp_path / "report")
-    text = assert_whole(tmp_path / "report")["index.html"].text
+    pages = assert_whole(tmp_path / "report")
+    assert "No checkpoint has been judged" not in pages["gate.html"].text
+    assert "Detectable" in pages["gate.html"].text
+    assert "Materialize" not in pages["legibility.html"].text
+    text = pages["index.html"].text
+    assert "by the gate and is served" in text
     assert "Materialize" not in text and "not told apart" in text
     assert "rests on one prompt" not in text
 
@@ -618,6 +624,16 @@ def test_the_page_of_copies_passes_nothing_that_the_gate_holds(
         ("UPDATE gate_decisions SET champion_after = 'tuned1' WHERE checkpoint_id = 'tuned2';"
          "UPDATE gate_decisions SET pins = true, checkpoint_id = 'tuned1' WHERE by_person",
          "Checkpoint tuned2 was promoted by the gate; tuned1 is served, pinned by ada."),
+        # A pin ends where the gate rejects what is pinned, and comes back by no promotion.
+        ("UPDATE gate_decisions SET champion_after = 'tuned2' WHERE checkpoint_id = 'tuned2';"
+         "INSERT INTO gate_decisions BY NAME SELECT * REPLACE ('p1' AS decision_id, "
+         "'tuned2' AS checkpoint_id, true AS pins) FROM gate_decisions WHERE by_person LIMIT 1;"
+         "INSERT INTO gate_decisions BY NAME SELECT * REPLACE ('p2' AS decision_id, 'reject' AS "
+         "decision, 'tuned1' AS champion_after) FROM gate_decisions WHERE checkpoint_id = 'tuned2' "
+         "AND NOT by_person LIMIT 1;"
+         "INSERT INTO gate_decisions BY NAME SELECT * REPLACE ('p3' AS decision_id, 'promote' AS "
+         "decision, 'tuned2' AS champion_after) FROM gate_decisions WHERE decision_id = 'p2'",
+         "Checkpoint tuned2 was promoted by the gate and is served."),
         ("DROP TABLE gate_decisions", "Checkpoint tuned2 "),
     ],
 )  # fmt: skip
