@@ -109,6 +109,19 @@ def losses(result: TrainResult) -> list[float]:
     return cast(list[float], found)
 
 
+def no_number_at(call: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Takes the place of `objective.squared_errors`; what it gives at that call is no number."""
+    calls = 0
+
+    def squared_errors(prediction: Tensor, wanted: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        errors = (prediction.float() - wanted).pow(2).mean(dim=(1, 2, 3))
+        return errors * (float("nan") if calls == call else 1.0)
+
+    return squared_errors
+
+
 def interrupt_at(step: int) -> Callable[[StepReport], None]:
     """A report that stops the run at a step, as a user at the keyboard does."""
 

@@ -56,6 +56,7 @@ from posterpipe_tests.core.dreambooth.conftest import (
     equal,
     interrupt_at,
     losses,
+    no_number_at,
     saves_of,
     text_weights,
     unet_weights,
@@ -402,15 +403,7 @@ def test_a_loss_that_is_no_number_names_the_last_good_save(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(max_train_steps=6, save_every_steps=2, log_every_steps=10)
-    calls = 0
-
-    def poisoned(prediction: Tensor, wanted: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        errors = (prediction.float() - wanted).pow(2).mean(dim=(1, 2, 3))
-        return errors * (float("nan") if calls == 3 else 1.0)
-
-    monkeypatch.setattr(objective, "squared_errors", poisoned)
+    monkeypatch.setattr(objective, "squared_errors", no_number_at(3))
     with pytest.raises(
         TrainingDiverged, match=r"no number at step 3; .*step-00000002.*learning_rate"
     ):
@@ -425,15 +418,7 @@ def test_no_model_is_shown_or_kept_whose_loss_is_no_number(
     """Reports and saves look at the loss themselves; models from the middle come between them."""
     rare: dict[str, Any] = {"log_every_steps": 100, "save_every_steps": 100, "max_train_steps": 9}
     config = make_config(**rare, export_every_steps=2, sample_every_steps=5)
-    calls = 0
-
-    def poisoned(prediction: Tensor, wanted: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        errors = (prediction.float() - wanted).pow(2).mean(dim=(1, 2, 3))
-        return errors * (float("nan") if calls == 3 else 1.0)
-
-    monkeypatch.setattr(objective, "squared_errors", poisoned)
+    monkeypatch.setattr(objective, "squared_errors", no_number_at(3))
     with pytest.raises(TrainingDiverged, match="no number at step 3"):
         train(config)
     kept = sorted(path.name for path in config.work_dir.glob("exports/*/*"))
