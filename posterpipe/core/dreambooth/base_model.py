@@ -109,17 +109,17 @@ def load_noise_schedule(folder: Path) -> DDPMScheduler:
 
 
 def _load_model(cls: type[Part], folder: Path) -> Part:
-    with _told(folder):
+    with _failures_in_words(folder):
         return load_weights(cls, folder, dtype=torch.float32)
 
 
 def _load(cls: type[Part], folder: Path) -> Part:
-    with _told(folder):
+    with _failures_in_words(folder):
         return cast(Part, cast(Any, cls).from_pretrained(folder))
 
 
 @contextlib.contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _failures_in_words(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # diffusers and transformers raise whatever their readers raise

@@ -1,8 +1,8 @@
 """The config of one training run, and the id of the checkpoint it makes.
 
 What belongs here: `RunConfig` and its TOML form, the versions of its inputs, the checkpoint's id.
-What does not: the knobs themselves (`posterpipe.training_settings`) and anything that needs torch:
-Dagster's code location imports this module.
+What does not: the knobs themselves (`posterpipe.training_settings`) and anything that needs torch,
+which takes seconds to load: a wrong config is told before.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from posterpipe.core.dreambooth.effects import deciding
 from posterpipe.core.dreambooth.errors import TrainingError, TrainingSetError
 from posterpipe.core.files import sha256_of, write_atomic
 from posterpipe.core.models import EXPORTS_NAME
+from posterpipe.core.training.training_set import CSV_NAME
 from posterpipe.settings import SamplerSettings
 from posterpipe.training_settings import TrainingSettings
 from posterpipe.variables import in_our_words
@@ -244,7 +245,6 @@ def _hash_set(folder: Path | None) -> str:
     if folder is None:
         return ""
     from posterpipe.core.dreambooth.data import read_training_set  # it imports torch
-    from posterpipe.core.training.training_set import CSV_NAME  # it imports pandas
 
     try:
         named = [example.image for example in read_training_set(folder)]

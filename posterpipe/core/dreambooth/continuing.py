@@ -30,7 +30,6 @@ _SAME = (
 """Settings that decide which weights are trained, and so what lies in a save. Beside them the
 optimizer: 8-bit AdamW keeps another state than the other two."""
 
-
 _NOTES = "continued.json"
 """In work_dir: the fingerprints of the saves that runs went on from, by path."""
 
@@ -118,10 +117,6 @@ def describe(config: RunConfig, versions: Versions) -> dict[str, Any]:
     training = config.training
     alpha = training.lora_alpha or training.lora_rank
     in_use = with_defaults(training.model_copy(update={"lora_alpha": float(alpha)}))
-    settings = {name: getattr(in_use, name) for name in _SAME}
+    settings = in_use.model_dump(mode="json", include=set(_SAME))
     settings["optimizer"] = "adamw_8bit" if in_use.optimizer == "adamw_8bit" else "adamw"
-    return {
-        "base_model": versions.base_model,
-        # As JSON gives it back.
-        "settings": json.loads(json.dumps(settings)),
-    }
+    return {"base_model": versions.base_model, "settings": settings}

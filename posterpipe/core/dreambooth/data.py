@@ -109,7 +109,7 @@ def load_pixels(path: Path, size: tuple[int, int] | None) -> Tensor:
             seen = upright(image)
             check_size(path, seen.size, size)
             rgb = np.asarray(seen)
-    except TrainingSetError:
+    except (TrainingSetError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise whatever they find
         raise TrainingSetError(

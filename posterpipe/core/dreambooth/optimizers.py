@@ -45,6 +45,8 @@ def make_optimizer(
 
 def memory_axes(tensor: Tensor) -> list[int]:
     """The axes of a tensor in the order in which they lie in memory."""
+    if tensor.is_contiguous():  # also where an axis of one element has another stride
+        return list(range(tensor.dim()))
     return sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
 
 
@@ -80,9 +82,8 @@ class InMemoryOrder:
             parameter = parameters[int(place)]
             if parameter.dim() != 4:
                 continue
-            was = torch.empty(parameter.shape).to(memory_format=before)
-            then = list(range(4)) if was.is_contiguous() else memory_axes(was)
-            now = list(range(4)) if parameter.is_contiguous() else memory_axes(parameter)
+            then = memory_axes(torch.empty(parameter.shape, memory_format=before))
+            now = memory_axes(parameter)
             for name, moment in moments.items():
                 if moment.dim() == 4:
                     plain = moment.permute([then.index(axis) for axis in range(4)])

@@ -29,7 +29,7 @@ from posterpipe.core.champion.gate_evidence import MetricIds, gather
 from posterpipe.core.statistics import CONTRASTS, effect_of, effects
 from posterpipe.core.warehouse.database import Warehouse
 from posterpipe.core.warehouse.rows import insert
-from posterpipe.settings import GateSettings, load_settings
+from posterpipe.settings import GateSettings, default_root, load_settings
 
 SETTINGS = GateSettings()
 PROMPTS, SEEDS = 24, 4
@@ -233,6 +233,28 @@ def test_the_margins_of_the_starter_profile_are_what_its_suite_resolves() -> Non
     # With margins for another scorer the gate could hardly promote twice.
     general = equal_models(24, MEASURED, 400)
     assert passed(general, "CLIP-T") <= 0.2 and passed(general, "diversity") <= 0.35
+
+
+@pytest.mark.slow
+def test_the_guide_tells_how_often_chance_decides() -> None:
+    guide = (default_root() / "docs" / "champion.md").read_text("utf-8")
+    told = re.findall(r"^\| .* \| (\d+) % \| (all|\d+ %) \| (\d+) \| (\d+) \|$", guide, re.M)
+    starter = load_settings("starter").gate
+    cases = [
+        (dict.fromkeys(MEASURED, 0.02), SETTINGS),
+        (dict.fromkeys(MEASURED, 0.04), SETTINGS),
+        (MEASURED, SETTINGS),
+        (MEASURED, starter),
+    ]
+    assert len(told) == len(cases)
+    for (spreads, settings), row in zip(cases, told, strict=True):
+        clip, diversity, promoted, rejected = row
+        said = equal_models(24, spreads, 1000, settings)
+        verdicts = [decision.verdict for decision in said]
+        found = [100 * passed(said, "CLIP-T"), 100 * passed(said, "diversity")]
+        found += [verdicts.count("promote"), verdicts.count("reject")]
+        words = [clip, "100" if diversity == "all" else diversity[:-2], promoted, rejected]
+        assert found == pytest.approx([float(word) for word in words], abs=1.0)
 
 
 def test_every_check_that_compares_tells_what_these_prompts_find() -> None:
