@@ -5,10 +5,15 @@ launchpad shows them, and how the training process's reports reach the run. What
 training (`core.dreambooth`) and that process (`defs.training_worker`).
 """
 
+import json
+import os
+import sys
+import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import dagster as dg
@@ -38,6 +43,9 @@ if TYPE_CHECKING:
 
 WORKER = "posterpipe.defs.training_worker"
 """Module of the training process."""
+
+_LOOK_SECONDS = 0.1
+"""Between two looks at what the training process says."""
 
 
 class TrainingFailed(Exception):
@@ -318,7 +326,10 @@ class _Reports(dg.PipesTempFileMessageReader):
 
         watched = cast(dg.PipesMessageHandler, _Watched(handler, self._read))
         already = trains_in(self._work_dir)
-        with super().read_messages(watched) as params:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            WholeLines(os.path.join(folder, "messages")).read_messages(watched) as params,
+        ):
             try:
                 yield params
             except DagsterExecutionInterruptedError:
@@ -343,6 +354,27 @@ class _Reports(dg.PipesTempFileMessageReader):
             return False
         self._show(report)
         return True
+
+
+class WholeLines(dg.PipesFileMessageReader):
+    """Dagster's reader of a file, but for lines of which a part is written yet: it takes them for
+    whole ones on a busy machine, and then reads no further message, and no last words either."""
+
+    def _reader_thread(self, handler: dg.PipesMessageHandler, is_resource_complete: Event) -> None:
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                line, ended = "", False
+                while not ended:
+                    # Asked before reading, so that what was written until then is read.
+                    ended = is_resource_complete.wait(_LOOK_SECONDS)
+                    while piece := file.readline():
+                        line += piece
+                        if line.endswith("\n"):
+                            handler.handle_message(json.loads(line))
+                            line = ""
+        except BaseException:
+            handler.report_pipes_framework_exception("WholeLines reader thread", sys.exc_info())
+            raise
 
 
 class _Watched:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -202,3 +203,22 @@ def test_a_checkpoint_is_trained_on_class_images_and_watched_on_the_holdout(
     record = json.loads((checkpoint / "posterpipe.json").read_text())
     assert record["settings"]["sample_every_steps"] == 2
     assert record["class_set"] and record["holdout_set"]
+
+
+def test_a_message_of_which_a_part_is_written_yet_is_waited_for(tmp_path: Path) -> None:
+    """Dagster's own reader takes it for a whole one, and reads nothing after it."""
+    seen: list[Any] = []
+    failed: list[Any] = []
+    handler: Any = SimpleNamespace(
+        handle_message=seen.append, report_pipes_framework_exception=lambda *a: failed.append(a)
+    )
+    with (
+        training.WholeLines(str(tmp_path / "messages")).read_messages(handler) as params,
+        open(params["path"], "a", encoding="utf-8") as file,
+    ):
+        for part in ('{"method": "fi', 'rst"}\n{"method": ', '"second"}\n', '{"method": "last"}\n'):
+            file.write(part)
+            file.flush()
+            time.sleep(3 * training._LOOK_SECONDS)
+    assert [message["method"] for message in seen] == ["first", "second", "last"]
+    assert failed == []
