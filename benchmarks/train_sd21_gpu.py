@@ -1,16 +1,15 @@
 """`train_sd21_gpu`: Stable Diffusion 2.1 size at 512 px on a GPU, against diffusers' script.
 
 Both sides: random weights of the real size, bf16, 8-bit Adam, batch 1 and 4, the U-Net alone and
-with the text encoder. Then what each measure contributes: each is left out, or added, alone. What
-is required of the ratio is required without `compile`, which is off by default; the ratio with it
-is a row of its own. No rows without a GPU.
+with the text encoder, ours with its defaults. Then what each measure contributes: CUDA graphs are
+left out; without them, since they hide what the others save the processor, each other one is left
+out, or added, alone. No rows without a GPU.
 
 With `--file`, each row is filed when it is there, and a run that fails is a row too. `--part`
 measures some of the runs and `--keep` leaves the model for the next command, so that all of them
-can be made in several short ones, in this order: `--part unet.batch1.plain`, with which the others
-of that batch are compared; `--part unet.batch1.with_channels_last`, since where that layout is the
-quicker one, which by default is not chosen on a GPU, the rest should be measured so. These two take
-a minute. Then the peer, and batch 4.
+can be made in several short ones, in this order: `--part unet.batch1.plain` and
+`--part unet.batch1.without_cuda_graphs`, with which the others of that batch are compared, in less
+than a minute; then the peer, the measures, and batch 4.
 
 One run of each side is one sample. With `--rounds 3` the parts `peer` measure both sides anew, in
 turn, and give the medians.
@@ -79,7 +78,12 @@ SETTINGS: dict[str, Any] = {
     "mixed_precision": "bf16",
     "optimizer": "adamw_8bit",
 }
-# The first one decides how the rest is measured, see above.
+WITHOUT_GRAPHS = "without CUDA graphs"
+OF_THE_PLAIN_RUN: dict[str, dict[str, Any]] = {
+    WITHOUT_GRAPHS: {"cuda_graphs": False},
+    "with compile and CUDA graphs": {"compile": True, "cuda_graphs": True},
+}
+"""Runs that are compared with the one that has all defaults."""
 MEASURES: dict[str, dict[str, Any]] = {
     "with channels_last": {"channels_last": True},
     "with compile": {"compile": True},
@@ -90,6 +94,7 @@ MEASURES: dict[str, dict[str, Any]] = {
     "with gradient checkpointing": {"gradient_checkpointing": True},
     "with LoRA": {"method": "lora"},
 }
+"""Runs without CUDA graphs, compared with the one that has all other defaults."""
 
 
 class Figures(NamedTuple):
@@ -187,17 +192,21 @@ class _Comparison:
                 "train_batch_size": batch,
                 "train_text_encoder": text_encoder,
             }
-            layout, *others = (self._changed(name, training, measure) for measure in MEASURES)
             yield f"{name}.plain", partial(self._plain, name, training)
-            if not text_encoder:
-                yield layout
+            without, *others = (
+                self._changed(name, "the plain run", {**training, **changes}, measure)
+                for measure, changes in OF_THE_PLAIN_RUN.items()
+            )
+            yield without
             yield f"{name}.peer", partial(self._peer, name, training)
             if text_encoder:
                 continue
             yield from others
-            words = "with_bitsandbytes_own_adam_step"
-            waits = partial(self._measure, name, f"{name}.{words}", training, adam_waits=True)
-            yield f"{name}.{words}", waits
+            eager, base = without[0], {**training, **OF_THE_PLAIN_RUN[WITHOUT_GRAPHS]}
+            for measure, changes in MEASURES.items():
+                yield self._changed(eager, WITHOUT_GRAPHS, {**base, **changes}, measure, name)
+            waits = "with bitsandbytes own Adam step"
+            yield self._changed(eager, WITHOUT_GRAPHS, base, waits, name, adam_waits=True)
             for words, seconds in (
                 ("vae_at_each_step", _vae_seconds),
                 ("captions_at_each_step", _text_encoder_seconds),
@@ -205,11 +214,21 @@ class _Comparison:
                 yield f"{name}.{words}", partial(self._saved, f"{name}.{words}", seconds, batch)
 
     def _changed(
-        self, plain: str, training: dict[str, Any], measure: str
+        self,
+        other: str,
+        title: str,
+        training: dict[str, Any],
+        measure: str,
+        plain: str | None = None,
+        *,
+        adam_waits: bool = False,
     ) -> tuple[str, Callable[[], Iterator[Row]]]:
-        """The run of one of the measures, and its name."""
+        """The run of one of the measures, and its name. It is compared with the run named `other`,
+        `title` in words, and belongs to the plain one, which is the same if none is given."""
+        plain = plain or other
         name = f"{plain}.{re.sub(r'[^a-z0-9]+', '_', measure.lower())}"
-        return name, partial(self._measure, plain, name, {**training, **MEASURES[measure]})
+        compare = partial(self._measure, plain, other, title, name)
+        return name, partial(compare, training, adam_waits=adam_waits)
 
     def _ours(self, training: dict[str, Any], *, adam_waits: bool = False) -> Figures:
         work = self._folder / f"ours-{next(self._numbers)}"
@@ -234,8 +253,7 @@ class _Comparison:
         mine = self._ours(training)
         self._known |= zip(_rows_of(name), mine, strict=True)
         yield Row(name, "steps/s", round(mine.speed, 3), required="needs --peer-script")
-        yield Row(f"{name}.memory", "GiB", round(mine.memory, 2))
-        yield Row(f"{name}.memory_reserved", "GiB, step 1 included", round(mine.reserved, 2))
+        yield from _memory_rows(name, mine)
         batch = training["train_batch_size"]
         yield Row(f"{name}.images", "images/s", round(mine.speed * batch, 2))
         seconds = round(THESIS_STEPS / mine.speed)
@@ -275,19 +293,29 @@ class _Comparison:
         yield from _compared(name, ours, peer, self._rounds)
 
     def _measure(
-        self, plain: str, name: str, training: dict[str, Any], *, adam_waits: bool = False
+        self,
+        plain: str,
+        other: str,
+        title: str,
+        name: str,
+        training: dict[str, Any],
+        *,
+        adam_waits: bool = False,
     ) -> Iterator[Row]:
-        speed = self._known_figure(plain)
-        other = self._ours(training, adam_waits=adam_waits).speed
+        speed = self._known_figure(other)
+        changed = self._ours(training, adam_waits=adam_waits)
+        self._known[name] = changed.speed
         yield Row(
-            name, "steps/s", round(other, 3), round(speed, 3), "the plain run",
-            round(other / speed, 2),
+            name, "steps/s", round(changed.speed, 3), round(speed, 3), title,
+            round(changed.speed / speed, 2),
         )  # fmt: skip
+        if name.endswith(".without_cuda_graphs"):  # which small GPUs go without
+            yield from _memory_rows(name, changed)
         peer = self._known.get(f"{plain}.peer")
         if training.get("compile") and peer:
             yield Row(
-                f"{name}.to_peer", "steps/s", round(other, 3), round(peer, 3), PEER_NAME,
-                round(other / peer, 2),
+                f"{name}.to_peer", "steps/s", round(changed.speed, 3), round(peer, 3), PEER_NAME,
+                round(changed.speed / peer, 2),
             )  # fmt: skip
 
     def _saved(
@@ -313,6 +341,11 @@ class _Comparison:
 def _rows_of(name: str) -> tuple[str, str, str]:
     """The names of the rows with the figures of a plain run."""
     return name, f"{name}.memory", f"{name}.memory_reserved"
+
+
+def _memory_rows(name: str, run: Figures) -> Iterator[Row]:
+    yield Row(f"{name}.memory", "GiB", round(run.memory, 2))
+    yield Row(f"{name}.memory_reserved", "GiB, step 1 included", round(run.reserved, 2))
 
 
 def _medians(runs: Sequence[Figures]) -> Figures:

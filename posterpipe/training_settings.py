@@ -299,6 +299,14 @@ class TrainingSettings(Group):
         unit="",
         source=_NOT_IN_THESIS,
     )
+    cuda_graphs: bool | None = knob(
+        None,
+        "records on a GPU what a step starts there, and replays it: quicker wherever the processor "
+        "is slower than the GPU, with the same numbers; none: without compile, where memory is "
+        "ample. Not with buckets, gradient_checkpointing or several processes",
+        unit="",
+        source="PyTorch's notes on CUDA; [measured](benchmarks.md) on a GPU",
+    )
     halve_batch_on_out_of_memory: bool = knob(
         False,
         "halves the batch and doubles the accumulation where memory runs out, instead of ending "

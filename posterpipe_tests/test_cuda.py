@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from posterpipe.core.devices import give_memory_back
+from posterpipe.core.dreambooth import learner as learners
 from posterpipe.core.dreambooth import lora, objective
 from posterpipe.core.dreambooth.adamw_8bit import QueuedAdamW8bit
 from posterpipe.core.dreambooth.base_model import load_vae
 from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.cuda_graphs import Passed, RecordedPass, record
 from posterpipe.core.dreambooth.data import load_pixels
 from posterpipe.core.dreambooth.inputs import Inputs, read_inputs
 from posterpipe.core.dreambooth.latents import encode
@@ -43,6 +46,7 @@ from posterpipe.core.sampler import ImageRequest, Sampler
 from posterpipe.settings import SamplerSettings, default_root
 from posterpipe.training_settings import TrainingSettings
 from posterpipe_tests.core.dreambooth.conftest import losses, unet_weights, write_training_set
+from posterpipe_tests.core.dreambooth.test_cuda_graphs import record_on_cpu, recorded_on_cpu
 from posterpipe_tests.core.dreambooth.test_optimizers import (
     assert_same_bits,
     eight_bit_steps,
@@ -241,6 +245,71 @@ def test_eight_bit_adam_has_the_bits_of_bitsandbytes_own_loop(device: str) -> No
     assert bool(own._plans[0].directly) == lib.compiled_with_cuda
 
 
+def recordings(device: str, monkeypatch: pytest.MonkeyPatch) -> list[Passed]:
+    """The answers of each recording that is made from now on; on a CPU as if it were a GPU."""
+    if device == "cpu":
+        return recorded_on_cpu(monkeypatch)
+    found: list[Passed] = []
+
+    def counted(make_pass: Callable[[], Passed]) -> tuple[Callable[[], object], Passed]:
+        replay, answers = record(make_pass)
+        found.append(answers)
+        return replay, answers
+
+    monkeypatch.setattr(learners, "RecordedPass", partial(RecordedPass, record=counted))
+    return found
+
+
+@on_devices(shown_by="dreambooth/test_cuda_graphs.py")
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"optimizer": "adamw_8bit", "mixed_precision": "bf16", "train_text_encoder": False}, 1),
+        ({"mixed_precision": "fp16", "gradient_accumulation_steps": 2}, 1),
+        ({"mixed_precision": "bf16", "method": "lora", "ema_decay": 0.9}, 1),
+        ({"text_encoder_stop_step": 3, "channels_last": True}, 2),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_replayed_steps_learn_what_steps_do_that_are_made(
+    world: RunConfig,
+    device: str,
+    settings: dict[str, Any],
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = train(changed(world, "plain", cuda_graphs=False, **settings))
+    found = recordings(device, monkeypatch)
+    config = changed(world, "replayed", **settings)
+    result = train(config, log=print)
+    assert len(found) == expected
+    assert_learnt(config, result)
+    # A GPU adds up in another order each time; a CPU does not.
+    assert losses(result) == pytest.approx(losses(plain), rel=0.02 if HAS_GPU else 0.0, abs=0.0)
+    print("largest difference", np.abs(np.subtract(losses(result), losses(plain))).max())
+
+
+@on_devices(shown_by="dreambooth/test_cuda_graphs.py")
+def test_a_step_that_fails_while_it_is_recorded_is_made_as_it_is(
+    world: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(make_pass: Callable[[], Passed]) -> tuple[Callable[[], object], Passed]:
+        def fail() -> Passed:
+            make_pass()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return (record if HAS_GPU else record_on_cpu)(fail)
+
+    plain = train(changed(world, "plain", cuda_graphs=False))
+    if not HAS_GPU:
+        recorded_on_cpu(monkeypatch)
+    monkeypatch.setattr(learners, "RecordedPass", partial(RecordedPass, record=broken))
+    log: list[str] = []
+    result = train(changed(world, "broken"), log=log.append)
+    assert [line for line in log if "cannot be recorded (not enough memory)" in line]
+    assert losses(result) == pytest.approx(losses(plain), rel=0.02 if HAS_GPU else 0.0, abs=0.0)
+
+
 @on_devices(compiles=True)
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -249,10 +318,14 @@ def test_compiled_with_a_moving_average_the_losses_are_those_of_the_plain_model(
 ) -> None:
     settings = {"method": method, "ema_decay": 0.9, "max_train_steps": 3}
     plain = train(changed(world, "plain", **settings))
-    config = changed(world, "compiled", **settings, compile=True, compile_blocks=blocks)
-    result = train(config)
+    graphs = HAS_GPU and method == "full"
+    values: dict[str, Any] = {"compile": True, "compile_blocks": blocks, "cuda_graphs": graphs}
+    config = changed(world, "compiled", **settings, **values)
+    log: list[str] = []
+    result = train(config, log=log.append)
     assert_learnt(config, result)
     assert losses(result) == pytest.approx(losses(plain), rel=0.02 if HAS_GPU else 1e-3)
+    assert not [line for line in log if "cannot be recorded" in line]
     torch._dynamo.reset()
 
 

@@ -19,6 +19,7 @@ Read `train` from top to bottom; it leans on small modules:
 - `batches`: from positions to what goes through the U-Net.
 - `schedule`: the learning rate, a pure function.
 - `continuing`: going on from another run's save with other settings.
+- `learner`: the models in training; `cuda_graphs`: a step recorded on a GPU and replayed.
 - `optimizers`, `adamw_8bit`, `lora`: what moves the weights, and which.
 - `run`: what a run does between its steps, and when each thing is due.
 - `running_loss`: the training loss, and when a run has diverged.

@@ -23,9 +23,10 @@ WATCHING = frozenset(
         "sample_prompts",
         "sample_seed",
         "halve_batch_on_out_of_memory",
+        "cuda_graphs",
     }
 )
-"""Settings that change what a run logs and keeps, but no weight."""
+"""Settings that change what a run logs, keeps and needs, but no weight."""
 
 # Younger than the first checkpoints, whose names stay as they were where these are off.
 _LATER = frozenset({"tf32", "compile_blocks"})

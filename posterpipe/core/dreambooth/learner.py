@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, cast
@@ -24,6 +25,7 @@ from posterpipe.core.dreambooth import objective
 from posterpipe.core.dreambooth.base_model import load_text_encoder, load_unet
 from posterpipe.core.dreambooth.batches import Batch
 from posterpipe.core.dreambooth.config import RunConfig
+from posterpipe.core.dreambooth.cuda_graphs import RecordedPass, has_ample_memory, may_record
 from posterpipe.core.dreambooth.effects import freezes_short_lora
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.lora import add_lora, merge_lora
@@ -96,6 +98,18 @@ class Learner:
         self._average: MovingAverage | None = None
         if settings.ema_decay is not None:
             self._average = MovingAverage(self.parameters, settings.ema_decay)
+
+        self._recorded: RecordedPass | None = None
+        processes = accelerator.num_processes
+        if may_record(settings, device, processes=processes, one_shape=not config.buckets):
+            ample = partial(has_ample_memory, device) if settings.cuda_graphs is None else None
+            self._recorded = RecordedPass(
+                self._loss,
+                list(self.named["unet"].values()),
+                scaled=self._scaler.scale,
+                ample=ample,
+                log=log,
+            )
 
         texts_of = self._make_texts(config, texts, log)
         self._frozen_texts, self._texts_to_learn, self._texts_now = texts_of
@@ -195,12 +209,29 @@ class Learner:
                 if number < len(batches):  # between processes, gradients travel with the last one
                     for copy in self._copies:
                         stack.enter_context(self._accelerator.no_sync(copy))
-                on_device = batch.to(self.device, self._layout)
-                errors = self._errors(on_device, self._predict, texts_of)
-                part = (errors * on_device.weights).sum()
-                self._scaler.scale(part).backward()
-            loss += part.detach()
+                loss += self._add_gradients(batch.to(self.device, self._layout), texts_of)
         return loss
+
+    def _add_gradients(self, batch: Batch, texts_of: TextsOf) -> Tensor:
+        """Adds up the gradients of a batch; its part of the step's loss."""
+        with self._autocast():
+            embeds = texts_of(batch.texts)
+        inputs = (batch.noisy, batch.timesteps, embeds, batch.target, batch.weights)
+        if self._recorded is None:
+            part = self._loss(*inputs)
+            self._scaler.scale(part).backward()
+            return part.detach()
+        part, gradients = self._recorded(*inputs)
+        if embeds.requires_grad:
+            embeds.backward(gradients[2])
+        return part
+
+    def _loss(
+        self, noisy: Tensor, timesteps: Tensor, embeds: Tensor, target: Tensor, weights: Tensor
+    ) -> Tensor:
+        """A batch's part of the step's loss, float32 ()."""
+        prediction = self._answer(self._predict, noisy, timesteps, embeds)
+        return (objective.squared_errors(prediction, target) * weights).sum()
 
     def forget_gradients(self) -> None:
         """Leaves the gradients that were added up."""
@@ -242,11 +273,11 @@ class Learner:
         the device wait."""
         return self._scaler.get_scale()
 
-    def _errors(self, batch: Batch, predict: Callable[..., Any], texts_of: TextsOf) -> Tensor:
+    def _answer(
+        self, predict: Callable[..., Any], latents: Tensor, timestep: Tensor, embeds: Tensor
+    ) -> Tensor:
         with self._autocast():
-            embeds = texts_of(batch.texts)
-            prediction = predict(batch.noisy, batch.timesteps, embeds, return_dict=False)[0]
-        return objective.squared_errors(prediction, batch.target)
+            return predict(latents, timestep, embeds, return_dict=False)[0]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)
@@ -267,12 +298,17 @@ class Learner:
 
     def errors_of(self, batch: Batch) -> Tensor:
         """float32 (batch,): each sample's squared error now."""
-        return self._errors(batch.to(self.device, self._layout), self._unet, self._texts_now)
+        on_device = batch.to(self.device, self._layout)
+        with self._autocast():
+            embeds = self._texts_now(batch.texts)
+        prediction = self._answer(self._unet, on_device.noisy, on_device.timesteps, embeds)
+        return objective.squared_errors(prediction, on_device.target)
 
     def predict(self, latents: Tensor, timestep: Tensor, texts: Sequence[str]) -> Tensor:
         """What the U-Net predicts now, in the shape of the latents (batch, channels, h, w)."""
         with self._autocast():
-            return self._unet(latents, timestep, self._texts_now(texts), return_dict=False)[0]
+            embeds = self._texts_now(texts)
+        return self._answer(self._unet, latents, timestep, embeds)
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         return self._average.applied() if self._average else contextlib.nullcontext()

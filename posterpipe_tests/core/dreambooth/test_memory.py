@@ -63,7 +63,8 @@ def test_what_the_models_take_is_just_below_what_was_measured_on_a_gpu() -> None
     unet = TrainingSettings(mixed_precision="bf16", train_text_encoder=False)
     models = models_gib(unet, SD21)
     for batch in (1, 4):
-        name = f"train_sd21_gpu.unet.batch{batch}"
+        # A small GPU trains without CUDA graphs.
+        name = f"train_sd21_gpu.unet.batch{batch}.without_cuda_graphs"
         assert models < measured[f"{name}.memory"]
         room = models + batch * IMAGE_GIB + BESIDE_GIB - measured[f"{name}.memory_reserved"]
         assert 0.5 < room < 1.5, "the driver's context, which torch does not see, is about 0.5 GiB"

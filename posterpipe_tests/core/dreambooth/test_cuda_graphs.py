@@ -1,0 +1,296 @@
+"""Passes that are recorded once and replayed; what a GPU shows of it is in `test_cuda`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from posterpipe.core.dreambooth import learner as learners
+from posterpipe.core.dreambooth.cuda_graphs import (
+    Passed,
+    RecordedPass,
+    has_ample_memory,
+    may_record,
+)
+from posterpipe.core.dreambooth.train import train
+from posterpipe.training_settings import TrainingSettings
+from posterpipe_tests.core.dreambooth.conftest import (
+    MakeConfig,
+    equal,
+    losses,
+    text_weights,
+    unet_weights,
+)
+
+
+def record_on_cpu(make_pass: Callable[[], Passed]) -> tuple[Callable[[], object], Passed]:
+    """As on a GPU: nothing is computed yet, and each replay writes to the same memory."""
+    answers = make_pass()
+    loss, gradients = answers
+    written = [loss, *(value for value in gradients if value is not None)]
+    for value in written:
+        value.fill_(torch.nan)
+
+    def replay() -> None:
+        loss, gradients = make_pass()
+        now = [loss, *(value for value in gradients if value is not None)]
+        for place, value in zip(written, now, strict=True):
+            place.copy_(value)
+
+    return replay, answers
+
+
+def recorded_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[Passed]:
+    """Has steps recorded on a CPU; the list gets the answers of each recording."""
+    recordings: list[Passed] = []
+
+    def recorded(loss_of: Any, *arguments: Any, **values: Any) -> RecordedPass:
+        models = loss_of.__self__.models
+
+        def places() -> list[int]:
+            return [value.data_ptr() for value in models["unet"].state_dict().values()]
+
+        def record(make_pass: Callable[[], Passed]) -> tuple[Callable[[], object], Passed]:
+            replay, answers = record_on_cpu(make_pass)
+            recordings.append(answers)
+            before = places()
+
+            def replay_in_place() -> None:
+                assert places() == before, "a GPU would read where nothing is any more"
+                replay()
+
+            return replay_in_place, answers
+
+        return RecordedPass(loss_of, *arguments, record=record, **values)
+
+    monkeypatch.setattr(learners, "RecordedPass", recorded)
+    monkeypatch.setattr(learners, "has_ample_memory", lambda device: True)
+    monkeypatch.setattr(
+        learners, "may_record", lambda settings, _, **rest: may_record(settings, GPU, **rest)
+    )
+    return recordings
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("settings", "recordings"),
+    [
+        ({"optimizer": "adamw_8bit", "ema_decay": 0.9, "train_text_encoder": False}, 1),
+        ({"mixed_precision": "bf16", "gradient_accumulation_steps": 3, "channels_last": True}, 1),
+        ({"mixed_precision": "fp16"}, 1),
+        ({"method": "lora", "train_text_encoder": False}, 1),
+        # With gradients for the text encoder, and then without.
+        ({"text_encoder_stop_step": 3, "max_grad_norm": 0.01}, 2),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_replayed_steps_end_with_the_bits_of_steps_that_are_made(
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    recordings: int,
+) -> None:
+    plain = make_config("plain", max_train_steps=6, **settings)
+    expected = train(plain)
+    found = recorded_on_cpu(monkeypatch)
+    replayed = make_config("replayed", max_train_steps=6, **settings)
+    result = train(replayed)
+    assert len(found) == recordings
+    assert losses(result) == losses(expected)
+    assert equal(unet_weights(replayed.output_dir), unet_weights(plain.output_dir))
+    assert equal(text_weights(replayed.output_dir), text_weights(plain.output_dir))
+    assert result.checkpoint_id == expected.checkpoint_id
+
+
+def square_error(inputs: Tensor, weights: Tensor, model: nn.Module) -> Tensor:
+    return (model(inputs).square() * weights).sum()
+
+
+class Passes:
+    """A recorded pass through a small model, beside plain ones."""
+
+    def __init__(self, **values: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Conv2d(2, 3, 3)
+        cast(Any, self.model).to(memory_format=torch.channels_last)
+        self.log: list[str] = []
+        self.passes = RecordedPass(
+            partial(square_error, model=self.model),
+            [*self.model.parameters()],
+            scaled=lambda loss: 2 * loss,
+            ample=None,
+            log=self.log.append,
+            **values,
+        )
+
+    def check(self, *shape: int, added: int = 1) -> None:
+        """Some passes add up to what `backward()` gives, for inputs that want a gradient too."""
+        images = [torch.randn(*shape, requires_grad=True) for _ in range(added)]
+        losses = [self.passes(each, torch.ones(())) for each in images]
+        found = [parameter.grad for parameter in self.model.parameters()]
+        self.model.zero_grad()
+        for each in images:
+            loss = square_error(each, torch.ones(()), self.model)
+            (2 * loss).backward()
+        for parameter, gradient in zip(self.model.parameters(), found, strict=True):
+            assert gradient is not None and parameter.grad is not None
+            assert torch.equal(parameter.grad, gradient)
+            assert parameter.grad.stride() == gradient.stride()
+        loss, gradients = losses[-1]
+        assert torch.equal(loss, square_error(images[-1], torch.ones(()), self.model))
+        image, weight = gradients
+        assert image is not None and torch.equal(image, images[-1].grad)  # type: ignore[arg-type]
+        assert weight is None
+        self.model.zero_grad()
+
+
+def test_gradients_add_up_over_passes_of_which_some_are_replayed() -> None:
+    passes = Passes(record=record_on_cpu)
+    for added in (1, 2, 3, 1):
+        passes.check(2, 2, 8, 8, added=added)
+    assert not passes.log
+
+
+def test_for_another_shape_a_pass_is_recorded_anew() -> None:
+    recordings: list[None] = []
+
+    def record(make_pass: Callable[[], Passed]) -> tuple[Callable[[], object], Passed]:
+        recordings.append(None)
+        return record_on_cpu(make_pass)
+
+    passes = Passes(record=record)
+    for batch in (4, 4, 4, 2, 2, 2):
+        passes.check(batch, 2, 8, 8)
+    assert len(recordings) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 3 GiB"), "not enough memory"),
+        (RuntimeError("operation not permitted\nwhen stream is capturing"), "not permitted"),
+    ],
+)
+def test_what_cannot_be_recorded_is_made_each_time_and_it_is_said_once(
+    error: Exception, reason: str
+) -> None:
+    tries = []
+
+    def record(make_pass: Callable[[], Passed]) -> Any:
+        tries.append(make_pass())
+        raise error
+
+    passes = Passes(record=record)
+    for _ in range(4):
+        passes.check(2, 2, 8, 8, added=2)
+    assert len(tries) == len(passes.log) == 1
+    assert reason in passes.log[0] and "training.cuda_graphs" in passes.log[0]
+
+
+def test_where_memory_is_not_ample_nothing_is_recorded_unless_it_is_asked_for(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    found = recorded_on_cpu(monkeypatch)
+    monkeypatch.setattr(learners, "has_ample_memory", lambda device: False)
+    train(make_config("left", max_train_steps=3), log=log.append)
+    assert not found and any("memory is not ample" in line for line in log)
+    train(make_config("asked", max_train_steps=3, cuda_graphs=True), log=log.append)
+    assert len(found) == 1
+
+
+def test_memory_is_ample_where_there_is_twice_what_was_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Properties:
+        total_memory = 16
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    for needed, ample in ((8, True), (9, False)):
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device, n=needed: n)
+        assert has_ample_memory(GPU) is ample
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "rest", "expected"),
+    [
+        ({}, "cuda", {}, True),
+        ({}, "cpu", {}, False),
+        ({"cuda_graphs": False}, "cuda", {}, False),
+        ({"compile": True}, "cuda", {}, False),
+        ({"compile": True, "cuda_graphs": True}, "cuda", {}, True),
+        ({"gradient_checkpointing": True, "cuda_graphs": True}, "cuda", {}, False),
+        ({"cuda_graphs": True}, "cuda", {"processes": 2}, False),
+        ({"cuda_graphs": True}, "cuda", {"one_shape": False}, False),
+    ],
+)
+def test_steps_are_recorded_on_one_gpu_where_each_is_like_the_one_before(
+    settings: dict[str, Any], device: str, rest: dict[str, Any], expected: bool
+) -> None:
+    values = {"processes": 1, "one_shape": True, **rest}
+    assert may_record(TrainingSettings(**settings), torch.device(device), **values) is expected
+
+
+def test_nothing_that_a_run_does_between_steps_moves_what_a_replay_reads(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, other_set: Path
+) -> None:
+    found = recorded_on_cpu(monkeypatch)
+    config = make_config(
+        "busy",
+        parts={"holdout_set": other_set},
+        max_train_steps=6,
+        ema_decay=0.9,
+        holdout_every_steps=1,
+        early_stop_patience=5,
+        save_every_steps=2,
+        sample_every_steps=2,
+        sample_prompts=["a rocket"],
+        export_every_steps=3,
+    )
+    result = train(config)
+    assert len(found) == 1 and len(result.holdout) == 7
+
+
+def test_of_a_weight_that_was_moved_a_pass_is_recorded_anew() -> None:
+    recordings: list[None] = []
+
+    def record(make_pass: Callable[[], Passed]) -> tuple[Callable[[], object], Passed]:
+        recordings.append(None)
+        return record_on_cpu(make_pass)
+
+    passes = Passes(record=record)
+    for _ in range(3):
+        passes.check(2, 2, 8, 8)
+    passes.model.weight.data = passes.model.weight.data.clone()
+    for _ in range(3):
+        passes.check(2, 2, 8, 8)
+    assert len(recordings) == 2
+
+
+def test_a_run_that_was_killed_goes_on_replaying_with_the_same_bits(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = {"max_train_steps": 6, "save_every_steps": 2, "ema_decay": 0.9}
+    plain = make_config("plain", **settings)
+    expected = train(plain)
+    found = recorded_on_cpu(monkeypatch)
+    cut = make_config("cut", **settings)
+
+    def interrupt(report: Any) -> None:
+        if report.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, interrupt)
+    resumed = train(cut)
+    assert resumed.resumed_from == 4 and len(found) == 2
+    assert losses(resumed) == losses(expected)
+    assert equal(unet_weights(cut.output_dir), unet_weights(plain.output_dir))
