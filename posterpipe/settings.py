@@ -186,7 +186,8 @@ class SamplerSettings(Group):
     )
     compile: bool = Field(
         False,
-        description="torch.compile of the U-Net: a minute or more at the start, faster steps after",
+        description="torch.compile of the U-Net: a minute or more at the start; whether steps are "
+        "faster after depends on the GPU (on an H200 they were not)",
     )
     channels_last: bool | None = Field(
         None,
