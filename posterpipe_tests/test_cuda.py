@@ -32,6 +32,7 @@ from posterpipe.core.dreambooth import learner as learners
 from posterpipe.core.dreambooth import lora, objective
 from posterpipe.core.dreambooth.adamw_8bit import QueuedAdamW8bit
 from posterpipe.core.dreambooth.base_model import load_vae
+from posterpipe.core.dreambooth.batches import Batch
 from posterpipe.core.dreambooth.config import RunConfig
 from posterpipe.core.dreambooth.cuda_graphs import Passed, RecordedPass, record
 from posterpipe.core.dreambooth.data import load_pixels
@@ -137,14 +138,18 @@ def learning(config: RunConfig) -> Iterator[tuple[Learner, Inputs]]:
 
 def make_step(learner: Learner, inputs: Inputs, step: int) -> None:
     """One optimizer step, of two images for each batch that is accumulated."""
+    learner.add_gradients(step, batches_of(learner, inputs, step))
+    learner.make_step(step, learner.peak_rates)
+
+
+def batches_of(learner: Learner, inputs: Inputs, step: int) -> list[Batch]:
+    """What a step learns from: two images for each batch that is accumulated."""
     parts = learner.settings.gradient_accumulation_steps
-    batches = [
+    return [
         batch
         for first in range(2 * step * parts, 2 * (step + 1) * parts, 2)
         for batch in inputs.feed.batches([first, first + 1], parts=parts)
     ]
-    learner.add_gradients(step, batches)
-    learner.make_step(step, learner.peak_rates)
 
 
 def saved_in(folder: Path) -> Save:
@@ -267,26 +272,41 @@ def recordings(device: str, monkeypatch: pytest.MonkeyPatch) -> list[Passed]:
         ({"optimizer": "adamw_8bit", "mixed_precision": "bf16", "train_text_encoder": False}, 1),
         ({"mixed_precision": "fp16", "gradient_accumulation_steps": 2}, 1),
         ({"mixed_precision": "bf16", "method": "lora", "ema_decay": 0.9}, 1),
-        ({"text_encoder_stop_step": 3, "channels_last": True}, 2),
+        ({"text_encoder_stop_step": 4, "channels_last": True}, 2),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
-def test_replayed_steps_learn_what_steps_do_that_are_made(
+def test_of_a_replayed_step_the_gradients_are_those_of_one_that_is_made(
     world: RunConfig,
     device: str,
     settings: dict[str, Any],
     expected: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plain = train(changed(world, "plain", cuda_graphs=False, **settings))
-    found = recordings(device, monkeypatch)
-    config = changed(world, "replayed", **settings)
-    result = train(config, log=print)
-    assert len(found) == expected
-    assert_learnt(config, result)
-    # A GPU adds up in another order each time; a CPU does not.
-    assert losses(result) == pytest.approx(losses(plain), rel=0.02 if HAS_GPU else 0.0, abs=0.0)
-    print("largest difference", np.abs(np.subtract(losses(result), losses(plain))).max())
+    def learnt(config: RunConfig) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each model after some steps: the gradients of the last one, and what has moved."""
+        found = {}
+        with learning(config) as (learner, inputs):
+            before = learner.weights()
+            for step in range(6):
+                make_step(learner, inputs, step)
+            learner.add_gradients(6, batches_of(learner, inputs, 6))
+            after = learner.weights()
+            for name, group in learner.named.items():
+                gradients = [p.grad.flatten().cpu() for p in group.values() if p.grad is not None]
+                moved = [(after[name][key] - before[name][key]).flatten() for key in group]
+                found[name] = (torch.cat([*gradients, torch.zeros(1)]), torch.cat(moved))
+        return found
+
+    plain = learnt(changed(world, "plain", cuda_graphs=False, **settings))
+    recorded = recordings(device, monkeypatch)
+    replayed = learnt(changed(world, "replayed", **settings))
+    assert len(recorded) == expected
+    # Kernels of a GPU may add up in another order each time; a CPU's do not.
+    tolerance = 0.02 if HAS_GPU else 0.0
+    for name, values in plain.items():
+        for one, other in zip(values, replayed[name], strict=True):
+            assert (one - other).norm() <= tolerance * one.norm(), name
 
 
 @on_devices(shown_by="dreambooth/test_cuda_graphs.py")

@@ -20,34 +20,39 @@ from posterpipe.core.errors import first_line
 from posterpipe.core.memory import is_out_of_memory
 from posterpipe.training_settings import TrainingSettings
 
-AMPLE = 2
-"""A GPU has ample memory for a recording if it has so many times what the first step took. What a
-recording computes in is its own: held-out posters and samples need theirs beside it."""
-
 Passed = tuple[Tensor, tuple[Tensor | None, ...]]
 """A loss, and the gradients of the parameters and of those inputs that have any."""
 Record = Callable[[Callable[[], Passed]], tuple[Callable[[], object], Passed]]
 """A pass that has been made before -> what makes it anew, and where its answers are after that."""
 
 
-def may_record(
+def hindrance(
     settings: TrainingSettings, device: torch.device, *, processes: int, one_shape: bool
-) -> bool:
-    """Whether a run's passes may be recorded; whether memory suffices shows later.
+) -> str | None:
+    """Why a run's passes are not recorded, whatever memory there is; None where they may be.
 
     one_shape: of all images. Each other shape would be recorded anew.
     """
-    wanted = settings.cuda_graphs
-    if wanted is None:
-        wanted = not settings.compile
-    possible = processes == 1 and one_shape and not settings.gradient_checkpointing
-    return device.type == "cuda" and wanted and possible
+    if settings.cuda_graphs is False:
+        return "cuda_graphs = false"
+    if device.type != "cuda":
+        return f"device {device.type}"
+    if processes > 1:
+        return f"{processes} processes"
+    if not one_shape:
+        return "buckets"
+    if settings.gradient_checkpointing:  # it reads the state of random numbers
+        return "gradient_checkpointing"
+    if settings.compile and settings.cuda_graphs is None:
+        return "compile"
+    return None
 
 
 def has_ample_memory(device: torch.device) -> bool:
-    """Whether a GPU has far more memory than torch has needed up to now."""
-    whole = torch.cuda.get_device_properties(device).total_memory
-    return whole >= AMPLE * torch.cuda.max_memory_reserved(device)
+    """Whether as much of a GPU's memory is free as torch holds. A pass takes no more than that, and
+    what it computes in is its own: held-out posters and samples need theirs beside it."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free >= torch.cuda.memory_reserved(device)
 
 
 def record(make_pass: Callable[[], Passed]) -> tuple[Callable[[], object], Passed]:
@@ -67,9 +72,10 @@ class RecordedPass:
     """Forward and backward pass: recorded when inputs of one shape come for the second time.
 
     loss_of: inputs -> loss, a scalar. scaled: loss -> what to go back from. parameters: get the
-    gradients, as from `backward()`: what they have already is added to. ample: asked once, before
-    the first recording, whether there is memory for one; not asked where None. Where it cannot be
-    recorded, the pass is made anew each time.
+    gradients, as from `backward()`: what they have already is added to, for which a replay needs
+    memory for all of them once more. ample: asked before the first recording whether there is
+    memory for one; not asked where None. Where it cannot be recorded, the pass is made anew each
+    time.
 
     What `loss_of` reads beside its inputs has to stay where it is in memory; when a parameter has
     been moved, the pass is recorded anew.
@@ -97,8 +103,8 @@ class RecordedPass:
     def forget(self) -> None:
         """Lets go of the recording and of the memory in which it computes."""
         self._inputs: tuple[Tensor, ...] = ()
-        self._replay: Callable[[], object] | None = None
         self._answers: Passed | None = None
+        self._replay: Callable[[], object] = _nothing
         self._places: list[int] = []
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -107,7 +113,7 @@ class RecordedPass:
         Both lie where the next call writes its own.
         """
         if self._fits(inputs):
-            if self._replay is None and self._may_record:
+            if self._answers is None and self._may_record:
                 self._try_to_record()
         else:
             self.forget()
@@ -118,32 +124,50 @@ class RecordedPass:
             )
         with torch.no_grad():
             torch._foreach_copy_(list(self._inputs), list(inputs))
-        if self._replay is None:
-            loss, gradients = self._make_pass()
-        else:
-            self._keep_gradients()
-            self._replay()
-            assert self._answers is not None
-            loss, gradients = self._answers
+        if self._answers is None:
+            return self._pass_as_it_is()
+        self._keep_gradients()
+        self._replay()
+        loss, gradients = self._answers
         self._add(gradients)
         of_inputs = iter(gradients[len(self._parameters) :])
         return loss, tuple(next(of_inputs) if value.requires_grad else None for value in inputs)
+
+    def stop_recording(self) -> bool:
+        """Never records again; whether there was a recording to let go of."""
+        had = self._answers is not None
+        self._may_record = False
+        self.forget()
+        return had
 
     def _fits(self, inputs: Sequence[Tensor]) -> bool:
         def kind(values: Sequence[Tensor]) -> list[Any]:
             return [(value.shape, value.dtype, value.requires_grad) for value in values]
 
-        moved = self._replay is not None and self._places != self._addresses()
+        moved = self._answers is not None and self._places != self._addresses()
         return kind(inputs) == kind(self._inputs) and not moved
 
     def _addresses(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self._parameters]
 
-    def _make_pass(self) -> Passed:
+    def _loss(self) -> Tensor:
         # Views, which are no leaves: of a leaf autocast keeps one short copy for all that read it,
         # whose gradients would then add up in that precision.
-        loss = self._loss_of(*(value.view_as(value) for value in self._inputs))
-        leaves = [*self._parameters, *(value for value in self._inputs if value.requires_grad)]
+        return self._loss_of(*(value.view_as(value) for value in self._inputs))
+
+    def _leaves(self) -> list[Tensor]:
+        return [*self._parameters, *(value for value in self._inputs if value.requires_grad)]
+
+    def _pass_as_it_is(self) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        loss = self._loss()
+        torch.autograd.backward(self._scaled(loss), inputs=self._leaves())
+        gradients = tuple(value.grad for value in self._inputs)
+        for value in self._inputs:
+            value.grad = None
+        return loss.detach(), gradients
+
+    def _pass_to_record(self) -> Passed:
+        loss, leaves = self._loss(), self._leaves()
         gradients = torch.autograd.grad(self._scaled(loss), leaves, allow_unused=True)
         # As `backward()` leaves them: in the layout of what they are of.
         return loss.detach(), tuple(map(_in_layout_of, leaves, gradients))
@@ -153,8 +177,9 @@ class RecordedPass:
             self._may_record = False
             self._log("training.cuda_graphs: no step is recorded, since memory is not ample")
             return
+        self._ample = None  # the next recording takes the place of this one
         try:
-            self._replay, self._answers = self._record(self._make_pass)
+            self._replay, self._answers = self._record(self._pass_to_record)
             self._places = self._addresses()
         except RuntimeError as error:
             self._may_record = False
@@ -162,6 +187,7 @@ class RecordedPass:
             self._log(
                 f"training.cuda_graphs: a step cannot be recorded ({reason}): goes on without"
             )
+            return
 
     def _keep_gradients(self) -> None:
         """Gives gradients that lie where the recording writes a place of their own."""
@@ -182,6 +208,10 @@ class RecordedPass:
                 summands.append(gradient)
         if sums:
             torch._foreach_add_(sums, summands)
+
+
+def _nothing() -> None:
+    """In place of a recording."""
 
 
 def _in_layout_of(leaf: Tensor, gradient: Tensor | None) -> Tensor | None:

@@ -25,7 +25,7 @@ from posterpipe.core.dreambooth import objective
 from posterpipe.core.dreambooth.base_model import load_text_encoder, load_unet
 from posterpipe.core.dreambooth.batches import Batch
 from posterpipe.core.dreambooth.config import RunConfig
-from posterpipe.core.dreambooth.cuda_graphs import RecordedPass, has_ample_memory, may_record
+from posterpipe.core.dreambooth.cuda_graphs import RecordedPass, has_ample_memory, hindrance
 from posterpipe.core.dreambooth.effects import freezes_short_lora
 from posterpipe.core.dreambooth.errors import TrainingError
 from posterpipe.core.dreambooth.lora import add_lora, merge_lora
@@ -99,17 +99,8 @@ class Learner:
         if settings.ema_decay is not None:
             self._average = MovingAverage(self.parameters, settings.ema_decay)
 
-        self._recorded: RecordedPass | None = None
-        processes = accelerator.num_processes
-        if may_record(settings, device, processes=processes, one_shape=not config.buckets):
-            ample = partial(has_ample_memory, device) if settings.cuda_graphs is None else None
-            self._recorded = RecordedPass(
-                self._loss,
-                list(self.named["unet"].values()),
-                scaled=self._scaler.scale,
-                ample=ample,
-                log=log,
-            )
+        self._recorded = self._make_recorded(one_shape=not config.buckets, log=log)
+        self._has_stepped = False
 
         texts_of = self._make_texts(config, texts, log)
         self._frozen_texts, self._texts_to_learn, self._texts_now = texts_of
@@ -145,6 +136,21 @@ class Learner:
             return compiled(self._copies[0], each_shape=each_shape)
         compile_blocks(self._unet, each_shape=each_shape)
         return self._copies[0]
+
+    def _make_recorded(self, *, one_shape: bool, log: Callable[[str], None]) -> RecordedPass | None:
+        wanted, processes = self.settings.cuda_graphs, self._accelerator.num_processes
+        reason = hindrance(self.settings, self.device, processes=processes, one_shape=one_shape)
+        if reason is not None:
+            if wanted:
+                log(f"training.cuda_graphs = true has no effect with {reason}")
+            return None
+        return RecordedPass(
+            self._loss,
+            list(self.named["unet"].values()),
+            scaled=self._scaler.scale,
+            ample=None if wanted else partial(has_ample_memory, self.device),
+            log=log,
+        )
 
     def _make_texts(
         self, config: RunConfig, texts: Collection[str], log: Callable[[str], None]
@@ -217,7 +223,9 @@ class Learner:
         with self._autocast():
             embeds = texts_of(batch.texts)
         inputs = (batch.noisy, batch.timesteps, embeds, batch.target, batch.weights)
-        if self._recorded is None:
+        # The first step makes the optimizer's states and tries convolutions: only then is it known
+        # what memory is left.
+        if self._recorded is None or not self._has_stepped:
             part = self._loss(*inputs)
             self._scaler.scale(part).backward()
             return part.detach()
@@ -232,6 +240,11 @@ class Learner:
         """A batch's part of the step's loss, float32 ()."""
         prediction = self._answer(self._predict, noisy, timesteps, embeds)
         return (objective.squared_errors(prediction, target) * weights).sum()
+
+    def forget_recording(self) -> bool:
+        """Gives back the memory of a recorded step, and records none any more; whether there was
+        one."""
+        return self._recorded is not None and self._recorded.stop_recording()
 
     def forget_gradients(self) -> None:
         """Leaves the gradients that were added up."""
@@ -254,6 +267,7 @@ class Learner:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        self._has_stepped = True
         self.forget_gradients()
         if self._average is not None:
             self._average.update(step)

@@ -30,7 +30,7 @@ and to what torch and the driver hold beside: 2 to 3 GiB for one of 512 px, see 
 IMAGE_GIB = 1.1
 """An image of 512 px on its way through Stable Diffusion 2.1 without gradient checkpointing, which
 makes it less: measured on an H200 in bf16, by the difference of what torch reserved for batch 4 and
-batch 1 (0.9, and 1.1 with channels_last)."""
+batch 1 (0.9 to 1.0 in three runs, 1.1 with channels_last)."""
 BESIDE_GIB = 1.0
 """What torch reserves beyond what is in use, likewise measured, and the driver's context."""
 
@@ -40,12 +40,15 @@ class InParts:
 
     For what is only looked at, held-out posters and samples: dividing it changes the last digits of
     what is seen, and nothing that is learnt, so no setting has to allow it. Parts that fitted are
-    not exceeded again.
+    not exceeded again. make_room: is asked first to give back memory, and answers whether it did.
     """
 
-    def __init__(self, log: Callable[[str], None], what: str) -> None:
+    def __init__(
+        self, log: Callable[[str], None], what: str, make_room: Callable[[], bool] = lambda: False
+    ) -> None:
         self._log = log
         self._what = what
+        self._make_room = make_room
         self._at_most = sys.maxsize
 
     def __call__(self, size: int, answers_to: Callable[[slice], Tensor]) -> Tensor:
@@ -60,12 +63,17 @@ class InParts:
             try:
                 return torch.cat([answers_to(part) for part in parts])
             except (RuntimeError, MemoryError) as error:
-                if at_once == 1 or not is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
-                self._at_most = at_once // 2
+                roomier = self._make_room()
+                if at_once == 1 and not roomier:
+                    raise
+                if not roomier:
+                    self._at_most = at_once // 2
             # Outside the handler, where nothing holds the memory of the failed try any more.
             give_memory_back()
-            self._log(f"out of memory: goes on with {self._at_most} {self._what} at once")
+            if not roomier:
+                self._log(f"out of memory: goes on with {self._at_most} {self._what} at once")
 
 
 @contextlib.contextmanager

@@ -103,8 +103,8 @@ class Run:
         self.learner = Learner(config, accelerator, self.inputs.texts, log, saved)
         self.first_step, self.journal = self._resume(saved)
         self.loss = RunningLoss(accelerator, self.learner, self.journal)
-        self._holdout_in_parts = InParts(log, "held-out posters")
-        self._samples_in_parts = InParts(log, "samples")
+        self._holdout_in_parts = InParts(log, "held-out posters", self.give_recording_back)
+        self._samples_in_parts = InParts(log, "samples", self.give_recording_back)
         self._pace, self._save_waits = SavePace(log), False
         self._seconds_before = self.journal.seconds
         self._started = self._reported_at = self._warm_since = time.perf_counter()
@@ -221,18 +221,28 @@ class Run:
         out they are left out."""
         if self.inputs.drawer is None or not self._main:
             return
-        try:
-            what = writing(f"the samples of step {step}", self.config.work_dir)
-            with self.learner.as_finished(), what:
-                self.inputs.drawer.draw(step, self._predict)
-            return
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            words = doubt(error)
-        # Outside the handler, where nothing holds the memory of the failed try any more.
-        give_memory_back()
+        again = True
+        while again:
+            try:
+                what = writing(f"the samples of step {step}", self.config.work_dir)
+                with self.learner.as_finished(), what:
+                    self.inputs.drawer.draw(step, self._predict)
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                words = doubt(error)
+            # Outside the handler, where nothing holds the memory of the failed try any more.
+            again = self.give_recording_back()
+            give_memory_back()
         self.log(f"the samples of step {step} are left out: out of memory{words}")
+
+    def give_recording_back(self) -> bool:
+        """For when memory has run out: lets go of the recorded step. Whether there was one."""
+        had = self.learner.forget_recording()
+        if had:
+            self.log("out of memory: goes on without CUDA graphs")
+        return had
 
     def export(self, step: int) -> None:
         """Writes the model as it is now beside the saves."""

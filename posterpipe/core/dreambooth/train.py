@@ -202,15 +202,18 @@ def _add_gradients(run: Run, step: int, split: int) -> tuple[Tensor, int]:
         try:
             return learner.add_gradients(step, batches), split
         except (RuntimeError, MemoryError) as error:
-            split *= _further_split(error, settings, run.accelerator, split)
+            roomier = is_out_of_memory(error) and run.give_recording_back()
+            if not roomier:
+                split *= _further_split(error, settings, run.accelerator, split)
         # Outside the handler, where nothing holds the memory of the failed try any more.
         learner.forget_gradients()
         give_memory_back()
-        run.log(
-            f"out of memory at step {step + 1}: goes on with "
-            f"{settings.train_batch_size // split} images at once, accumulated "
-            f"{split * settings.gradient_accumulation_steps} times"
-        )
+        if not roomier:
+            run.log(
+                f"out of memory at step {step + 1}: goes on with "
+                f"{settings.train_batch_size // split} images at once, accumulated "
+                f"{split * settings.gradient_accumulation_steps} times"
+            )
 
 
 def _rate(settings: TrainingSettings, step: int, peak: float) -> float:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from diffusers.models import AutoencoderKL
 from torch import Tensor, nn
 
 from posterpipe.core.dreambooth import learner as learners
@@ -16,7 +17,7 @@ from posterpipe.core.dreambooth.cuda_graphs import (
     Passed,
     RecordedPass,
     has_ample_memory,
-    may_record,
+    hindrance,
 )
 from posterpipe.core.dreambooth.train import train
 from posterpipe.training_settings import TrainingSettings
@@ -72,7 +73,7 @@ def recorded_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[Passed]:
     monkeypatch.setattr(learners, "RecordedPass", recorded)
     monkeypatch.setattr(learners, "has_ample_memory", lambda device: True)
     monkeypatch.setattr(
-        learners, "may_record", lambda settings, _, **rest: may_record(settings, GPU, **rest)
+        learners, "hindrance", lambda settings, _, **rest: hindrance(settings, GPU, **rest)
     )
     return recordings
 
@@ -88,7 +89,7 @@ GPU = torch.device("cuda")
         ({"mixed_precision": "fp16"}, 1),
         ({"method": "lora", "train_text_encoder": False}, 1),
         # With gradients for the text encoder, and then without.
-        ({"text_encoder_stop_step": 3, "max_grad_norm": 0.01}, 2),
+        ({"text_encoder_stop_step": 4, "max_grad_norm": 0.01}, 2),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
@@ -98,10 +99,10 @@ def test_replayed_steps_end_with_the_bits_of_steps_that_are_made(
     settings: dict[str, Any],
     recordings: int,
 ) -> None:
-    plain = make_config("plain", max_train_steps=6, **settings)
+    plain = make_config("plain", max_train_steps=8, cuda_graphs=False, **settings)
     expected = train(plain)
     found = recorded_on_cpu(monkeypatch)
-    replayed = make_config("replayed", max_train_steps=6, **settings)
+    replayed = make_config("replayed", max_train_steps=8, **settings)
     result = train(replayed)
     assert len(found) == recordings
     assert losses(result) == losses(expected)
@@ -201,42 +202,121 @@ def test_where_memory_is_not_ample_nothing_is_recorded_unless_it_is_asked_for(
     log: list[str] = []
     found = recorded_on_cpu(monkeypatch)
     monkeypatch.setattr(learners, "has_ample_memory", lambda device: False)
-    train(make_config("left", max_train_steps=3), log=log.append)
-    assert not found and any("memory is not ample" in line for line in log)
-    train(make_config("asked", max_train_steps=3, cuda_graphs=True), log=log.append)
+    train(make_config("left", max_train_steps=4), log=log.append)
+    assert not found and sum("memory is not ample" in line for line in log) == 1
+    train(make_config("asked", max_train_steps=4, cuda_graphs=True), log=log.append)
     assert len(found) == 1
 
 
-def test_memory_is_ample_where_there_is_twice_what_was_needed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Properties:
-        total_memory = 16
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    for needed, ample in ((8, True), (9, False)):
-        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device, n=needed: n)
+def test_memory_is_ample_where_as_much_is_free_as_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8, 24))
+    for held, ample in ((8, True), (9, False)):
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, held=held: held)
         assert has_ample_memory(GPU) is ample
+
+
+def test_whether_memory_is_ample_is_asked_once_and_after_the_first_whole_step(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = recorded_on_cpu(monkeypatch)
+    happened: list[str] = []
+    real = learners.Learner.make_step
+
+    def make_step(*arguments: Any) -> Tensor:
+        happened.append("step")
+        return real(*arguments)
+
+    def ample(device: torch.device) -> bool:
+        happened.append("asked")
+        return True
+
+    monkeypatch.setattr(learners.Learner, "make_step", make_step)
+    monkeypatch.setattr(learners, "has_ample_memory", ample)
+    settings = {"gradient_accumulation_steps": 3, "text_encoder_stop_step": 3}
+    train(make_config("run", max_train_steps=6, **settings))
+    assert happened == ["step", "asked", *5 * ["step"]]
+    assert len(found) == 2  # with gradients for the text encoder, and without
 
 
 @pytest.mark.parametrize(
     ("settings", "device", "rest", "expected"),
     [
-        ({}, "cuda", {}, True),
-        ({}, "cpu", {}, False),
-        ({"cuda_graphs": False}, "cuda", {}, False),
-        ({"compile": True}, "cuda", {}, False),
-        ({"compile": True, "cuda_graphs": True}, "cuda", {}, True),
-        ({"gradient_checkpointing": True, "cuda_graphs": True}, "cuda", {}, False),
-        ({"cuda_graphs": True}, "cuda", {"processes": 2}, False),
-        ({"cuda_graphs": True}, "cuda", {"one_shape": False}, False),
+        ({}, "cuda", {}, None),
+        ({}, "cpu", {}, "device cpu"),
+        ({"cuda_graphs": False}, "cuda", {}, "cuda_graphs = false"),
+        ({"compile": True}, "cuda", {}, "compile"),
+        ({"compile": True, "cuda_graphs": True}, "cuda", {}, None),
+        ({"gradient_checkpointing": True}, "cuda", {}, "gradient_checkpointing"),
+        ({"cuda_graphs": True}, "cuda", {"processes": 2}, "2 processes"),
+        ({"cuda_graphs": True}, "cuda", {"one_shape": False}, "buckets"),
     ],
 )
 def test_steps_are_recorded_on_one_gpu_where_each_is_like_the_one_before(
-    settings: dict[str, Any], device: str, rest: dict[str, Any], expected: bool
+    settings: dict[str, Any], device: str, rest: dict[str, Any], expected: str | None
 ) -> None:
     values = {"processes": 1, "one_shape": True, **rest}
-    assert may_record(TrainingSettings(**settings), torch.device(device), **values) is expected
+    assert hindrance(TrainingSettings(**settings), torch.device(device), **values) == expected
+
+
+def test_what_keeps_a_run_from_recording_is_said_where_it_was_asked_for(
+    make_config: MakeConfig,
+) -> None:
+    for wanted, said in ((True, 1), (None, 0), (False, 0)):
+        log: list[str] = []
+        config = make_config(str(wanted), max_train_steps=1, cuda_graphs=wanted)
+        train(config, log=log.append)
+        lines = [line for line in log if "cuda_graphs" in line]
+        assert len(lines) == said
+        assert all("training.cuda_graphs = true has no effect with device cpu" in x for x in lines)
+
+
+def out_of_memory_once(call: int) -> Callable[[], None]:
+    """Raises at that call, as where memory has run out."""
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    return check
+
+
+@pytest.mark.parametrize("where", ["the text encoder", "samples", "held-out posters"])
+def test_where_memory_runs_out_that_of_the_recording_is_given_back_first(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, other_set: Path, where: str
+) -> None:
+    settings: dict[str, Any] = {"max_train_steps": 6, "gradient_accumulation_steps": 2}
+    settings |= {"holdout_every_steps": 5, "sample_every_steps": 5, "sample_prompts": ("a cat",)}
+    parts = {"holdout_set": other_set}
+    plain = make_config("plain", parts=parts, **settings)
+    expected = train(plain)
+    found = recorded_on_cpu(monkeypatch)
+    owner, name, check = {
+        # In a step: after a batch of it has left gradients already.
+        "the text encoder": (learners.TrainedTexts, "__call__", out_of_memory_once(10)),
+        "samples": (AutoencoderKL, "decode", out_of_memory_once(2)),
+        "held-out posters": (learners.Learner, "errors_of", out_of_memory_once(3)),
+    }[where]
+    real = getattr(owner, name)
+
+    def checked(*arguments: Any, **values: Any) -> Any:
+        if found:
+            check()
+        return real(*arguments, **values)
+
+    monkeypatch.setattr(owner, name, checked)
+    log: list[str] = []
+    config = make_config("short", parts=parts, **settings)
+    result = train(config, log=log.append)
+    said = [line for line in log if "out of memory" in line]
+    assert said == ["out of memory: goes on without CUDA graphs"]
+    assert len(found) == 1
+    assert losses(result) == losses(expected)
+    assert [m.loss for m in result.holdout] == [m.loss for m in expected.holdout]
+    for one in (config, plain):
+        assert len(list((one.output_dir / "samples").glob("*.png"))) == 3
 
 
 def test_nothing_that_a_run_does_between_steps_moves_what_a_replay_reads(
@@ -278,14 +358,14 @@ def test_of_a_weight_that_was_moved_a_pass_is_recorded_anew() -> None:
 def test_a_run_that_was_killed_goes_on_replaying_with_the_same_bits(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    settings = {"max_train_steps": 6, "save_every_steps": 2, "ema_decay": 0.9}
+    settings = {"max_train_steps": 8, "save_every_steps": 4, "ema_decay": 0.9}
     plain = make_config("plain", **settings)
     expected = train(plain)
     found = recorded_on_cpu(monkeypatch)
     cut = make_config("cut", **settings)
 
     def interrupt(report: Any) -> None:
-        if report.step == 5:
+        if report.step == 7:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
