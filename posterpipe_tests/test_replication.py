@@ -36,3 +36,10 @@ def test_the_guide_has_the_figures_that_were_filed() -> None:
         replication.UNSEEN_SUITE.stem,
     }
     assert replication.table(records) in replication.PAGE.read_text("utf-8")
+
+
+def test_the_guide_to_the_gate_has_what_it_said_of_trainings_that_differ_by_chance() -> None:
+    records = json.loads(replication.JUDGED.read_text("utf-8"))
+    assert {record["training_seed"] for record in records} == {*replication.TRAINING_SEEDS[1:]}
+    assert {record["check"] for record in records} == {*replication.COMPARED}
+    assert replication.judged_table(records) in replication.JUDGED_PAGE.read_text("utf-8")

@@ -2,10 +2,13 @@
 
 The settings of the starter profile were compared on the demo's own prompt suite, so its numbers
 are somewhat favourable. Here the same chain answers a second suite as well, on which nothing was
-decided, and both are asked of several trainings that differ in nothing but their seed.
+decided, and both are asked of several trainings that differ in nothing but their seed. What the
+gate says of such trainings, of which none is better than another but by chance, is kept too: by how
+much they differ from prompt to prompt decides which margins a suite resolves.
 
-What belongs here: how the second suite was drawn (`--suite` writes it), the runs, and the table in
-`docs/limits.md`. What does not: any statistics; the figures are those of `paired_effects`.
+What belongs here: how the second suite was drawn (`--suite` writes it), the runs, and the tables in
+`docs/limits.md` and `docs/champion.md`. What does not: any statistics; the figures are those of
+`paired_effects` and `gate_checks`.
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import random
-import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +31,7 @@ from typing import Any
 import duckdb
 
 from posterpipe.core.prompts import load_suite
+from posterpipe.core.statistics import student_quantile
 from posterpipe.starter.posters import HOLDOUT, RAW
 from posterpipe.starter.world import COLOURS, KINDS, TITLE_FIRST, TITLE_SECOND, partners
 
@@ -35,6 +40,8 @@ DEMO_SUITE = ROOT / "data" / "prompt_suites" / "animated_movies.yaml"
 UNSEEN_SUITE = ROOT / "data" / "prompt_suites" / "unseen_combinations.yaml"
 FIGURES = ROOT / "docs" / "figures" / "replication.json"
 PAGE = ROOT / "docs" / "limits.md"
+JUDGED = ROOT / "docs" / "figures" / "judged_by_the_gate.json"
+JUDGED_PAGE = ROOT / "docs" / "champion.md"
 MARKS = ("<!-- replication: begin -->", "<!-- replication: end -->")
 
 TRAINING_SEEDS = (777, 1, 2)
@@ -50,6 +57,13 @@ METRICS = {
     "CLIP-I holdout": "CLIP-I to the holdout",
 }
 """What is asked, as `paired_effects` names it: the heading of its column."""
+
+COMPARED = {
+    "CLIP-T": "CLIP-T less the champion's; spread",
+    "fidelity": "fidelity less the champion's; spread",
+    "diversity": "share of the champion's diversity; spread of its log",
+}
+"""The checks of the gate that compare two models: the heading of their column."""
 
 HEADER = """\
 # Prompts on which nothing was decided, for asking whether the demo's result holds beyond its own
@@ -149,8 +163,9 @@ def _with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def measure() -> Iterator[list[dict[str, Any]]]:
-    """For each training and suite a record a metric: its paired effect, interval and finding.
+def measure() -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+    """For each training and suite a record a metric, its paired effect, interval and finding; and
+    of each training but the first what the gate says of it on the demo's suite, a record a check.
 
     One store serves all: nothing that is the same for two of them is computed twice.
     """
@@ -167,7 +182,12 @@ def measure() -> Iterator[list[dict[str, Any]]]:
             print(f"== {suite.stem}, training seed {seed}", flush=True)
             command = [sys.executable, "-m", "posterpipe.cli", "demo"]
             subprocess.run(command, env=environment, cwd=ROOT, check=True)
-            yield _effects(store / "public" / "scores.duckdb", suite.stem, seed)
+            database = store / "public" / "scores.duckdb"
+            retrained = suite == DEMO_SUITE and seed != TRAINING_SEEDS[0]
+            yield (
+                _effects(database, suite.stem, seed),
+                _judged(database, seed) if retrained else [],
+            )
 
 
 def _effects(database: Path, suite: str, seed: int) -> list[dict[str, Any]]:
@@ -182,6 +202,69 @@ def _effects(database: Path, suite: str, seed: int) -> list[dict[str, Any]]:
             {"suite": suite, "training_seed": seed, **dict(zip(names, row, strict=True))}
             for row in rows.fetchall()
         ]
+
+
+def _judged(database: Path, seed: int) -> list[dict[str, Any]]:
+    """The checks of the latest decision that compare two models; `spread` is the standard deviation
+    over the prompts of what they compare."""
+    with duckdb.connect(str(database), read_only=True) as connection:
+        (latest,) = connection.execute(
+            "select decision_id, checkpoint_id, champion_before, decision "
+            "from gate_decisions where is_latest"
+        ).fetchall()
+        checks = connection.execute(
+            "select check_name, outcome, value, low_95, high_95, limit_value "
+            "from gate_checks where decision_id = ? and check_name in ? order by place",
+            [latest[0], list(COMPARED)],
+        ).fetchall()
+    prompts = len(load_suite(DEMO_SUITE))
+    found = []
+    for name, outcome, value, low, high, limit in checks:
+        ends = (math.log(low), math.log(high)) if name == "diversity" else (low, high)
+        found.append(
+            {
+                "training_seed": seed, "checkpoint": latest[1], "champion": latest[2],
+                "decision": latest[3], "check": name, "outcome": outcome,
+                "value": round(value, 6), "low_95": round(low, 6), "high_95": round(high, 6),
+                "limit": limit, "prompts": prompts,
+                "spread": round(_spread(ends, prompts), 3),
+            }
+        )  # fmt: skip
+    return found
+
+
+def _spread(ends: tuple[float, float], prompts: int) -> float:
+    """The standard deviation over prompts of what has a mean with that interval at 95 %."""
+    return (ends[1] - ends[0]) / 2 / student_quantile(0.975, prompts - 1) * math.sqrt(prompts)
+
+
+def judged_table(records: list[dict[str, Any]]) -> str:
+    """A row a training; each cell is what the gate compares, its 95 % interval and the spread."""
+    lines = [
+        f"| training seed | {' | '.join(COMPARED.values())} | decision |",
+        f"|---:|{'---:|' * len(COMPARED)}---|",
+    ]
+    cells = {(record["training_seed"], record["check"]): record for record in records}
+    for seed in dict.fromkeys(record["training_seed"] for record in records):
+        found = [cells[seed, name] for name in COMPARED]
+        told = " | ".join(
+            f"{r['value']:{sign}.3f} ({r['low_95']:{sign}.3f} to {r['high_95']:{sign}.3f}); "
+            f"{r['spread']:.3f}"
+            for r in found
+            for sign in ("" if r["check"] == "diversity" else "+",)
+        )
+        lines.append(f"| {seed} | {told} | {found[0]['decision']} |")
+    return "\n".join(lines)
+
+
+def spreads() -> dict[str, float]:
+    """By the check's name: the standard deviation over prompts between two trainings that differ in
+    their seed alone, the mean of the filed ones."""
+    records = json.loads(JUDGED.read_text("utf-8"))
+    return {
+        name: statistics.mean(r["spread"] for r in records if r["check"] == name)
+        for name in COMPARED
+    }
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -201,12 +284,16 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def update_page() -> None:
-    """Writes the table of the filed figures between its marks in the page."""
-    text = PAGE.read_text("utf-8")
-    between = f"{MARKS[0]}\n{table(json.loads(FIGURES.read_text('utf-8')))}\n{MARKS[1]}"
-    pattern = f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}"
-    PAGE.write_text(re.sub(pattern, lambda _: between, text, flags=re.S), "utf-8")
+def update_pages() -> None:
+    """Writes the tables of the filed figures between their marks in the pages."""
+    _fill(PAGE, table(json.loads(FIGURES.read_text("utf-8"))))
+    _fill(JUDGED_PAGE, judged_table(json.loads(JUDGED.read_text("utf-8"))))
+
+
+def _fill(page: Path, text: str) -> None:
+    before, begin, rest = page.read_text("utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", "utf-8")
 
 
 def main() -> None:
@@ -217,12 +304,15 @@ def main() -> None:
         print(f"written to {UNSEEN_SUITE.relative_to(ROOT)}")
         return
     FIGURES.parent.mkdir(exist_ok=True)
-    records: list[dict[str, Any]] = []
-    for found in measure():  # what is known is kept, whatever happens to the runs that follow
+    records, judged = list[dict[str, Any]](), list[dict[str, Any]]()
+    for found, said in measure():  # what is known is kept, whatever happens to the runs that follow
         records += found
-        FIGURES.write_text(json.dumps(records, indent=1) + "\n", "utf-8")
-        update_page()
-        print(f"written to {FIGURES.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}", flush=True)
+        judged += said
+        for file, known in ((FIGURES, records), (JUDGED, judged)):
+            file.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+        update_pages()
+        written = [str(path.relative_to(ROOT)) for path in (FIGURES, PAGE, JUDGED, JUDGED_PAGE)]
+        print(f"written to {', '.join(written)}", flush=True)
 
 
 if __name__ == "__main__":
