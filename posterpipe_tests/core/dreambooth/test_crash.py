@@ -289,7 +289,7 @@ def test_asked_to_stop_a_run_saves_and_ends_with_a_sentence(
         wait_for(process, "step 3 of 5000")
         process.send_signal(stop)
         rest = process.communicate(timeout=240)[0]  # until the training has ended as well
-    assert process.returncode == (-stop if launcher else 1)
+    assert process.returncode == (-stop if launcher else 1), rest
     assert "training: asked to stop: saved at step" in rest and "Traceback" not in rest
     kept = saves_of(config)
     assert len(kept) == 1 and (kept[0] / "manifest.json").exists()
