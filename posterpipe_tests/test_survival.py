@@ -580,16 +580,23 @@ def test_a_demo_that_was_killed_leaves_no_run_behind_that_the_services_wait_for(
         storage = instance.event_log_storage
         process = in_process(run_demo, world.settings(root), home)
         deadline = time.monotonic() + PATIENCE
-        while not storage.get_concurrency_run_ids():
-            assert process.is_alive() and time.monotonic() < deadline
-            time.sleep(0.1)
+
+        def wait_for_a_slot() -> None:
+            """Until a step holds one; between two steps none does."""
+            while not storage.get_concurrency_run_ids():
+                assert process.is_alive() and time.monotonic() < deadline
+                time.sleep(0.1)
+
+        wait_for_a_slot()
         (run,) = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
         check = instance.run_launcher.check_run_worker_health
         # The services may run in another container than the demo, or in a new one.
         monkeypatch.setattr(socket, "gethostname", lambda: "another")
         assert check(run).status == WorkerStatus.RUNNING
         end_dead_runs(instance)
-        assert storage.get_concurrency_run_ids() == {run.run_id}
+        lives = instance.get_run_by_id(run.run_id)
+        assert lives is not None and lives.status == dg.DagsterRunStatus.STARTED
+        wait_for_a_slot()
         process.kill()
         process.join()
         assert check(run).status == WorkerStatus.FAILED
