@@ -187,7 +187,6 @@ class RecordedPass:
             self._log(
                 f"training.cuda_graphs: a step cannot be recorded ({reason}): goes on without"
             )
-            return
 
     def _keep_gradients(self) -> None:
         """Gives gradients that lie where the recording writes a place of their own."""

@@ -29,8 +29,8 @@ _FOR_IMAGES = 0.25
 and to what torch and the driver hold beside: 2 to 3 GiB for one of 512 px, see `IMAGE_GIB`."""
 IMAGE_GIB = 1.1
 """An image of 512 px on its way through Stable Diffusion 2.1 without gradient checkpointing, which
-makes it less: measured on an H200 in bf16, by the difference of what torch reserved for batch 4 and
-batch 1 (0.9 and 1.0 in two runs, 1.1 with channels_last)."""
+makes it less: measured on an H200 in bf16 without CUDA graphs, by the difference of what torch
+reserved for batch 4 and batch 1, which was 1.0, and rounded up."""
 BESIDE_GIB = 1.0
 """What torch reserves beyond what is in use, likewise measured, and the driver's context."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from posterpipe.core.dreambooth import learner as learners
 from posterpipe.core.dreambooth.cuda_graphs import (
     Passed,
+    Record,
     RecordedPass,
     has_ample_memory,
     hindrance,
@@ -116,20 +117,27 @@ def square_error(inputs: Tensor, weights: Tensor, model: nn.Module) -> Tensor:
 
 
 class Passes:
-    """A recorded pass through a small model, beside plain ones."""
+    """A recorded pass through a small model, beside plain ones. record: as if on a GPU if none is
+    given."""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, record: Record = record_on_cpu) -> None:
         torch.manual_seed(0)
         self.model = nn.Conv2d(2, 3, 3)
         cast(Any, self.model).to(memory_format=torch.channels_last)
         self.log: list[str] = []
+        self.recordings = 0
+
+        def counted(make_pass: Callable[[], Passed]) -> tuple[Callable[[], object], Passed]:
+            self.recordings += 1
+            return record(make_pass)
+
         self.passes = RecordedPass(
             partial(square_error, model=self.model),
             [*self.model.parameters()],
             scaled=lambda loss: 2 * loss,
             ample=None,
             log=self.log.append,
-            **values,
+            record=counted,
         )
 
     def check(self, *shape: int, added: int = 1) -> None:
@@ -154,7 +162,7 @@ class Passes:
 
 
 def test_gradients_add_up_over_passes_of_which_some_are_replayed() -> None:
-    passes = Passes(record=record_on_cpu)
+    passes = Passes()
     for added in (1, 2, 3, 1):
         passes.check(2, 2, 8, 8, added=added)
     assert not passes.log
@@ -180,16 +188,10 @@ def test_gradients_lie_as_their_parameters_do() -> None:
 
 
 def test_for_another_shape_a_pass_is_recorded_anew() -> None:
-    recordings: list[None] = []
-
-    def record(make_pass: Callable[[], Passed]) -> tuple[Callable[[], object], Passed]:
-        recordings.append(None)
-        return record_on_cpu(make_pass)
-
-    passes = Passes(record=record)
+    passes = Passes()
     for batch in (4, 4, 4, 2, 2, 2):
         passes.check(batch, 2, 8, 8)
-    assert len(recordings) == 2
+    assert passes.recordings == 2
 
 
 @pytest.mark.parametrize(
@@ -202,16 +204,14 @@ def test_for_another_shape_a_pass_is_recorded_anew() -> None:
 def test_what_cannot_be_recorded_is_made_each_time_and_it_is_said_once(
     error: Exception, reason: str
 ) -> None:
-    tries = []
-
     def record(make_pass: Callable[[], Passed]) -> Any:
-        tries.append(make_pass())
+        make_pass()
         raise error
 
     passes = Passes(record=record)
     for _ in range(4):
         passes.check(2, 2, 8, 8, added=2)
-    assert len(tries) == len(passes.log) == 1
+    assert passes.recordings == len(passes.log) == 1
     assert reason in passes.log[0] and "training.cuda_graphs" in passes.log[0]
 
 
@@ -359,19 +359,13 @@ def test_nothing_that_a_run_does_between_steps_moves_what_a_replay_reads(
 
 
 def test_of_a_weight_that_was_moved_a_pass_is_recorded_anew() -> None:
-    recordings: list[None] = []
-
-    def record(make_pass: Callable[[], Passed]) -> tuple[Callable[[], object], Passed]:
-        recordings.append(None)
-        return record_on_cpu(make_pass)
-
-    passes = Passes(record=record)
+    passes = Passes()
     for _ in range(3):
         passes.check(2, 2, 8, 8)
     passes.model.weight.data = passes.model.weight.data.clone()
     for _ in range(3):
         passes.check(2, 2, 8, 8)
-    assert len(recordings) == 2
+    assert passes.recordings == 2
 
 
 def test_a_run_that_was_killed_goes_on_replaying_with_the_same_bits(
